@@ -1,0 +1,1 @@
+"""The configuration: every field once (default.py), and the command line that overrides it (command_line.py)."""

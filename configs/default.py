@@ -1,0 +1,181 @@
+"""Every field of every config, once: its default (the CIFAR-10 value), its meaning, unit and choices."""
+
+import dataclasses
+
+import ml_collections
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One config field: the type of `default` is the type of the field."""
+
+    default: object
+    meaning: str
+    choices: tuple = ()  # the values it may take; with a pattern, the words beside the pattern
+    pattern: str = ""  # a regular expression that other values match, e.g. r"fix_<number>"
+    low: float | None = None  # smallest and largest number
+    high: float | None = None
+
+
+# In a pattern, <number> stands for a decimal number and <int> for a positive whole one.
+FIELDS = {
+    "seed": Field(42, "seed of all randomness: of training, of sample i, of pair i", low=0),
+    "work_dir": Field("./logs/", "folder of all runs; a run lives in {work_dir}/{expr}/"),
+    "expr": Field("", "name of this run (its folder); needed for training"),
+    "training": {
+        "batch_size": Field(128, "samples per update, over all processes and accumulation steps; "
+                            "in generate_data.py, pairs solved at a time", low=1),
+        "n_iters": Field(1300001, "number of updates", low=0),
+        "snapshot_freq": Field(20000, "updates between checkpoints/checkpoint_{k}.pth", low=1),
+        "snapshot_freq_for_preemption": Field(10000, "updates between checkpoints-meta/checkpoint.pth, "
+                                              "from which a stopped run continues", low=1),
+        "snapshot_sampling": Field(10000, "updates between sample grids in samples/ (0: never)", low=0),
+        "record_iters": Field(500, "updates between records of the loss in log.jsonl", low=1),
+        "accumulation_steps": Field(1, "forward and backward passes that share one update and its batch", low=1),
+        "loss_type": Field("l2", "distance between predicted and target velocity (l2, l1, huber) or of the "
+                           "images they lead to (lpips)",
+                           choices=("l2", "l1", "lpips", "lpips+l2", "lpips+l1", "huber", "lpips+huber")),
+        "reduce_mean": Field(True, "l1 and l2 as mean over C·H·W (false: half the sum)"),
+        "weight_schedule": Field("uniform", "weight of the loss as a function of t",
+                                 choices=("uniform", "snr", "snr_inv", "snr+1", "karras", "truncated-snr", "1mt")),
+        "x0_randomness": Field("fix_0", "annealing reflow: β of z0' = sqrt(1-β²)·z0 + β·ξ as a function of the "
+                               "update (pairs only)", pattern=r"fix_<number>|warmup_<int>|warmup_exp_<int>|warmup_cos_<int>"),
+        "resume_from": Field("", "run folder whose last state this new run continues"),
+        "progress": Field("auto", "progress bars: auto shows them when a terminal watches",
+                          choices=("auto", "true", "false")),
+        "precision": Field("tf32", "arithmetic of the network (tf32 and fp16 need CUDA and are fp32 on a CPU)",
+                           choices=("fp32", "tf32", "bf16", "fp16")),
+        "compile": Field(False, "compile the network with torch.compile"),
+        "max_skipped": Field(100, "non-finite updates in a row after which training stops", low=1),
+        "keep_checkpoints": Field(0, "how many of the newest checkpoint_{k}.pth to keep (0: all)", low=0),
+    },
+    "flow": {
+        "eps": Field(1e-3, "smallest time: t runs over [eps, 1]", low=0.0, high=0.5),
+        "flow_t_schedule": Field("uniform", "distribution of the training time t; an integer k means k-step "
+                                 "distillation",
+                                 choices=("uniform", "t0", "t1", "t0t1", "u_shaped"),
+                                 pattern=r"fix_<number>|range_<number>_<number>|<int>"),
+        "flow_alpha_t": Field("uniform", "place on the path, x_t = a·z1 + (1-a)·z0: a = t, eps (t0) or 1 (t1)",
+                              choices=("uniform", "t0", "t1")),
+        "pre_train_model": Field("", "checkpoint whose raw weights the network starts from (hf://owner/repo/file too)"),
+        "use_teacher": Field(False, "flow-guided distillation: add the two-step term"),
+        "guidance_first_step": Field("student", "who takes the first of the two guiding steps: the student (released "
+                                     "code) or the teacher (the paper's equation)", choices=("student", "teacher")),
+        "teacher_model": Field("", "checkpoint of the teacher (EMA weights), when it is not pre_train_model"),
+        "h_flip": Field(False, "flip z0 and z1 of a pair together, left-right, with probability 1/2"),
+        "real_data_share": Field(0.0, "share of each batch taken from pairs that start at real images (from_z1), "
+                                 "found in data.real_pairs_root", low=0.0, high=1.0),
+    },
+    "sampling": {
+        "use_ode_sampler": Field("rk45", "sampler", choices=("one_step", "euler", "heun", "rk45", "cm_stochastic")),
+        "ode_tol": Field(1e-5, "rtol = atol of rk45", low=1e-12, high=1.0),
+        "step_control": Field("sample", "rk45: step size per sample, or one for the whole batch as in the released code",
+                              choices=("sample", "batch")),
+        "max_steps": Field(10000, "rk45: steps of one sample after which it is given up", low=1),
+        "sample_N": Field(1000, "number of steps N of euler, heun and cm_stochastic", low=1),
+        "rho": Field(1.0, "heun: curvature ρ of the time grid", low=0.01),
+        "batch_size": Field(64, "images sampled at a time; with rk45 per sample, the number of lanes", low=1),
+        "init_type": Field("gaussian", "distribution of z0", choices=("gaussian",)),
+        "init_noise_scale": Field(1.0, "standard deviation of z0", low=0.0),
+        "direction": Field("from_z0", "what generate_data.py makes pairs from",
+                           choices=("from_z0", "from_z1", "random_paired", "gt_v_from_z0", "gt_v_from_z1")),
+        "total_number_of_samples": Field(50000, "number of pairs", low=1),
+        "train_subset": Field("all", "images of the closed-form velocity: all, a class name, or random_N of them"),
+        "class_label": Field(-1, "class of conditional samples (-1: drawn)", low=-1),
+    },
+    "eval": {
+        "batch_size": Field(1024, "images sampled at a time", low=1),
+        "num_samples": Field(50000, "number of samples", low=1),
+        "begin_ckpt": Field(9, "first checkpoint number of a sweep", low=0),
+        "end_ckpt": Field(26, "last checkpoint number of a sweep (0: to the newest)", low=0),
+        "wait": Field(False, "wait for checkpoints of the sweep that training is still writing"),
+        "wait_limit": Field(24.0, "longest wait for one checkpoint, in hours", low=0.0),
+        "feature_extractor": Field("inception", "features of the Fréchet distance: clean-fid's Inception (FID), or "
+                                   "the pixels themselves (small images; not an FID)", choices=("inception", "pixels")),
+        "inception_path": Field("", "file of clean-fid's inception-2015-12-05.pt (empty: the user's cache)"),
+    },
+    "data": {
+        "dataset": Field("CIFAR10", "data set", choices=("CIFAR10", "FFHQ64", "ImageNet64", "MNIST", "FashionMNIST",
+                                                       "digits", "custom")),
+        "data_root": Field("", "file or folder of the data set (empty: data/{dataset})"),
+        "custom_data_root": Field("", "older name of data_root"),
+        "cache_dir": Field("data/cache", "folder of the decoded uint8 arrays"),
+        "image_size": Field(32, "height and width of the images", low=1),
+        "num_channels": Field(3, "colour channels", low=1),
+        "num_classes": Field(0, "classes of a class-conditional model (0: unconditional)", low=0),
+        "centered": Field(True, "images in [-1, 1] (the only form there is)"),
+        "random_flip": Field(True, "flip images left-right with probability 1/2"),
+        "use_aug": Field(False, "EDM's augmentation pipeline"),
+        "on_device": Field("auto", "keep the decoded images on the device: auto does when they fit",
+                           choices=("auto", "true", "false")),
+        "skip_corrupt": Field(False, "skip and count corrupt images instead of stopping"),
+        "reflow_data_root": Field("", "folder of noise-image pairs; set: train on pairs"),
+        "real_pairs_root": Field("", "folder of pairs that start at real images, for flow.real_data_share"),
+    },
+    "model": {
+        "name": Field("ncsnpp", "network", choices=("ncsnpp", "DhariwalUNet")),
+        "nf": Field(128, "channels of the first level", low=1),
+        "ch_mult": Field((1, 2, 2, 2), "channels of each level, in multiples of nf"),
+        "num_res_blocks": Field(4, "residual blocks per level", low=1),
+        "attn_resolutions": Field((16,), "image sizes at which levels have self-attention"),
+        "dropout": Field(0.15, "dropout probability (DhariwalUNet: 0.13 unless given)", low=0.0, high=1.0),
+        "label_dropout": Field(0.0, "DhariwalUNet: probability of hiding a sample's class in training",
+                               low=0.0, high=1.0),
+        "ema_rate": Field(0.999999, "largest decay of the EMA of the weights", low=0.0, high=1.0),
+        "conditional": Field(True, "the network sees the time"),
+        "embedding_type": Field("positional", "time embedding", choices=("positional", "fourier")),
+        "fourier_scale": Field(16.0, "scale of the fourier embedding's frequencies"),
+        "resblock_type": Field("biggan", "residual block of ncsnpp", choices=("biggan", "ddpm")),
+        "nonlinearity": Field("swish", "activation of ncsnpp", choices=("swish", "elu", "relu", "lrelu")),
+        "skip_rescale": Field(True, "divide sums of a branch and its skip by sqrt(2)"),
+        "resamp_with_conv": Field(True, "resample with a convolution (ddpm blocks and progressive branches)"),
+        "fir": Field(False, "resample with the FIR filter fir_kernel"),
+        "fir_kernel": Field((1, 3, 3, 1), "taps of the FIR filter"),
+        "progressive": Field("none", "how the output grows", choices=("none", "output_skip", "residual")),
+        "progressive_input": Field("none", "how the input enters lower levels", choices=("none", "input_skip", "residual")),
+        "progressive_combine": Field("sum", "how the progressive input is joined", choices=("sum", "cat")),
+        "init_scale": Field(0.0, "scale of the initial weights of each last layer", low=0.0),
+        "scale_by_sigma": Field(False, "divide the output by the noise level that belongs to t"),
+        "sigma_min": Field(0.01, "smallest entry of the released `sigmas` buffer", low=0.0),
+        "sigma_max": Field(50.0, "largest entry of the released `sigmas` buffer", low=0.0),
+        "num_scales": Field(1000, "entries of the released `sigmas` buffer", low=1),
+    },
+    "optim": {
+        "optimizer": Field("Adam", "optimizer", choices=("Adam", "AdamW", "RAdam")),
+        "lr": Field(2e-4, "learning rate after warm-up", low=0.0),
+        "beta1": Field(0.9, "decay of the first moment", low=0.0, high=1.0),
+        "eps": Field(1e-8, "added to the root of the second moment", low=0.0),
+        "weight_decay": Field(0.0, "weight decay", low=0.0),
+        "warmup": Field(5000, "updates of linear warm-up, from 0 (none with flow.pre_train_model)", low=0),
+        "grad_clip": Field(1.0, "largest gradient norm (negative: off)"),
+    },
+}
+
+
+def get_default_config():
+    """Return the config of the defaults, an `ml_collections.ConfigDict`."""
+
+    def values(fields):
+        return {name: values(f) if isinstance(f, dict) else f.default for name, f in fields.items()}
+
+    return ml_collections.ConfigDict(values(FIELDS))
+
+
+def find_field(name):
+    """Return the `Field` with the dotted `name` ("training.batch_size"), or None."""
+    found = FIELDS
+    for part in name.split("."):
+        if not isinstance(found, dict) or part not in found:
+            return None
+        found = found[part]
+    return found if isinstance(found, Field) else None
+
+
+def field_names():
+    """Return every field's dotted name, in the order of this file."""
+
+    def names(fields, prefix):
+        for name, f in fields.items():
+            yield from names(f, f"{prefix}{name}.") if isinstance(f, dict) else [prefix + name]
+
+    return list(names(FIELDS, ""))

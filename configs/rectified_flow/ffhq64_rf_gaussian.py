@@ -1,0 +1,11 @@
+"""FFHQ at 64×64."""
+
+from configs.default import get_default_config
+
+
+def get_config():
+    """Return the FFHQ64 config."""
+    config = get_default_config()
+    config.data.dataset = "FFHQ64"
+    config.data.image_size = 64
+    return config
