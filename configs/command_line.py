@@ -1,0 +1,299 @@
+"""The command line that every script shares: `--config FILE`, `--config.a.b value`, the script's own flags.
+
+A mistake ends the script with one sentence on stderr and status 2, before anything is created.
+"""
+
+import ast
+import difflib
+import errno
+import importlib.util
+import json
+import pathlib
+import sys
+
+import ml_collections
+from absl import flags
+
+from configs.default import FIELDS, Field, field_names, find_field, get_default_config
+from configs.validation import check_fields
+from runtime.errors import UserError
+from runtime.files import write_json
+
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells use it
+
+
+def run_script(main, doc):
+    """Parse the command line and call `main(config, args, given)`; exit 2 with one sentence on a `UserError`.
+
+    config: the validated `ml_collections.ConfigDict`. args: absl's flags of the script. given: frozenset of
+    the config fields ("sampling.sample_N") and flag names that stood on the command line.
+    """
+    script = pathlib.Path(sys.argv[0]).name
+    try:
+        parsed = parse_command_line(sys.argv, doc)
+        if parsed is None:
+            return
+        sys.exit(main(*parsed))
+    except UserError as error:
+        _stop(f"{script}: {error}", 2)
+    except KeyboardInterrupt:
+        _stop(f"{script}: interrupted; the same command goes on from what is finished", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        _stop(f"{script}: cannot write{place}: {error.strerror}; make room or choose another folder, "
+              "then run the same command again", 2)
+
+
+def _stop(message, status):
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def parse_command_line(argv, doc=""):
+    """Return (config, args, given) of the words `argv` (the first is the script), or None after `--help`.
+
+    Raises UserError for an unknown field or flag, a value of the wrong type or outside its choices, a missing
+    config file, and leftover words.
+    """
+    if any(word in ("--help", "-h", "--helpfull", "--helpshort") for word in argv[1:]):
+        print(help_text(doc))
+        return None
+    path, overrides, rest = _split_words(argv[1:])
+    args = _parse_flags([argv[0], *rest])
+    if path is None:
+        raise UserError("no config: name one with --config, for instance "
+                        "--config configs/rectified_flow/cifar10_rf_gaussian.py")
+    config = load_config(path)
+    for name, text in overrides.items():
+        set_field(config, name, parse_value(name, text))
+    if config.model.name == "DhariwalUNet" and "model.dropout" not in overrides and not path.endswith(".json"):
+        _use_dhariwal_dropout(config)
+    check_fields(config)
+    given = set(overrides) | {name for name in args if args[name].present}
+    return config, args, frozenset(given)
+
+
+def _use_dhariwal_dropout(config):
+    """Give DhariwalUNet the dropout it was trained with when nobody chose another than the default."""
+    if config.model.dropout == find_field("model.dropout").default:
+        config.model.dropout = 0.13
+
+
+def _split_words(words):
+    """Return the config path, {field: text} of its overrides and the words that belong to the script's flags."""
+    path, overrides, rest = None, {}, []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.removeprefix("-").removeprefix("-").partition("=")
+        if not word.startswith("-") or not (name == "config" or name.startswith("config.")):
+            rest.append(_join_boolean(word, words))
+            continue
+        if not equals:
+            text = _next_value(name, words)
+        if name == "config":
+            path = text
+        else:
+            field = name.removeprefix("config.")
+            _require_field(field)
+            overrides[field] = text
+    return path, overrides, rest
+
+
+def _next_value(name, words):
+    """Take the value that follows the flag `name`; a boolean field may stand alone and is then true."""
+    if words and not words[0].startswith("--"):
+        return words.pop(0)
+    field = find_field(name.removeprefix("config."))
+    if field is not None and (isinstance(field.default, bool) or "true" in field.choices):
+        return "true"
+    if name != "config":
+        _require_field(name.removeprefix("config."))
+    raise UserError(f"--{name} needs a value")
+
+
+def _join_boolean(word, words):
+    """Let `--use_ema false` mean `--use_ema=false` (absl would read true and leave `false` behind)."""
+    name = word.lstrip("-")
+    if (word.startswith("-") and name in flags.FLAGS and flags.FLAGS[name].flag_type() == "bool"
+            and words and not words[0].startswith("-")):
+        value = words.pop(0)
+        if value.lower() not in BOOLEANS:
+            raise UserError(f"--{name} is true or false, not {value!r}")
+        return f"--{name}={value}"
+    return word
+
+
+def _parse_flags(words):
+    args = flags.FLAGS
+    args.unparse_flags()
+    try:
+        leftover = args(words)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    if leftover:
+        raise UserError(f"what is {leftover[0]!r} on the command line? Flags are written --name value, and a "
+                        "value with spaces goes in quotes")
+    return args
+
+
+def _require_field(name):
+    if find_field(name) is not None:
+        return
+    members = [other for other in field_names() if other.startswith(name + ".")]
+    if members:
+        raise UserError(f"config.{name} is a group of fields: set one of them, for instance --config.{members[0]}")
+    raise UserError(f"config.{name} is not a field{nearest_field(name)}")
+
+
+def nearest_field(name):
+    """Return "; did you mean config.X?" for the field nearest to a misspelt `name`, or "" when none is near.
+
+    The right name in the wrong group ("training.lr") is nearest.
+    """
+    ends = {other.rpartition(".")[2]: other for other in field_names()}
+    last = name.rpartition(".")[2]
+    found = [ends[last]] if last in ends else difflib.get_close_matches(name, field_names(), n=1, cutoff=0.6)
+    if not found:
+        found = [ends[end] for end in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.7)]
+    return f"; did you mean config.{found[0]}?" if found else ""
+
+
+def parse_value(name, text):
+    """Return `text` as a value of the type of the field `name`; raise UserError when it is none."""
+    default = find_field(name).default
+    try:
+        if isinstance(default, bool):
+            return BOOLEANS[text.strip().lower()]
+        if isinstance(default, int):
+            number = float(text)
+            return int(text) if number != int(number) or "e" not in text.lower() else int(number)
+        if isinstance(default, float):
+            return float(text)
+        if isinstance(default, tuple):
+            value = ast.literal_eval(text.strip() or "()")
+            return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    except (KeyError, ValueError, SyntaxError, TypeError, OverflowError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number", tuple: "numbers such as '1, 2, 2'"}
+        raise UserError(f"config.{name} is {kind[type(default)]}, not {text!r}") from None
+    return text
+
+
+def get_field(config, name):
+    """Return the value of the dotted field `name`."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def set_field(config, name, value):
+    """Set the dotted field `name` to `value`, as it is."""
+    *groups, last = name.split(".")
+    for part in groups:
+        config = config[part]
+    with config.ignore_type():
+        config[last] = value
+
+
+def load_config(path):
+    """Return the config of a Python file with `get_config()`, or of a config.json that a run saved.
+
+    Raises UserError if the file is missing, is no config, or has an unknown field.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist; the ready ones are in configs/rectified_flow/")
+    if path.suffix == ".json":
+        try:
+            return config_from_dict(json.loads(path.read_text()), path)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"config file {path} is not JSON: {error}") from None
+    try:
+        spec = importlib.util.spec_from_file_location("config_file", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # whatever a config file does wrong is the user's to mend
+        raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from None
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"config file {path}: get_config() must return an ml_collections.ConfigDict")
+    return config_from_dict(config_to_dict(config), path)
+
+
+def config_from_dict(values, source="config"):
+    """Return a full config from nested dictionaries; absent fields keep their defaults.
+
+    `source` is named in the UserError for an unknown field.
+    """
+    config = get_default_config()
+
+    def fill(values, prefix):
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: {prefix.rstrip('.') or 'a config'} must be a group of fields")
+        for key, value in values.items():
+            name = prefix + key
+            if isinstance(value, dict) and isinstance(_group(name), dict):
+                fill(value, name + ".")
+            elif find_field(name) is None:
+                raise UserError(f"{source}: {name} is not a field{nearest_field(name)}")
+            else:
+                set_field(config, name, _as_field_type(name, value))
+
+    fill(values, "")
+    return config
+
+
+def _as_field_type(name, value):
+    """Lists stand for tuples (JSON has none), and flow_t_schedule may be an integer in a Python config."""
+    if isinstance(value, list):
+        return tuple(value)
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_number and isinstance(find_field(name).default, str) else value
+
+
+def _group(name):
+    found = FIELDS
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def config_to_dict(config):
+    """Return the config as nested dictionaries of plain values, lists for tuples: what JSON can hold."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(config.to_dict())
+
+
+def save_config(config, path):
+    """Write the effective config to `path` (JSON, atomically) so that `load_config` and `--config` read it."""
+    write_json(path, config_to_dict(config))
+
+
+def help_text(doc):
+    """Return what `--help` prints: the script's purpose, its own flags and every field of the config."""
+    lines = [doc.strip(), "", "flags:", "  --config FILE: Python config or a run's config.json (needed)"]
+    for module, found in sorted(flags.FLAGS.flags_by_module_dict().items()):
+        if not module.startswith(("absl.", "ml_collections")):
+            lines += [f"  --{f.name}: {f.help} (default: {f.default!r})" for f in found]
+    lines += ["", "config fields (--config.NAME value):"]
+    lines += [f"  {name}: {describe_field(find_field(name))}" for name in field_names()]
+    return "\n".join(lines)
+
+
+def describe_field(field: Field):
+    """Return one line for people: meaning, choices, range and default of a field."""
+    choices = [str(c) for c in field.choices] + ([field.pattern.replace("|", " | ")] if field.pattern else [])
+    text = field.meaning + (f"; one of {' | '.join(choices)}" if choices else "")
+    if field.low is not None and field.high is not None:
+        text += f"; from {field.low:g} to {field.high:g}"
+    elif field.low is not None:
+        text += f"; at least {field.low:g}"
+    return f"{text} (default: {field.default!r})"
