@@ -39,7 +39,8 @@ FIELDS = {
         "weight_schedule": Field("uniform", "weight of the loss as a function of t",
                                  choices=("uniform", "snr", "snr_inv", "snr+1", "karras", "truncated-snr", "1mt")),
         "x0_randomness": Field("fix_0", "annealing reflow: β of z0' = sqrt(1-β²)·z0 + β·ξ as a function of the "
-                               "update (pairs only)", pattern=r"fix_<number>|warmup_<int>|warmup_exp_<int>|warmup_cos_<int>"),
+                               "update (pairs only)",
+                               pattern=r"fix_<number>|warmup_<int>|warmup_exp_<int>|warmup_cos_<int>"),
         "resume_from": Field("", "run folder whose last state this new run continues"),
         "progress": Field("auto", "progress bars: auto shows them when a terminal watches",
                           choices=("auto", "true", "false")),
@@ -69,7 +70,7 @@ FIELDS = {
     "sampling": {
         "use_ode_sampler": Field("rk45", "sampler", choices=("one_step", "euler", "heun", "rk45", "cm_stochastic")),
         "ode_tol": Field(1e-5, "rtol = atol of rk45", low=1e-12, high=1.0),
-        "step_control": Field("sample", "rk45: step size per sample, or one for the whole batch as in the released code",
+        "step_control": Field("sample", "rk45: a step size per sample, or one per batch as in the released code",
                               choices=("sample", "batch")),
         "max_steps": Field(10000, "rk45: steps of one sample after which it is given up", low=1),
         "sample_N": Field(1000, "number of steps N of euler, heun and cm_stochastic", low=1),
@@ -132,7 +133,8 @@ FIELDS = {
         "fir": Field(False, "resample with the FIR filter fir_kernel"),
         "fir_kernel": Field((1, 3, 3, 1), "taps of the FIR filter"),
         "progressive": Field("none", "how the output grows", choices=("none", "output_skip", "residual")),
-        "progressive_input": Field("none", "how the input enters lower levels", choices=("none", "input_skip", "residual")),
+        "progressive_input": Field("none", "how the input enters lower levels",
+                                   choices=("none", "input_skip", "residual")),
         "progressive_combine": Field("sum", "how the progressive input is joined", choices=("sum", "cat")),
         "init_scale": Field(0.0, "scale of the initial weights of each last layer", low=0.0),
         "scale_by_sigma": Field(False, "divide the output by the noise level that belongs to t"),
