@@ -1,0 +1,133 @@
+"""Batches of images on the device: looked up by (update, place), flipped and converted to [-1, 1] there."""
+
+import concurrent.futures
+
+import numpy as np
+import torch
+
+from datasets.batch import Batch, one_hot, pixels_to_float
+from datasets.order import EndlessOrder
+from runtime import seeds
+
+RESIDENT_SHARE = 0.25  # of the free memory of a GPU, which the network needs, too
+
+
+class ImageBatches:
+    """The batches of an image set.
+
+    `batch(update, low, high)` holds the samples at places [low, high) of the global batch of `update`. It is a
+    pure function of (seed, update, place): neither the number of processes nor the updates before it matter.
+    """
+
+    def __init__(self, image_set, batch_size, seed, num_classes, random_flip, rows):
+        """Take an `ImageSet`, the global batch size, and `rows`, which brings images to the device.
+
+        num_classes: width of the one-hot labels, 0 for none. random_flip: flip left-right with probability 1/2.
+        rows: `ResidentRows` or `StreamedRows` of the set's images.
+        """
+        self.image_set = image_set
+        self.order = EndlessOrder(len(image_set), batch_size, seed)
+        self.num_classes = num_classes
+        self.random_flip = random_flip
+        self.rows = rows
+
+    def __len__(self):
+        """Return the number of images in the set."""
+        return len(self.image_set)
+
+    @property
+    def shape(self):
+        """Shape (C, H, W) of an image."""
+        return self.image_set.images.shape[1:]
+
+    def batch(self, update, low, high):
+        """Return the `Batch` of places [low, high) of `update`, on the device."""
+        indices = self.order.indices(update, low, high)
+        pixels = self.rows.take(update, indices)
+        self.rows.prefetch(update + 1, self.order.indices(update + 1, low, high))
+        if self.random_flip:
+            pixels = flip_some(pixels, self._draw_flips(update, pixels.device)[low:high])
+        label = None
+        if self.num_classes:
+            labels = to_device(torch.from_numpy(self.image_set.labels[indices]), pixels.device)
+            label = one_hot(labels, self.num_classes)
+        return Batch(z0=None, z1=pixels_to_float(pixels), label=label)
+
+    def _draw_flips(self, update, device):
+        """Return which samples of the global batch are flipped, bool `(batch_size,)`."""
+        generator = seeds.step_generator(self.order.seed, update, seeds.FLIP, device)
+        return torch.rand(self.order.batch_size, generator=generator, device=device) < 0.5
+
+
+def flip_some(images, flipped):
+    """Return images `(N, C, H, W)` with those mirrored left-right where bool `flipped` `(N,)` is true."""
+    return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+
+
+class ResidentRows:
+    """Images that live on the device: a batch is an index operation there."""
+
+    def __init__(self, images, device):
+        """Take uint8 images `(N, C, H, W)`; a CPU uses them where they are, a GPU gets a copy."""
+        self.images = torch.from_numpy(images).to(device)
+
+    def take(self, update, indices):
+        """Return the images at int64 `indices` `(n,)`: uint8 `(n, C, H, W)` on the device."""
+        return self.images[to_device(torch.from_numpy(indices), self.images.device)]
+
+    def prefetch(self, update, indices):
+        """Do nothing: everything is there."""
+
+
+class StreamedRows:
+    """Images that stay on disk or in host memory: a thread gathers each batch while the one before trains."""
+
+    def __init__(self, images, device):
+        """Take uint8 images `(N, C, H, W)`, usually memory-mapped."""
+        self.images = images
+        self.device = device
+        self.thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="gather images")
+        self.gathered = {}  # (update, indices as bytes) -> future of the gathered images
+
+    def take(self, update, indices):
+        """Return the images at int64 `indices` `(n,)`: uint8 `(n, C, H, W)` on the device."""
+        waiting = self.gathered.pop((update, indices.tobytes()), None)
+        images = waiting.result() if waiting else self._gather(indices)
+        return images.to(self.device, non_blocking=True)
+
+    def prefetch(self, update, indices):
+        """Start to gather the images that `take(update, indices)` will want; forget those of other updates.
+
+        The parts of one update (accumulation steps) are asked for in turn, so what the update before it has
+        not taken yet is kept.
+        """
+        self.gathered = {key: future for key, future in self.gathered.items() if key[0] in (update - 1, update)}
+        self.gathered[update, indices.tobytes()] = self.thread.submit(self._gather, indices)
+
+    def _gather(self, indices):
+        """Return the images at `indices` in one block of host memory, pinned when a GPU will fetch it."""
+        shape = (len(indices), *self.images.shape[1:])
+        block = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        np.take(self.images, indices, axis=0, out=block.numpy(), mode="clip")  # clip: numpy's unbuffered way
+        return block
+
+
+def to_device(tensor, device):
+    """Return a small CPU tensor on `device` without waiting for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def create_rows(images, device, on_device):
+    """Return the images' `ResidentRows` or `StreamedRows`; on_device: `data.on_device`, auto, true or false."""
+    resident = {"true": True, "false": False, "auto": fits(images.nbytes, device)}[on_device]
+    return ResidentRows(images, device) if resident else StreamedRows(images, device)
+
+
+def fits(size, device):
+    """Return whether `size` bytes may stay on `device`: on a CPU always, since the memory map is its memory."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return size <= RESIDENT_SHARE * free
