@@ -1,0 +1,306 @@
+"""Adaptive integration: Dormand-Prince 5(4) on the device, each sample with its own steps or all with one.
+
+The pair of formulas is of Dormand and Prince (1980); the control law is that of Hairer, Nørsett and Wanner,
+"Solving Ordinary Differential Equations I", section II.4, as `scipy.integrate.RK45` has it: root-mean-square error
+norm, safety factor 0.9, step factors between 0.2 and 10, automatic first step.
+"""
+
+import dataclasses
+
+import torch
+
+from runtime.errors import UserError
+
+# Stage times, stage weights (the last row is the fifth-order solution: first same as last), and the weights of
+# the difference to the embedded fourth-order solution.
+STAGE_TIMES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
+STAGE_WEIGHTS = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+ERROR_WEIGHTS = (-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40)
+
+START_EVALUATIONS = 2  # the first slope, and one more to choose the first step
+STEP_EVALUATIONS = 6  # of every attempted step, accepted or not
+SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
+SMALLEST_STEP = 10 * torch.finfo(torch.float64).eps
+
+# What a lane reports after a step.
+RUNNING, FINISHED, VANISHED, NOT_FINITE = range(4)
+
+
+@dataclasses.dataclass
+class Lanes:
+    """B samples in integration, each at its own time: everything that one step hands to the next.
+
+    x and slope (the velocity there) `(B, ...)` float64; t, h (size of the next step, positive) and error (norm of
+    the last accepted step's) `(B,)` float64; refused `(B,)` bool: the last attempt was; label `(B, K)` or None.
+    """
+
+    x: torch.Tensor
+    slope: torch.Tensor
+    t: torch.Tensor
+    h: torch.Tensor
+    error: torch.Tensor
+    refused: torch.Tensor
+    label: torch.Tensor | None
+
+    def refill(self, places, source, rows):
+        """Put the samples in `rows` of the lanes `source` into the lanes `places` (int64 tensors on the device)."""
+        for name, tensor in vars(self).items():
+            if tensor is not None:
+                tensor.index_copy_(0, places, getattr(source, name)[rows])
+
+
+def each_alone(mean_squares):
+    """Error norm per sample, `(B,)`, of mean squares per sample: every sample is stepped on its own."""
+    return mean_squares.sqrt()
+
+
+def all_together(mean_squares):
+    """One error norm for all, `(B,)`: the batch is stepped as if it were one long vector."""
+    return mean_squares.mean().sqrt().expand_as(mean_squares)
+
+
+def proportional(error, previous_error):
+    """Return the step factor 0.9·error^(-1/5): scipy's controller."""
+    return SAFETY * power(error, -1 / 5)
+
+
+def power(base, exponent):
+    """Return `base ** exponent` of a `(B,)` tensor, each entry computed by the same routine.
+
+    A CPU handles the last few entries of a tensor with another `pow` than those that fill a vector register, and
+    the two differ in the last bit: spread over whole registers, a sample's step cannot depend on its lane.
+    """
+    return base.unsqueeze(1).expand(-1, 8).contiguous().pow(exponent)[:, 0]
+
+
+def per_lane(values, like):
+    """View `(B,)` values so that they multiply `(B, ...)` tensors."""
+    return values.view(-1, *(1,) * (like.ndim - 1))
+
+
+def mean_square(x):
+    """Mean over everything but the lanes: `(B, ...)` to `(B,)`."""
+    return x.square().flatten(1).mean(1)
+
+
+def weighted_sum(weights, tensors):
+    """Sum of weight·tensor in the order given: each product and sum is rounded alike in every lane."""
+    terms = [weight * tensor for weight, tensor in zip(weights, tensors, strict=True) if weight]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def start_lanes(velocity, z, label, t_start, t_end, tol, combine):
+    """Return `Lanes` at `t_start` with slope and first step, for samples `z` `(B, ...)`: two evaluations.
+
+    The first step is that of Hairer, Nørsett and Wanner: small enough that an explicit Euler step changes neither
+    the state nor the slope by much.
+    """
+    direction = 1.0 if t_end > t_start else -1.0
+    x = z.to(torch.float64)
+    t = torch.full((len(z),), t_start, dtype=torch.float64, device=z.device)
+
+    def slope_at(x, t):
+        return velocity(x.to(z.dtype), t.to(z.dtype), label).to(torch.float64)
+
+    slope = slope_at(x, t)
+    scale = tol + x.abs() * tol
+    d0, d1 = combine(mean_square(x / scale)), combine(mean_square(slope / scale))
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=abs(t_end - t_start))
+    slope_1 = slope_at(x + per_lane(direction * h0, x) * slope, t + direction * h0)
+    d2 = combine(mean_square((slope_1 - slope) / scale)) / h0
+    steepest = torch.maximum(d1, d2)
+    h1 = torch.where(steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), power(0.01 / steepest, 1 / 5))
+    h = torch.minimum(100 * h0, h1).clamp(max=abs(t_end - t_start))
+    return Lanes(x, slope, t, h, torch.ones_like(t), torch.zeros_like(t, dtype=torch.bool), label)
+
+
+def attempt_step(velocity, lanes, t_end, tol, combine, controller, dtype):
+    """Attempt one step of every lane towards `t_end`: six evaluations at `(B, ...)` in `dtype`.
+
+    Returns the new `Lanes` and an int8 tensor `(B,)` of RUNNING, FINISHED, VANISHED (a refused step that cannot
+    shrink) or NOT_FINITE (the same, because the velocity is not finite). Finished lanes stay as they are.
+    """
+    x, t = lanes.x, lanes.t
+    to_go = t_end - t
+    last = lanes.h >= to_go.abs()
+    h = torch.where(last, to_go, torch.copysign(lanes.h, to_go))
+    h_x = per_lane(h, x)
+    slopes = [lanes.slope]
+    for time, weights in zip(STAGE_TIMES, STAGE_WEIGHTS, strict=True):
+        x_new = x + h_x * weighted_sum(weights, slopes)
+        stage = velocity(x_new.to(dtype), (t + time * h).to(dtype), lanes.label)
+        slopes.append(stage.to(torch.float64))
+
+    scale = tol + torch.maximum(x.abs(), x_new.abs()) * tol
+    own_error = mean_square(h_x * weighted_sum(ERROR_WEIGHTS, slopes) / scale)
+    error = combine(own_error)
+    accepted = error < 1
+    factor = controller(error.clamp(min=1e-10), lanes.error).clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
+    factor = torch.where(lanes.refused & accepted, factor.clamp(max=1), factor)
+    factor = torch.where(error.isfinite(), factor, SMALLEST_FACTOR)
+
+    keep_x = per_lane(accepted, x)
+    t_new = torch.where(accepted, torch.where(last, t_end, t + h), t)
+    h_next = h.abs() * factor
+    finished = t_new == t_end
+    vanished = ~finished & ~(h_next >= SMALLEST_STEP) & ~(own_error < 1)  # negated: true of NaN, too
+    status = FINISHED * finished + torch.where(own_error.isfinite(), VANISHED, NOT_FINITE) * vanished
+    return Lanes(
+        x=torch.where(keep_x, x_new, x), slope=torch.where(keep_x, slopes[-1], lanes.slope), t=t_new, h=h_next,
+        error=torch.where(accepted, error, lanes.error), refused=~accepted, label=lanes.label,
+    ), status.to(torch.int8)
+
+
+def read_status(status):
+    """Return the lanes' status as a list: the one read from the device per step."""
+    return status.tolist()
+
+
+def check_status(statuses, samples, steps, max_steps, lanes):
+    """Raise `UserError` naming sample and time if a lane failed, or took `max_steps` steps without arriving.
+
+    `samples` holds each lane's sample number (None: the lane is idle), `steps` the steps it has taken.
+    """
+    problems = (
+        (NOT_FINITE, 0, "the velocity is not finite; check the checkpoint's weights"),
+        (VANISHED, 0, "the step size shrank to nothing: the velocity jumps there, or sampling.ode_tol is too small"),
+        (RUNNING, max_steps, f"{max_steps} steps were not enough; raise sampling.max_steps or sampling.ode_tol"),
+    )
+    for problem, least_steps, words in problems:
+        for lane, sample in enumerate(samples):
+            if sample is not None and statuses[lane] == problem and steps[lane] >= least_steps:
+                raise UserError(f"rk45, sample {sample} at t = {lanes.t[lane].item():.6g}: {words}")
+
+
+class Queue:
+    """The samples that wait for a lane, in their order.
+
+    They are prepared (first slope, first step) as many at a time as there are lanes, so that these evaluations are
+    as full as all others; behind the last sample its copies fill the rows.
+    """
+
+    def __init__(self, velocity, z, label, t_start, t_end, tol, lanes):
+        self.velocity, self.z, self.label = velocity, z, label
+        self.start = (t_start, t_end, tol, each_alone)
+        self.lanes, self.taken = lanes, 0
+
+    def prepare(self):
+        """Return the next `lanes` samples as `Lanes`."""
+        first = self.taken
+        rows = torch.arange(first, first + self.lanes, device=self.z.device).clamp(max=len(self.z) - 1)
+        label = None if self.label is None else self.label[rows]
+        return start_lanes(self.velocity, self.z[rows], label, *self.start)
+
+    def first(self):
+        """Return lanes with the first samples, and each lane's sample number (None where there is none)."""
+        self.block = self.prepare()
+        self.taken = min(self.lanes, len(self.z))
+        # Steps make new tensors, but carry the label on, and a refill writes into it.
+        label = None if self.label is None else self.block.label.clone()
+        samples = [lane if lane < self.taken else None for lane in range(self.lanes)]
+        return dataclasses.replace(self.block, label=label), samples
+
+    def refill(self, state, samples, free):
+        """Put the next samples, while there are any, into the lanes numbered in `free`; `samples` learns of it."""
+        while free and self.taken < len(self.z):
+            row = self.taken % self.lanes
+            if row == 0:
+                self.block = self.prepare()
+            now, free = free[: self.lanes - row], free[self.lanes - row :]
+            now = now[: len(self.z) - self.taken]
+            device = self.z.device
+            state.refill(torch.tensor(now, device=device), self.block,
+                         torch.arange(row, row + len(now), device=device))
+            for lane in now:
+                samples[lane], self.taken = self.taken, self.taken + 1
+
+
+@torch.no_grad()
+def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, lanes=64, max_steps=10000,
+                    controller=proportional, record=None, finished=None):
+    """Integrate dx/dt = velocity(x, t, label) from `z` `(N, ...)` at `t_start` to `t_end`, each sample on its own.
+
+    N samples flow through `lanes` lanes: a lane whose sample is finished takes the next one waiting, so that every
+    evaluation has exactly `lanes` rows (idle ones at the end are computed and ignored), and a sample's result does
+    not depend on N, on its neighbours or on the order.
+
+    velocity: takes x `(lanes, ...)`, t `(lanes,)` and label `(lanes, K)` or None, in the dtype of z; the state is
+    float64. tol is both rtol and atol, on the root mean square over a sample. `record(samples, t, x)`, if given,
+    sees sample numbers `(n,)`, times `(n,)` and states `(n, ...)` at the start and after every step.
+    `finished(n)` is told how many more samples are done, for a progress bar.
+    Returns x `(N, ...)` like z and the number of evaluations of each sample, int64 `(N,)` on the CPU, counted as
+    scipy does. Raises `UserError` naming sample and time for a velocity that is not finite, a step that shrinks
+    to nothing and more than `max_steps` steps.
+    """
+    x, nfe = torch.empty_like(z), torch.zeros(len(z), dtype=torch.int64)
+    if len(z) == 0:
+        return x, nfe
+    queue = Queue(velocity, z, label, t_start, t_end, tol, lanes)
+    state, samples = queue.first()
+    steps = [0] * lanes
+
+    def record_lanes(chosen):
+        places = torch.tensor(chosen, device=z.device)
+        record(torch.tensor([samples[lane] for lane in chosen]), state.t[places], state.x[places])
+
+    while busy := [lane for lane in range(lanes) if samples[lane] is not None]:
+        if record:
+            record_lanes(busy)
+        state, status = attempt_step(velocity, state, t_end, tol, each_alone, controller, z.dtype)
+        steps = [taken + 1 for taken in steps]
+        statuses = read_status(status)
+        check_status(statuses, samples, steps, max_steps, state)
+        done = [lane for lane in busy if statuses[lane] == FINISHED]
+        if not done:
+            continue
+        if record:
+            record_lanes(done)
+        numbers = [samples[lane] for lane in done]
+        x[torch.tensor(numbers, device=z.device)] = state.x[torch.tensor(done, device=z.device)].to(x.dtype)
+        for lane, number in zip(done, numbers, strict=True):
+            nfe[number] = START_EVALUATIONS + STEP_EVALUATIONS * steps[lane]
+            samples[lane], steps[lane] = None, 0
+        queue.refill(state, samples, done)
+        if finished:
+            finished(len(done))
+    return x, nfe
+
+
+@torch.no_grad()
+def rk45_joint(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, lanes=64, max_steps=10000,
+               controller=proportional, record=None, finished=None):
+    """Integrate as `rk45_per_sample` does, but with one step size for each batch of `lanes` samples.
+
+    This is what scipy's RK45 does on the flattened batch, and what the released code uses; a sample's result
+    depends on its batch.
+    """
+    x, nfe = torch.empty_like(z), torch.zeros(len(z), dtype=torch.int64)
+    for rows in torch.arange(len(z)).split(lanes):
+        samples, steps, statuses = rows.tolist(), 0, [RUNNING]
+        first, behind = samples[0], samples[-1] + 1
+        state = start_lanes(velocity, z[first:behind], None if label is None else label[first:behind],
+                            t_start, t_end, tol, all_together)
+        while statuses[0] != FINISHED:
+            if record:
+                record(rows, state.t, state.x)
+            state, status = attempt_step(velocity, state, t_end, tol, all_together, controller, z.dtype)
+            steps += 1
+            statuses = read_status(status)
+            check_status(statuses, samples, [steps] * len(samples), max_steps, state)
+        if record:
+            record(rows, state.t, state.x)
+        x[first:behind] = state.x.to(x.dtype)
+        nfe[first:behind] = START_EVALUATIONS + STEP_EVALUATIONS * steps
+        if finished:
+            finished(len(samples))
+    return x, nfe
