@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # One stream per purpose, so that two draws for the same (seed, index) are independent.
-NOISE, LABEL, PATH_NOISE, SUBSET, ORDER, FLIP, AUGMENT = range(7)
+NOISE, LABEL, PATH_NOISE, SUBSET, ORDER, FLIP, AUGMENT, DRAWS, DROPOUT, EVALUATION = range(10)
 
 
 def index_generator(seed, index, stream=NOISE):

@@ -1,0 +1,1 @@
+"""What train.py calls: the guarded update, the state on disk, the run folder, the records and the snapshots."""
