@@ -34,7 +34,8 @@ FIELDS = {
         "accumulation_steps": Field(1, "forward and backward passes that share one update and its batch", low=1),
         "loss_type": Field("l2", "distance between predicted and target velocity (l2, l1, huber) or of the "
                            "images they lead to (lpips)",
-                           choices=("l2", "l1", "lpips", "lpips+l2", "lpips+l1", "huber", "lpips+huber")),
+                           choices=("l2", "l1", "lpips", "lpips+l2", "lpips+l1", "huber", "lpips+huber",
+                                    "lpips/1mt+huber")),
         "reduce_mean": Field(True, "l1 and l2 as mean over C·H·W (false: half the sum)"),
         "weight_schedule": Field("uniform", "weight of the loss as a function of t",
                                  choices=("uniform", "snr", "snr_inv", "snr+1", "karras", "truncated-snr", "1mt")),
@@ -55,7 +56,7 @@ FIELDS = {
         "flow_t_schedule": Field("uniform", "distribution of the training time t; an integer k means k-step "
                                  "distillation",
                                  choices=("uniform", "t0", "t1", "t0t1", "u_shaped"),
-                                 pattern=r"fix_<number>|range_<number>_<number>|<int>"),
+                                 pattern=r"fix_<number>|range_<number>_<number>|exp_<number>|<int>"),
         "flow_alpha_t": Field("uniform", "place on the path, x_t = a·z1 + (1-a)·z0: a = t, eps (t0) or 1 (t1)",
                               choices=("uniform", "t0", "t1")),
         "pre_train_model": Field("", "checkpoint whose raw weights the network starts from (hf://owner/repo/file too)"),
@@ -83,6 +84,13 @@ FIELDS = {
         "total_number_of_samples": Field(50000, "number of pairs", low=1),
         "train_subset": Field("all", "images of the closed-form velocity: all, a class name, or random_N of them"),
         "class_label": Field(-1, "class of conditional samples (-1: drawn)", low=-1),
+        "block_size": Field(0, "generate_data.py: pairs per block, the unit that is finished or redone after a stop "
+                            "(0: four times training.batch_size)", low=0),
+        "pair_storage": Field("full", "generate_data.py: full keeps z0 and z1 in float32; compact keeps z1 in float16 "
+                              "and no z0, which is drawn again from (seed, index): a quarter of the disk",
+                              choices=("full", "compact")),
+        "random_flip": Field(False, "generate_data.py: flip starting images left-right with probability 1/2 "
+                             "(from_z1, gt_v_from_z1, random_paired)"),
     },
     "eval": {
         "batch_size": Field(1024, "images sampled at a time", low=1),
@@ -94,6 +102,8 @@ FIELDS = {
         "feature_extractor": Field("inception", "features of the Fréchet distance: clean-fid's Inception (FID), or "
                                    "the pixels themselves (small images; not an FID)", choices=("inception", "pixels")),
         "inception_path": Field("", "file of clean-fid's inception-2015-12-05.pt (empty: the user's cache)"),
+        "nearest": Field(2000, "samples whose distance to the nearest training image is measured (0: none)", low=0),
+        "save_samples": Field(False, "keep the samples that were measured, uint8 (N, C, H, W), as an npy in eval/"),
     },
     "data": {
         "dataset": Field("CIFAR10", "data set", choices=("CIFAR10", "FFHQ64", "ImageNet64", "MNIST", "FashionMNIST",

@@ -41,7 +41,7 @@ def create_annealing(name):
     r outside [0, 1] or N below 1.
     """
     schedules = {"fix": fixed, "warmup": linear, "warmup_exp": exponential, "warmup_cos": cosine}
-    match = re.fullmatch(r"(fix|warmup|warmup_exp|warmup_cos)_([\d.]+(?:[eE][-+]?\d+)?)", name)
+    match = re.fullmatch(r"(fix|warmup|warmup_exp|warmup_cos)_(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)", name)
     if match is None:
         raise UserError(f"training.x0_randomness is {name!r}: use fix_<r>, warmup_<N>, warmup_exp_<N> or "
                         "warmup_cos_<N>")

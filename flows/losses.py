@@ -8,6 +8,7 @@ import math
 
 import torch.nn.functional as F
 
+from flows.rectified_flow import per_sample
 from runtime.errors import UserError
 
 HUBER_C = 0.00054  # c / d of the pseudo-Huber distance; arXiv 2405.20320, section 4.2
@@ -119,5 +120,5 @@ def lpips_huber_inverse(v, point, lpips):
 
 def _lpips_from_here(v, point, lpips):
     """Return LPIPS of the image that one step from x_t to the end of the path leads to, and of the true one."""
-    left = (1 - point.a).view(-1, 1, 1, 1)
+    left = per_sample(1 - point.a, v)
     return lpips(point.x_t + left * v, point.z0 + point.target)

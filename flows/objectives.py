@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from flows import annealing, distillation, losses, time_schedules
+from flows import annealing, distillation, losses, perceptual, time_schedules
 from flows.rectified_flow import point_on_path
+from runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +108,49 @@ def create_objective(config, teacher_velocity=None, device="cpu"):
         random=random,
         path_place=time_schedules.create_path_place(config.flow.flow_alpha_t, eps),
         beta=beta,
-        distance=losses.create_distance(config.training.loss_type, config.training.reduce_mean, None),
+        distance=losses.create_distance(config.training.loss_type, config.training.reduce_mean,
+                                        lambda: perceptual.load_lpips(device)),
         weigh=losses.create_weighting(config.training.weight_schedule, eps),
         guidance=guidance,
     )
+
+
+def check_config(config):
+    """Raise UserError where the fields of the objective do not fit together; nothing is loaded."""
+    flow, training, data = config.flow, config.training, config.data
+    time_schedules.create_time_schedule(flow.flow_t_schedule, flow.eps)
+    time_schedules.create_path_place(flow.flow_alpha_t, flow.eps)
+    annealing.create_annealing(training.x0_randomness)
+    losses.create_weighting(training.weight_schedule, flow.eps)
+    losses.create_distance(training.loss_type, training.reduce_mean, load_lpips=lambda: None)
+    distillation.create_first_step(flow.guidance_first_step)
+    if "lpips" in training.loss_type and data.num_channels not in (1, 3):
+        raise UserError(f"training.loss_type {training.loss_type} compares colour or grey images, but "
+                        f"data.num_channels is {data.num_channels}: choose l2, l1 or huber")
+    if flow.use_teacher and not (flow.teacher_model or flow.pre_train_model):
+        raise UserError("flow.use_teacher needs a teacher: name its checkpoint in flow.teacher_model, or in "
+                        "flow.pre_train_model if the student starts from it too")
+    if flow.real_data_share > 0 and not data.real_pairs_root:
+        raise UserError(f"flow.real_data_share is {flow.real_data_share:g}, but data.real_pairs_root names no folder: "
+                        "make such pairs with generate_data.py --config.sampling.direction from_z1")
+    _check_pairs(config)
+
+
+def _check_pairs(config):
+    """Raise UserError where an objective on pairs has none."""
+    if config.data.reflow_data_root:
+        return
+    flow, x0_randomness = config.flow, config.training.x0_randomness
+    is_k_step = str(flow.flow_t_schedule).isdigit()
+    for field, value, needs_pairs in [
+        ("flow.flow_t_schedule", flow.flow_t_schedule, flow.flow_t_schedule == "t0" or is_k_step),
+        ("flow.use_teacher", "true", flow.use_teacher),
+        ("training.x0_randomness", x0_randomness, x0_randomness != "fix_0"),
+        ("flow.real_data_share", flow.real_data_share, flow.real_data_share > 0),
+    ]:
+        if needs_pairs:
+            raise UserError(f"{field} {value} needs noise-image pairs: name their folder in data.reflow_data_root "
+                            "(generate_data.py makes it)")
 
 
 def _noise(generator, count, shape, device):

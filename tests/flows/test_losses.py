@@ -1,0 +1,127 @@
+"""Distances and weights against closed forms."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flows.losses import create_distance, create_weighting
+from flows.rectified_flow import point_on_path
+from runtime.errors import UserError
+
+EPS = 1e-3
+Z0 = torch.tensor([[[[1.0, -1.0], [0.5, 0.0]]]])
+Z1 = torch.tensor([[[[0.0, 1.0], [0.5, 2.0]]]])
+DELTA = torch.tensor([[[[3.0, -4.0], [0.0, 0.0]]]])  # predicted minus true velocity: 25 its squared norm, d = 4
+
+
+def no_lpips():
+    raise AssertionError("LPIPS was loaded for a distance that does without")
+
+
+def point(t=0.25, a=0.25):
+    return point_on_path(Z0, Z1, torch.tensor([t]), torch.tensor([a]))
+
+
+def squared_lpips():
+    """A stand-in for LPIPS that shows which images it is given."""
+    return lambda image, reference: (image - reference).square().sum(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize(("loss_type", "reduce_mean", "value"), [
+    ("l2", True, 25 / 4), ("l2", False, 25 / 2), ("l1", True, 7 / 4), ("l1", False, 7 / 2),
+    ("huber", True, (math.sqrt(25 + 0.00216**2) - 0.00216) / 4), ("huber", False, 1.2494601166),
+])
+def test_velocity_distances_have_their_closed_form(loss_type, reduce_mean, value):
+    distance = create_distance(loss_type, reduce_mean, no_lpips)
+    assert distance(point().target + DELTA, point()).tolist() == pytest.approx([value], rel=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(1e-9, 1e3), st.integers(1, 3))
+def test_pseudo_huber_is_exact_for_any_size_of_error(size, channels):
+    """In float32 the textbook form loses all digits where the error is far below c."""
+    delta = torch.full((1, channels, 4, 4), size)
+    zero = torch.zeros_like(delta)
+    found = create_distance("huber", True, no_lpips)(delta, point_on_path(zero, zero, torch.ones(1), torch.ones(1)))
+    d = 16 * channels
+    c, norm = 0.00054 * d, delta.double().norm().item()
+    assert found.item() == pytest.approx(norm**2 / (math.hypot(norm, c) + c) / d, rel=1e-5)
+
+
+def test_pseudo_huber_has_a_zero_gradient_at_no_error():
+    v = point().target.clone().requires_grad_()
+    create_distance("huber", True, no_lpips)(v, point()).sum().backward()
+    assert torch.equal(v.grad, torch.zeros_like(v))
+
+
+@pytest.mark.parametrize(("loss_type", "value"), [
+    # one step from the start of the path: the images differ by Δ
+    ("lpips", 25), ("lpips+l2", 25 + 25 / 4), ("lpips+l1", 25 + 7 / 4),
+    # one step from x_t: they differ by (1-a)·Δ, a = 0.25; t = 0.5
+    ("lpips+huber", 0.5 * 1.2494601166 + 25 * 0.75**2), ("lpips/1mt+huber", 1.2494601166 + 25 * 0.75**2 / 0.5),
+])
+def test_image_distances_compare_the_images_they_lead_to(loss_type, value):
+    for reduce_mean in (True, False):  # a mixed form always takes the mean
+        distance = create_distance(loss_type, reduce_mean, squared_lpips)
+        found = distance(point().target + DELTA, point(t=0.5, a=0.25))
+        assert found.tolist() == pytest.approx([value], rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["lpips", "lpips+huber", "lpips/1mt+huber"])
+def test_lpips_is_given_the_true_image_as_its_reference(loss_type):
+    seen = []
+
+    def load():
+        return lambda image, reference: seen.append(reference) or torch.zeros(1)
+
+    create_distance(loss_type, True, load)(DELTA, point())
+    assert torch.allclose(seen[0], Z1)
+
+
+def test_lpips_divided_by_one_minus_t_is_finite_at_the_image():
+    found = create_distance("lpips/1mt+huber", True, squared_lpips)(point().target + DELTA, point(t=1.0, a=1.0))
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "lpips+l2"])
+def test_losses_are_float32_whatever_the_network_computes_in(loss_type):
+    v = (point().target + DELTA).to(torch.bfloat16)
+    assert create_distance(loss_type, True, squared_lpips)(v, point()).dtype == torch.float32
+
+
+SNR_HALF = (0.5 / 0.501) ** 2
+
+
+@pytest.mark.parametrize(("name", "at_eps", "at_half", "at_one"), [
+    ("uniform", 1, 1, 1),
+    ("snr", 1e-6, SNR_HALF, 1e6),
+    ("snr_inv", 1e6, 1 / SNR_HALF, 1e-6),
+    ("snr+1", 1 + 1e-6, 1 + SNR_HALF, 1 + 1e6),
+    ("karras", 4 + 1e-6, 4 + SNR_HALF, 4 + 1e6),
+    ("truncated-snr", 1, 1, 1e6),
+    ("1mt", 0.999**2, 0.25, 0),
+])
+def test_weights_have_their_closed_form(name, at_eps, at_half, at_one):
+    weigh = create_weighting(name, EPS)
+    found = weigh(torch.full((3,), 2.0), torch.tensor([EPS, 0.5, 1.0]))
+    assert found.tolist() == pytest.approx([2 * at_eps, 2 * at_half, 2 * at_one], rel=2e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(1e-3, 1.0))
+def test_every_weight_is_finite_and_follows_from_the_ratio(t):
+    times, ones = torch.tensor([t]), torch.ones(1)
+    ratio = (t / (1 - t + EPS)) ** 2
+    for name, weight in {"snr": ratio, "snr_inv": 1 / ratio, "truncated-snr": max(ratio, 1), "karras": ratio + 4,
+                         "1mt": (1 - t) ** 2}.items():
+        assert create_weighting(name, EPS)(ones, times).item() == pytest.approx(weight, rel=1e-3, abs=1e-6), name
+
+
+def test_a_wrong_name_is_one_sentence_naming_the_field():
+    with pytest.raises(UserError, match="training.loss_type"):
+        create_distance("l3", True, no_lpips)
+    with pytest.raises(UserError, match="training.weight_schedule"):
+        create_weighting("snr2", EPS)

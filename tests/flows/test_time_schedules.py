@@ -1,0 +1,124 @@
+"""Distributions of the training time, and the place on the path."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from flows.time_schedules import create_path_place, create_time_schedule
+from runtime.errors import UserError
+
+EPS = 1e-3
+COUNT = 20_000
+
+
+def draw(name, count=COUNT, seed=0, eps=EPS):
+    return create_time_schedule(name, eps)(torch.Generator().manual_seed(seed), count, "cpu")
+
+
+def u_shaped_distribution(t, a=4.0):
+    """Integral of e^{as} + e^{a(1-s)} from 0 to t over that to 1, term by term."""
+    s = (np.asarray(t) - EPS) / (1 - EPS)
+    return (np.exp(a * s) - 1 + math.exp(a) - np.exp(a * (1 - s))) / (2 * (math.exp(a) - 1))
+
+
+def exponential_distribution(t, base=10.0):
+    s = (np.asarray(t) - EPS) / (1 - EPS)
+    return (1 - base**-s) / (1 - 1 / base)
+
+
+DISTRIBUTIONS = {
+    "uniform": stats.uniform(EPS, 1 - EPS).cdf,
+    "range_0.2_0.8": stats.uniform(0.2, 0.6).cdf,
+    "u_shaped": u_shaped_distribution,
+    "exp_10": exponential_distribution,
+    "exp_0.5": lambda t: exponential_distribution(t, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_times_follow_their_distribution(name, seed):
+    assert stats.kstest(draw(name, seed=seed).numpy(), DISTRIBUTIONS[name]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_times_follow_no_other_distribution(name):
+    for other, distribution in DISTRIBUTIONS.items():
+        if other != name:
+            assert stats.kstest(draw(name).numpy(), distribution).pvalue < 1e-9
+
+
+def test_the_u_shape_is_the_papers_density():
+    """Density ∝ e^{at} + e^{a(1-t)}, a = 4: the ends are (1 + e^4) / (2 e^2) times likelier than the middle."""
+    counts, _ = np.histogram(draw("u_shaped", 200_000).numpy(), bins=50, range=(EPS, 1))
+    ratio = (counts[0] + counts[-1]) / (counts[24] + counts[25])
+    centre = 0.01
+    expected = (math.exp(4 * centre) + math.exp(4 * (1 - centre))) / (2 * math.exp(2))
+    assert ratio == pytest.approx(expected, rel=0.08)
+
+
+def test_k_step_times_are_the_starts_of_k_euler_steps_equally_often():
+    t = draw("4")
+    values, counts = t.double().unique(return_counts=True)
+    assert values.tolist() == pytest.approx([EPS + j * (1 - EPS) / 4 for j in range(4)], abs=1e-6)
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+    assert torch.equal(t, create_time_schedule(4, EPS)(torch.Generator().manual_seed(0), COUNT, "cpu"))
+
+
+def test_t0t1_takes_each_end_half_of_the_time_sample_by_sample():
+    t = draw("t0t1")
+    at_end = t == 1
+    assert torch.equal(t[~at_end], torch.full_like(t[~at_end], EPS))
+    assert stats.binomtest(int(at_end.sum()), COUNT).pvalue > 1e-3
+    changes = (at_end[1:] != at_end[:-1]).sum()
+    assert stats.binomtest(int(changes), COUNT - 1).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("name", "time"), [("t0", EPS), ("t1", 1.0), ("fix_0", EPS), ("fix_1", 1.0),
+                                            ("fix_0.25", EPS + 0.25 * (1 - EPS))])
+def test_constant_times_are_exact(name, time):
+    assert torch.equal(draw(name, 5), torch.full((5,), time))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["uniform", "t0", "t1", "t0t1", "u_shaped", "exp_10", "exp_0.1", "fix_0.3", "range_0.1_0.9", "7"]),
+       st.integers(0, 2**32), st.sampled_from([1e-5, 1e-3, 0.1]))
+def test_every_time_lies_between_eps_and_one(name, seed, eps):
+    t = draw(name, 1000, seed, eps)
+    assert t.dtype == torch.float32 and t.shape == (1000,)
+    assert t.min() >= torch.tensor(eps) and t.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["u_shaped", "exp_10", "exp_0.1"])
+def test_inverted_distributions_reach_both_ends_and_no_further(name, monkeypatch):
+    for u, time in [(0.0, EPS), (1.0, 1.0)]:
+        monkeypatch.setattr(torch, "rand", lambda count, u=u, **_: torch.full((count,), u))
+        assert draw(name, 1).item() == pytest.approx(time, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["uniform", "t0t1", "u_shaped", "exp_10", "4"])
+def test_times_belong_to_the_generator(name):
+    assert torch.equal(draw(name, seed=3), draw(name, seed=3))
+    assert not torch.equal(draw(name, seed=3), draw(name, seed=4))
+
+
+@pytest.mark.parametrize("name", ["", "t2", "fix_", "fix_1.5", "range_0.8_0.2", "range_0.2_1.2", "range_0.5_0.5",
+                                  "range_0.5", "1", "0", "2.5", "exp_1", "exp_0", "uniform_3", "-3", "fix_0.1_0.2"])
+def test_a_wrong_name_or_range_is_one_sentence_naming_the_field(name):
+    with pytest.raises(UserError, match="flow.flow_t_schedule") as caught:
+        create_time_schedule(name, EPS)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_place_on_the_path_is_the_time_or_an_end():
+    t = torch.tensor([0.25, 0.5])
+    assert torch.equal(create_path_place("uniform", EPS)(t), t)
+    assert torch.equal(create_path_place("t0", EPS)(t), torch.full((2,), EPS))
+    assert torch.equal(create_path_place("t1", EPS)(t), torch.ones(2))
+    with pytest.raises(UserError, match="flow.flow_alpha_t"):
+        create_path_place("t0t1", EPS)
