@@ -225,9 +225,12 @@ class Queue:
                 samples[lane], self.taken = self.taken, self.taken + 1
 
 
+DEFAULT_CONTROLLER = proportional
+
+
 @torch.no_grad()
 def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, lanes=64, max_steps=10000,
-                    controller=proportional, record=None, finished=None):
+                    controller=DEFAULT_CONTROLLER, record=None, finished=None):
     """Integrate dx/dt = velocity(x, t, label) from `z` `(N, ...)` at `t_start` to `t_end`, each sample on its own.
 
     N samples flow through `lanes` lanes: a lane whose sample is finished takes the next one waiting, so that every
@@ -278,18 +281,18 @@ def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-
 
 @torch.no_grad()
 def rk45_joint(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, lanes=64, max_steps=10000,
-               controller=proportional, record=None, finished=None):
+               controller=DEFAULT_CONTROLLER, record=None, finished=None):
     """Integrate as `rk45_per_sample` does, but with one step size for each batch of `lanes` samples.
 
     This is what scipy's RK45 does on the flattened batch, and what the released code uses; a sample's result
     depends on its batch.
     """
     x, nfe = torch.empty_like(z), torch.zeros(len(z), dtype=torch.int64)
-    for rows in torch.arange(len(z)).split(lanes):
-        samples, steps, statuses = rows.tolist(), 0, [RUNNING]
-        first, behind = samples[0], samples[-1] + 1
-        state = start_lanes(velocity, z[first:behind], None if label is None else label[first:behind],
-                            t_start, t_end, tol, all_together)
+    for first in range(0, len(z), lanes):
+        part = slice(first, min(first + lanes, len(z)))
+        samples, rows = range(part.start, part.stop), torch.arange(part.start, part.stop)
+        state = start_lanes(velocity, z[part], None if label is None else label[part], t_start, t_end, tol, all_together)
+        statuses, steps = [RUNNING], 0
         while statuses[0] != FINISHED:
             if record:
                 record(rows, state.t, state.x)
@@ -299,8 +302,8 @@ def rk45_joint(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, la
             check_status(statuses, samples, [steps] * len(samples), max_steps, state)
         if record:
             record(rows, state.t, state.x)
-        x[first:behind] = state.x.to(x.dtype)
-        nfe[first:behind] = START_EVALUATIONS + STEP_EVALUATIONS * steps
+        x[part] = state.x.to(x.dtype)
+        nfe[part] = START_EVALUATIONS + STEP_EVALUATIONS * steps
         if finished:
             finished(len(samples))
     return x, nfe

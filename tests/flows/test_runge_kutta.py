@@ -1,0 +1,240 @@
+"""Adaptive integration: correct, the same for every batch, never endless, and never waiting for the device."""
+
+import contextlib
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flows import runge_kutta
+from flows.runge_kutta import all_together, attempt_step, each_alone, rk45_joint, rk45_per_sample, start_lanes
+from flows.samplers import Trajectories
+from runtime.errors import UserError
+from flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
+
+BOTH = pytest.mark.parametrize("solver", [rk45_per_sample, rk45_joint])
+
+
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("tol", [1e-4, 1e-7])
+def test_end_point_is_right_within_the_tolerance(solver, tol):
+    z = noise(5, 1, 2, 3, dtype=torch.float64)
+    x, nfe = solver(gaussian_velocity, z, t_start=0.0, tol=tol, lanes=2)
+    assert (x - gaussian_flow(z)).abs().max() < 10 * tol
+    assert nfe.dtype == torch.int64 and nfe.shape == (5,) and ((nfe - 2) % 6 == 0).all()
+
+
+def test_formula_has_order_five():
+    def error(steps):
+        z = noise(3, 4, dtype=torch.float64)
+        state = start_lanes(gaussian_velocity, z, None, 0.0, 1.0, 1e6, each_alone)
+        for _ in range(steps):
+            state = dataclasses.replace(state, h=torch.full_like(state.h, 1 / steps))
+            state, _ = attempt_step(gaussian_velocity, state, 1.0, 1e6, each_alone, runge_kutta.DEFAULT_CONTROLLER,
+                                    z.dtype)
+        return (state.x - gaussian_flow(z)).abs().max().item()
+
+    assert math.log2(error(16) / error(32)) == pytest.approx(5, abs=0.4)
+
+
+@BOTH
+def test_reverse_returns_to_the_start(solver):
+    z, network = noise(3, 2, 4, 4, dtype=torch.float64), tiny_network()
+
+    def velocity(x, t, label):
+        return network(x.float(), t.float()).double()
+
+    x, _ = solver(velocity, z, tol=1e-5, lanes=3)
+    back, _ = solver(velocity, x, t_start=1.0, t_end=1e-3, tol=1e-5, lanes=3)
+    assert (x - z).abs().max() > 0.3
+    assert (back - z).abs().max() < 3e-3
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-5])
+def test_joint_steps_are_scipys(tol):
+    z, network = noise(6, 2, 4, 4), tiny_network()
+
+    def right_side(t, flat):
+        x = torch.from_numpy(flat).float().view_as(z)
+        return network(x, torch.full((6,), t)).double().numpy().reshape(-1)
+
+    expected = solve_ivp(right_side, (1e-3, 1), z.double().numpy().reshape(-1), rtol=tol, atol=tol)
+    x, nfe = rk45_joint(network, z, tol=tol, lanes=6)
+    assert abs(nfe[0].item() - expected.nfev) <= 0.1 * expected.nfev
+    np.testing.assert_allclose(x.numpy().reshape(-1), expected.y[:, -1], atol=tol)
+
+
+LANE_COUNT = 5  # odd: the last lanes of a row are computed by other machine instructions than the first
+NETWORK = tiny_network()
+SAMPLES = noise(23, 2, 4, 4, seed=1) * torch.linspace(0.2, 3, 23).view(-1, 1, 1, 1)
+LABELS = torch.linspace(-1, 1, 46).view(23, 2)
+ALL_X, ALL_NFE = rk45_per_sample(NETWORK, SAMPLES, LABELS, tol=1e-4, lanes=LANE_COUNT)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 22), min_size=1, max_size=23, unique=True))
+def test_a_sample_is_the_same_bits_in_any_company_and_order(chosen):
+    x, nfe = rk45_per_sample(NETWORK, SAMPLES[chosen], LABELS[chosen], tol=1e-4, lanes=LANE_COUNT)
+    assert torch.equal(x, ALL_X[chosen])
+    assert torch.equal(nfe, ALL_NFE[chosen])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 40))
+def test_a_sample_is_the_same_within_the_tolerance_for_any_number_of_lanes(lanes):
+    x, _ = rk45_per_sample(NETWORK, SAMPLES, LABELS, tol=1e-4, lanes=lanes)
+    assert (x - ALL_X).abs().max() < 10 * 1e-4
+
+
+def test_samples_have_their_own_steps():
+    assert len(ALL_NFE.unique()) > 2
+
+
+def test_every_evaluation_is_full_and_no_sample_waits_for_another():
+    sizes = []
+
+    def velocity(x, t, label):
+        sizes.append(len(x))
+        return NETWORK(x, t, label)
+
+    rk45_per_sample(velocity, SAMPLES, LABELS, tol=1e-4, lanes=LANE_COUNT)
+    assert set(sizes) == {LANE_COUNT}
+    work, longest = int(ALL_NFE.sum()), int(ALL_NFE.max())
+    # All the work spread over the lanes, the slopes of the padding, and one sample's way at the end.
+    assert len(sizes) * LANE_COUNT <= work + 2 * LANE_COUNT + (LANE_COUNT - 1) * longest
+
+
+@BOTH
+def test_no_samples_give_no_samples(solver):
+    x, nfe = solver(NETWORK, SAMPLES[:0], tol=1e-3)
+    assert x.shape == (0, 2, 4, 4) and nfe.shape == (0,)
+
+
+@BOTH
+def test_recorded_ways_run_from_start_to_end(solver):
+    ways = Trajectories()
+    x, _ = solver(NETWORK, SAMPLES[:7], tol=1e-3, lanes=3, record=ways)
+    for sample in range(7):
+        t, states = ways.of(sample)
+        assert t[0] == 1e-3 and t[-1] == 1 and (t.diff() > 0).all()
+        assert torch.equal(states[0].float(), SAMPLES[sample]) and torch.equal(states[-1].float(), x[sample])
+
+
+@BOTH
+def test_finished_samples_are_counted(solver):
+    counts = []
+    solver(NETWORK, SAMPLES, tol=1e-2, lanes=4, finished=counts.append)
+    assert sum(counts) == 23 and min(counts) > 0
+
+
+def nan_after_a_while(x, t, label=None):
+    """Not a number for samples that start above 10, from t = 0.5 on."""
+    bad = (x.flatten(1).amax(1) > 10) & (t > 0.5)
+    return torch.where(bad.view(-1, 1), torch.nan, torch.ones_like(x))
+
+
+@BOTH
+def test_a_velocity_that_becomes_nan_is_named_with_sample_and_time(solver):
+    z = noise(7, 3)
+    z[4] += 20
+    with pytest.raises(UserError, match=r"sample 4 at t = 0\.(49999|5\b).*not finite"):
+        solver(nan_after_a_while, z, lanes=3)
+
+
+@BOTH
+def test_a_velocity_that_is_nan_at_once_is_named(solver):
+    with pytest.raises(UserError, match=r"sample 0 at t = 0\.001: the velocity is not finite"):
+        solver(lambda x, t, label: x * torch.nan, noise(4, 3), lanes=3)
+
+
+@BOTH
+def test_a_step_that_shrinks_to_nothing_is_named(solver):
+    z = torch.full((5, 1), 0.1, dtype=torch.float64)
+    z[3] = 2  # dx/dt = x² goes to infinity at t = 0.5
+    with pytest.raises(UserError, match=r"sample 3 at t = 0\.(49999|5\b).*shrank to nothing"):
+        solver(lambda x, t, label: x**2, z, t_start=0.0, tol=1e-6, lanes=2)
+
+
+@BOTH
+def test_a_way_of_too_many_steps_is_given_up(solver):
+    with pytest.raises(UserError, match=r"sample 0 at t = 0\.\d+: 4 steps were not enough.*max_steps"):
+        solver(NETWORK, SAMPLES[:3], tol=1e-6, max_steps=4, lanes=2)
+
+
+class ReadsBack(TorchDispatchMode):
+    """Lists the operations whose result the host, or the shape of a tensor, waits for."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.name().split("::")[1].split(".")[0]
+        leaves_device = (isinstance(result, torch.Tensor) and result.device.type == "cpu"
+                         and any(isinstance(a, torch.Tensor) and a.device.type == "cuda" for a in args))
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.WAITING or leaves_device or by_mask:
+            self.found.append(name)
+        return result
+
+
+@pytest.fixture
+def status_reads(monkeypatch):
+    """The statuses read from the device, in order."""
+    reads, original = [], runge_kutta.read_status
+    monkeypatch.setattr(runge_kutta, "read_status", lambda status: reads.append(original(status)) or reads[-1])
+    return reads
+
+
+@BOTH
+def test_the_device_is_read_once_per_step_and_never_else(solver, status_reads):
+    evaluations = []
+
+    def velocity(x, t, label):
+        evaluations.append(len(x))
+        return NETWORK(x, t, label)
+
+    with ReadsBack() as reads:
+        solver(velocity, SAMPLES, LABELS, tol=1e-3, lanes=LANE_COUNT)
+    assert reads.found == []
+    starts = -(-len(SAMPLES) // LANE_COUNT)
+    assert len(status_reads) == (len(evaluations) - 2 * starts) // 6
+
+
+@BOTH
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+def test_steps_and_refills_stay_on_the_device(solver, device, status_reads, monkeypatch):
+    solver(NETWORK, SAMPLES, LABELS, tol=1e-3, lanes=LANE_COUNT)
+    recorded = iter(list(status_reads))
+    monkeypatch.setattr(runge_kutta, "read_status", lambda status: next(recorded))
+
+    def velocity(x, t, label):
+        return torch.tanh(x) * t.view(-1, 1, 1, 1) + label[:, :1, None, None]
+
+    with FakeTensorMode() if device == "cuda" else contextlib.nullcontext(), ReadsBack() as reads:
+        z, label = torch.empty(SAMPLES.shape, device=device), torch.empty(LABELS.shape, device=device)
+        x, nfe = solver(velocity, z, label, tol=1e-3, lanes=LANE_COUNT)
+    assert x.device.type == device and x.shape == z.shape and x.dtype == torch.float32
+    assert reads.found == []
+    assert next(recorded, None) is None
+
+
+def test_norms_say_who_is_stepped_with_whom():
+    squares = torch.tensor([4.0, 16.0, 1.0])
+    assert torch.equal(each_alone(squares), torch.tensor([2.0, 4.0, 1.0]))
+    assert torch.equal(all_together(squares), torch.full((3,), 7.0).sqrt())
