@@ -2,9 +2,11 @@
 
 import numpy as np
 
+from datasets.source import fit_block
 
-def read():
-    """Return the digits as uint8 `(1797, 1, 8, 8)`, int64 labels and class names.
+
+def read(form):
+    """Return the digits as a `Block` in `form`, and their class names.
 
     Their values 0..16 become `round(v * 255 / 16)`.
     """
@@ -12,4 +14,4 @@ def read():
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
-    return images, digits.target.astype(np.int64), tuple(str(name) for name in digits.target_names)
+    return fit_block(images, digits.target.astype(np.int64), form), tuple(map(str, digits.target_names))

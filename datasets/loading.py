@@ -10,6 +10,7 @@ from datasets.order import EndlessOrder
 from runtime import seeds
 
 RESIDENT_SHARE = 0.25  # of the free memory of a GPU, which the network needs, too
+COPIED_AT_ONCE = 4096  # images, when a whole set goes to a GPU
 
 
 class ImageBatches:
@@ -23,7 +24,7 @@ class ImageBatches:
         """Take an `ImageSet`, the global batch size, and `rows`, which brings images to the device.
 
         num_classes: width of the one-hot labels, 0 for none. random_flip: flip left-right with probability 1/2.
-        rows: `ResidentRows` or `StreamedRows` of the set's images.
+        rows: the `HostRows`, `DeviceRows` or `StreamedRows` of the set's images.
         """
         self.image_set = image_set
         self.order = EndlessOrder(len(image_set), batch_size, seed)
@@ -64,12 +65,30 @@ def flip_some(images, flipped):
     return torch.where(flipped[:, None, None, None], images.flip(-1), images)
 
 
-class ResidentRows:
-    """Images that live on the device: a batch is an index operation there."""
+class HostRows:
+    """Images in the memory of a CPU that is itself the device: the memory map is read where it is."""
+
+    def __init__(self, images):
+        """Take uint8 images `(N, C, H, W)`, usually memory-mapped."""
+        self.images = images
+
+    def take(self, update, indices):
+        """Return the images at int64 `indices` `(n,)`: uint8 `(n, C, H, W)`."""
+        return torch.from_numpy(self.images[indices])
+
+    def prefetch(self, update, indices):
+        """Do nothing: everything is there."""
+
+
+class DeviceRows:
+    """Images copied to the device: a batch is an index operation there."""
 
     def __init__(self, images, device):
-        """Take uint8 images `(N, C, H, W)`; a CPU uses them where they are, a GPU gets a copy."""
-        self.images = torch.from_numpy(images).to(device)
+        """Take uint8 images `(N, C, H, W)` and copy them, a part at a time, to `device`."""
+        self.images = torch.empty(images.shape, dtype=torch.uint8, device=device)
+        for start in range(0, len(images), COPIED_AT_ONCE):
+            part = slice(start, start + COPIED_AT_ONCE)
+            self.images[part] = torch.from_numpy(np.array(images[part]))
 
     def take(self, update, indices):
         """Return the images at int64 `indices` `(n,)`: uint8 `(n, C, H, W)` on the device."""
@@ -120,13 +139,18 @@ def to_device(tensor, device):
 
 
 def create_rows(images, device, on_device):
-    """Return the images' `ResidentRows` or `StreamedRows`; on_device: `data.on_device`, auto, true or false."""
-    resident = {"true": True, "false": False, "auto": fits(images.nbytes, device)}[on_device]
-    return ResidentRows(images, device) if resident else StreamedRows(images, device)
+    """Return what brings images to `device`; on_device: the config field `data.on_device`.
+
+    "true": they live on the device (on a CPU that is where they are). "false": they are streamed to it. "auto":
+    streamed only to a GPU with too little free memory.
+    """
+    if on_device == "false" or (on_device == "auto" and not _fits(images.nbytes, device)):
+        return StreamedRows(images, device)
+    return HostRows(images) if device.type == "cpu" else DeviceRows(images, device)
 
 
-def fits(size, device):
-    """Return whether `size` bytes may stay on `device`: on a CPU always, since the memory map is its memory."""
+def _fits(size, device):
+    """Return whether `size` bytes may stay on `device` beside the network."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
