@@ -1,0 +1,297 @@
+"""Measure samples: the Fréchet distance (FID) and its companions, for a sweep of checkpoints, one .pth, or files.
+
+Results go to {ckpt_dir}/eval/results.jsonl, one line for each checkpoint and sampler; what is there already is
+not computed again. torchrun splits the samples over its processes.
+"""
+
+import dataclasses
+import pathlib
+import time
+
+import torch
+from absl import flags
+
+from configs.command_line import run_script
+from datasets.batch import one_hot
+from datasets.images import ImageSet, load_images
+from flows.rectified_flow import velocity_from_network
+from flows.samplers import create_sampler
+from metrics import results as results_file
+from metrics.compare import compare
+from metrics.features import FeatureExtractor, create_extractor, quantise
+from metrics.gather import gather_rows, share_of, sum_over_processes
+from metrics.image_files import open_images
+from metrics.neighbours import leave_one_out_distances, nearest_distances
+from metrics.reference import load_reference, read_batches
+from metrics.sample_store import sample_store
+from metrics.statistics import Statistics, measure
+from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
+from metrics.versions import versions
+from models import load_model
+from models.checkpoint import apply_architecture, read_checkpoint
+from runtime.devices import start_processes, stop_processes
+from runtime.errors import UserError
+from runtime.files import file_digest
+from runtime.progress import progress_bar
+from runtime.seeds import EVALUATION, index_labels, index_noise
+
+flags.DEFINE_string("ckpt_dir", "", "run folder (or one .pth) whose checkpoints are sampled and measured")
+flags.DEFINE_string("data_dir", "", "images to measure instead: npy (NCHW in [-1, 1]), npz, folder or zip")
+flags.DEFINE_string("target_path", "", "what to compare with: npz of mu and sigma, or images as npy, npz, folder "
+                    "or zip (empty: CIFAR-10's published statistics; the training images for pixels)")
+flags.DEFINE_bool("use_ema", True, "sample with the EMA weights (false: the raw ones)")
+flags.DEFINE_bool("force", False, "compute again what results.jsonl has")
+
+BATCHES_AT_ONCE = 4  # handed to the sampler together, so that rk45's lanes seldom run empty
+
+
+@dataclasses.dataclass(frozen=True)
+class Yardstick:
+    """What samples are held against: features, reference statistics, training images (None: not there)."""
+
+    extractor: FeatureExtractor
+    reference: Statistics
+    training_images: ImageSet | None
+    nn_distance_real: float | None
+
+
+def main(config, args, given):
+    """Measure what the flags name and print a table and the line to quote."""
+    if bool(args.ckpt_dir) == bool(args.data_dir):
+        raise UserError("name either --ckpt_dir (checkpoints to sample) or --data_dir (images to measure)")
+    processes = start_processes()
+    try:
+        if args.data_dir:
+            path, done = measure_files(config, args, processes)
+        else:
+            path, done = measure_checkpoints(config, args, given, processes)
+        if processes.is_main:
+            report(path, done)
+    finally:
+        stop_processes()
+
+
+def measure_checkpoints(config, args, given, processes):
+    """Measure every checkpoint of --ckpt_dir that has no result yet; return (results file, results of the sweep)."""
+    path = results_file.results_path(results_folder(args.ckpt_dir))
+    paths = checkpoint_paths(config, args.ckpt_dir, processes)
+    yardstick, done = None, []
+    while (checkpoint := processes.share(next(paths, None))) is not None:
+        identity = {"checkpoint": pathlib.Path(checkpoint).name, "digest": file_digest(checkpoint),
+                    "weights": "EMA" if args.use_ema else "raw", **sampling_identity(config),
+                    **measuring_identity(config, args.target_path)}
+        earlier = None if args.force else results_file.find_result(results_file.read_results(path), identity)
+        earlier = processes.share(earlier)
+        if earlier is not None:
+            say(processes, f"{identity['checkpoint']}: already measured ({path}); --force measures it again")
+            done.append(earlier)
+            continue
+        net = load_model(checkpoint, use_ema=args.use_ema, device=processes.device)
+        config = apply_architecture(config, net.config_fields, given)
+        yardstick = yardstick or create_yardstick(config, args.target_path, processes)
+        result = identity | {"step": int(read_checkpoint(checkpoint)["step"])}
+        result |= measure_network(net, pathlib.Path(checkpoint).stem, config, yardstick, path, processes)
+        result |= {"parameters": sum(p.numel() for p in net.parameters())}
+        done.append(result)
+        publish(result, path, processes)
+    return path, done
+
+
+def checkpoint_paths(config, ckpt_dir, processes):
+    """Return an iterator over the checkpoint files that --ckpt_dir and config.eval ask for."""
+    if ckpt_dir.endswith(".pth"):
+        if not pathlib.Path(ckpt_dir).is_file():
+            raise UserError(f"--ckpt_dir {ckpt_dir} does not exist")
+        return iter([ckpt_dir])
+    if not pathlib.Path(ckpt_dir).is_dir() and not config.eval.wait:
+        raise UserError(f"--ckpt_dir {ckpt_dir} is neither a run folder nor a .pth file")
+    folder, settings = checkpoint_folder(ckpt_dir), config.eval
+    if settings.wait:
+        return sweep_and_wait(folder, max(1, settings.begin_ckpt), settings.end_ckpt, settings.wait_limit * 3600,
+                              why_unreadable, last_checkpoint)
+    return sweep(folder, settings.begin_ckpt, settings.end_ckpt,
+                 lambda k: say(processes, f"checkpoint_{k}.pth is not in {folder}: passed over"))
+
+
+def results_folder(ckpt_dir):
+    """Return the folder whose eval/ takes the results: the run folder, also of a single .pth."""
+    return run_folder(ckpt_dir) if ckpt_dir.endswith(".pth") else pathlib.Path(ckpt_dir)
+
+
+def why_unreadable(path):
+    """Return None for a complete checkpoint, otherwise a sentence: it may still be on its way."""
+    try:
+        read_checkpoint(path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def last_checkpoint(path):
+    """Return the number of the last checkpoint that the run of this one will write, None if it does not say."""
+    training = read_checkpoint(path).get("config", {}).get("training")
+    return training and training["n_iters"] // training["snapshot_freq"]
+
+
+def sampling_identity(config):
+    """Return what of the sampling makes a result another: rule, steps, tolerance, noise and class of sample i."""
+    sampling, name = config.sampling, config.sampling.use_ode_sampler
+    adaptive = name == "rk45"
+    return {
+        "sampler": name,
+        "sample_N": None if adaptive or name == "one_step" else sampling.sample_N,
+        "ode_tol": sampling.ode_tol if adaptive else None,
+        "step_control": sampling.step_control if adaptive else None,
+        "rho": sampling.rho if name == "heun" else None,
+        "init_noise_scale": sampling.init_noise_scale,
+        "class_label": sampling.class_label,
+    }
+
+
+def measuring_identity(config, target_path):
+    """Return what of the measuring makes a result another."""
+    return {"seeds": {"samples": config.seed, "subsets": config.seed}, "num_samples": config.eval.num_samples,
+            "features": config.eval.feature_extractor, "target": target_path or config.data.dataset}
+
+
+def create_yardstick(config, target_path, processes):
+    """Return the `Yardstick` that config.eval and --target_path ask for."""
+    extractor = create_extractor(config, processes.device)
+    training_images, distance = None, None
+    try:
+        training_images = load_images(config)
+    except UserError as error:
+        if extractor.name == "pixels" and not target_path:
+            raise
+        say(processes, f"no distance to the nearest training image: {error}")
+    reference = load_reference(target_path, config, extractor, processes, training_images)
+    if training_images is not None and config.eval.nearest:
+        distances = leave_one_out_distances(training_images.images, config.eval.nearest, processes.device)
+        distance = distances.median().item()
+    return Yardstick(extractor, reference, training_images, distance)
+
+
+def measure_network(net, stem, config, yardstick, path, processes):
+    """Sample from `net` and return the measured part of a result."""
+    count, shape = config.eval.num_samples, (config.data.num_channels, config.data.image_size, config.data.image_size)
+    first, last = share_of(processes.rank, processes.world_size, count)
+    nfes = [torch.zeros(0, dtype=torch.int64)]
+    batches = sample_batches(net, config, shape, range(first, last), processes, stem, nfes.append)
+    if config.eval.save_samples:
+        stored = path.with_name(f"{stem}_{config.sampling.use_ode_sampler}.npy")
+        with sample_store(stored, count, shape, processes) as keep:
+            measured = measure_images(batches, first, count, stem, config, yardstick, processes, [keep])
+    else:
+        measured = measure_images(batches, first, count, stem, config, yardstick, processes)
+    evaluations = sum_over_processes(torch.cat(nfes).sum().to(processes.device)).item()
+    return {"nfe": evaluations / count} | measured
+
+
+def sample_batches(net, config, shape, indices, processes, title, count_evaluations):
+    """Yield the samples `indices` as uint8 (N, C, H, W) on the device, config.eval.batch_size at a time.
+
+    Noise and class of sample i belong to (config.seed, i): batch size and number of processes change nothing.
+    """
+    sample, velocity, size = create_sampler(config), velocity_from_network(net), config.eval.batch_size
+    with progress_bar(total=len(indices), desc=f"sampling {title}", unit="images",
+                      enabled=config.training.progress if processes.is_main else "false") as bar:
+        for low in range(0, len(indices), size * BATCHES_AT_ONCE):
+            part = indices[low : low + size * BATCHES_AT_ONCE]
+            z = index_noise(config.seed, part, shape, EVALUATION).to(processes.device)
+            x, nfe = sample(velocity, z * config.sampling.init_noise_scale, draw_labels(config, part, processes.device),
+                            indices=part, batch_size=size, finished=bar.update)
+            count_evaluations(nfe)
+            yield from quantise_samples(x, part, title).split(size)
+
+
+def draw_labels(config, indices, device):
+    """Return the one-hot classes of the samples `indices`: drawn, or config.sampling.class_label for all."""
+    classes, chosen = config.data.num_classes, config.sampling.class_label
+    if classes == 0:
+        return None
+    if chosen >= classes:
+        raise UserError(f"config.sampling.class_label is {chosen}, but the classes are 0 to {classes - 1}")
+    labels = index_labels(config.seed, indices, classes)
+    return one_hot((labels if chosen < 0 else torch.full_like(labels, chosen)).to(device), classes)
+
+
+def quantise_samples(x, indices, title):
+    """Return samples as uint8; raise UserError naming the first that is not finite."""
+    bad = (~x.flatten(1).isfinite().all(1)).nonzero()
+    if len(bad):
+        raise UserError(f"{title}: sample {indices[bad[0].item()]} holds NaN or infinite pixels; the network has "
+                        "diverged, or needs config.training.precision fp32")
+    return quantise(x)
+
+
+def measure_files(config, args, processes):
+    """Measure the images of --data_dir; return (results file, list of one result)."""
+    source = open_images(args.data_dir, config.data.num_channels)
+    path = results_file.results_path(source.path.parent)
+    count = min(config.eval.num_samples, len(source))
+    say(processes, f"{count} of the {len(source)} images in {args.data_dir} are measured")
+    state = source.path.stat()
+    identity = {"checkpoint": source.path.name, "digest": f"{state.st_size}-{state.st_mtime_ns}", "sampler": None,
+                **measuring_identity(config, args.target_path), "num_samples": count}
+    earlier = None if args.force else results_file.find_result(results_file.read_results(path), identity)
+    earlier = processes.share(earlier)
+    if earlier is not None:
+        say(processes, f"{source.path.name}: already measured ({path}); --force measures it again")
+        return path, [earlier]
+    yardstick = create_yardstick(config, args.target_path, processes)
+    first, last = share_of(processes.rank, processes.world_size, count)
+    batches = read_batches(source, first, last, config.eval.batch_size, processes, source.path.name)
+    result = identity | {"step": None, "nfe": None}
+    result |= measure_images(batches, first, count, source.path.name, config, yardstick, processes)
+    publish(result, path, processes)
+    return path, [result]
+
+
+def measure_images(batches, first, count, name, config, yardstick, processes, observers=()):
+    """Bring uint8 images through all metrics; return {what: value}. `first` is the number of this process's first."""
+    started = time.monotonic()
+    distances = [torch.zeros(0)]
+
+    def find_nearest(number, images):
+        asked = images[: max(0, config.eval.nearest - number)]
+        if yardstick.nn_distance_real is not None and len(asked):
+            distances.append(nearest_distances(asked, yardstick.training_images.images).cpu())
+
+    samples = measure(batches, yardstick.extractor, first, count, processes.device, name, [find_nearest, *observers])
+    distances = gather_rows(torch.cat(distances), processes.device)
+    metrics = compare(samples, yardstick.reference, yardstick.extractor, processes.device, config.seed)
+    return {
+        **metrics,
+        "nn_distance": distances.median().item() if len(distances) else None,
+        "nn_distance_real": yardstick.nn_distance_real,
+        "reference": yardstick.reference.name,
+        "protocol": yardstick.extractor.protocol,
+        "seconds": round(time.monotonic() - started, 2),
+        "processes": processes.world_size,
+        "versions": versions(processes.device),
+    }
+
+
+def publish(result, path, processes):
+    """Write a result to its file and say it on the terminal."""
+    if processes.is_main:
+        results_file.append_result(path, result)
+        print(results_file.protocol_line(result), flush=True)
+
+
+def report(path, done):
+    """Print the table of this command's results, and name the best checkpoint and the file."""
+    print(results_file.table(done))
+    best = results_file.best_of(done)
+    name = results_file.main_metric(best)
+    print(f"best: {best['checkpoint']}, {results_file.TITLES[name]} {best[name]:.4g}; results in {path}")
+
+
+def say(processes, message):
+    """Print a remark once, not once a process."""
+    if processes.is_main:
+        print(message, flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)

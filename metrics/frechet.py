@@ -1,0 +1,46 @@
+"""The Fréchet distance between two Gaussians, by factors and singular values instead of a matrix square root."""
+
+import torch
+
+from runtime.errors import UserError
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Return ‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½), a float, never negative.
+
+    `mu*` (D,) and `sigma*` (D, D): tensors or arrays, taken in float64 on the device of `mu1`. With Σᵢ = AᵢAᵢᵀ
+    the eigenvalues of Σ₁Σ₂ are the squared singular values of A₁ᵀA₂, so the trace of the root is the sum of
+    these singular values: real and non-negative whatever the rank, where `scipy.linalg.sqrtm` of the
+    non-symmetric Σ₁Σ₂ can come out complex. Raises UserError when dimensions differ or a number is not finite.
+    Source: Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+    """
+    device = mu1.device if torch.is_tensor(mu1) else "cpu"
+    mu1, sigma1, mu2, sigma2 = (
+        torch.as_tensor(value, dtype=torch.float64, device=device) for value in (mu1, sigma1, mu2, sigma2)
+    )
+    _check(mu1, sigma1, mu2, sigma2)
+    root_trace = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
+    return max(0.0, distance.item())  # rounding leaves about -1e-12 between equal Gaussians
+
+
+def _factor(sigma):
+    """Return A with A Aᵀ = Σ: Cholesky's factor, or the eigenvectors scaled where Σ is not of full rank."""
+    sigma = (sigma + sigma.T) / 2
+    lower, failed = torch.linalg.cholesky_ex(sigma)
+    if not failed:
+        return lower
+    eigenvalues, vectors = torch.linalg.eigh(sigma)
+    return vectors * eigenvalues.clamp(min=0).sqrt()
+
+
+def _check(mu1, sigma1, mu2, sigma2):
+    """Refuse statistics that cannot be compared, or that hold NaN."""
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (*mu1.shape, *mu1.shape):
+        raise UserError(
+            f"the two sets of statistics have different dimensions: mu {tuple(mu1.shape)} and sigma "
+            f"{tuple(sigma1.shape)} against mu {tuple(mu2.shape)} and sigma {tuple(sigma2.shape)}; "
+            "both must come from the same feature extractor"
+        )
+    if not all(value.isfinite().all() for value in (mu1, sigma1, mu2, sigma2)):
+        raise UserError("the statistics for the Fréchet distance hold NaN or infinite numbers: some image or file does")
