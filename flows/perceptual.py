@@ -1,12 +1,13 @@
 """LPIPS, the learned perceptual distance of images, on VGG16's features (arXiv 1801.03924).
 
 Network and weights are those of the `lpips` package; the arithmetic around them is ours, because the package's has
-NaN gradients where all features of a pixel are zero (the root of a zero sum), as a constant image can have them.
+NaN gradients where the squared features of a pixel add up to zero (the root of zero), as in a constant image.
 """
 
 import contextlib
 import os
 import pickle
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from runtime.errors import UserError
 
 SIDE = 64  # images are compared at 64×64 pixels
 SMALLEST_SQUARE = 1e-10  # added to a squared feature norm; those of natural images are above 1
+LAST_LAYER = "features.28.weight"  # of VGG16, which smaller networks lack
 
 
 def load_lpips(device):
@@ -24,9 +26,11 @@ def load_lpips(device):
     """
     import lpips  # here, since it takes a second and most objectives do without
 
-    with torch.random.fork_rng(devices=[]):  # the package first draws weights, which are replaced below
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    _load_vgg16(net.net)
+    weights = _read_vgg16()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the package calls torchvision by an older keyword
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # draws weights, replaced by the next line
+    net.net.load_state_dict({name: weights[_vgg16_name(name)] for name in net.net.state_dict()})
     net.eval().requires_grad_(False).to(device)
     return lambda image, reference: lpips_distance(net, image, reference)
 
@@ -61,19 +65,26 @@ def _without_autocast(device_type):
     return contextlib.nullcontext()
 
 
-def _load_vgg16(trunk):
-    """Fill the package's `trunk` with torchvision's VGG16 weights: features.5.bias is its slice2.5.bias."""
+def _vgg16_name(name):
+    """Return torchvision's name of the package's tensor `name`: its slice2.5.bias is features.5.bias."""
+    return "features." + name.partition(".")[2]
+
+
+def _read_vgg16():
+    """Return the state dict of torchvision's VGG16 from its cache, downloaded there when absent."""
     from torchvision.models import VGG16_Weights
 
     url = VGG16_Weights.IMAGENET1K_V1.url
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     try:
         weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        trunk.load_state_dict({name: weights["features." + name.partition(".")[2]] for name in trunk.state_dict()})
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        if LAST_LAYER not in weights:
+            raise RuntimeError(f"there is no {LAST_LAYER} in it")
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged or holds no VGG16 weights: remove it, so that {url} is downloaded again, "
                         "or put that file there") from error
     except OSError as error:
         raise UserError(f"LPIPS needs VGG16's weights and cannot download them ({error}): put {url} at {path}, or set "
                         "the environment variable TORCH_HOME to a folder that holds it in hub/checkpoints/"
                         ) from error
+    return weights

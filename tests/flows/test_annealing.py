@@ -61,8 +61,8 @@ def test_the_limits_of_annealing_are_exact():
     assert torch.equal(anneal(z0, xi, 1.0), xi)
 
 
-@pytest.mark.parametrize("name", ["", "fix", "fix_", "fix_1.1", "fix_-0.1", "fix_0.1.2", "warmup_0", "warmup_", "warm_10",
-                                  "warmup_lin_10", "exp_10"])
+@pytest.mark.parametrize("name", ["", "fix", "fix_", "fix_1.1", "fix_-0.1", "fix_0.1.2", "warmup_0", "warmup_",
+                                  "warm_10", "warmup_lin_10", "exp_10"])
 def test_a_wrong_schedule_is_one_sentence_naming_the_field(name):
     with pytest.raises(UserError, match="training.x0_randomness"):
         create_annealing(name)

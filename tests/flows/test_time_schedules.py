@@ -86,8 +86,8 @@ def test_constant_times_are_exact(name, time):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(["uniform", "t0", "t1", "t0t1", "u_shaped", "exp_10", "exp_0.1", "fix_0.3", "range_0.1_0.9", "7"]),
-       st.integers(0, 2**32), st.sampled_from([1e-5, 1e-3, 0.1]))
+@given(st.sampled_from(["uniform", "t0", "t1", "t0t1", "u_shaped", "exp_10", "exp_0.1", "fix_0.3", "range_0.1_0.9",
+                        "7"]), st.integers(0, 2**32), st.sampled_from([1e-5, 1e-3, 0.1]))
 def test_every_time_lies_between_eps_and_one(name, seed, eps):
     t = draw(name, 1000, seed, eps)
     assert t.dtype == torch.float32 and t.shape == (1000,)
