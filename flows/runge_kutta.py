@@ -291,7 +291,8 @@ def rk45_joint(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, la
     for first in range(0, len(z), lanes):
         part = slice(first, min(first + lanes, len(z)))
         samples, rows = range(part.start, part.stop), torch.arange(part.start, part.stop)
-        state = start_lanes(velocity, z[part], None if label is None else label[part], t_start, t_end, tol, all_together)
+        own_label = None if label is None else label[part]
+        state = start_lanes(velocity, z[part], own_label, t_start, t_end, tol, all_together)
         statuses, steps = [RUNNING], 0
         while statuses[0] != FINISHED:
             if record:

@@ -4,7 +4,6 @@ import copy
 import shutil
 import types
 import urllib.error
-import warnings
 
 import lpips
 import pytest
@@ -26,25 +25,6 @@ def images(seed, count=2, channels=3, size=16):
 
 
 @pytest.fixture(scope="module")
-def package():
-    """The package's own network with random features."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-
-
-@pytest.fixture(scope="module")
-def torch_home(package, tmp_path_factory):
-    """A folder for TORCH_HOME whose cache holds the same features as VGG16 has them, without its classifier."""
-    folder = tmp_path_factory.mktemp("torch_home")
-    (folder / FILE).parent.mkdir(parents=True)
-    features = {"features." + name.partition(".")[2]: value for name, value in package.net.state_dict().items()}
-    torch.save(features, folder / FILE)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def distance(torch_home):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(torch_home))
@@ -60,24 +40,24 @@ def no_network(monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
 
 
-def test_the_value_is_the_packages_at_64_pixels(package, distance):
+def test_the_value_is_the_packages_at_64_pixels(random_lpips, distance):
     image, reference = images(0), images(1)
 
     def resized(x):
         return F.interpolate(x, (64, 64), mode="bilinear", align_corners=True)
 
-    expected = package(resized(image), resized(reference)).flatten()
+    expected = random_lpips(resized(image), resized(reference)).flatten()
     assert torch.allclose(distance(image, reference), expected, rtol=1e-5)
     assert torch.equal(distance(image, image), torch.zeros(2))
-    same_size = package(images(0, size=64), images(1, size=64)).flatten()
+    same_size = random_lpips(images(0, size=64), images(1, size=64)).flatten()
     assert torch.allclose(distance(images(0, size=64), images(1, size=64)), same_size, rtol=1e-5)
 
 
-def test_the_gradient_is_the_packages_and_reaches_the_first_image_only(package, distance):
+def test_the_gradient_is_the_packages_and_reaches_the_first_image_only(random_lpips, distance):
     ours, theirs, reference = images(0).requires_grad_(), images(0).requires_grad_(), images(1).requires_grad_()
     distance(ours, reference).sum().backward()
     scaled = F.interpolate(theirs, (64, 64), mode="bilinear", align_corners=True)
-    package(scaled, F.interpolate(images(1), (64, 64), mode="bilinear", align_corners=True)).sum().backward()
+    random_lpips(scaled, F.interpolate(images(1), (64, 64), mode="bilinear", align_corners=True)).sum().backward()
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-7)
     assert reference.grad is None
 
@@ -95,9 +75,9 @@ def test_zero_features_give_finite_gradients_where_the_packages_normalisation_gi
         assert value.isfinite().all() and ours.grad.isfinite().all()
 
 
-def test_a_constant_image_with_vanishing_features_gives_finite_gradients_where_the_package_gives_nan(package):
+def test_a_constant_image_with_vanishing_features_gives_finite_gradients_where_the_package_gives_nan(random_lpips):
     """Of the mean colour, only the biases are left as features; the squares of these round to zero."""
-    net = copy.deepcopy(package)
+    net = copy.deepcopy(random_lpips)
     for name, parameter in net.net.named_parameters():
         if name.endswith("bias"):
             parameter.fill_(1e-25)
@@ -207,8 +187,8 @@ def test_a_damaged_weights_file_is_one_sentence_naming_it(damage, torch_home, tm
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_it_runs_on_the_meta_device(package):
-    net = copy.deepcopy(package).to("meta")
+def test_it_runs_on_the_meta_device(random_lpips):
+    net = copy.deepcopy(random_lpips).to("meta")
     image = torch.zeros(2, 1, 8, 8, device="meta", requires_grad=True)
     losses = lpips_distance(net, image, torch.zeros(2, 1, 8, 8, device="meta"))
     losses.sum().backward()

@@ -1,0 +1,250 @@
+"""Samplers with fixed steps, and the choice of a sampler by the config."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from configs.default import get_default_config
+from flows import samplers
+from flows.samplers import (
+    Trajectories,
+    cm_stochastic,
+    create_sampler,
+    euler,
+    euler_reverse,
+    heun,
+    one_step,
+    straightness,
+)
+from runtime.errors import UserError
+
+NAMES = ("one_step", "euler", "heun", "rk45", "cm_stochastic")
+ALL = pytest.mark.parametrize("name", NAMES)
+
+
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def config_of(name="euler", **changes):
+    config = get_default_config()
+    config.sampling.update(use_ode_sampler=name, sample_N=3, ode_tol=1e-3, batch_size=4)
+    config.sampling.update(changes)
+    return config
+
+
+def constant(x, t, label=None):
+    """A velocity that is 2 everywhere, plus the label."""
+    v = torch.full_like(x, 2.0)
+    return v if label is None else v + label[:, 0].view(-1, *(1,) * (x.ndim - 1))
+
+
+def order_of(sampler, **options):
+    """Order of convergence between 64 and 128 steps, at eps = 0."""
+    z = noise(5, 3, dtype=torch.float64)
+    errors = [(sampler(gaussian_velocity, z, steps=n, eps=0.0, **options)[0] - gaussian_flow(z)).abs().max().item()
+              for n in (64, 128)]
+    return math.log2(errors[0] / errors[1])
+
+
+def test_euler_has_order_one():
+    assert order_of(euler) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("rho", [1.0, 0.5])
+def test_heun_has_order_two(rho):
+    assert order_of(heun, rho=rho) == pytest.approx(2, abs=0.15)
+
+
+def times_seen(sampler, **options):
+    times = []
+
+    def velocity(x, t, label):
+        assert t.shape == (len(x),) and (t == t[0]).all()
+        times.append(t[0].item())
+        return torch.zeros_like(x)
+
+    sampler(velocity, noise(2, 3, dtype=torch.float64), **options)
+    return times
+
+
+def test_one_step_looks_once_at_eps_and_goes_the_whole_way():
+    z = noise(2, 3, dtype=torch.float64)
+    assert times_seen(one_step, eps=0.01) == [0.01]
+    torch.testing.assert_close(one_step(constant, z, eps=0.01)[0], z + 2 * 0.99)
+
+
+def test_euler_steps_are_one_over_n_at_the_times_of_the_paper():
+    z = noise(2, 3, dtype=torch.float64)
+    assert times_seen(euler, steps=4, eps=0.2) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    torch.testing.assert_close(euler(constant, z, steps=4, eps=0.2)[0], z + 2)
+
+
+def test_reverse_euler_steps_back_from_data():
+    z = noise(2, 3, dtype=torch.float64)
+    assert times_seen(euler_reverse, steps=4, eps=0.2) == pytest.approx([1, 0.8, 0.6, 0.4])
+    torch.testing.assert_close(euler_reverse(constant, z, steps=4, eps=0.2)[0], z - 2)
+
+
+def test_heun_grid_is_curved_by_rho_and_ends_with_euler():
+    eps, rho = 0.04, 0.5  # t = (0.2 + 0.8·i/N)²
+    assert times_seen(heun, steps=2, eps=eps, rho=rho) == pytest.approx([0.04, 0.36, 0.36])
+    assert times_seen(heun, steps=1, eps=eps) == pytest.approx([0.04])
+
+
+def test_euler_forward_then_reverse_returns_to_the_start():
+    z = noise(4, 3, dtype=torch.float64)
+    x, _ = euler(gaussian_velocity, z, steps=2000, eps=0.0)
+    back, _ = euler_reverse(gaussian_velocity, x, steps=2000, eps=0.0)
+    assert (x - z).abs().max() > 0.1
+    assert (back - z).abs().max() < 5e-3
+
+
+def test_cm_stochastic_jumps_to_data_and_noises_again():
+    z, xi = noise(2, 3, dtype=torch.float64), noise(2, 3, seed=5, dtype=torch.float64)
+    x, _ = cm_stochastic(constant, z, steps=2, eps=0.2, noise=lambda: xi)
+    middle = 0.6 * (z + 0.8 * 2) + 0.4 * xi
+    torch.testing.assert_close(x, middle + 0.4 * 2)
+
+
+@ALL
+def test_evaluations_are_counted_as_made(name):
+    counted = 0
+
+    def velocity(x, t, label):
+        nonlocal counted
+        counted += 1
+        return constant(x, t)
+
+    _, nfe = create_sampler(config_of(name))(velocity, noise(4, 1, 4, 4))
+    assert nfe.tolist() == [counted] * 4
+    assert counted == {"one_step": 1, "euler": 3, "heun": 5, "cm_stochastic": 3}.get(name, counted)
+
+
+@ALL
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 9), st.permutations(range(9)))
+def test_a_sample_does_not_depend_on_batch_size_or_order(name, batch_size, order):
+    z, label, network = noise(9, 2, 4, 4), noise(9, 2, seed=1), tiny_network()
+    expected, _ = create_sampler(config_of(name, batch_size=9))(network, z, label)
+    x, _ = create_sampler(config_of(name))(network, z[order], label[order], indices=order, batch_size=batch_size)
+    torch.testing.assert_close(x, expected[order], rtol=0, atol=1e-2 if name == "rk45" else 1e-5)
+
+
+def test_fresh_noise_of_cm_stochastic_belongs_to_seed_and_sample():
+    z, config = torch.zeros(3, 1, 4, 4), config_of("cm_stochastic")
+    sample = create_sampler(config)
+    x, _ = sample(constant, z)
+    assert not torch.equal(x[0], x[1])
+    assert torch.equal(sample(constant, z[:2], indices=[2, 0])[0], x[[2, 0]])
+    config.seed += 1
+    assert not torch.equal(create_sampler(config)(constant, z)[0], x)
+
+
+@ALL
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_every_sample_keeps_its_label(name, batch_size):
+    label = torch.arange(5.0).view(5, 1)
+    z = torch.zeros(5, 1, 2, 2)
+    x, _ = create_sampler(config_of(name, batch_size=batch_size))(constant, z, label)
+    without = create_sampler(config_of(name, batch_size=batch_size))(constant, z)[0]
+    gained = (x - without)[:, 0, 0, 0]
+    assert (gained.diff() > 0.5).all()
+
+
+@ALL
+def test_recorded_ways_run_from_start_to_end(name):
+    ways, z = Trajectories(), noise(5, 1, 2, 2)
+    x, _ = create_sampler(config_of(name, batch_size=2))(gaussian_velocity, z, record=ways)
+    for row in range(5):
+        t, states = ways.of(row)
+        assert t[0] == pytest.approx(1e-3) and t[-1] == 1 and (t.diff() > 0).all()
+        assert torch.equal(states[0].float(), z[row]) and torch.equal(states[-1].float(), x[row])
+
+
+@ALL
+def test_finished_samples_are_counted(name):
+    counts = []
+    create_sampler(config_of(name, batch_size=2))(gaussian_velocity, noise(5, 1, 2, 2), finished=counts.append)
+    assert sum(counts) == 5
+
+
+@pytest.mark.parametrize("name", ["euler", "rk45"])
+def test_config_samples_data_to_noise_in_reverse(name):
+    config = config_of(name, sample_N=1000, ode_tol=1e-5)
+    z = noise(3, 1, 2, 2, dtype=torch.float64)
+    x, _ = create_sampler(config)(gaussian_velocity, z)
+    back, _ = create_sampler(config, reverse=True)(gaussian_velocity, x)
+    assert (back - z).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", ["euler", "rk45"])
+def test_end_of_time_can_be_moved_before_the_data(name, reverse):
+    seen = []
+
+    def velocity(x, t, label):
+        seen.append(t)
+        return constant(x, t)
+
+    create_sampler(config_of(name), reverse=reverse, T=0.9)(velocity, noise(2, 1, 2, 2))
+    assert torch.cat(seen).max() <= 0.9 + 1e-6 and torch.cat(seen).min() >= 1e-3 - 1e-6
+
+
+def test_step_control_chooses_joint_or_own_steps():
+    z = noise(4, 2, 4, 4) * torch.tensor([0.1, 1, 2, 4]).view(-1, 1, 1, 1)
+    own = create_sampler(config_of("rk45", ode_tol=1e-4))(tiny_network(), z)[1]
+    joint = create_sampler(config_of("rk45", ode_tol=1e-4, step_control="batch"))(tiny_network(), z)[1]
+    assert len(own.unique()) > 1 and len(joint.unique()) == 1
+
+
+@ALL
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+def test_fixed_steps_stay_on_the_device(name, device):
+    if name == "rk45":
+        pytest.skip("reads its status from the device: see test_runge_kutta.py")
+    with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
+        z, label = torch.empty(5, 1, 4, 4, device=device), torch.empty(5, 2, device=device)
+        x, nfe = create_sampler(config_of(name))(lambda x, t, label: x * t.view(-1, 1, 1, 1) + label[:, :1, None, None],
+                                                 z, label)
+    assert x.device.type == device and x.dtype == torch.float32 and x.shape == z.shape
+    assert nfe.device.type == "cpu"
+
+
+def test_straight_ways_have_straightness_zero_and_bent_ways_the_integral():
+    z = noise(6, 1, 2, 2, dtype=torch.float64)
+    assert straightness(constant, z).abs().max() < 1e-12
+    # v = (t, 1): the way ends at z + (1/2, 1), and ‖v - (1/2, 1)‖ = |t - 1/2| has the mean 1/4.
+    values = straightness(lambda x, t, label: torch.stack([t, torch.ones_like(t)], 1), z[:, 0, 0], eps=0.0)
+    assert values.shape == (6,)
+    torch.testing.assert_close(values, torch.full((6,), 0.25, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("rk54", "rk45"), ("Euler", "euler"), ("one-step", "one_step")])
+def test_a_misspelt_sampler_gets_the_nearest_name(name, nearest):
+    with pytest.raises(UserError, match=f"'{name}', did you mean '{nearest}'"):
+        create_sampler(config_of(name))
+
+
+@pytest.mark.parametrize("name", ["one_step", "heun", "cm_stochastic"])
+def test_a_sampler_that_only_runs_forward_says_so(name):
+    with pytest.raises(UserError, match=f"'{name}' does not run from data to noise; use euler or rk45"):
+        create_sampler(config_of(name), reverse=True)
+
+
+@pytest.mark.parametrize("field", ["sample_N", "batch_size"])
+def test_nothing_to_do_is_refused(field):
+    with pytest.raises(UserError, match=f"sampling.{field} is 0; give 1 or more"):
+        create_sampler(config_of("euler", **{field: 0}))
+
+
+def test_config_knows_the_same_samplers():
+    from configs.default import find_field
+
+    assert find_field("sampling.use_ode_sampler").choices == samplers.SAMPLERS
