@@ -2,6 +2,7 @@
 
 import torch
 
+from datasets.augment import create_augmentation
 from datasets.batch import Batch, one_hot, pixels_to_float
 from datasets.images import ImageSet, load_images, subset
 from datasets.loading import ImageBatches, create_rows
@@ -25,5 +26,5 @@ def create_batches(config, device):
         raise UserError(f"{image_set.source} has {len(image_set)} images, fewer than training.batch_size "
                         f"{config.training.batch_size}: lower it or add images")
     rows = create_rows(image_set.images, torch.device(device), config.data.on_device)
-    return ImageBatches(image_set, config.training.batch_size, config.seed, config.data.num_classes,
-                        config.data.random_flip, rows)
+    return ImageBatches(image_set, rows, config.training.batch_size, config.seed, config.data.num_classes,
+                        config.data.random_flip, create_augmentation(config))

@@ -5,6 +5,7 @@ import concurrent.futures
 import numpy as np
 import torch
 
+from datasets.augment import augment, move_labels
 from datasets.batch import Batch, one_hot, pixels_to_float
 from datasets.order import EndlessOrder
 from runtime import seeds
@@ -20,17 +21,19 @@ class ImageBatches:
     pure function of (seed, update, place): neither the number of processes nor the updates before it matter.
     """
 
-    def __init__(self, image_set, batch_size, seed, num_classes, random_flip, rows):
-        """Take an `ImageSet`, the global batch size, and `rows`, which brings images to the device.
+    def __init__(self, image_set, rows, batch_size, seed, num_classes=0, random_flip=False, augmentation=None):
+        """Take an `ImageSet`, the global batch size and the seed.
 
+        rows: the `HostRows`, `DeviceRows` or `StreamedRows` of the set's images, which brings them to the device.
         num_classes: width of the one-hot labels, 0 for none. random_flip: flip left-right with probability 1/2.
-        rows: the `HostRows`, `DeviceRows` or `StreamedRows` of the set's images.
+        augmentation: an `Augmentation`, or None.
         """
         self.image_set = image_set
         self.order = EndlessOrder(len(image_set), batch_size, seed)
         self.num_classes = num_classes
         self.random_flip = random_flip
         self.rows = rows
+        self.augmentation = augmentation
 
     def __len__(self):
         """Return the number of images in the set."""
@@ -52,7 +55,11 @@ class ImageBatches:
         if self.num_classes:
             labels = to_device(torch.from_numpy(self.image_set.labels[indices]), pixels.device)
             label = one_hot(labels, self.num_classes)
-        return Batch(z0=None, z1=pixels_to_float(pixels), label=label)
+        images = pixels_to_float(pixels)
+        if self.augmentation is None:
+            return Batch(z0=None, z1=images, label=label)
+        moves = self.augmentation.moves(update, low, high, pixels.device)
+        return Batch(z0=None, z1=augment(images, moves), label=label, augment_label=move_labels(moves))
 
     def _draw_flips(self, update, device):
         """Return which samples of the global batch are flipped, bool `(batch_size,)`."""
