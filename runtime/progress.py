@@ -25,12 +25,12 @@ def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto
 class PlainProgress:
     """Progress as plain lines: `pairs: 1024/4000 samples (25.6 %), 310.2 samples/s`."""
 
-    def __init__(self, iterable=None, *, total=None, desc="", unit="it", initial=0, every=LINE_EVERY):
+    def __init__(self, iterable=None, *, total=None, desc="", unit="it", initial=0):
         if total is None and hasattr(iterable, "__len__"):
             total = len(iterable)
         self.iterable, self.total, self.desc, self.unit = iterable, total, desc, unit
         self.n = self.initial = initial
-        self.every, self.postfix = every, ""
+        self.postfix = ""
         self.started = self.written = time.monotonic()
 
     def __iter__(self):
@@ -47,7 +47,7 @@ class PlainProgress:
     def update(self, n=1):
         """Move on by `n` items; write a line when the last one is long enough ago."""
         self.n += n
-        if time.monotonic() - self.written >= self.every:
+        if time.monotonic() - self.written >= LINE_EVERY:
             self._write_line()
 
     def set_postfix(self, **values):

@@ -1,0 +1,74 @@
+"""Pictures of samples show every image in its place, whole or not at all."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from runtime.errors import UserError
+from runtime.pictures import GAP, save_grid, save_lines, to_uint8
+
+
+def ramp(count, channels, size):
+    """Image i is flat, of brightness i."""
+    values = torch.linspace(-1, 1, count).view(count, 1, 1, 1)
+    return values.expand(count, channels, size, size)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("size", "cell"), [(8, 48), (32, 64), (64, 64)])
+def test_grid_shows_each_image_in_its_place_at_a_size_people_can_see(tmp_path, channels, size, cell):
+    save_grid(tmp_path / "grid.png", ramp(6, channels, size), columns=3)
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    step = cell + GAP
+    assert picture.shape[:2] == (2 * step + GAP, 3 * step + GAP) and picture.ndim == (2 if channels == 1 else 3)
+    centres = [picture[GAP + row * step + cell // 2, GAP + column * step + cell // 2].ravel()[0]
+               for row in range(2) for column in range(3)]
+    assert centres == [0, 51, 102, 153, 204, 255]
+
+
+def test_enlarged_pixels_stay_as_they_are(tmp_path):
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    save_grid(tmp_path / "grid.png", images, columns=1)
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))[GAP : GAP + 48, GAP : GAP + 48]
+    assert (picture[::6, ::6] == to_uint8(images)[0]).all() and (picture[5::6, 5::6] == to_uint8(images)[0]).all()
+
+
+def test_values_outside_the_range_are_clipped():
+    assert to_uint8(torch.tensor([-3.0, -1, 0, 1, 3]).view(5, 1, 1, 1)).ravel().tolist() == [0, 0, 128, 255, 255]
+
+
+def test_labels_stand_left_of_their_rows(tmp_path):
+    images = ramp(6, 1, 16).clamp(-1, -1)
+    save_grid(tmp_path / "plain.png", images, columns=2)
+    save_grid(tmp_path / "labelled.png", images, columns=2, labels=["one", "", "a longer text"])
+    plain, labelled = (np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "labelled.png"))
+    margin = labelled.shape[1] - plain.shape[1]
+    assert (labelled[:, margin:] == plain).all()
+    ink = (labelled[:, :margin] < 128).sum(1)
+    rows = [ink[row * 50 + GAP : (row + 1) * 50].sum() for row in range(3)]
+    assert rows[1] == 0 and 0 < rows[0] < rows[2]
+
+
+def test_a_last_row_may_be_short(tmp_path):
+    save_grid(tmp_path / "grid.png", ramp(5, 1, 64), columns=3)
+    assert Image.open(tmp_path / "grid.png").size == (3 * 66 + 2, 2 * 66 + 2)
+
+
+@pytest.mark.parametrize(("images", "labels", "words"), [
+    (torch.zeros(2, 2, 8, 8), None, "needs images of shape"),
+    (torch.zeros(0, 3, 8, 8), None, "needs images of shape"),
+    (torch.zeros(4, 3, 8, 8), ["only one"], "1 labels for a grid of 2 rows"),
+])
+def test_what_is_no_grid_is_refused_and_nothing_written(tmp_path, images, labels, words):
+    with pytest.raises(UserError, match=words):
+        save_grid(tmp_path / "grid.png", images, columns=2, labels=labels)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plot_is_written_with_a_line_per_curve(tmp_path):
+    save_lines(tmp_path / "none.png", [], "title", "x", "y")
+    save_lines(tmp_path / "two.png", [([0, 1], [0, 1], "a"), ([0, 1], [1, 0], "b")], "title", "x", "y")
+    none, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("none.png", "two.png"))
+    coloured = [(np.ptp(p[..., :3], axis=2) > 60).sum() for p in (none, two)]
+    assert coloured[0] == 0 and coloured[1] > 500
