@@ -1,0 +1,27 @@
+"""What several tests of the flows share: LPIPS with random features, as a file in torchvision's cache."""
+
+import warnings
+
+import lpips
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def random_lpips():
+    """The package's LPIPS with random VGG16 features (and its real last layers)."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+
+
+@pytest.fixture(scope="session")
+def torch_home(random_lpips, tmp_path_factory):
+    """A folder for TORCH_HOME whose cache holds the same features as VGG16 has them, without its classifier."""
+    folder = tmp_path_factory.mktemp("torch_home")
+    path = folder / "hub/checkpoints/vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    features = {"features." + name.partition(".")[2]: value for name, value in random_lpips.net.state_dict().items()}
+    torch.save(features, path)
+    return folder
