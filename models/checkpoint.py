@@ -1,0 +1,219 @@
+"""Checkpoints: reading and writing files, ours and the released ones, and what the scripts need to know of them.
+
+A checkpoint is a dict: `model` (state dict), `ema` (see models/ema.py), `optimizer`, `step`, and in ours `config`, the
+config of the run as a nested dict. A file of the released layout is translated as it is read, so that the rest of
+the program knows one layout only.
+"""
+
+import pickle
+import re
+import zipfile
+
+import torch
+
+from models import infer, released
+from models.create import create_from_fields, tuple_of
+from models.safe_pickle import SAFE_GLOBALS
+from runtime.errors import UserError
+from runtime.files import atomic_path
+
+HUB = "hf://"
+
+
+def write_checkpoint(path, state):
+    """Write a checkpoint dict atomically: a crash leaves the old file or the new one, never half of one."""
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def read_checkpoint(path):
+    """Return the checkpoint at `path` (a file, or hf://owner/repo/file) in our layout, its tensors on the CPU.
+
+    Beside `model`, `ema`, `optimizer`, `step` and, in ours, `config`, the result has `fields`: the dotted config
+    fields of the architecture as far as the file tells them. Nothing in the file is executed. The tensors are mapped
+    from the file, not read, so entries that are not used cost nothing. Raises UserError for a file that is missing,
+    damaged, no checkpoint, or holds more than tensors and numbers.
+    """
+    checkpoint = load_safely(path)
+    for entry in ("model", "ema"):
+        if not isinstance(checkpoint.get(entry), dict):
+            raise UserError(f"{path} is no checkpoint of this program: it has no entry {entry!r}")
+    if infer.is_released(checkpoint["model"]):
+        fields = infer.released_fields(checkpoint["model"], path)
+        with torch.device("meta"):
+            net = create_from_fields(infer.with_image_size(fields))
+        return dict(released.from_released(checkpoint, net), fields=fields)
+    return dict(checkpoint, fields=saved_fields(checkpoint, path))
+
+
+def load_safely(path):
+    """Return the dict that `torch.save` wrote to `path`: tensors, numbers and text only.
+
+    Raises UserError for anything else, in one sentence.
+    """
+    file = local_file(path)
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; name a checkpoint file or hf://owner/repo/file") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ArithmeticError, LookupError, TypeError,
+            ValueError, AttributeError) as error:
+        raise UserError(f"{path} {why_unreadable(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
+    return content
+
+
+def why_unreadable(error):
+    """Return the rest of a sentence about a file that `torch.load` refused."""
+    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if foreign:
+        return (f"is refused: it names {foreign[1]}, which is neither a tensor nor a number and could run code; "
+                "nothing was executed")
+    return "cannot be read as a checkpoint; it is cut short, damaged or another kind of file"
+
+
+def local_file(path):
+    """Return the file that `path` means; hf://owner/repo/file is fetched into the user's Hugging Face cache.
+
+    Raises UserError if it cannot be fetched.
+    """
+    path = str(path)
+    if not path.startswith(HUB):
+        return path
+    owner, _, rest = path.removeprefix(HUB).partition("/")
+    repository, _, file = rest.partition("/")
+    if not (owner and repository and file):
+        raise UserError(f"{path} is incomplete; it must be hf://owner/repo/file")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise UserError(f"{path} needs the package huggingface_hub; run pip install huggingface_hub") from error
+    try:
+        return hf_hub_download(f"{owner}/{repository}", file)
+    except Exception as error:  # the library raises a dozen kinds, from its own, requests, httpx and the system
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} could not be fetched: {first_line}") from error
+
+
+def load_model(path, use_ema=True, device="cpu", fields=None):
+    """Return the network of the checkpoint at `path`, ours or released, in eval mode on `device`.
+
+    use_ema: the averaged weights rather than the raw ones. fields: dotted config fields of the architecture that the
+    file cannot tell, for instance {"data.image_size": 64}; they must not contradict it. Raises UserError (see
+    `read_checkpoint`), also if the image size can neither be told nor is given.
+    """
+    checkpoint = read_checkpoint(path)
+    fields = fields or {}
+    net = create_from_fields(infer.UNTOLD | fields | complete_fields(checkpoint["fields"], fields, path))
+    load_weights(net, checkpoint, use_ema, path)
+    return net.eval().to(device)
+
+
+def load_weights(net, checkpoint, use_ema, path):
+    """Copy a checkpoint's weights into a network of the same architecture; `path` is for the error's sentence."""
+    check_same_network(net, checkpoint, path)
+    net.load_state_dict(checkpoint["model"])
+    if use_ema:
+        trained = [p for p in net.parameters() if p.requires_grad]
+        with torch.no_grad():
+            torch._foreach_copy_(trained, list(checkpoint["ema"]["shadow_params"]))
+
+
+def check_same_network(net, checkpoint, path):
+    """Raise UserError with the difference if a checkpoint's tensors are not those of `net`."""
+    ours = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["model"].items()}
+    trained = [tuple(p.shape) for p in net.parameters() if p.requires_grad]
+    shadow = [tuple(s.shape) for s in checkpoint["ema"]["shadow_params"]]
+    if ours == theirs and trained == shadow:
+        return
+    different = contradictions(net.config_fields, checkpoint["fields"])
+    if different:
+        raise UserError(f"{path} belongs to another network: {'; '.join(different)}")
+    name = next((n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n)), "the EMA")
+    raise UserError(f"{path} does not fit the network: {name} is {theirs.get(name, 'missing')} there and "
+                    f"{ours.get(name, 'missing')} here")
+
+
+def load_matching(net, path):
+    """Copy every raw weight of the checkpoint at `path` whose name and shape match into `net`.
+
+    Returns (matched, unmatched): names of the network's tensors that were and were not copied.
+    """
+    theirs = read_checkpoint(path)["model"]
+    ours = net.state_dict()
+    matched = [name for name, tensor in ours.items() if name in theirs and theirs[name].shape == tensor.shape]
+    net.load_state_dict({name: theirs[name] for name in matched}, strict=False)
+    return matched, [name for name in ours if name not in matched]
+
+
+# The architecture of a checkpoint, as config fields.
+
+
+def saved_fields(checkpoint, path):
+    """Return the dotted architecture fields of a checkpoint of ours, from the config saved in it."""
+    config = checkpoint.get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} has neither a config nor the names of a released checkpoint, so its network is "
+                        "unknown")
+    flat = {f"{group}.{name}": value for group in ("model", "data") for name, value in config.get(group, {}).items()}
+    with torch.device("meta"):
+        return create_from_fields(flat).config_fields
+
+
+def contradictions(ours, theirs):
+    """Return a phrase for each dotted field that both have with different values."""
+    return [f"{name} is {theirs[name]} in the checkpoint and {plain(ours[name])} here"
+            for name in theirs if name in ours and plain(ours[name]) != plain(theirs[name])]
+
+
+def plain(value):
+    """Return tuples as lists, so that they compare."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def complete_fields(told, chosen, path, configured=None):
+    """Return the architecture fields `told` by a checkpoint, with the image size that a released NCSN++ leaves open.
+
+    chosen: fields that the user gave; one that contradicts the checkpoint raises UserError with the difference.
+    configured: fields of a config file; where they fit the checkpoint they decide the image size.
+    """
+    if infer.ATTENTION_LEVELS in told:
+        told = infer.choose_image_size(told, image_size(told, chosen, configured or {}, path))
+    different = contradictions(chosen, told)
+    if different:
+        raise UserError(f"{path}: {'; '.join(different)}; leave the field out or name another checkpoint")
+    return told
+
+
+def image_size(told, chosen, configured, path):
+    """Return the image size of a released NCSN++, which tells only the levels that have attention."""
+    levels = told[infer.ATTENTION_LEVELS]
+    if "data.image_size" in chosen:
+        return chosen["data.image_size"]
+    if chosen.get("model.attn_resolutions") and levels:
+        return max(chosen["model.attn_resolutions"]) << min(levels)
+    size = configured.get("data.image_size")
+    if size and levels and plain(configured.get("model.attn_resolutions")) == [size >> level for level in levels]:
+        return size
+    size = infer.usual_image_size(told)
+    if size is None:
+        raise UserError(f"{path} does not tell its image size; give it with data.image_size")
+    return size
+
+
+def apply_architecture(config, checkpoint_fields, given):
+    """Return a copy of a config with the architecture of a checkpoint (`read_checkpoint(path)["fields"]`).
+
+    given: the dotted fields that the user set himself. Raises UserError with the difference if one of them
+    contradicts the checkpoint.
+    """
+    configured = {f"{group}.{name}": value for group in ("model", "data") for name, value in config[group].items()}
+    chosen = {name: value for name, value in configured.items() if name in given}
+    result = config.copy_and_resolve_references()
+    for name, value in complete_fields(checkpoint_fields, chosen, "the checkpoint", configured).items():
+        group, field = name.split(".")
+        result[group][field] = tuple_of(value)
+    return result

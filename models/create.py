@@ -1,0 +1,124 @@
+"""From config fields to a network, with every combination that makes no sense refused by name."""
+
+import inspect
+
+from models.dhariwal_unet import DhariwalUNet
+from models.ncsnpp import ACTIVATIONS, NCSNpp
+from runtime.errors import UserError
+
+NETWORKS = {"ncsnpp": NCSNpp, "DhariwalUNet": DhariwalUNet}
+DATA_FIELDS = ("image_size", "num_channels", "num_classes")
+# Arguments of a network that are no part of its architecture: a checkpoint of one may be used with another.
+FREE_ARGUMENTS = ("dropout", "label_dropout", "init_scale")
+NCSNPP_CHOICES = {
+    "embedding_type": ("positional", "fourier"),
+    "resblock_type": ("biggan", "ddpm"),
+    "nonlinearity": tuple(ACTIVATIONS),
+    "progressive": ("none", "output_skip", "residual"),
+    "progressive_input": ("none", "input_skip", "residual"),
+    "progressive_combine": ("sum", "cat"),
+}
+
+
+def create_model(config):
+    """Return the network of a config, in training mode, with fresh weights from torch's global generator.
+
+    `net.config_fields` holds the dotted config fields that make its architecture, with their values, as lists and
+    numbers. Raises UserError for fields that do not go together.
+    """
+    fields = {f"model.{name}": value for name, value in config.model.items()}
+    fields.update({f"data.{name}": config.data[name] for name in DATA_FIELDS})
+    return create_from_fields(fields)
+
+
+def create_from_fields(fields):
+    """Return the network of dotted config fields; those that are missing take the CIFAR-10 config's values.
+
+    Fields that belong to the other network must have their default value.
+    """
+    name = fields.get("model.name", "ncsnpp")
+    if name not in NETWORKS:
+        raise UserError(f"model.name is {name!r}; it must be one of {', '.join(NETWORKS)}")
+    refuse_foreign_fields(name, fields)
+    arguments = {argument: tuple_of(fields.get(field, default)) for argument, field, default in argument_fields(name)}
+    check_levels(arguments)
+    CHECKS[name](arguments)
+
+    net = NETWORKS[name](**arguments)
+    net.config_fields = {"model.name": name} | {
+        field: list(arguments[argument]) if isinstance(arguments[argument], tuple) else arguments[argument]
+        for argument, field, _ in argument_fields(name)
+        if argument not in FREE_ARGUMENTS
+    }
+    if name == "ncsnpp":
+        net.config_fields["data.num_classes"] = 0
+    return net
+
+
+def argument_fields(name):
+    """Return (argument, dotted config field, default) for every argument of the network called `name`."""
+    parameters = list(inspect.signature(NETWORKS[name]).parameters.values())
+    return [(p.name, f"{'data' if p.name in DATA_FIELDS else 'model'}.{p.name}", p.default) for p in parameters]
+
+
+def refuse_foreign_fields(name, fields):
+    """Raise UserError if a field that only the other network has differs from its default."""
+    if name == "ncsnpp" and fields.get("data.num_classes", 0):
+        raise UserError(f"data.num_classes is {fields['data.num_classes']}, but ncsnpp takes no class labels; set it "
+                        "to 0 or model.name to DhariwalUNet")
+    own = {field for _, field, _ in argument_fields(name)}
+    foreign = {field: default for other in NETWORKS for _, field, default in argument_fields(other) if field not in own}
+    for field, default in foreign.items():
+        value = fields.get(field, default)
+        if tuple_of(value) != default:
+            raise UserError(f"{field} is {value}, but {name} has no such option; leave it at {default}")
+
+
+def tuple_of(value):
+    """Return a list as a tuple, anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_levels(arguments):
+    """Raise UserError if the levels cannot be built at this image size."""
+    size, mult, nf = arguments["image_size"], arguments["ch_mult"], arguments["nf"]
+    if not mult or any(not isinstance(m, int) or m < 1 for m in mult):
+        raise UserError(f"model.ch_mult is {mult}; it needs one positive whole number for each level")
+    factor = 2 ** (len(mult) - 1)
+    if size < 1 or size % factor:
+        raise UserError(f"data.image_size is {size}, but the {len(mult)} levels of model.ch_mult halve it "
+                        f"{len(mult) - 1} times; it must be a multiple of {factor}")
+    if nf < 4 or nf % 2:
+        raise UserError(f"model.nf is {nf}; it must be an even number of at least 4")
+    sizes = [size >> level for level in range(len(mult))]
+    absent = sorted(set(arguments["attn_resolutions"]) - set(sizes))
+    if absent:
+        raise UserError(f"model.attn_resolutions has {absent[0]}, but the levels have sizes "
+                        f"{', '.join(map(str, sizes))} at data.image_size {size}")
+
+
+def check_ncsnpp(arguments):
+    """Raise UserError for options of ncsnpp that do not exist or do not go together."""
+    for argument, choices in NCSNPP_CHOICES.items():
+        if arguments[argument] not in choices:
+            raise UserError(f"model.{argument} is {arguments[argument]!r}; it must be one of {', '.join(choices)}")
+    if arguments["progressive_combine"] == "cat" and arguments["progressive_input"] != "input_skip":
+        raise UserError("model.progressive_combine is cat, which only model.progressive_input input_skip can use; "
+                        "set one of them")
+    taps = arguments["fir_kernel"]
+    if arguments["fir"] and (len(taps) < 2 or sum(taps) == 0):
+        raise UserError(f"model.fir_kernel is {taps}; a filter needs at least two taps, of sum other than zero")
+    if arguments["scale_by_sigma"] and arguments["embedding_type"] == "positional" and arguments["num_scales"] < 1000:
+        raise UserError(f"model.num_scales is {arguments['num_scales']}, but model.scale_by_sigma looks up the noise "
+                        "level of the times 0 to 999; it must be at least 1000")
+    if min(arguments["sigma_min"], arguments["sigma_max"]) <= 0:
+        raise UserError("model.sigma_min and model.sigma_max must be positive")
+
+
+def check_dhariwal(arguments):
+    """Raise UserError for options of DhariwalUNet that do not go together."""
+    if arguments["label_dropout"] > 0 and not arguments["num_classes"]:
+        raise UserError("model.label_dropout hides class labels, but data.num_classes is 0; set one of them")
+
+
+CHECKS = {"ncsnpp": check_ncsnpp, "DhariwalUNet": check_dhariwal}

@@ -1,0 +1,190 @@
+"""DhariwalUNet: the U-Net of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233), class-conditional or not."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import layers
+from runtime.errors import UserError
+
+HEAD_CHANNELS = 64  # channels of an attention head
+EPS = 1e-5  # of every group normalisation
+
+
+class DhariwalUNet(nn.Module):
+    """Velocity network `net(x, t999, label)`; the arguments are the config fields of the same name.
+
+    Built from top to bottom as data flows. Attention needs at least one head of 64 channels: a level that has fewer
+    channels goes without. Use `models.create_model`, which checks that the arguments go together.
+    """
+
+    def __init__(
+        self,
+        image_size=32,
+        num_channels=3,
+        num_classes=0,
+        nf=128,
+        ch_mult=(1, 2, 2, 2),
+        num_res_blocks=4,
+        attn_resolutions=(16,),
+        dropout=0.0,
+        label_dropout=0.0,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        emb = 4 * nf
+
+        def block(channels_in, channels_out, resample=None, attention=False):
+            return ResidualBlock(channels_in, channels_out, emb, dropout, resample, attention)
+
+        self.embedding = Embedding(nf, emb, num_classes, label_dropout)
+
+        widths = [nf * m for m in ch_mult]
+        last = len(widths) - 1
+        self.input_conv = nn.Conv2d(num_channels, widths[0], 3, padding=1)
+
+        self.encoder = nn.ModuleList()
+        channels, skips = widths[0], [widths[0]]
+        for i, width in enumerate(widths):
+            down = block(channels, channels, layers.BoxDownsample()) if i else None
+            if i:
+                skips.append(channels)
+            blocks = nn.ModuleList()
+            for _ in range(num_res_blocks):
+                blocks.append(block(channels, width, attention=image_size >> i in attn_resolutions))
+                channels = width
+                skips.append(channels)
+            self.encoder.append(Level(down, blocks))
+
+        self.middle = nn.ModuleList([block(channels, channels, attention=True), block(channels, channels)])
+
+        self.decoder = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            up = block(channels, channels, layers.BoxUpsample()) if i != last else None
+            blocks = nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                blocks.append(block(channels + skips.pop(), width, attention=image_size >> i in attn_resolutions))
+                channels = width
+            self.decoder.append(Level(up, blocks))
+
+        self.output_norm = layers.GroupNorm(channels, EPS)
+        self.output_conv = zeroed(nn.Conv2d(channels, num_channels, 3, padding=1))
+
+    def forward(self, x, t999, label=None):
+        """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,).
+
+        `label` is one-hot (N, num_classes), all zeros for an unknown class, or None if the network has no classes.
+        """
+        if (label is not None) != (self.num_classes > 0):
+            given = "none were given" if label is None else "some were given"
+            raise ValueError(f"this DhariwalUNet has {self.num_classes} classes; of class labels, {given}")
+        emb = self.embedding(t999, label)
+
+        h = self.input_conv(x)
+        skips = [h]
+        for level in self.encoder:
+            if level.resample is not None:
+                h = level.resample(h, emb)
+                skips.append(h)
+            for block in level.blocks:
+                h = block(h, emb)
+                skips.append(h)
+
+        for block in self.middle:
+            h = block(h, emb)
+
+        for level in self.decoder:
+            if level.resample is not None:
+                h = level.resample(h, emb)
+            for block in level.blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+
+        return self.output_conv(F.silu(self.output_norm(h))).to(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Embedding of time and class: a perceptron on the time's cosines and sines, plus a vector for the class.
+
+    In training each sample's class is hidden with probability `label_dropout`, for classifier-free guidance
+    (Ho & Salimans 2022).
+    """
+
+    def __init__(self, features, channels, num_classes, label_dropout):
+        super().__init__()
+        half = features // 2
+        self.register_buffer("frequencies", layers.geometric_frequencies(half, half), persistent=False)
+        self.linear0 = nn.Linear(features, channels)
+        self.linear1 = nn.Linear(channels, channels)
+        self.label = nn.Linear(num_classes, channels, bias=False) if num_classes else None
+        self.label_dropout = label_dropout
+        if num_classes:
+            nn.init.normal_(self.label.weight)
+
+    def forward(self, t999, label):
+        """Return the embedding (N, channels), activated, of t999 (N,) and one-hot label (N, num_classes) or None."""
+        sine, cosine = layers.sinusoid(t999, self.frequencies)
+        emb = self.linear1(F.silu(self.linear0(torch.cat([cosine, sine], dim=1))))
+        if self.label is not None:
+            if self.training and self.label_dropout > 0:
+                label = label * (torch.rand_like(label[:, :1]) >= self.label_dropout)
+            emb = emb + self.label(label)
+        return F.silu(emb)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions beside a shortcut; the embedding scales and shifts between them; attention may follow.
+
+    `resample` acts on both branches, before the first convolution; the shortcut is a 1×1 convolution where the
+    channels change. The last layer of each branch starts at zero.
+    """
+
+    def __init__(self, channels_in, channels_out, emb_channels, dropout, resample, attention):
+        super().__init__()
+        self.resample = resample
+        self.norm0 = layers.GroupNorm(channels_in, EPS)
+        self.conv0 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.affine = nn.Linear(emb_channels, 2 * channels_out)
+        self.norm1 = layers.GroupNorm(channels_out, EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv1 = zeroed(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
+        heads = head_count(channels_out) if attention else 0
+        self.attention = layers.SelfAttention(channels_out, heads, EPS) if heads else None
+        if heads:
+            zeroed(self.attention.proj)
+
+    def forward(self, x, emb):
+        """Return the block's output for x (N, C, H, W) and the embedding (N, emb_channels)."""
+        h = F.silu(self.norm0(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm1(self.conv0(h)), scale + 1))
+        h = self.conv1(self.dropout(h))
+        h = h + (x if self.shortcut is None else self.shortcut(x))
+        return h if self.attention is None else h + self.attention(h)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution and the block that leads into it (None at the first level)."""
+
+    def __init__(self, resample, blocks):
+        super().__init__()
+        self.resample = resample
+        self.blocks = blocks
+
+
+def head_count(channels):
+    """Return the number of attention heads of `channels`; raise UserError if it does not divide them."""
+    heads = channels // HEAD_CHANNELS
+    if heads and channels % heads:
+        raise UserError(f"model.nf and model.ch_mult make an attention of {channels} channels, which do not divide "
+                        f"into its {heads} heads; take a multiple of {HEAD_CHANNELS} for model.nf")
+    return heads
+
+
+def zeroed(layer):
+    """Return the layer with weights and bias zero: a branch that ends in it starts as nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,89 @@
+"""Exponential moving average (EMA) of a network's weights."""
+
+import contextlib
+
+import torch
+
+from runtime.errors import UserError
+
+
+class ExponentialMovingAverage:
+    """shadow ← shadow + (1 - d)·(parameter - shadow), with d = min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ….
+
+    The parameters are those that are trained, in a fixed order; `state_dict` has the form of the released
+    checkpoints: `decay`, `num_updates` and the list `shadow_params` in that order.
+    """
+
+    def __init__(self, parameters, decay):
+        if not 0 <= decay <= 1:
+            raise UserError(f"model.ema_rate is {decay}; it must be between 0 and 1")
+        self.decay = decay
+        self.num_updates = 0
+        self.parameters = trained(parameters)
+        self.shadow_params = [p.detach().clone() for p in self.parameters]
+        self._swapped = False
+
+    @torch.no_grad()
+    def update(self, keep=None):
+        """Take up the parameters' present values: one fused operation for all of them.
+
+        keep: None, or a 0-dimensional float tensor on the device, 0 to leave the averages as they are and 1 to take
+        the values up, so that a skipped update is skipped here, too, without reading the device (three operations).
+        """
+        if self._swapped:
+            raise RuntimeError("the network holds its averaged weights: update the EMA outside average_parameters")
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        if keep is None:
+            torch._foreach_lerp_(self.shadow_params, self.parameters, 1 - decay)
+            return
+        change = torch._foreach_sub(self.parameters, self.shadow_params)
+        torch._foreach_mul_(change, keep * (1 - decay))
+        torch._foreach_add_(self.shadow_params, change)
+
+    @torch.no_grad()
+    def copy_to(self, parameters):
+        """Overwrite the trained ones among `parameters` (those of a network of the same architecture)."""
+        torch._foreach_copy_(trained(parameters), self.shadow_params)
+
+    @contextlib.contextmanager
+    def average_parameters(self):
+        """Within `with ema.average_parameters():` the network computes with the averaged weights.
+
+        Weights and averages trade their memory, so nothing is copied and nothing is held twice. `state_dict` and
+        `update` must wait until the end.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self):
+        for i, parameter in enumerate(self.parameters):
+            self.shadow_params[i], parameter.data = parameter.data, self.shadow_params[i]
+        self._swapped = not self._swapped
+
+    def state_dict(self):
+        """Return {decay, num_updates, shadow_params}; the tensors are the averages themselves, not copies."""
+        if self._swapped:
+            raise RuntimeError("the network holds its averaged weights: save the EMA outside average_parameters")
+        return {"decay": self.decay, "num_updates": self.num_updates, "shadow_params": list(self.shadow_params)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Take up a state of `state_dict`; the decay stays the one this EMA was made with.
+
+        Raises UserError if number or shapes of the tensors differ.
+        """
+        theirs, ours = [tuple(s.shape) for s in state["shadow_params"]], [tuple(s.shape) for s in self.shadow_params]
+        if theirs != ours:
+            raise UserError(f"the EMA of the checkpoint has {len(theirs)} tensors and the network {len(ours)}, or "
+                            "their shapes differ; it belongs to another architecture")
+        self.num_updates = int(state["num_updates"])
+        torch._foreach_copy_(self.shadow_params, list(state["shadow_params"]))
+
+
+def trained(parameters):
+    """Return the parameters that require a gradient, as a list."""
+    return [p for p in parameters if p.requires_grad]

@@ -1,0 +1,434 @@
+"""NCSN++: the U-Net of score-based models (Song et al. 2021, arXiv 2011.13456, appendix H), with all its options."""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import layers
+
+ACTIVATIONS = {
+    "swish": F.silu,
+    "elu": F.elu,
+    "relu": F.relu,
+    "lrelu": functools.partial(F.leaky_relu, negative_slope=0.2),
+}
+EPS = 1e-6  # of every group normalisation
+
+
+class NCSNpp(nn.Module):
+    """Velocity network `net(x, t999)`; the arguments are the config's `model.*` and `data.*` fields of the same name.
+
+    Built from top to bottom as data flows: time embedding, input convolution, encoder (one level a resolution, from
+    fine to coarse), middle, decoder (from coarse to fine), output head. Use `models.create_model`, which checks that
+    the arguments go together.
+    """
+
+    def __init__(
+        self,
+        image_size=32,
+        num_channels=3,
+        nf=128,
+        ch_mult=(1, 2, 2, 2),
+        num_res_blocks=4,
+        attn_resolutions=(16,),
+        dropout=0.0,
+        conditional=True,
+        embedding_type="positional",
+        fourier_scale=16.0,
+        resblock_type="biggan",
+        nonlinearity="swish",
+        skip_rescale=True,
+        resamp_with_conv=True,
+        fir=False,
+        fir_kernel=(1, 3, 3, 1),
+        progressive="none",
+        progressive_input="none",
+        progressive_combine="sum",
+        init_scale=0.0,
+        scale_by_sigma=False,
+        sigma_min=0.01,
+        sigma_max=50.0,
+        num_scales=1000,
+    ):
+        super().__init__()
+        taps = fir_kernel if fir else None
+        self.scale_by_sigma = scale_by_sigma
+        self.fourier = embedding_type == "fourier"
+        self.input_pyramid = progressive_input != "none"
+        self.output_pyramid = progressive != "none"
+        self.activation = ACTIVATIONS[nonlinearity]
+        # Noise level of step i; only scale_by_sigma reads it, but it is part of every released state dict.
+        log_sigmas = torch.linspace(math.log(sigma_max), math.log(sigma_min), num_scales, dtype=torch.float64)
+        self.register_buffer("sigmas", log_sigmas.exp())
+
+        common = {
+            "time_channels": 4 * nf,
+            "activation": self.activation,
+            "dropout": dropout,
+            "rescale": math.sqrt(0.5) if skip_rescale else 1.0,
+            "init_scale": init_scale,
+            "shortcut_scale": 1.0 if resblock_type == "biggan" else 0.1,
+        }
+
+        def block(channels_in, channels_out, resample=None):
+            return ResidualBlock(channels_in, channels_out, resample, **common)
+
+        def attention(channels, size):
+            if size not in attn_resolutions:
+                return nn.Identity()
+            return AttentionBlock(channels, common["rescale"], init_scale)
+
+        def resampler(direction, channels):
+            if resblock_type == "biggan":
+                return block(channels, channels, resample_module(direction, taps))
+            return resample_module(direction, taps, (channels, channels) if resamp_with_conv else None)
+
+        widths = [nf * m for m in ch_mult]
+        last = len(widths) - 1
+
+        if self.fourier:
+            self.time_features = FourierFeatures(nf, fourier_scale)
+        else:
+            self.time_features = PositionalFeatures(nf)
+        if conditional:
+            self.time_embedding = TimeEmbedding(2 * nf if self.fourier else nf, 4 * nf, self.activation)
+        else:
+            self.time_embedding = None
+        self.input_conv = nn.Conv2d(num_channels, nf, 3, padding=1)
+
+        # Encoder. `skips` are the channels of the features that the decoder will concatenate.
+        self.encoder = nn.ModuleList()
+        channels, pyramid_channels, skips = nf, num_channels, [nf]
+        for i, width in enumerate(widths):
+            blocks, attentions = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks):
+                blocks.append(block(channels, width))
+                attentions.append(attention(width, image_size >> i))
+                channels = width
+                skips.append(channels)
+            down = pyramid = None
+            if i != last:
+                down = resampler("down", channels)
+                if progressive_input == "input_skip":
+                    pyramid = InputSkip(pyramid_channels, channels, taps, progressive_combine)
+                    channels = 2 * channels if progressive_combine == "cat" else channels
+                elif progressive_input == "residual":
+                    pyramid = InputResidual(pyramid_channels, channels, taps, common["rescale"])
+                    pyramid_channels = channels
+                skips.append(channels)
+            self.encoder.append(EncoderLevel(blocks, attentions, down, pyramid))
+
+        self.middle = Middle(block(channels, channels), AttentionBlock(channels, common["rescale"], init_scale),
+                             block(channels, channels))
+
+        # Decoder: one block more than the encoder's levels have, for the output of the downsampling.
+        self.decoder = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            blocks = nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                blocks.append(block(channels + skips.pop(), width))
+                channels = width
+            pyramid = None
+            if progressive == "output_skip":
+                head = OutputHead(channels, num_channels, self.activation, init_scale)
+                pyramid = OutputSkip(head, None if i == last else resample_module("up", taps))
+            elif progressive == "residual" and i == last:
+                pyramid = OutputResidualStart(OutputHead(channels, channels, self.activation, 1.0))
+                pyramid_channels = channels
+            elif progressive == "residual":
+                up = resample_module("up", taps, (pyramid_channels, channels))
+                pyramid = OutputResidual(up, common["rescale"])
+                pyramid_channels = channels
+            up = resampler("up", channels) if i else None
+            self.decoder.append(DecoderLevel(blocks, attention(width, image_size >> i), pyramid, up))
+
+        self.output_head = None
+        if progressive != "output_skip":
+            self.output_head = OutputHead(channels, num_channels, self.activation, init_scale)
+
+    def forward(self, x, t999, label=None):
+        """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,); `label` must be None."""
+        if label is not None:
+            raise ValueError("ncsnpp takes no class labels, but some were given")
+        emb = None
+        if self.time_embedding is not None:
+            emb = self.time_embedding(self.time_features(t999))
+
+        h = self.input_conv(x)
+        skips, pyramid = [h], x
+        for level in self.encoder:
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(h, emb))
+                skips.append(h)
+            if level.down is not None:
+                h = level.down(h, emb)
+                if level.pyramid is not None:
+                    pyramid, h = level.pyramid(pyramid, h)
+                skips.append(h)
+
+        h = self.middle(h, emb)
+
+        pyramid = None
+        for level in self.decoder:
+            for block in level.blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+            h = level.attention(h)
+            if level.pyramid is not None:
+                pyramid, h = level.pyramid(pyramid, h)
+            if level.up is not None:
+                h = level.up(h, emb)
+
+        out = pyramid if self.output_head is None else self.output_head(h)
+        out = out.to(x.dtype)
+        if self.scale_by_sigma:
+            sigma = t999 if self.fourier else self.sigmas[t999.long()]
+            out = out / sigma.to(x.dtype)[:, None, None, None]
+        return out
+
+
+class PositionalFeatures(nn.Module):
+    """Sines and cosines of the time (DDPM, Ho et al. 2020)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        half = channels // 2
+        self.register_buffer("frequencies", layers.geometric_frequencies(half, half - 1), persistent=False)
+
+    def forward(self, t999):
+        """Return the features (N, channels) of t999 (N,)."""
+        return torch.cat(layers.sinusoid(t999, self.frequencies), dim=1)
+
+
+class FourierFeatures(nn.Module):
+    """Sines and cosines of the logarithm of the time at fixed random frequencies (Tancik et al. 2020)."""
+
+    def __init__(self, channels, scale):
+        super().__init__()
+        self.register_buffer("frequencies", scale * torch.randn(channels))
+
+    def forward(self, t999):
+        """Return the features (N, 2·channels) of t999 (N,) > 0."""
+        return torch.cat(layers.sinusoid(t999.float().log(), 2 * math.pi * self.frequencies), dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Two-layer perceptron on the time features; its result has passed the activation, as every block wants it."""
+
+    def __init__(self, channels_in, channels, activation):
+        super().__init__()
+        self.linear0 = init_uniform(nn.Linear(channels_in, channels))
+        self.linear1 = init_uniform(nn.Linear(channels, channels))
+        self.activation = activation
+
+    def forward(self, features):
+        """Return the embedding (N, channels) of features (N, channels_in)."""
+        return self.activation(self.linear1(self.activation(self.linear0(features))))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions beside a shortcut; the time embedding is added between them.
+
+    `resample` (BigGAN, Brock et al. 2019) acts on both branches, before the first convolution. Where the channels
+    or the resolution change the shortcut is a 1×1 convolution. The sum is multiplied by `rescale`.
+    """
+
+    def __init__(self, channels_in, channels_out, resample, *, time_channels, activation, dropout, rescale,
+                 init_scale, shortcut_scale):
+        super().__init__()
+        self.activation = activation
+        self.rescale = rescale
+        self.resample = resample
+        self.norm0 = layers.GroupNorm(channels_in, EPS)
+        self.conv0 = init_uniform(nn.Conv2d(channels_in, channels_out, 3, padding=1))
+        self.time = init_uniform(nn.Linear(time_channels, channels_out))
+        self.norm1 = layers.GroupNorm(channels_out, EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv1 = init_uniform(nn.Conv2d(channels_out, channels_out, 3, padding=1), init_scale)
+        self.shortcut = None
+        if channels_in != channels_out or resample is not None:
+            self.shortcut = init_uniform(nn.Conv2d(channels_in, channels_out, 1), shortcut_scale)
+
+    def forward(self, x, emb):
+        """Return the block's output for x (N, C, H, W) and the time embedding (N, time_channels) or None."""
+        h = self.activation(self.norm0(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv0(h)
+        if emb is not None:
+            h = h + self.time(emb)[:, :, None, None]
+        h = self.conv1(self.dropout(self.activation(self.norm1(h))))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        return rescaled_sum(x, h, self.rescale)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention beside its skip connection, the sum multiplied by `rescale`."""
+
+    def __init__(self, channels, rescale, init_scale):
+        super().__init__()
+        self.rescale = rescale
+        self.attention = layers.SelfAttention(channels, 1, EPS)
+        init_uniform(self.attention.qkv, 0.1, parts=3)
+        init_uniform(self.attention.proj, init_scale)
+
+    def forward(self, x):
+        """Return the block's output for x (N, C, H, W)."""
+        return rescaled_sum(x, self.attention(x), self.rescale)
+
+
+class EncoderLevel(nn.Module):
+    """The blocks of one resolution, the module that leaves it (`down`) and what the input pyramid adds after it."""
+
+    def __init__(self, blocks, attentions, down, pyramid):
+        super().__init__()
+        self.blocks = blocks
+        self.attentions = attentions
+        self.down = down
+        self.pyramid = pyramid
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the coarsest resolution."""
+
+    def __init__(self, block0, attention, block1):
+        super().__init__()
+        self.block0 = block0
+        self.attention = attention
+        self.block1 = block1
+
+    def forward(self, h, emb):
+        """Return the middle's output for h (N, C, H, W)."""
+        return self.block1(self.attention(self.block0(h, emb)), emb)
+
+
+class DecoderLevel(nn.Module):
+    """The blocks of one resolution, its attention, what it adds to the output pyramid, and the way up."""
+
+    def __init__(self, blocks, attention, pyramid, up):
+        super().__init__()
+        self.blocks = blocks
+        self.attention = attention
+        self.pyramid = pyramid
+        self.up = up
+
+
+class OutputHead(nn.Module):
+    """Normalisation, activation and a 3×3 convolution."""
+
+    def __init__(self, channels_in, channels_out, activation, init_scale):
+        super().__init__()
+        self.activation = activation
+        self.norm = layers.GroupNorm(channels_in, EPS)
+        self.conv = init_uniform(nn.Conv2d(channels_in, channels_out, 3, padding=1), init_scale)
+
+    def forward(self, h):
+        """(N, C, H, W) to (N, C', H, W)."""
+        return self.conv(self.activation(self.norm(h)))
+
+
+class InputSkip(nn.Module):
+    """Progressive input `input_skip`: the smaller image, through a 1×1 convolution, joins the features."""
+
+    def __init__(self, channels_in, channels, taps, combine):
+        super().__init__()
+        self.down = resample_module("down", taps)
+        self.conv = init_uniform(nn.Conv2d(channels_in, channels, 1))
+        self.concatenate = combine == "cat"
+
+    def forward(self, pyramid, h):
+        """Return (the image at half its size, the features h with it)."""
+        pyramid = self.down(pyramid)
+        image = self.conv(pyramid)
+        return pyramid, torch.cat([image, h], dim=1) if self.concatenate else image + h
+
+
+class InputResidual(nn.Module):
+    """Progressive input `residual`: a convolved, downsampled pyramid takes up the features and replaces them."""
+
+    def __init__(self, channels_in, channels, taps, rescale):
+        super().__init__()
+        self.down = resample_module("down", taps, (channels_in, channels))
+        self.rescale = rescale
+
+    def forward(self, pyramid, h):
+        """Return (pyramid, features), which are the same tensor."""
+        pyramid = rescaled_sum(self.down(pyramid), h, self.rescale)
+        return pyramid, pyramid
+
+
+class OutputSkip(nn.Module):
+    """Progressive output `output_skip`: the image so far, doubled, plus what this level adds to it."""
+
+    def __init__(self, head, up):
+        super().__init__()
+        self.up = up
+        self.head = head
+
+    def forward(self, pyramid, h):
+        """Return (image, features); `pyramid` is None at the coarsest level."""
+        image = self.head(h)
+        return image if self.up is None else self.up(pyramid) + image, h
+
+
+class OutputResidualStart(nn.Module):
+    """Progressive output `residual`, coarsest level: the pyramid begins with the convolved features."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, pyramid, h):
+        """Return (pyramid, features)."""
+        return self.head(h), h
+
+
+class OutputResidual(nn.Module):
+    """Progressive output `residual`: the doubled, convolved pyramid takes up the features and replaces them."""
+
+    def __init__(self, up, rescale):
+        super().__init__()
+        self.up = up
+        self.rescale = rescale
+
+    def forward(self, pyramid, h):
+        """Return (pyramid, features), which are the same tensor."""
+        pyramid = rescaled_sum(self.up(pyramid), h, self.rescale)
+        return pyramid, pyramid
+
+
+def resample_module(direction, taps, conv_channels=None):
+    """Return the module that goes "up" or "down" by two: with FIR `taps` or None, with a convolution or None."""
+    if conv_channels is None:
+        if taps is None:
+            return layers.BoxUpsample() if direction == "up" else layers.BoxDownsample()
+        return layers.FIRUpsample(taps) if direction == "up" else layers.FIRDownsample(taps)
+    if taps is None:
+        module = layers.ConvUpsample if direction == "up" else layers.ConvDownsample
+        module = module(*conv_channels)
+    else:
+        module = layers.FIRConvUpsample if direction == "up" else layers.FIRConvDownsample
+        module = module(*conv_channels, taps)
+    init_uniform(module.conv)
+    return module
+
+
+def rescaled_sum(x, h, rescale):
+    """Return (x + h)·rescale with one temporary less; `rescale` is 1 or 1/√2."""
+    total = x + h
+    return total if rescale == 1.0 else total.mul_(rescale)
+
+
+def init_uniform(layer, scale=1.0, parts=1):
+    """Initialise a layer as DDPM does: uniform weights of variance scale / mean(fan in, fan out), bias zero.
+
+    With `parts`, that many equal blocks of rows are layers of their own. Scale 0 gives zeros.
+    """
+    with torch.no_grad():
+        for rows in layer.weight.chunk(parts):
+            nn.init.xavier_uniform_(rows, gain=math.sqrt(scale))
+        layer.bias.zero_()
+    return layer
