@@ -1,4 +1,4 @@
-"""Annealing reflow: from fresh noise to the noise of the pairs, over training (arXiv 2407.12718, section 4.1)."""
+"""Annealing reflow: from fresh noise to the noise of the pairs, over training (arXiv 2407.12718, Annealing Reflow)."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from runtime.errors import UserError
 
 
 def anneal(z0, xi, beta):
-    """Return z0' = sqrt(1-β²)·z0 + β·ξ, standard normal again when `z0` and `xi` are (arXiv 2407.12718, equation 9).
+    """Return z0' = sqrt(1-β²)·z0 + β·ξ: standard normal, as `z0` and `xi` are (arXiv 2407.12718, Annealing Reflow).
 
     `z0`, `xi`: (N, …); `beta`: float in [0, 1]. β = 0 gives `z0` untouched, β = 1 gives `xi`.
     """
@@ -43,11 +43,11 @@ def create_annealing(name):
     schedules = {"fix": fixed, "warmup": linear, "warmup_exp": exponential, "warmup_cos": cosine}
     match = re.fullmatch(r"(fix|warmup|warmup_exp|warmup_cos)_(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)", name)
     if match is None:
-        raise UserError(f"training.x0_randomness is {name!r}: use fix_<r>, warmup_<N>, warmup_exp_<N> or "
+        raise UserError(f"config.training.x0_randomness is {name!r}: use fix_<r>, warmup_<N>, warmup_exp_<N> or "
                         "warmup_cos_<N>")
     kind, number = match[1], float(match[2])
     if kind == "fix" and not 0 <= number <= 1:
-        raise UserError(f"training.x0_randomness is {name!r}, but r of fix_r must lie in [0, 1]")
+        raise UserError(f"config.training.x0_randomness is {name!r}, but r of fix_r must lie in [0, 1]")
     if kind != "fix" and number < 1:
-        raise UserError(f"training.x0_randomness is {name!r}, but N must be at least one update")
+        raise UserError(f"config.training.x0_randomness is {name!r}, but N must be at least one update")
     return schedules[kind](number)

@@ -1,4 +1,4 @@
-"""Flow-guided distillation: a student's single step follows two steps of guidance (arXiv 2407.12718, section 4.2)."""
+"""Flow-guided distillation: a student's single step follows two steps of guidance (arXiv 2407.12718)."""
 
 import torch
 
@@ -12,7 +12,7 @@ draw_guidance_time = uniform(0.2, 0.8)  # t of the second step
 def two_step_velocity(xi, first, t, label, teacher_velocity):
     """Return x_1 - ξ, the mean velocity of two steps from noise, without gradient: (N, C, H, W).
 
-    x_t = ξ + t·u and x_1 = x_t + (1-t)·teacher(x_t, t) (arXiv 2407.12718, equation 13).
+    x_t = ξ + t·u and x_1 = x_t + (1-t)·teacher(x_t, t) (arXiv 2407.12718, Flow-Guided Distillation).
     `xi`: noise (N, C, H, W); `first`: u, the velocity of the first step; `t`: (N,) in (0, 1); `label`: or None.
     """
     with torch.no_grad():

@@ -67,7 +67,7 @@ def create_weighting(name, eps):
     if name == "uniform":
         return lambda losses, t: losses
     if name not in weights:
-        raise UserError(f"training.weight_schedule is {name!r}: use uniform or one of {', '.join(weights)}")
+        raise UserError(f"config.training.weight_schedule is {name!r}: use uniform or one of {', '.join(weights)}")
     return lambda losses, t: losses * weights[name](t)
 
 
@@ -95,7 +95,7 @@ def create_distance(loss_type, reduce_mean, load_lpips):
     }
     if loss_type not in image_distances:
         known = ", ".join([*velocity_distances, *image_distances])
-        raise UserError(f"training.loss_type is {loss_type!r}: use one of {known}")
+        raise UserError(f"config.training.loss_type is {loss_type!r}: use one of {known}")
     lpips = load_lpips()
     return lambda v, point: image_distances[loss_type](v, point, lpips)
 

@@ -125,32 +125,31 @@ def check_config(config):
     losses.create_distance(training.loss_type, training.reduce_mean, load_lpips=lambda: None)
     distillation.create_first_step(flow.guidance_first_step)
     if "lpips" in training.loss_type and data.num_channels not in (1, 3):
-        raise UserError(f"training.loss_type {training.loss_type} compares colour or grey images, but "
-                        f"data.num_channels is {data.num_channels}: choose l2, l1 or huber")
+        raise UserError(f"config.training.loss_type {training.loss_type} compares colour or grey images, but "
+                        f"config.data.num_channels is {data.num_channels}: choose l2, l1 or huber")
     if flow.use_teacher and not (flow.teacher_model or flow.pre_train_model):
-        raise UserError("flow.use_teacher needs a teacher: name its checkpoint in flow.teacher_model, or in "
-                        "flow.pre_train_model if the student starts from it too")
+        raise UserError("config.flow.use_teacher needs a teacher: name its checkpoint in config.flow.teacher_model, or "
+                        "in config.flow.pre_train_model if the student starts from it too")
     if flow.real_data_share > 0 and not data.real_pairs_root:
-        raise UserError(f"flow.real_data_share is {flow.real_data_share:g}, but data.real_pairs_root names no folder: "
-                        "make such pairs with generate_data.py --config.sampling.direction from_z1")
-    _check_pairs(config)
+        raise UserError(f"config.flow.real_data_share is {flow.real_data_share:g}, but config.data.real_pairs_root is "
+                        "empty: make such pairs with generate_data.py --config.sampling.direction from_z1")
+    if not data.reflow_data_root:
+        _refuse_pair_objectives(config)
 
 
-def _check_pairs(config):
-    """Raise UserError where an objective on pairs has none."""
-    if config.data.reflow_data_root:
-        return
-    flow, x0_randomness = config.flow, config.training.x0_randomness
-    is_k_step = str(flow.flow_t_schedule).isdigit()
+def _refuse_pair_objectives(config):
+    """Raise UserError for an objective that is one on pairs."""
+    schedule, x0_randomness = str(config.flow.flow_t_schedule), config.training.x0_randomness
+    share = config.flow.real_data_share
     for field, value, needs_pairs in [
-        ("flow.flow_t_schedule", flow.flow_t_schedule, flow.flow_t_schedule == "t0" or is_k_step),
-        ("flow.use_teacher", "true", flow.use_teacher),
+        ("flow.flow_t_schedule", schedule, schedule == "t0" or schedule.isdigit()),
+        ("flow.use_teacher", "true", config.flow.use_teacher),
         ("training.x0_randomness", x0_randomness, x0_randomness != "fix_0"),
-        ("flow.real_data_share", flow.real_data_share, flow.real_data_share > 0),
+        ("flow.real_data_share", f"{share:g}", share > 0),
     ]:
         if needs_pairs:
-            raise UserError(f"{field} {value} needs noise-image pairs: name their folder in data.reflow_data_root "
-                            "(generate_data.py makes it)")
+            raise UserError(f"config.{field} {value} needs noise-image pairs: make them with generate_data.py and name "
+                            "their folder in config.data.reflow_data_root")
 
 
 def _noise(generator, count, shape, device):

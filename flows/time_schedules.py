@@ -108,8 +108,8 @@ def create_time_schedule(name, eps, end=1.0):
     if kind == "" and len(numbers) == 1 and numbers[0].is_integer():
         _require(numbers[0] > 1, name, "k-step distillation needs an integer k > 1 (one step is t0)")
         return grid(eps, end, int(numbers[0]))
-    raise UserError(f"flow.flow_t_schedule is {name!r}: use uniform, t0, t1, t0t1, u_shaped, exp_<base>, fix_<τ>, "
-                    "range_<a>_<b> or an integer k > 1")
+    raise UserError(f"config.flow.flow_t_schedule is {name!r}: use uniform, t0, t1, t0t1, u_shaped, exp_<base>, "
+                    "fix_<τ>, range_<a>_<b> or an integer k > 1")
 
 
 def create_path_place(name, eps, end=1.0):
@@ -123,7 +123,7 @@ def create_path_place(name, eps, end=1.0):
         "t1": lambda t: torch.full_like(t, end),
     }
     if name not in places:
-        raise UserError(f"flow.flow_alpha_t is {name!r}: use one of {', '.join(places)}")
+        raise UserError(f"config.flow.flow_alpha_t is {name!r}: use one of {', '.join(places)}")
     return places[name]
 
 
@@ -138,4 +138,4 @@ def _split(name):
 
 def _require(holds, name, rule):
     if not holds:
-        raise UserError(f"flow.flow_t_schedule is {name!r}, but {rule}")
+        raise UserError(f"config.flow.flow_t_schedule is {name!r}, but {rule}")
