@@ -22,15 +22,18 @@ from absl import flags
 
 from configs.command_line import config_to_dict, get_field, run_script
 from datasets import pair_starts, pair_writer
-from datasets.pairs import PairFolder
+from datasets.pair_folder import PairFolder
 from flows.analytic import analytic_velocity
 from flows.couplings import create_coupling
 from flows.rectified_flow import interpolate, velocity_from_network
+from models import load_model
+from models.checkpoint import apply_architecture, local_file
 from runtime import devices
 from runtime.errors import UserError
 from runtime.files import file_digest
 from runtime.pictures import save_grid
 from runtime.progress import progress_bar
+from training.update import autocast, set_precision
 
 flags.DEFINE_string("ckpt_path", "", "checkpoint (.pth, or hf://owner/repo/file) of from_z0 and from_z1; its EMA "
                     "weights are used")
@@ -58,6 +61,7 @@ def main(config, args, given):
 def make_pairs(config, args, given, processes):
     """Make this process's share of the blocks; the main process prepares and completes the folder."""
     check_arguments(config, args)
+    set_precision(config.training.precision)
     config, velocity = create_velocity(config, args, given, processes.device)
     starts = pair_starts.create_starts(config, args.z0_path, args.z1_path, args.label_path)
     folder = pathlib.Path(args.data_root) / str(config.seed)
@@ -70,7 +74,8 @@ def make_pairs(config, args, given, processes):
             say(processes, f"{folder} is complete: it holds {offered} pairs")
             return
         say(processes, describe(config, folder, task, todo))
-        make_blocks(folder, task, todo, coupling, processes, config.training.progress)
+        with autocast(config.training.precision, processes.device):  # the network; samplers add in float64
+            make_blocks(folder, task, todo, coupling, processes, config.training.progress)
         processes.barrier()
         main_does(processes, lambda: complete(folder, task, config, args))
         say(processes, f"{folder} holds {task.count} pairs")
@@ -97,10 +102,8 @@ def create_velocity(config, args, given, device):
     """Return (config, velocity): the network's, with its architecture in the config; the closed form; or None."""
     direction = config.sampling.direction
     if direction in WITH_NETWORK:
-        from models import load_model
-        from models.checkpoint import apply_architecture
-
-        net = load_model(args.ckpt_path, device=device)
+        chosen = {name: get_field(config, name) for name in given if name.startswith(("model.", "data."))}
+        net = load_model(args.ckpt_path, device=device, fields=chosen)
         return apply_architecture(config, net.config_fields, given), velocity_from_network(net)
     if direction == "random_paired":
         return config, None
@@ -145,7 +148,8 @@ def create_identity(config, args, starts, block_size):
         names += [f"sampling.{name}" for name in SAMPLER_FIELDS[config.sampling.use_ode_sampler]]
     identity = {name: get_field(config, name) for name in names} | {"sampling.block_size": block_size}
     if args.ckpt_path:
-        identity["checkpoint"] = file_digest(args.ckpt_path)
+        identity["checkpoint"] = file_digest(local_file(args.ckpt_path))
+        identity["training.precision"] = config.training.precision
     if config.sampling.direction.startswith("gt_v"):
         images = pair_starts.chosen_images(config)
         identity["closed form of"] = pair_starts.images_digest(images.images, images.labels)
