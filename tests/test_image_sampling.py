@@ -1,0 +1,232 @@
+"""image_sampling.py from checkpoints to pictures, and its one-sentence errors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from absl import flags
+from PIL import Image
+
+from configs.command_line import config_to_dict, parse_command_line, save_config
+from configs.default import get_default_config
+from models.checkpoint import write_checkpoint
+from models.create import create_model
+from runtime.errors import UserError
+from runtime.pictures import GAP
+
+SURVEY = ["rk45", *["euler"] * 7]
+CELL = 48 + GAP
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module; its flags are undone afterwards, so that another script's tests can define theirs."""
+    before = set(flags.FLAGS)
+    import image_sampling
+
+    image_sampling.STRAIGHTNESS_STEPS = 4  # saves seconds
+
+    yield image_sampling
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    del sys.modules["image_sampling"]
+
+
+def tiny_config(**changes):
+    """The config of a network that samples in milliseconds: 8×8 images."""
+    config = get_default_config()
+    config.data.update(dataset="digits", image_size=8, num_channels=1)
+    config.model.update(nf=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dropout=0.0)
+    for name, value in changes.items():
+        group, field = name.split("__")
+        config[group][field] = value
+    return config
+
+
+def write_run(folder, numbers=(1,), **changes):
+    """Write a run folder with checkpoints of random weights (EMA and raw differ), and its config.json."""
+    config = tiny_config(**changes)
+    for number in numbers:
+        torch.manual_seed(number)
+        net = create_model(config)
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+        shadow = [p.detach() * 0.9 for p in net.parameters() if p.requires_grad]
+        write_checkpoint(folder / "checkpoints" / f"checkpoint_{number}.pth", {
+            "model": net.state_dict(), "ema": {"decay": 0.9, "num_updates": 1, "shadow_params": shadow},
+            "optimizer": {}, "step": number * 10, "config": config_to_dict(config)})
+    save_config(config, folder / "config.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("logs") / "tiny", numbers=(1, 2, 4))
+
+
+def sample(script, folder, *words, config=None):
+    """Call the script as its command line does, in this process."""
+    argv = ["image_sampling.py", "--config", str(config or folder / "config.json"), "--sampling_dir", str(folder),
+            "--config.sampling.ode_tol", "0.01", "--config.eval.batch_size", "4", *words]
+    flags.FLAGS.unparse_flags()
+    for name in ("sampling_dir", "use_ema", "classes"):
+        flags.FLAGS[name].unparse()
+    script.main(*parse_command_line(argv))
+
+
+def entries(folder, checkpoint="checkpoint_1"):
+    return json.loads((folder / "eval_sample" / checkpoint / "samples.json").read_text())
+
+
+def test_survey_of_a_checkpoint_is_pictures_and_their_description(script, tmp_path):
+    folder = write_run(tmp_path / "run")
+    sample(script, folder)
+    out = folder / "eval_sample" / "checkpoint_1"
+    found = entries(folder)
+    assert [e["sampler"] for e in found] == SURVEY
+    assert [e["nfe"] for e in found[1:]] == [1, 2, 5, 10, 20, 50, 100] and found[0]["nfe"] >= 8
+    assert found[2]["file"] == "euler_sample_2.png"
+    files = {e["file"] for e in found} | {"contact_sheet.png", "pixel_trajectories.png", "samples.json"}
+    assert {p.name for p in out.iterdir()} == files
+    assert Image.open(out / "euler_sample_2.png").size == (2 * CELL + GAP, 2 * CELL + GAP)
+    width, height = Image.open(out / "contact_sheet.png").size
+    assert height == 8 * CELL + GAP and width > 4 * CELL + GAP
+    for entry in found:
+        assert entry["seed"] == 42 and entry["seconds"] > 0 and entry["straightness"] > 0 and entry["images"] == 4
+        assert entry["checkpoint"].endswith("checkpoint_1.pth") and entry["weights"] == "EMA"
+
+
+def test_every_checkpoint_is_sampled_unless_a_range_is_given(script, run_folder, tmp_path):
+    one = ["--config.sampling.use_ode_sampler", "one_step"]
+    sample(script, run_folder, *one)
+    assert {p.name for p in (run_folder / "eval_sample").iterdir()} == {f"checkpoint_{k}" for k in (1, 2, 4)}
+    folder = write_run(tmp_path / "run", numbers=(1, 2, 3, 4))
+    sample(script, folder, *one, "--config.eval.begin_ckpt", "2", "--config.eval.end_ckpt", "3")
+    assert {p.name for p in (folder / "eval_sample").iterdir()} == {"checkpoint_2", "checkpoint_3"}
+    sample(script, folder, *one, "--config.eval.begin_ckpt", "4")
+    assert (folder / "eval_sample" / "checkpoint_4").exists() and not (folder / "eval_sample" / "checkpoint_1").exists()
+
+
+def test_the_sampler_asked_for_is_the_one_used(script, tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name, steps, nfe in (("heun", 3, 5), ("euler", 1, 1), ("one_step", 7, 1), ("cm_stochastic", 2, 2)):
+        sample(script, folder, "--config.sampling.use_ode_sampler", name, "--config.sampling.sample_N", str(steps))
+        found = entries(folder)[-1]
+        assert (found["sampler"], found["nfe"], found["file"]) == (name, nfe, f"{name}_sample_{nfe}.png")
+    assert [e["sampler"] for e in entries(folder)] == ["heun", "euler", "one_step", "cm_stochastic"]
+    sample(script, folder, "--config.sampling.use_ode_sampler", "euler", "--config.sampling.sample_N", "1")
+    assert sorted(e["sampler"] for e in entries(folder)) == ["cm_stochastic", "euler", "heun", "one_step"]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_one_file_can_be_sampled_and_the_same_noise_gives_the_same_picture(script, run_folder):
+    path = run_folder / "checkpoints" / "checkpoint_2.pth"
+    picture = run_folder / "eval_sample" / "checkpoint_2" / "euler_sample_2.png"
+    words = ["--sampling_dir", str(path), "--config.sampling.use_ode_sampler", "euler"]
+
+    def picture_of(*more, steps="2"):
+        sample(script, run_folder, *words, "--config.sampling.sample_N", steps, *more)
+        return pixels(picture)
+
+    first = picture_of()
+    assert (picture_of("--config.sampling.batch_size", "3") == first).all()
+    assert (picture_of("--config.seed", "7") != first).any()
+
+
+def test_raw_weights_are_other_pictures_in_another_folder(script, run_folder):
+    words = ["--config.sampling.use_ode_sampler", "one_step", "--config.eval.end_ckpt", "1"]
+    sample(script, run_folder, *words)
+    sample(script, run_folder, *words, "--nouse_ema")
+    ema, raw = (pixels(run_folder / "eval_sample" / name / "one_step_sample_1.png")
+                for name in ("checkpoint_1", "checkpoint_1_raw"))
+    assert (ema != raw).any() and entries(run_folder, "checkpoint_1_raw")[-1]["weights"] == "raw"
+
+
+def test_the_network_is_the_checkpoints_whatever_the_config_file_says(script, run_folder, repository):
+    words = ["--config.sampling.use_ode_sampler", "one_step", "--config.eval.end_ckpt", "1"]
+    cifar10 = repository / "configs" / "rectified_flow" / "cifar10_rf_gaussian.py"
+    sample(script, run_folder, *words, config=cifar10)
+    with pytest.raises(UserError, match="model.nf is 4 in the checkpoint and 128 here"):
+        sample(script, run_folder, *words, "--config.model.nf", "128", config=cifar10)
+
+
+@pytest.fixture(scope="module")
+def conditional_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("logs") / "classes", model__name="DhariwalUNet", model__nf=8,
+                     data__num_classes=3, data__num_channels=3)
+
+
+def test_classes_get_a_row_each_drawn_or_chosen(script, conditional_folder):
+    words = ["--config.sampling.use_ode_sampler", "one_step"]
+    picture = conditional_folder / "eval_sample" / "checkpoint_1" / "one_step_sample_1.png"
+
+    def picture_of(*more):
+        sample(script, conditional_folder, *words, *more)
+        return pixels(picture)
+
+    drawn, zero, one = (picture_of(*more) for more in ([], ["--config.sampling.class_label", "0"],
+                                                        ["--config.sampling.class_label", "1"]))
+    assert drawn.shape[2] == 3 and (zero != one).any() and (drawn != one).any()
+    rows = picture_of("--classes", "2,0")
+    assert rows.shape[0] == 2 * CELL + GAP and rows.shape[1] > 10 * CELL + GAP
+    assert picture_of("--classes", "all").shape[0] == 3 * CELL + GAP
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--config.sampling.class_label", "3"], "class_label is 3, but the classes are 0 to 2"),
+    (["--classes", "1,5"], "'5' is no class; the classes are 0 to 2"),
+    (["--classes", "cat"], "'cat' is no class"),
+    (["--classes", "1", "--config.sampling.class_label", "0"], "both given"),
+])
+def test_a_class_that_does_not_exist_is_refused(script, conditional_folder, words, message):
+    before = sorted(conditional_folder.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        sample(script, conditional_folder, *words)
+    assert sorted(conditional_folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--classes", "1"], "has no classes"),
+    (["--config.sampling.class_label", "1"], "class"),
+    (["--config.eval.begin_ckpt", "5"], "checkpoints 1 to 4 are in .*none between"),
+    (["--sampling_dir", "/nowhere"], "/nowhere is neither a run folder nor a .pth file"),
+    (["--sampling_dir", ""], "name a run folder or a .pth file with --sampling_dir"),
+    (["--config.sampling.use_ode_sampler", "rk54"], "rk54.*rk45"),
+    (["--config.sampling.sample_N", "0"], "sample_N must be at least 1, not 0"),
+])
+def test_what_cannot_be_sampled_is_one_sentence(script, run_folder, words, message):
+    before = sorted(run_folder.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        sample(script, run_folder, *words)
+    assert sorted(run_folder.rglob("*")) == before
+
+
+def test_a_network_that_diverged_leaves_no_picture(script, tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "checkpoints" / "checkpoint_1.pth"
+    state = torch.load(path, weights_only=True)
+    state["ema"]["shadow_params"][-1].fill_(torch.nan)
+    write_checkpoint(path, state)
+    for name, message in (("rk45", r"rk45, sample 0 at t = 0\.001: the velocity is not finite"),
+                          ("one_step", "one_step: sample 0 is not finite")):
+        with pytest.raises(UserError, match=message):
+            sample(script, folder, "--config.sampling.use_ode_sampler", name)
+    assert not (folder / "eval_sample").exists()
+
+
+def test_command_line_reports_an_empty_folder_in_one_sentence_with_status_two(tmp_path, repository):
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(
+        [sys.executable, "image_sampling.py", "--config", "configs/rectified_flow/cifar10_rf_gaussian.py",
+         "--sampling_dir", str(tmp_path / "empty")],
+        cwd=repository, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"), check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "has no checkpoint_{k}.pth" in done.stderr
+    assert list((tmp_path / "empty").iterdir()) == []
