@@ -19,6 +19,7 @@ from flows.samplers import create_sampler
 from metrics import results as results_file
 from metrics.compare import compare
 from metrics.features import FeatureExtractor, create_extractor, quantise
+from metrics.figure import draw_figure
 from metrics.gather import gather_rows, share_of, sum_over_processes
 from metrics.image_files import open_images
 from metrics.neighbours import leave_one_out_distances, nearest_distances
@@ -28,12 +29,13 @@ from metrics.statistics import Statistics, measure
 from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
 from metrics.versions import versions
 from models import load_model
-from models.checkpoint import apply_architecture, read_checkpoint
+from models.checkpoint import HUB, apply_architecture, local_file, read_checkpoint
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
 from runtime.files import file_digest
 from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise
+from training.update import autocast, set_precision
 
 flags.DEFINE_string("ckpt_dir", "", "run folder (or one .pth) whose checkpoints are sampled and measured")
 flags.DEFINE_string("data_dir", "", "images to measure instead: npy (NCHW in [-1, 1]), npz, folder or zip")
@@ -60,6 +62,7 @@ def main(config, args, given):
     if bool(args.ckpt_dir) == bool(args.data_dir):
         raise UserError("name either --ckpt_dir (checkpoints to sample) or --data_dir (images to measure)")
     processes = start_processes()
+    set_precision(config.training.precision)
     try:
         if args.data_dir:
             path, done = measure_files(config, args, processes)
@@ -73,11 +76,11 @@ def main(config, args, given):
 
 def measure_checkpoints(config, args, given, processes):
     """Measure every checkpoint of --ckpt_dir that has no result yet; return (results file, results of the sweep)."""
-    path = results_file.results_path(results_folder(args.ckpt_dir))
+    path = results_file.results_path(results_folder(args.ckpt_dir, config.work_dir))
     paths = checkpoint_paths(config, args.ckpt_dir, processes)
     yardstick, done = None, []
     while (checkpoint := processes.share(next(paths, None))) is not None:
-        identity = {"checkpoint": pathlib.Path(checkpoint).name, "digest": file_digest(checkpoint),
+        identity = {"checkpoint": pathlib.Path(checkpoint).name, "digest": file_digest(local_file(checkpoint)),
                     "weights": "EMA" if args.use_ema else "raw", **sampling_identity(config),
                     **measuring_identity(config, args.target_path)}
         earlier = None if args.force else results_file.find_result(results_file.read_results(path), identity)
@@ -86,10 +89,11 @@ def measure_checkpoints(config, args, given, processes):
             say(processes, f"{identity['checkpoint']}: already measured ({path}); --force measures it again")
             done.append(earlier)
             continue
-        net = load_model(checkpoint, use_ema=args.use_ema, device=processes.device)
-        config = apply_architecture(config, net.config_fields, given)
+        found = read_checkpoint(checkpoint)
+        config = apply_architecture(config, found["fields"], given)
+        net = load_model(checkpoint, args.use_ema, processes.device, {"data.image_size": config.data.image_size})
         yardstick = yardstick or create_yardstick(config, args.target_path, processes)
-        result = identity | {"step": int(read_checkpoint(checkpoint)["step"])}
+        result = identity | {"step": int(found.get("step", 0))}
         result |= measure_network(net, pathlib.Path(checkpoint).stem, config, yardstick, path, processes)
         result |= {"parameters": sum(p.numel() for p in net.parameters())}
         done.append(result)
@@ -100,7 +104,7 @@ def measure_checkpoints(config, args, given, processes):
 def checkpoint_paths(config, ckpt_dir, processes):
     """Return an iterator over the checkpoint files that --ckpt_dir and config.eval ask for."""
     if ckpt_dir.endswith(".pth"):
-        if not pathlib.Path(ckpt_dir).is_file():
+        if not pathlib.Path(local_file(ckpt_dir)).is_file():
             raise UserError(f"--ckpt_dir {ckpt_dir} does not exist")
         return iter([ckpt_dir])
     if not pathlib.Path(ckpt_dir).is_dir() and not config.eval.wait:
@@ -113,8 +117,13 @@ def checkpoint_paths(config, ckpt_dir, processes):
                  lambda k: say(processes, f"checkpoint_{k}.pth is not in {folder}: passed over"))
 
 
-def results_folder(ckpt_dir):
-    """Return the folder whose eval/ takes the results: the run folder, also of a single .pth."""
+def results_folder(ckpt_dir, work_dir):
+    """Return the folder whose eval/ takes the results: the run folder, also of a single .pth.
+
+    What comes from Hugging Face has none: its results go to a folder of its name in config.work_dir.
+    """
+    if ckpt_dir.startswith(HUB):
+        return pathlib.Path(work_dir, pathlib.Path(ckpt_dir).stem)
     return run_folder(ckpt_dir) if ckpt_dir.endswith(".pth") else pathlib.Path(ckpt_dir)
 
 
@@ -143,6 +152,7 @@ def sampling_identity(config):
         "ode_tol": sampling.ode_tol if adaptive else None,
         "step_control": sampling.step_control if adaptive else None,
         "rho": sampling.rho if name == "heun" else None,
+        "arithmetic": config.training.precision,
         "init_noise_scale": sampling.init_noise_scale,
         "class_label": sampling.class_label,
     }
@@ -192,7 +202,8 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
 
     Noise and class of sample i belong to (config.seed, i): batch size and number of processes change nothing.
     """
-    sample, velocity, size = create_sampler(config), velocity_from_network(net), config.eval.batch_size
+    sample, size = create_sampler(config), config.eval.batch_size
+    velocity = velocity_from_network(in_precision(net, config.training.precision, processes.device))
     with progress_bar(total=len(indices), desc=f"sampling {title}", unit="images",
                       enabled=config.training.progress if processes.is_main else "false") as bar:
         for low in range(0, len(indices), size * BATCHES_AT_ONCE):
@@ -202,6 +213,17 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
                             indices=part, batch_size=size, finished=bar.update)
             count_evaluations(nfe)
             yield from quantise_samples(x, part, title).split(size)
+
+
+def in_precision(net, precision, device):
+    """Return the network computing in config.training.precision, its output in float32."""
+
+    @torch.no_grad()
+    def call(x, t, label=None):
+        with autocast(precision, device):
+            return net(x, t, label).float()
+
+    return call
 
 
 def draw_labels(config, indices, device):
@@ -276,6 +298,7 @@ def publish(result, path, processes):
     """Write a result to its file and say it on the terminal."""
     if processes.is_main:
         results_file.append_result(path, result)
+        draw_figure(path.with_name("fid.png"), results_file.newest_of_each(results_file.read_results(path)))
         print(results_file.protocol_line(result), flush=True)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -90,7 +91,9 @@ def inception_extractor(path, device):
         raise UserError(f"config.eval.inception_path: {path} does not exist; it is clean-fid's file, to be had from "
                         f"{INCEPTION_URL}")
     try:
-        network = torch.jit.load(str(path), map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer torch would rather have torch.export's files
+            network = torch.jit.load(str(path), map_location=device).eval()
         classifier = _classifier_weight(network)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is not a TorchScript file of clean-fid's Inception ({str(error).splitlines()[0]}); "

@@ -8,7 +8,7 @@ from metrics.features import TITLES
 
 # What makes two evaluations the same: with all of these equal, the second is not computed.
 IDENTITY = ("checkpoint", "digest", "weights", "sampler", "sample_N", "ode_tol", "step_control", "rho",
-            "init_noise_scale", "class_label", "seeds", "num_samples", "features", "target")
+            "arithmetic", "init_noise_scale", "class_label", "seeds", "num_samples", "features", "target")
 
 
 def results_path(folder):

@@ -1,0 +1,147 @@
+"""Quantisation and features: equal to clean-fid's own path over the same images and the same TorchScript."""
+
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid as clean_fid
+from cleanfid.inception_torchscript import InceptionV3W
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from metrics.features import create_extractor, full_float32, inception_extractor, pixel_extractor, quantise
+from metrics.frechet import frechet_distance
+from metrics.image_files import open_images
+from metrics.scores import inception_score
+from metrics.statistics import measure
+from runtime.errors import UserError
+from tests.metrics.inception_stand_in import CLASSES, write_stand_in
+
+
+@pytest.fixture(scope="module")
+def inception_path(tmp_path_factory):
+    return write_stand_in(tmp_path_factory.mktemp("inception"))
+
+
+@pytest.fixture(scope="module")
+def extractor(inception_path):
+    return inception_extractor(inception_path, "cpu")
+
+
+def pictures(folder, seed, count=24):
+    """Write random PNGs; return them as uint8 (N, 3, 20, 20)."""
+    images = np.random.default_rng(seed).integers(0, 256, (count, 20, 20, 3), dtype=np.uint8)
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def clean_fid_features(folder, inception_path):
+    """What clean-fid makes of a folder in its mode legacy_tensorflow, with our file for its Inception."""
+    network = InceptionV3W(str(inception_path.parent), download=False, resize_inside=True)
+    return clean_fid.get_folder_features(str(folder), network, num_workers=0, batch_size=10, verbose=False,
+                                         device=torch.device("cpu"), mode="legacy_tensorflow")
+
+
+def test_features_of_a_folder_are_those_of_clean_fids_whole_path(tmp_path, inception_path, extractor):
+    images = pictures(tmp_path / "images", 0)
+    source = open_images(tmp_path / "images")
+    ours = extractor.features(source.read(0, len(source)))
+    theirs = clean_fid_features(tmp_path / "images", inception_path)
+    assert torch.equal(source.read(0, 24), images)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_generated_images_equal_those_of_clean_fids_generator_path(inception_path, extractor):
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (10, 3, 16, 16), dtype=np.uint8))
+    network = InceptionV3W(str(inception_path.parent), download=False, resize_inside=True)
+    theirs = clean_fid.get_model_features(lambda z: images.float(), network, mode="legacy_tensorflow", num_gen=10,
+                                          batch_size=10, device=torch.device("cpu"), verbose=False)
+    assert np.array_equal(extractor.features(images).numpy(), theirs)
+
+
+def test_the_fid_of_two_folders_is_that_of_clean_fids_features(tmp_path, inception_path, extractor):
+    """Of 256 features, for speed. 24 images make them rank-deficient; then the trace of the root is the sum of
+    the singular values of the product of the centred features, which needs no root of a matrix.
+    """
+    statistics, theirs = [], []
+    for seed in (0, 1):
+        images = pictures(tmp_path / str(seed), seed)
+        statistics.append(measure(images.split(7), extractor, 0, 24, "cpu", "folder"))
+        theirs.append(clean_fid_features(tmp_path / str(seed), inception_path)[:, :256].astype(np.float64))
+    ours = frechet_distance(*(part for s in statistics for part in (s.mu[:256], s.sigma[:256, :256])))
+    centred = [features - features.mean(0) for features in theirs]
+    root = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum() / 23
+    gap = np.square(theirs[0].mean(0) - theirs[1].mean(0)).sum()
+    assert ours == pytest.approx(gap + sum(np.square(c).sum() / 23 for c in centred) - 2 * root, rel=1e-5)
+
+
+def test_probabilities_come_from_the_features_without_the_bias_as_the_inception_score_wants(inception_path, extractor):
+    images = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (12, 3, 16, 16), dtype=np.uint8))
+    ours = extractor.probabilities(extractor.features(images))
+    theirs = torch.jit.load(str(inception_path))(images, no_output_bias=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert 1 <= inception_score(ours, splits=2)[0] <= CLASSES
+
+
+def test_grey_images_enter_inception_as_three_equal_channels(extractor):
+    grey = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (2, 1, 16, 16), dtype=np.uint8))
+    assert torch.equal(extractor.features(grey), extractor.features(grey.repeat(1, 3, 1, 1)))
+
+
+def test_many_images_go_through_inception_in_parts_with_equal_features(extractor):
+    images = torch.from_numpy(np.random.default_rng(4).integers(0, 256, (130, 3, 4, 4), dtype=np.uint8))
+    torch.testing.assert_close(extractor.features(images)[128:], extractor.features(images[128:]))
+
+
+@given(value=st.floats(-1.5, 1.5, width=32))
+def test_quantisation_truncates_as_the_literature_does(value):
+    clipped = np.float32(255) * np.clip((np.float32(value) + np.float32(1)) / np.float32(2), 0, 1)
+    assert quantise(torch.full((1, 1, 1, 1), value)).item() == int(clipped)
+
+
+def test_quantisation_does_not_round():
+    images = torch.tensor([-1.0, 1.0, 2 * 10.99 / 255 - 1]).reshape(3, 1, 1, 1)
+    assert quantise(images).flatten().tolist() == [0, 255, 10]
+
+
+def test_pixels_are_mapped_back_to_minus_one_to_one_and_flattened():
+    images = torch.tensor([0, 51, 255, 0], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    torch.testing.assert_close(pixel_extractor(4).features(images), torch.tensor([[-1.0, -0.6, 1.0, -1.0]]))
+
+
+def test_pixels_of_large_images_are_refused():
+    with pytest.raises(UserError, match="inception"):
+        pixel_extractor(3 * 64 * 64)
+
+
+def test_tf32_is_off_for_features_and_comes_back_afterwards():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        with full_float32():
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_file_that_is_no_inception_is_named(tmp_path):
+    path = tmp_path / "inception-2015-12-05.pt"
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(UserError, match=r"inception-2015-12-05.pt is not a TorchScript"):
+        inception_extractor(path, "cpu")
+    with pytest.raises(UserError, match="does not exist"):
+        inception_extractor(tmp_path / "absent.pt", "cpu")
+
+
+def test_without_a_path_inception_is_looked_for_in_the_users_own_cache(tmp_path, monkeypatch):
+    from configs.default import get_default_config
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    path = write_stand_in(tmp_path / "hub" / "checkpoints")
+    assert path.name in create_extractor(get_default_config(), "cpu").protocol

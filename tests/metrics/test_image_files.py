@@ -1,0 +1,121 @@
+"""Images from npy, npz, folders and zips, and one sentence for each that cannot be read."""
+
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metrics.image_files import open_images
+from runtime.errors import UserError
+
+
+def uint8_images(count=5, channels=3, size=6):
+    return np.random.default_rng(0).integers(0, 256, (count, channels, size, size), dtype=np.uint8)
+
+
+def write_pngs(folder, images):
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(folder / f"{i:03d}.png")
+
+
+def test_an_npy_of_floats_is_quantised_and_one_of_bytes_is_not(tmp_path):
+    images = uint8_images()
+    np.save(tmp_path / "bytes.npy", images)
+    np.save(tmp_path / "floats.npy", ((images + 0.5) / 127.5 - 1).astype(np.float32))
+    for name in ("bytes.npy", "floats.npy"):
+        source = open_images(tmp_path / name)
+        assert len(source) == 5
+        assert torch.equal(source.read(1, 4), torch.from_numpy(images[1:4]))
+
+
+def test_an_npz_in_either_order_of_axes_is_read(tmp_path):
+    images = uint8_images()
+    np.savez(tmp_path / "channels_last.npz", arr_0=images.transpose(0, 2, 3, 1))
+    np.savez(tmp_path / "channels_first.npz", images=images)
+    for name in ("channels_last.npz", "channels_first.npz"):
+        assert torch.equal(open_images(tmp_path / name).read(0, 5), torch.from_numpy(images))
+
+
+def test_a_folder_and_a_zip_of_images_are_read_in_the_order_of_names(tmp_path):
+    images = uint8_images()
+    write_pngs(tmp_path / "folder", images)
+    (tmp_path / "folder" / "notes.txt").write_text("no image")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as opened:
+        for path in sorted((tmp_path / "folder").iterdir(), reverse=True):
+            opened.write(path, f"inner/{path.name}")
+    for name in ("folder", "images.zip"):
+        source = open_images(tmp_path / name)
+        assert len(source) == 5
+        assert torch.equal(source.read(0, 5), torch.from_numpy(images))
+
+
+def test_grey_files_stay_grey_when_the_model_has_one_channel(tmp_path):
+    images = uint8_images(channels=1)
+    write_pngs(tmp_path / "folder", images)
+    assert torch.equal(open_images(tmp_path / "folder", 1).read(0, 5), torch.from_numpy(images))
+    assert open_images(tmp_path / "folder", 3).shape == (3, 6, 6)
+
+
+def test_the_sample_with_nan_is_named(tmp_path):
+    images = np.zeros((9, 1, 4, 4), np.float32)
+    images[7, 0, 1, 2] = np.nan
+    np.save(tmp_path / "x.npy", images)
+    with pytest.raises(UserError, match="sample 7 holds NaN"):
+        open_images(tmp_path / "x.npy").read(5, 9)
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no images"):
+        open_images(tmp_path)
+
+
+def test_images_of_different_sizes_are_named(tmp_path):
+    write_pngs(tmp_path, uint8_images())
+    Image.new("RGB", (7, 6)).save(tmp_path / "003.png")
+    with pytest.raises(UserError, match=r"000\.png is 6×6, 003\.png is 6×7"):
+        open_images(tmp_path).read(0, 5)
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    write_pngs(tmp_path, uint8_images())
+    content = (tmp_path / "002.png").read_bytes()
+    (tmp_path / "002.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"002\.png is not a readable image"):
+        open_images(tmp_path).read(0, 5)
+
+
+@pytest.mark.parametrize(("array", "complaint"), [
+    (np.zeros((4, 6, 6), np.float32), "shape"),
+    (np.zeros((4, 2, 6, 6), np.float32), "shape"),
+    (np.zeros((0, 3, 6, 6), np.float32), "no images"),
+    (np.zeros((4, 3, 6, 6), np.int64), "int64"),
+])
+def test_arrays_that_are_no_images_are_refused(tmp_path, array, complaint):
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(UserError, match=complaint):
+        open_images(tmp_path / "x.npy")
+
+
+def test_floats_from_0_to_255_are_refused_instead_of_clipped(tmp_path):
+    np.save(tmp_path / "x.npy", uint8_images().astype(np.float32))
+    with pytest.raises(UserError, match=r"in \[-1, 1\]"):
+        open_images(tmp_path / "x.npy").read(0, 5)
+
+
+def test_files_that_hold_no_arrays_and_files_of_other_kinds_are_refused(tmp_path):
+    (tmp_path / "x.npy").write_bytes(b"not numpy")
+    (tmp_path / "x.gif").write_bytes(b"GIF")
+    (tmp_path / "x.zip").write_bytes(b"not a zip")
+    np.savez(tmp_path / "x.npz", other=np.zeros(3))
+    for name in ("x.npy", "x.gif", "x.zip", "x.npz", "absent.npy"):
+        with pytest.raises(UserError, match=name):
+            open_images(tmp_path / name)
+
+
+def test_pickled_objects_in_an_npy_are_not_executed(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="cannot be read"):
+        open_images(tmp_path / "x.npy")
