@@ -50,9 +50,10 @@ def describe(folder, statistics):
     mean = statistics["z0_sum"] / statistics["values"]
     made = (f"{record['direction']}, {record['storage']} storage, {record['nfe_mean']:.1f} evaluations a pair"
             if record else "no pairs.json (released layout)")
+    looked_at = statistics["values"] // int(np.prod(folder.shape))
     lines = [f"{folder.path}: {len(folder)} pairs of shape {tuple(folder.shape)}, "
              f"{'with' if folder.label else 'without'} labels; {made}",
-             f"  looked at {statistics['values'] // int(np.prod(folder.shape))}: z0 mean {mean:.4f}, deviation {z0_deviation(statistics):.4f}; "
+             f"  looked at {looked_at}: z0 mean {mean:.4f}, deviation {z0_deviation(statistics):.4f}; "
              f"z1 from {statistics['z1_low']:.3f} to {statistics['z1_high']:.3f}"]
     return "\n".join(lines + [f"  warning: {text}" for text in unlikely(folder, statistics)])
 

@@ -77,7 +77,8 @@ def stages(recipe, work_dir, pairs_dir):
         for run, samplers in SURVEY.items() for name, words in samplers.items()
     ]
     return [
-        Stage("1-flow", "train the 1-rectified flow", train_words(recipe.flow_steps, recipe.flow_lr, "1_flow", work_dir)),
+        Stage("1-flow", "train the 1-rectified flow",
+              train_words(recipe.flow_steps, recipe.flow_lr, "1_flow", work_dir)),
         Stage("pairs", "generate its noise-image pairs",
               ["generate_data.py", "--config", CONFIG, "--ckpt_path", flow, "--data_root", f"{pairs_dir}/demo",
                "--config.sampling.total_number_of_samples", str(recipe.pairs), "--config.seed", "0",
@@ -129,3 +130,30 @@ def run_stages(todo, folder):
         done[stage.name] = {"words": stage.words, "seconds": round(time.perf_counter() - start, 2)}
         write_json(record, done)
     return {name: entry["seconds"] for name, entry in done.items()}
+
+
+def main(argv):
+    """Run the demo and print its report; exit 1 if a threshold is missed."""
+    recipe = RECIPES[FLAGS.size]
+    folder = pathlib.Path(FLAGS.work_dir) / "demo"
+    folder = folder if folder.is_absolute() else ROOT / folder
+    todo = stages(recipe, FLAGS.work_dir, FLAGS.pairs_dir)
+    try:
+        seconds = run_stages(todo, folder)
+    except KeyboardInterrupt:
+        print("demo: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+    from configs.command_line import load_config  # after the stages: torch is not needed to run them
+    from tools.demo_report import write_report
+
+    text, good = write_report(folder, load_config(ROOT / CONFIG), seconds, sum(seconds.values()), THRESHOLDS,
+                              LARGEST_STUDENT)
+    print(f"\n{text}\nreport: {folder}/report.md, report.json, demo.png")
+    if not good and FLAGS.size == "full":
+        print("demo: a quality threshold was missed, see the report", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)

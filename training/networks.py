@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
+from models.checkpoint import load_matching
 
 from flows.rectified_flow import velocity_from_network
 from models import load_model
-from models.checkpoint import load_matching
 from runtime.errors import UserError
 from runtime.seeds import DROPOUT
 from training.run_folder import run_path

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 
-from configs.command_line import config_to_dict, get_field, load_config, save_config
+from configs.command_line import get_field, load_config, save_config
 from configs.default import field_names
 from runtime.errors import UserError
 from runtime.files import atomic_path, write_json, write_text

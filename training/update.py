@@ -127,7 +127,7 @@ def check_skipped(found, limit):
 def apply_update(update, optimizer, ema, guard, loss, *, grad_clip, reduce_max=None):
     """Clip the gradients, step the optimizer and the EMA, and count; leave all as it was if anything is not finite.
 
-    update: its number. loss: 0-dimensional tensor of the whole update. grad_clip: largest gradient norm (negative: off).
+    update: its number. loss: 0-dimensional tensor of the whole update. grad_clip: largest norm (negative: off).
     reduce_max: makes the verdict (0-dimensional float tensor) the largest over the processes, so that all agree.
     Nothing is read from the device.
     """
@@ -141,11 +141,11 @@ def apply_update(update, optimizer, ema, guard, loss, *, grad_clip, reduce_max=N
         bad = reduce_max(bad)
     if grad_clip >= 0:
         torch._foreach_mul_(gradients, torch.clamp(grad_clip / (norm + 1e-6), max=1.0))
-    if isinstance(optimizer, torch.optim.RAdam):
-        _step_or_restore(optimizer, parameters, bad)
-    else:
+    if optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, bad
         optimizer.step()
+    else:
+        _step_or_restore(optimizer, parameters, bad)
     ema.update(keep=1.0 - bad)
     guard.count(update, loss, norm, bad)
 

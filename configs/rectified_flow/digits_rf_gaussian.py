@@ -12,7 +12,7 @@ def get_config():
     config.data.random_flip = False  # a mirrored digit is no digit
     config.model.nf = 32
     config.model.ch_mult = (1, 2)
-    config.model.num_res_blocks = 2
+    config.model.num_res_blocks = 1
     config.model.attn_resolutions = (4,)
     config.model.dropout = 0.0
     config.model.ema_rate = 0.999

@@ -1,0 +1,103 @@
+"""Scripts run in forked processes: real processes that can be killed, without paying for the imports again."""
+
+import contextlib
+import multiprocessing
+import os
+import pathlib
+import runpy
+import signal
+import socket
+import sys
+import time
+import traceback
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _run(script, words, log, environment):
+    """Run a script as `python script words…` would, its output in the file `log` (the body of the child)."""
+    os.environ.update(environment)
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    sys.argv = [script, *words]
+    status = 1
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except BaseException:  # what a script would print before it ends
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Script:
+    """A script in a process of its own; `log` is what it printed."""
+
+    def __init__(self, folder, script, words, environment=None):
+        self._log = pathlib.Path(folder) / f"output-{script}-{time.monotonic_ns()}.txt"
+        arguments = (script, [str(w) for w in words], str(self._log), environment or {})
+        self.process = multiprocessing.get_context("fork").Process(target=_run, args=arguments)
+        self.process.start()
+
+    @property
+    def log(self):
+        """What the script has printed so far."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def wait(self, timeout=240):
+        """Wait for the end; return the exit status (negative: the signal that ended it)."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.kill()
+            raise TimeoutError(f"the script did not end within {timeout} s; it printed: {self.log}")
+        return self.process.exitcode
+
+    def send(self, number):
+        """Send a signal."""
+        os.kill(self.process.pid, number)
+
+    def kill(self):
+        """End the process as kill -9 does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    def kill_when(self, condition, timeout=240):
+        """Kill -9 as soon as `condition()` holds; fail if the script ends before."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.process.is_alive(), f"the script ended before it could be killed: {self.log}"
+            assert time.monotonic() < end, f"the moment to kill never came: {self.log}"
+            time.sleep(0.002)
+        self.kill()
+
+
+def run_script(folder, script, *words, environment=None):
+    """Run a script to its end; return (exit status, what it printed)."""
+    started = Script(folder, script, words, environment)
+    status = started.wait()
+    return status, started.log
+
+
+def run_ranks(folder, script, *words, count=2):
+    """Run a script in `count` gloo processes as torchrun would; return the list of (exit status, output)."""
+    started = start_ranks(folder, script, *words, count=count)
+    return [(one.wait(), one.log) for one in started]
+
+
+def start_ranks(folder, script, *words, count=2):
+    """Start a script in `count` gloo processes; return the list of `Script`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [Script(folder, script, words, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(count)]

@@ -1,0 +1,219 @@
+"""train.py as a whole: exact resumption, processes, signals, broken files, what a run leaves behind."""
+
+import json
+import random
+import shutil
+import signal
+from importlib import metadata
+
+import numpy as np
+import pytest
+import torch
+
+from tests.processes import Script, run_ranks, run_script
+from training.record import read_log
+
+DIGITS = "configs/rectified_flow/digits_rf_gaussian.py"
+TINY = ["--config.model.nf", 8, "--config.model.ch_mult", "(1, 2)", "--config.training.batch_size", 16,
+        "--config.training.record_iters", 4, "--config.training.snapshot_freq", 10,
+        "--config.training.snapshot_freq_for_preemption", 5, "--config.training.snapshot_sampling", 0,
+        "--config.training.progress", "false", "--config.optim.warmup", 4]
+EXACT = [*TINY, "--config.training.n_iters", 21, "--config.training.accumulation_steps", 2,
+         "--config.model.dropout", 0.2]
+
+
+def words(folder, expr, *more):
+    """Return the words of a training run in `folder`."""
+    return ["--config", DIGITS, "--config.work_dir", folder, "--config.expr", expr, *more]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A folder of 64 random pairs in the released layout."""
+    folder = tmp_path_factory.mktemp("pairs") / "0"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    np.save(folder / "z0.npy", generator.standard_normal((64, 1, 8, 8), dtype=np.float32))
+    np.save(folder / "z1.npy", generator.uniform(-1, 1, (64, 1, 8, 8)).astype(np.float32))
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A checkpoint to start from and to be guided by."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    status, log = run_script(folder, "train.py", *words(folder, "p", *TINY, "--config.training.n_iters", 10))
+    assert status == 0, log
+    return folder / "p" / "checkpoints" / "checkpoint_1.pth"
+
+
+OBJECTIVES = {
+    "1-flow": lambda pairs, pretrained: ["--config.data.random_flip", "true"],
+    "annealing": lambda pairs, pretrained: [
+        "--config.data.reflow_data_root", pairs, "--config.training.x0_randomness", "warmup_16",
+        "--config.flow.h_flip", "true"],
+    "guided distillation": lambda pairs, pretrained: [
+        "--config.data.reflow_data_root", pairs, "--config.flow.flow_t_schedule", "t0", "--config.flow.use_teacher",
+        "true", "--config.flow.pre_train_model", pretrained],
+}
+
+
+def same(a, b):
+    """Whether two checkpoints agree to the last bit, tensor by tensor."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def load(path):
+    """Return a checkpoint file."""
+    return torch.load(path, weights_only=True)
+
+
+def losses(run):
+    """Return what of the log must not depend on interruptions."""
+    return [(e["step"], e["loss"], e["grad_norm"], e["lr"], e["beta"], e["skipped"]) for e in read_log(run / "log.jsonl")]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_killed_and_resumed_run_ends_bit_identical(objective, tmp_path, pairs, pretrained):
+    chosen = [*EXACT, *OBJECTIVES[objective](pairs, pretrained)]
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "whole", "run", *chosen))
+    assert status == 0, log
+    run = tmp_path / "killed" / "run"
+    moments = random.Random(objective)
+    for records in sorted(moments.sample(range(1, 5), 2)):  # kill after this many records, at any moment
+        script = Script(tmp_path, "train.py", words(tmp_path / "killed", "run", *chosen))
+        script.kill_when(lambda n=records: len(read_log(run / "log.jsonl")) >= n)
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "killed", "run", *chosen))
+    assert status == 0, log
+    whole = tmp_path / "whole" / "run"
+    for name in ("checkpoints-meta/checkpoint.pth", "checkpoints/checkpoint_1.pth", "checkpoints/checkpoint_2.pth"):
+        expected, found = load(whole / name), load(run / name)
+        expected["config"]["work_dir"] = found["config"]["work_dir"]
+        assert same(expected, found), name
+    assert losses(whole) == losses(run)
+
+
+def test_two_processes_train_to_the_losses_of_one(tmp_path):
+    chosen = [*TINY, "--config.training.n_iters", 12, "--config.training.accumulation_steps", 2]
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "one", "run", *chosen))
+    assert status == 0, log
+    assert [s for s, _ in run_ranks(tmp_path, "train.py", *words(tmp_path / "two", "run", *chosen))] == [0, 0]
+    one, two = (read_log(tmp_path / n / "run" / "log.jsonl") for n in ("one", "two"))
+    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-5)
+    assert [e["grad_norm"] for e in two] == pytest.approx([e["grad_norm"] for e in one], rel=1e-4)
+    # the run of two goes on with one
+    more = [*chosen, "--config.training.n_iters", 16]
+    for n in ("one", "two"):
+        status, log = run_script(tmp_path, "train.py", *words(tmp_path / n, "run", *more))
+        assert status == 0, log
+    one, two = (read_log(tmp_path / n / "run" / "log.jsonl")[-1]["loss"] for n in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_finishes_the_update_writes_the_state_and_exits_with_its_status(number, status, tmp_path):
+    chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 100000)
+    script = Script(tmp_path, "train.py", chosen)
+    log = tmp_path / "run" / "log.jsonl"
+    while not read_log(log):
+        assert script.process.is_alive(), script.log
+    script.send(number)
+    assert script.wait() == status
+    done = load(tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth")["step"]
+    assert done >= read_log(log)[-1]["step"]
+    assert f"after update {done}" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_corrupt_state_falls_back_to_the_one_before_and_says_so(tmp_path):
+    chosen = [*TINY, "--config.training.n_iters", 12]
+    assert run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))[0] == 0
+    state = tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth"
+    state.write_bytes(state.read_bytes()[:1000])
+    more = words(tmp_path, "run", *TINY, "--config.training.n_iters", 14)
+    status, log = run_script(tmp_path, "train.py", *more)
+    assert status == 0, log
+    assert "passed over a broken checkpoint" in log and "11 updates done" in log
+    for path in (tmp_path / "run").glob("checkpoints*/*.pth"):
+        path.write_bytes(b"nothing")
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, "--config.training.n_iters", 16))
+    assert status == 2 and "no checkpoint of" in log and "Traceback" not in log
+
+
+def test_run_folder_says_how_the_run_was_made(tmp_path):
+    chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 12, "--config.training.snapshot_sampling", 6,
+                   "--config.training.keep_checkpoints", 1, "--config.training.snapshot_freq", 4)
+    assert run_script(tmp_path, "train.py", *chosen)[0] == 0
+    run = tmp_path / "run"
+    assert json.loads((run / "config.json").read_text())["model"]["nf"] == 8
+    assert "--config.model.nf 8" in (run / "command.txt").read_text()
+    assert json.loads((run / "versions.json").read_text())["torch"] == metadata.version("torch")
+    assert "commit" in json.loads((run / "git.json").read_text())
+    assert (run / "uncommitted.patch").exists()
+    assert {p.name for p in (run / "samples").iterdir()} == {"step_6.png", "step_12.png"}
+    assert (run / "loss.png").stat().st_size > 1000
+    assert list((run / "tensorboard").iterdir())
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"checkpoint_3.pth"}  # the newest alone is kept
+    assert [e["step"] for e in read_log(run / "log.jsonl")] == [4, 8, 12]
+    record = read_log(run / "log.jsonl")[-1]
+    assert {"loss", "lr", "grad_norm", "images_per_second", "memory_mb", "beta", "skipped"} <= record.keys()
+
+
+@pytest.mark.parametrize("more, sentence", [
+    (["--config.model.nf", 12], "model.nf (8 there, 12 here)"),
+    (["--config.optim.lr", 0.5], "optim.lr (0.001 there, 0.5 here)"),
+    ([], "raise config.training.n_iters"),
+])
+def test_second_start_in_a_run_folder_is_refused_where_it_contradicts(more, sentence, tmp_path):
+    chosen = [*TINY, "--config.training.n_iters", 5]
+    assert run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))[0] == 0
+    before = (tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth").read_bytes()
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen, *more))
+    assert status == 2 and sentence in log and log.count("\n") == 1
+    assert (tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("more, sentence", [
+    (["--config.training.batch_size", 5000], "1797"),
+    (["--config.data.reflow_data_root", "absent"], "absent"),
+    (["--config.flow.pre_train_model", "absent.pth"], "absent.pth does not exist"),
+    (["--config.training.resume_from", "absent"], "config.training.resume_from absent has no checkpoint"),
+    (["--config.expr", ""], "config.expr is empty"),
+    (["--config.flow.use_teacher", "true"], "use_teacher"),
+])
+def test_bad_input_gets_one_sentence_and_leaves_no_run_behind(more, sentence, tmp_path):
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, *more))
+    assert status == 2 and sentence in log and log.count("\n") == 1, log
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_from_continues_another_run_in_a_new_folder(tmp_path):
+    chosen = [*TINY, "--config.training.n_iters", 6]
+    assert run_script(tmp_path, "train.py", *words(tmp_path, "first", *chosen))[0] == 0
+    more = [*TINY, "--config.training.n_iters", 9]
+    for expr, extra in (("first", []), ("second", ["--config.training.resume_from", tmp_path / "first"])):
+        if expr == "second":  # `first` was copied in its state after 6 updates
+            extra = ["--config.training.resume_from", tmp_path / "copy" / "first"]
+        else:
+            shutil.copytree(tmp_path / "first", tmp_path / "copy" / "first")
+        status, log = run_script(tmp_path, "train.py", *words(tmp_path, expr, *more, *extra))
+        assert status == 0, log
+    first, second = (load(tmp_path / e / "checkpoints-meta" / "checkpoint.pth") for e in ("first", "second"))
+    assert second["step"] == 9 and same(first["model"], second["model"]) and same(first["ema"], second["ema"])
+
+
+def test_unwritable_place_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "file", "run", *TINY))
+    assert status == 2 and "cannot be written" in log and "Traceback" not in log
+
+
+def test_batch_that_processes_cannot_share_is_refused(tmp_path):
+    chosen = words(tmp_path, "run", *TINY, "--config.training.batch_size", 15)
+    for status, log in run_ranks(tmp_path, "train.py", *chosen):
+        assert status == 2 and "cannot be split into 2 processes" in log
