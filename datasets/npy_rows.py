@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import weakref
 
 import numpy as np
 
@@ -25,9 +26,10 @@ class NpyRows:
         if found < needed:
             raise UserError(f"{self.path} is cut short: its header promises {self.count} rows, {needed} bytes, but "
                             f"it has {found}; copy or make it again")
-        self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed with this object)
+        self.file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead past shuffled rows
+            os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead past shuffled rows
 
     def __len__(self):
         """Return the number of rows N."""
@@ -56,7 +58,7 @@ class NpyRows:
 
     def _read(self, buffer, index, start=0):
         """Fill uint8 `buffer` from byte `start` of row `index` on."""
-        if os.preadv(self.file.fileno(), [buffer], self.offset + index * self.row_bytes + start) != len(buffer):
+        if os.preadv(self.file, [buffer], self.offset + index * self.row_bytes + start) != len(buffer):
             raise UserError(f"{self.path}: row {index} cannot be read; the file became shorter, or the row is none "
                             f"of its {self.count}")
 

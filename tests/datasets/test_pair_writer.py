@@ -1,0 +1,199 @@
+"""A folder of pairs must survive any stop, refuse other pairs and never promise a row that is not there."""
+
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import pair_writer
+from datasets.pair_writer import ArrayLayout, BlockWriter, Task, finish, is_unfinished, locked, prepare
+from runtime.errors import UserError
+
+SHAPE = (1, 2, 2)
+LAYOUTS = {"z0.npy": ArrayLayout(SHAPE, "<f4"), "z1.npy": ArrayLayout(SHAPE, "<f4")}
+
+
+def task(count, available=None, layouts=LAYOUTS, **identity):
+    return Task(count, 4, available, layouts, {"seed": 0, "tuple": (1, 2)} | identity)
+
+
+def rows_of(block, length=4):
+    """Rows whose values tell their index."""
+    indices = torch.arange(block * 4, block * 4 + length, dtype=torch.float32)[:, None, None, None]
+    return {"z0.npy": indices.expand(-1, *SHAPE), "z1.npy": -indices.expand(-1, *SHAPE)}
+
+
+def write(folder, work, blocks, rank=0):
+    with BlockWriter(folder, work, rank) as writer:
+        for block in blocks:
+            writer.write(block, rows_of(block, len(work.block_range(block))), torch.full((4,), 10 + block))
+
+
+def make(folder, work):
+    with locked(folder):
+        offered, todo = prepare(folder, work)
+        write(folder, work, todo)
+        if todo:
+            finish(folder, work, {})
+
+
+def first_values(folder, name="z0.npy"):
+    return np.load(folder / name)[:, 0, 0, 0].tolist()
+
+
+def test_the_arrays_are_plain_npy_files_without_rows_beyond_the_count(tmp_path):
+    make(tmp_path, task(10))
+    assert first_values(tmp_path) == list(range(10))
+    assert first_values(tmp_path, "z1.npy") == [-float(i) for i in range(10)]
+    assert (tmp_path / "z0.npy").stat().st_size == 128 + 10 * 16
+
+
+def test_a_folder_promises_nothing_until_all_is_there(tmp_path):
+    prepare(tmp_path, task(10))
+    write(tmp_path, task(10), [0, 2])
+    assert is_unfinished(tmp_path) and len(np.load(tmp_path / "z0.npy")) == 0
+    with pytest.raises(UserError, match="block 1 is missing"):
+        finish(tmp_path, task(10), {})
+    assert prepare(tmp_path, task(10)) == (0, [1])
+
+
+def test_extending_keeps_the_folder_usable_and_redoes_at_most_the_last_block(tmp_path):
+    make(tmp_path, task(10))
+    assert prepare(tmp_path, task(20)) == (10, [2, 3, 4])
+    assert first_values(tmp_path) == list(range(10)) and not is_unfinished(tmp_path)
+    make(tmp_path, task(20))
+    assert first_values(tmp_path) == list(range(20))
+
+
+def test_fewer_pairs_than_there_are_leave_the_folder_as_it_is(tmp_path):
+    make(tmp_path, task(10))
+    assert prepare(tmp_path, task(5)) == (10, [])
+    assert first_values(tmp_path) == list(range(10))
+
+
+def test_fewer_pairs_make_an_unfinished_folder_usable_and_lose_no_finished_block(tmp_path):
+    prepare(tmp_path, task(20))
+    write(tmp_path, task(20), [0, 1, 4])
+    make_first = task(8)
+    assert prepare(tmp_path, make_first) == (0, [])
+    finish(tmp_path, make_first, {})
+    assert first_values(tmp_path) == list(range(8))
+    assert prepare(tmp_path, task(20)) == (8, [2, 3])
+
+
+def test_a_journal_line_that_was_cut_off_or_garbled_counts_for_nothing(tmp_path):
+    prepare(tmp_path, task(20))
+    write(tmp_path, task(20), [0, 1, 2, 3])
+    journal = tmp_path / "blocks.process0.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text(lines[0] + "\0" * 40 + "\n" + lines[2] + lines[3][:-1])
+    assert prepare(tmp_path, task(20)) == (0, [1, 3, 4])
+
+
+def test_journals_of_several_processes_are_joined(tmp_path):
+    prepare(tmp_path, task(20))
+    write(tmp_path, task(20), [0, 2, 4], rank=0)
+    write(tmp_path, task(20), [1, 3], rank=1)
+    finish(tmp_path, task(20), {})
+    assert first_values(tmp_path) == list(range(20))
+    record = json.loads((tmp_path / "pairs.json").read_text())
+    assert record["nfe_mean"] == 12 and record["nfe_worst"] == 14
+    assert sorted(p.name for p in tmp_path.glob("blocks*")) == ["blocks.jsonl"]
+
+
+def test_the_last_block_is_whole_unless_starting_points_run_out():
+    assert list(task(10).block_range(2)) == [8, 9, 10, 11]
+    assert list(task(10, available=11).block_range(2)) == [8, 9, 10]
+    assert [task(10).kept(block) for block in task(10).blocks] == [4, 4, 2]
+
+
+def test_other_pairs_are_refused_with_all_that_differs_and_stay_as_they_are(tmp_path):
+    make(tmp_path, task(8, checkpoint="aa", tol=0.1))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="checkpoint is 'aa' there and 'bb' here; tol is 0.1 there and None here"):
+        prepare(tmp_path, task(12, checkpoint="bb"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_pairs_that_another_program_made_are_not_written_over(tmp_path):
+    np.save(tmp_path / "z1.npy", np.zeros((3, *SHAPE)))
+    with pytest.raises(UserError, match="z1.npy but no pairs.json: these pairs were not made by this program"):
+        prepare(tmp_path, task(8))
+
+
+def test_a_deleted_array_is_not_mistaken_for_finished_pairs(tmp_path):
+    make(tmp_path, task(8))
+    (tmp_path / "z1.npy").unlink()
+    with pytest.raises(UserError, match="z1.npy is missing or cut short, although 2 blocks"):
+        prepare(tmp_path, task(12))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{\"count\": 3}", "\0\0\0"])
+def test_a_damaged_record_is_named(tmp_path, content):
+    (tmp_path / "pairs.json").write_text(content)
+    with pytest.raises(UserError, match="pairs.json is damaged"):
+        prepare(tmp_path, task(8))
+
+
+def test_two_runs_cannot_write_one_folder(tmp_path):
+    with (locked(tmp_path / "0"), pytest.raises(UserError, match="another run is making pairs in"),
+          locked(tmp_path / "0")):
+        pass
+    with locked(tmp_path / "0"):  # and the lock ends with its holder
+        pass
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * 10**6))
+    with pytest.raises(UserError, match="100000 pairs need another 4.2 MB .* where 2.0 MB are free"):
+        prepare(tmp_path, task(100000))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("room", [1, 30, 70, 200])
+def test_a_disk_that_fills_up_loses_nothing_that_was_finished(tmp_path, monkeypatch, room):
+    prepare(tmp_path, task(20))
+    write(tmp_path, task(20), [0])
+    real_write, left = os.pwrite, room
+
+    def pwrite(file, content, offset):
+        nonlocal left
+        if left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        part = bytes(content)[:left]
+        left -= len(part)
+        return real_write(file, part, offset)
+
+    monkeypatch.setattr(pair_writer.os, "pwrite", pwrite)
+    with pytest.raises(UserError, match="no room in .*No space left on device.*finished are safe"):
+        write(tmp_path, task(20), [1, 2])
+    monkeypatch.undo()
+    todo = prepare(tmp_path, task(20))[1]
+    assert 0 not in todo
+    write(tmp_path, task(20), todo)
+    finish(tmp_path, task(20), {})
+    assert first_values(tmp_path) == list(range(20))
+
+
+def test_compact_arrays_hold_half_floats_and_class_numbers_and_the_loss_is_measured(tmp_path):
+    compact = task(4, layouts={"z1.npy": ArrayLayout(SHAPE, "<f2"), "label.npy": ArrayLayout((), "<i4")})
+    prepare(tmp_path, compact)
+    z1 = torch.full((4, *SHAPE), 0.1)
+    with BlockWriter(tmp_path, compact, 0) as writer:
+        writer.write(0, {"z1.npy": z1, "label.npy": torch.eye(4)[[2, 0, 1, 3]]}, torch.zeros(4, dtype=torch.int64))
+    finish(tmp_path, compact, {})
+    assert np.load(tmp_path / "label.npy").tolist() == [2, 0, 1, 3]
+    assert np.load(tmp_path / "z1.npy").dtype == np.float16
+    rounding = json.loads((tmp_path / "pairs.json").read_text())["z1_rounding"]
+    assert rounding == pytest.approx(float(np.float32(0.1)) - float(np.float16(0.1)), abs=1e-9) and rounding > 1e-5
+
+
+def test_the_pair_that_is_not_finite_is_named():
+    good, bad = torch.zeros(4, *SHAPE), torch.zeros(4, *SHAPE)
+    bad[2, 0, 1, 1] = float("inf")
+    with pytest.raises(UserError, match="pair 10 is not finite"):
+        pair_writer.require_finite(range(8, 12), good, bad)

@@ -1,0 +1,278 @@
+"""Batches of stored pairs: which pair stands where, what files are accepted, and what is found wrong in them."""
+
+import fractions
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.default import get_default_config
+from datasets import create_batches
+from datasets.pair_starts import noise_digest
+from datasets.pairs import open_pairs, split_by_share
+from runtime.errors import UserError
+from runtime.seeds import index_noise
+
+SHAPE = (1, 8, 8)
+
+
+def make_config(root, **fields):
+    config = get_default_config()
+    config.data.dataset, config.data.image_size, config.data.num_channels = "digits", 8, 1
+    config.data.reflow_data_root = str(root)
+    config.training.batch_size = 8
+    for name, value in fields.items():
+        group, field = name.split("__")
+        config[group][field] = value
+    return config
+
+
+def save_pairs(folder, count=20, first=0, labels=None, z0=None, z1=None):
+    """Files as the released code writes them; the first value of z0 and of z1 tells the pair."""
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(first).normal(size=(count, *SHAPE)).astype(np.float32)
+    images = np.tanh(noise)
+    noise[:, 0, 0, 0] = images[:, 0, 0, 0] = (np.arange(count) + first) / 1000
+    np.save(folder / "z0.npy", noise if z0 is None else z0)
+    np.save(folder / "z1.npy", images if z1 is None else z1)
+    if labels is not None:
+        np.save(folder / "label.npy", labels)
+
+
+def pair_numbers(images):
+    return (images[:, 0, 0, 0] * 1000).round().int().tolist()
+
+
+def test_the_released_layout_is_read_as_it_is(tmp_path):
+    save_pairs(tmp_path / "0")
+    z0, z1, label = open_pairs(tmp_path, make_config(tmp_path)).take(np.array([3, 17]))
+    assert torch.equal(z0, torch.from_numpy(np.load(tmp_path / "0/z0.npy")[[3, 17]]))
+    assert torch.equal(z1, torch.from_numpy(np.load(tmp_path / "0/z1.npy")[[3, 17]]))
+    assert label is None
+
+
+def test_several_seeds_add_up_in_the_order_of_their_numbers(tmp_path):
+    save_pairs(tmp_path / "10", count=5, first=100)
+    save_pairs(tmp_path / "2", count=20)
+    (tmp_path / "notes").mkdir()
+    pairs = open_pairs(tmp_path, make_config(tmp_path))
+    assert len(pairs) == 25
+    z0, z1, _ = pairs.take(np.array([24, 0, 20, 19]))
+    assert pair_numbers(z0) == pair_numbers(z1) == [104, 0, 100, 19]
+
+
+def test_every_epoch_has_every_pair_once_and_z0_stays_with_its_z1(tmp_path):
+    save_pairs(tmp_path / "0", count=16)
+    save_pairs(tmp_path / "1", count=8, first=50)
+    batches = create_batches(make_config(tmp_path), "cpu")
+    epochs = [[], []]
+    for update in range(6):
+        batch = batches.batch(update, 0, 8)
+        assert pair_numbers(batch.z0) == pair_numbers(batch.z1)
+        epochs[update // 3] += pair_numbers(batch.z0)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [*range(16), *range(50, 58)]
+    assert epochs[0] != epochs[1]
+    assert len(batches) == 24 and tuple(batches.shape) == SHAPE
+
+
+@pytest.mark.parametrize("fields", [{}, {"flow__h_flip": True}, {"flow__real_data_share": 0.3},
+                                    {"data__use_aug": True, "flow__h_flip": True}])
+def test_a_sample_depends_on_its_place_alone_not_on_slices_or_history(tmp_path, fields):
+    save_pairs(tmp_path / "pairs/0")
+    save_pairs(tmp_path / "real/0", first=500)
+    config = make_config(tmp_path / "pairs", data__real_pairs_root=str(tmp_path / "real"), **fields)
+    only_exact_moves(config)
+    whole = create_batches(config, "cpu")
+    expected = [whole.batch(update, 0, 8) for update in range(6)]
+    slices = create_batches(config, "cpu")
+    for update in (5, 2, 3):
+        parts = [slices.batch(update, low, high) for low, high in ((6, 8), (0, 1), (1, 6))]
+        for name in ("z0", "z1"):
+            joined = torch.cat([getattr(parts[i], name) for i in (1, 2, 0)])
+            assert torch.equal(joined, getattr(expected[update], name))
+
+
+def only_exact_moves(config):
+    for name in config.augment:
+        config.augment[name] = 1.0 if name in ("x_flip", "y_flip", "quarter_turn") else 0.0
+
+
+def test_h_flip_flips_z0_and_z1_together_each_sample_on_its_own(tmp_path):
+    save_pairs(tmp_path / "0")
+    plain = create_batches(make_config(tmp_path), "cpu")
+    flipping = create_batches(make_config(tmp_path, flow__h_flip=True), "cpu")
+    flips = []
+    for update in range(4):
+        a, b = plain.batch(update, 0, 8), flipping.batch(update, 0, 8)
+        for k in range(8):
+            flips.append(torch.equal(b.z0[k], a.z0[k].flip(-1)))
+            wanted = (a.z0[k].flip(-1), a.z1[k].flip(-1)) if flips[-1] else (a.z0[k], a.z1[k])
+            assert torch.equal(b.z0[k], wanted[0]) and torch.equal(b.z1[k], wanted[1])
+        assert 0 < sum(flips[-8:]) < 8, "a whole batch was flipped, or none of it"
+    assert 8 <= sum(flips) <= 24
+
+
+def test_augmentation_moves_z0_and_z1_alike_and_what_would_colour_the_noise_is_refused(tmp_path):
+    save_pairs(tmp_path / "0")
+    config = make_config(tmp_path, data__use_aug=True)
+    with pytest.raises(UserError, match="use_aug on pairs"):
+        create_batches(config, "cpu")
+    only_exact_moves(config)
+    batch = create_batches(config, "cpu").batch(0, 0, 8)
+    # z1 is tanh(z0) except for the pixel that tells the pair.
+    different = (batch.z1 - batch.z0.tanh()).abs().flatten(1) > 1e-5
+    assert (different.sum(1) <= 1).all()
+    assert batch.augment_label.shape[0] == 8 and batch.augment_label.any()
+
+
+@given(share=st.fractions(0, 1, max_denominator=50), first=st.integers(0, 10**9), count=st.integers(1, 300))
+def test_every_stretch_of_samples_has_its_share_of_real_pairs_and_uses_each_in_turn(share, first, count):
+    positions = np.arange(first, first + count)
+    is_real, places = split_by_share(positions, share)
+    assert abs(int(is_real.sum()) - count * share) < 1
+    for kind in (is_real, ~is_real):
+        assert (np.diff(places[kind]) == 1).all()
+    before = fractions.Fraction(first) * share
+    if is_real.any():
+        assert places[is_real][0] == before.numerator // before.denominator
+
+
+def test_the_share_of_real_pairs_is_that_of_the_config(tmp_path):
+    save_pairs(tmp_path / "pairs/0")
+    save_pairs(tmp_path / "real/0", first=500)
+    config = make_config(tmp_path / "pairs", data__real_pairs_root=str(tmp_path / "real"), flow__real_data_share=0.25)
+    batches = create_batches(config, "cpu")
+    numbers = [pair_numbers(batches.batch(update, 0, 8).z0) for update in range(10)]
+    assert [sum(n >= 500 for n in batch) for batch in numbers] == [2] * 10
+    real = [n for batch in numbers for n in batch if n >= 500]
+    assert sorted(real) == list(range(500, 520)), "twenty real samples are the twenty real pairs"
+
+
+def test_a_share_of_real_pairs_without_their_folder_is_refused(tmp_path):
+    save_pairs(tmp_path / "0")
+    with pytest.raises(UserError, match="real_pairs_root is empty"):
+        create_batches(make_config(tmp_path, flow__real_data_share=0.5), "cpu")
+
+
+@pytest.mark.parametrize("form", ["one-hot", "numbers"])
+def test_labels_come_with_their_pairs(tmp_path, form):
+    classes = np.arange(20) % 3
+    labels = np.eye(3, dtype=np.float32)[classes] if form == "one-hot" else classes
+    save_pairs(tmp_path / "0", labels=labels)
+    batch = create_batches(make_config(tmp_path, data__num_classes=3), "cpu").batch(0, 0, 8)
+    assert batch.label.dtype == torch.float32
+    assert batch.label.argmax(1).tolist() == [n % 3 for n in pair_numbers(batch.z0)]
+    assert torch.equal(batch.label.sum(1), torch.ones(8))
+
+
+def test_unconditional_training_ignores_labels(tmp_path):
+    save_pairs(tmp_path / "0", labels=np.eye(3, dtype=np.float32)[np.zeros(20, dtype=int)])
+    assert create_batches(make_config(tmp_path), "cpu").batch(0, 0, 8).label is None
+
+
+@pytest.mark.parametrize("labels, sentence", [
+    (None, "has no label.npy"),
+    (np.eye(4, dtype=np.float32)[np.zeros(20, dtype=int)], r"labels of shape \(4,\)"),
+    (np.full(20, 3), "has class 3"),
+    (np.full(20, -1), "label of pair 0 is no class"),
+    (np.full((20, 3), 0.5, dtype=np.float32), "label of pair 0 is no class"),
+    (np.eye(3, dtype=np.float32)[np.zeros(19, dtype=int)], "label.npy has 19 rows, but z1.npy has 20"),
+])
+def test_labels_that_do_not_fit_are_refused(tmp_path, labels, sentence):
+    save_pairs(tmp_path / "0", labels=labels)
+    with pytest.raises(UserError, match=sentence):
+        open_pairs(tmp_path, make_config(tmp_path, data__num_classes=3))
+
+
+def compact_record(count, digest, seed=7, scale=1.0):
+    return {"complete": True, "count": count, "version": 1, "identity": {}, "storage": "compact", "seed": seed,
+            "noise_digest": digest, "software": {"numpy": "2.0"},
+            "config": {"sampling": {"init_noise_scale": scale}}}
+
+
+def save_compact(folder, **record):
+    folder.mkdir()
+    np.save(folder / "z1.npy", np.linspace(-1, 1, 10 * 64).reshape(10, *SHAPE).astype(np.float16))
+    (folder / "pairs.json").write_text(json.dumps(compact_record(10, **record)))
+
+
+def test_compact_storage_draws_z0_again_and_widens_z1(tmp_path):
+    save_compact(tmp_path / "7", digest=noise_digest(7, SHAPE), scale=2.0)
+    z0, z1, _ = open_pairs(tmp_path, make_config(tmp_path)).take(np.array([9, 4]))
+    assert torch.equal(z0, 2 * index_noise(7, [9, 4], SHAPE))
+    assert z1.dtype == torch.float32
+    np.testing.assert_array_equal(z1, np.load(tmp_path / "7/z1.npy")[[9, 4]].astype(np.float32))
+
+
+def test_compact_pairs_whose_noise_would_come_out_otherwise_are_refused(tmp_path):
+    save_compact(tmp_path / "7", digest="0123456789abcdef")
+    with pytest.raises(UserError, match="7 is compact, but its noise cannot be drawn again.*use numpy 2.0"):
+        open_pairs(tmp_path, make_config(tmp_path))
+
+
+def test_an_unfinished_folder_is_named_and_refused(tmp_path):
+    save_pairs(tmp_path / "0")
+    save_pairs(tmp_path / "1")
+    (tmp_path / "1/pairs.json").write_text('{"complete": false, "count": 0, "version": 1, "identity": {}}')
+    with pytest.raises(UserError, match="/1 is unfinished"):
+        open_pairs(tmp_path, make_config(tmp_path))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["z0", "z1"])
+def test_a_value_that_is_not_finite_is_found_with_its_pair(tmp_path, name, value):
+    arrays = {"z0": np.random.default_rng(0).normal(size=(20, *SHAPE)).astype(np.float32),
+              "z1": np.zeros((20, *SHAPE), np.float32)}
+    arrays[name][13, 0, 5, 5] = value
+    save_pairs(tmp_path / "0", **arrays)
+    with pytest.raises(UserError, match=f"{name} of pair 13 is not finite"):
+        open_pairs(tmp_path, make_config(tmp_path))
+
+
+def test_swapped_files_draw_a_warning_and_right_ones_none(tmp_path):
+    save_pairs(tmp_path / "right/0", count=200)
+    noise, images = (np.load(tmp_path / f"right/0/{name}.npy") for name in ("z0", "z1"))
+    save_pairs(tmp_path / "swapped/0", z0=images, z1=noise)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_pairs(tmp_path / "right", make_config(tmp_path))
+    with pytest.warns(UserWarning) as found:
+        open_pairs(tmp_path / "swapped", make_config(tmp_path))
+    texts = [str(w.message) for w in found]
+    assert len(texts) == 2 and all("swapped?" in text for text in texts)
+    assert "standard deviation 0.6" in texts[0] and "z1 reaches from" in texts[1]
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"z0": np.zeros((19, *SHAPE), np.float32)}, "z0.npy has 19 rows, but z1.npy has 20"),
+    ({"z0": np.zeros((20, 1, 8, 4), np.float32)}, r"rows of z0.npy have shape \(1, 8, 4\)"),
+    ({"z1": np.zeros((20, 64), np.float32), "z0": np.zeros((20, 64), np.float32)}, r"images \(C, H, W\) are needed"),
+    ({"z1": np.zeros((0, *SHAPE), np.float32), "z0": np.zeros((0, *SHAPE), np.float32)}, "holds no pairs"),
+    ({"z1": np.zeros((20, 3, 8, 8), np.float32), "z0": np.zeros((20, 3, 8, 8), np.float32)},
+     "num_channels and config.data.image_size ask for"),
+])
+def test_arrays_that_do_not_fit_are_refused(tmp_path, change, sentence):
+    save_pairs(tmp_path / "0", **change)
+    with pytest.raises(UserError, match=sentence):
+        open_pairs(tmp_path, make_config(tmp_path))
+
+
+def test_folders_without_pairs_are_refused(tmp_path):
+    with pytest.raises(UserError, match="absent is no folder"):
+        open_pairs(tmp_path / "absent", make_config(tmp_path))
+    with pytest.raises(UserError, match="holds no pairs"):
+        open_pairs(tmp_path, make_config(tmp_path))
+    save_pairs(tmp_path / "0")
+    (tmp_path / "0/z0.npy").unlink()
+    with pytest.raises(UserError, match="z0.npy does not exist"):
+        open_pairs(tmp_path, make_config(tmp_path))
+
+
+def test_fewer_pairs_than_a_batch_are_refused(tmp_path):
+    save_pairs(tmp_path / "0", count=7)
+    with pytest.raises(UserError, match="holds 7 pairs, fewer than training.batch_size 8"):
+        create_batches(make_config(tmp_path), "cpu")
