@@ -1,5 +1,6 @@
 """CIFAR-10's training set (Krizhevsky 2009): 50,000 colour images of 32×32 in five pickled batches."""
 
+import contextlib
 import os
 import tarfile
 import tempfile
@@ -48,13 +49,17 @@ def _download(root):
     from torchvision.datasets import CIFAR10  # here, since importing it takes seconds
     from torchvision.datasets.utils import download_url
 
+    lock = root / ".download.lock"
     try:
-        with file_lock(root / ".download.lock", "downloading CIFAR10"):
+        with file_lock(lock, "downloading CIFAR10"):
             if _find(root) is None:
                 with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as unfinished:
                     download_url(CIFAR10.url, unfinished, ARCHIVE, CIFAR10.tgz_md5)
                     os.replace(os.path.join(unfinished, ARCHIVE), root / ARCHIVE)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: the wrong digest
+        with contextlib.suppress(OSError):  # leaves no empty folder where the user mistyped a path
+            lock.unlink()
+            root.rmdir()
         raise UserError(f"CIFAR10: there is nothing at {root} and {CIFAR10.url} could not be downloaded "
                         f"({getattr(error, 'reason', error)}): put {ARCHIVE} or {FOLDER}/ there, or set "
                         "--config.data.data_root to where it is") from None
