@@ -21,12 +21,12 @@ REVERSIBLE = ("euler", "rk45")
 
 def times_like(t, x):
     """Return the time `t` for every sample of `x`, `(N,)`."""
-    return torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+    return torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
 
 
 def evaluations(count, x):
     """Return `count` evaluations for every sample of `x`, int64 `(N,)` on the CPU."""
-    return torch.full((len(x),), count, dtype=torch.int64)
+    return torch.full((x.shape[0],), count, dtype=torch.int64)
 
 
 def note(record, t, x):
