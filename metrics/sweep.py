@@ -6,7 +6,7 @@ import time
 
 from runtime.errors import UserError
 
-POLL = 5.0  # seconds between looks at the folder
+POLL = 5.0  # seconds between looks at the folder, after a while of quicker ones
 
 
 def run_folder(path):
@@ -46,10 +46,10 @@ def sweep(folder, begin, end, skipped):
             skipped(k)
 
 
-def sweep_and_wait(folder, begin, end, limit, readable, last_of, poll=POLL):
+def sweep_and_wait(folder, begin, end, limit, why_incomplete, last_of):
     """Yield the paths of the checkpoints from `begin` to `end`, waiting at most `limit` seconds for each.
 
-    `readable(path)` returns None, or a sentence that says why the file is not complete; it is asked again when
+    `why_incomplete(path)` returns None, or a sentence that says what is wrong with the file; it is asked again when
     the file has changed. With `end` 0, `last_of(path)` says which number training will write last (None: it does
     not say; then the sweep ends when no new one comes within the limit). A number that was passed over, because
     newer ones are there and it is not (training keeps only some), is left out.
@@ -57,7 +57,7 @@ def sweep_and_wait(folder, begin, end, limit, readable, last_of, poll=POLL):
     """
     k, open_end = begin, end == 0
     while not end or k <= end:
-        path = _wait_for(pathlib.Path(folder) / f"checkpoint_{k}.pth", limit, readable, poll)
+        path = _wait_for(pathlib.Path(folder) / f"checkpoint_{k}.pth", limit, why_incomplete)
         if path is None and open_end and not end and k > begin:
             return
         if path is None:
@@ -69,9 +69,9 @@ def sweep_and_wait(folder, begin, end, limit, readable, last_of, poll=POLL):
         yield path
 
 
-def _wait_for(path, limit, readable, poll):
+def _wait_for(path, limit, why_incomplete):
     """Return `path`, or the next newer checkpoint if `path` was passed over, once it is complete; None: none came."""
-    deadline = time.monotonic() + limit
+    started = time.monotonic()
     seen, why = None, None
     number = int(re.search(r"(\d+)\.pth$", path.name)[1])
     while True:
@@ -80,12 +80,13 @@ def _wait_for(path, limit, readable, poll):
             path = path.with_name(f"checkpoint_{newer[0]}.pth")
             state = path.stat()
             if (path, state.st_size, state.st_mtime_ns) != seen:
-                seen, why = (path, state.st_size, state.st_mtime_ns), readable(path)
+                seen, why = (path, state.st_size, state.st_mtime_ns), why_incomplete(path)
             if why is None:
                 return path
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= started + limit:
             break
-        time.sleep(min(poll, max(0.01, deadline - time.monotonic())))
+        waited = time.monotonic() - started
+        time.sleep(min(POLL, 0.05 + waited / 10, max(0.0, started + limit - time.monotonic())))
     if why is not None:
         raise UserError(f"{path} was there but did not become complete within config.eval.wait_limit: {why}")
     return None

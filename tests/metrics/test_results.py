@@ -1,0 +1,93 @@
+"""The results file: what is finished, what is torn, what is best, and what to quote."""
+
+import json
+
+import pytest
+
+from metrics.figure import draw_figure
+from metrics.results import (
+    append_result,
+    best_of,
+    find_result,
+    newest_of_each,
+    protocol_line,
+    read_results,
+    results_path,
+    table,
+)
+
+
+def result(**changes):
+    return {
+        "checkpoint": "checkpoint_1.pth", "digest": "ab", "weights": "EMA", "sampler": "euler", "sample_N": 2,
+        "ode_tol": None, "step_control": None, "rho": None, "arithmetic": "fp32", "init_noise_scale": 1.0,
+        "class_label": -1, "seeds": {"samples": 42, "subsets": 42}, "num_samples": 100, "features": "inception",
+        "target": "CIFAR10", "step": 500, "nfe": 2.0, "fid": 4.5321, "kid": None, "precision": None, "recall": None,
+        "inception_score": 9.1, "nn_distance": 1.5, "nn_distance_real": 2.0, "seconds": 3.0, "reference": "CIFAR-10",
+        "protocol": "uint8 by truncation", "versions": {"torch": "2"},
+    } | changes
+
+
+def test_results_are_appended_and_read_back(tmp_path):
+    path = results_path(tmp_path)
+    assert path == tmp_path / "eval" / "results.jsonl"
+    assert read_results(path) == []
+    append_result(path, result())
+    append_result(path, result(fid=3.0, reference="naïve"))
+    assert read_results(path) == [result(), result(fid=3.0, reference="naïve")]
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_line_torn_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path):
+    path = results_path(tmp_path)
+    append_result(path, result())
+    with open(path, "a") as opened:
+        opened.write(json.dumps(result(fid=1.0))[:40])
+    append_result(path, result(fid=2.0))
+    assert [r["fid"] for r in read_results(path)] == [4.5321, 2.0]
+
+
+@pytest.mark.parametrize("change", [
+    {"digest": "cd"}, {"weights": "raw"}, {"sampler": "heun"}, {"sample_N": 3}, {"num_samples": 50},
+    {"seeds": {"samples": 1, "subsets": 1}}, {"features": "pixels"}, {"target": "x.npz"}, {"class_label": 3},
+])
+def test_another_checkpoint_sampler_seed_or_reference_is_another_evaluation(change):
+    assert find_result([result()], result(**change)) is None
+    assert find_result([result(), result(fid=1.0)], result(step=None))["fid"] == 1.0
+
+
+def test_a_repeated_evaluation_replaces_the_earlier_one():
+    kept = newest_of_each([result(fid=5.0), result(sample_N=1), result(fid=6.0)])
+    assert sorted((r["sample_N"], r["fid"]) for r in kept) == [(1, 4.5321), (2, 6.0)]
+
+
+def test_the_best_has_the_smallest_distance():
+    assert best_of([result(), result(fid=1.0), result(fid=9.0)])["fid"] == 1.0
+    assert best_of([]) is None
+
+
+def test_the_protocol_line_says_what_a_reader_asks_for():
+    line = protocol_line(result())
+    assert "\n" not in line
+    for part in ("FID 4.532", "100 samples", "euler-2 (NFE 2)", "EMA weights of checkpoint_1.pth", "step 500",
+                 "seed 42", "truncation", "against CIFAR-10", "torch 2"):
+        assert part in line
+
+
+def test_pixel_distances_are_never_called_fid():
+    pixels = {k: v for k, v in result(features="pixels", pixel_frechet_distance=0.3).items() if k != "fid"}
+    assert "FID" not in protocol_line(pixels) + table([pixels])
+    assert "pixel Fréchet distance 0.3" in protocol_line(pixels)
+
+
+def test_the_table_prints_na_for_what_the_reference_does_not_allow():
+    header, rule, row = table([result()]).splitlines()
+    assert len(header) == len(row) == len(rule)
+    assert row.split()[-8:] == ["4.532", "n/a", "n/a", "n/a", "9.1", "1.5", "2", "3.0"]
+
+
+def test_the_figure_is_drawn_for_checkpoints_and_left_out_for_files(tmp_path):
+    draw_figure(tmp_path / "none.png", [result(sampler=None, nfe=None)])
+    assert not (tmp_path / "none.png").exists()
+    draw_figure(tmp_path / "fid.png", [result(), result(step=900, sample_N=1, nfe=1.0)])
+    assert (tmp_path / "fid.png").read_bytes().startswith(b"\x89PNG")

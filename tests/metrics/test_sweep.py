@@ -1,0 +1,89 @@
+"""Which checkpoints a sweep visits, and how it waits."""
+
+import threading
+import time
+
+import pytest
+
+from metrics.sweep import checkpoint_folder, numbered_checkpoints, run_folder, sweep, sweep_and_wait
+from runtime.errors import UserError
+
+
+def touch(folder, *numbers):
+    folder.mkdir(exist_ok=True)
+    for k in numbers:
+        (folder / f"checkpoint_{k}.pth").write_bytes(b"complete")
+
+
+def names(paths):
+    return [int(path.stem.split("_")[1]) for path in paths]
+
+
+def incomplete(path):
+    return None if path.read_bytes() == b"complete" else "it is cut short"
+
+
+def test_the_numbers_in_the_names_decide_and_other_files_do_not_count(tmp_path):
+    touch(tmp_path, 2, 10, 9)
+    for other in ("checkpoint.pth", "checkpoint_x.pth", ".checkpoint_3.17.tmp.pth", "checkpoint_4.pth.part"):
+        (tmp_path / other).write_bytes(b"")
+    assert list(numbered_checkpoints(tmp_path)) == [2, 9, 10]
+
+
+def test_an_open_sweep_goes_to_the_newest_and_tells_of_gaps(tmp_path):
+    touch(tmp_path, 1, 2, 4, 5)
+    skipped = []
+    assert names(sweep(tmp_path, 2, 0, skipped.append)) == [2, 4, 5]
+    assert skipped == [3]
+    assert names(sweep(tmp_path, 1, 2, skipped.append)) == [1, 2]
+
+
+def test_a_sweep_without_any_checkpoint_says_what_is_there(tmp_path):
+    touch(tmp_path, 1, 2, 3)
+    with pytest.raises(UserError, match="checkpoints 1 to 3 are in .*begin_ckpt 9"):
+        list(sweep(tmp_path, 9, 26, print))
+    with pytest.raises(UserError, match="no checkpoint"):
+        list(sweep(tmp_path / "absent", 1, 0, print))
+
+
+def test_the_run_folder_of_a_checkpoint_is_above_its_checkpoints_folder(tmp_path):
+    assert run_folder("logs/run/checkpoints/checkpoint_1.pth").as_posix() == "logs/run"
+    assert run_folder("downloads/slimflow.pth").as_posix() == "downloads"
+    assert checkpoint_folder(tmp_path) == tmp_path / "checkpoints"
+    touch(tmp_path, 1)
+    assert checkpoint_folder(tmp_path) == tmp_path
+
+
+def test_waiting_goes_on_when_the_awaited_checkpoint_is_complete(tmp_path):
+    touch(tmp_path, 1)
+    (tmp_path / "checkpoint_2.pth").write_bytes(b"comp")
+    threading.Timer(0.3, lambda: (tmp_path / "checkpoint_2.pth").write_bytes(b"complete")).start()
+    threading.Timer(0.6, lambda: touch(tmp_path, 3)).start()
+    started = time.monotonic()
+    assert names(sweep_and_wait(tmp_path, 1, 3, 30, incomplete, lambda path: None)) == [1, 2, 3]
+    assert time.monotonic() - started >= 0.5
+
+
+def test_an_open_sweep_that_waits_ends_with_the_last_checkpoint_of_the_run(tmp_path):
+    touch(tmp_path, 1)
+    threading.Timer(0.2, lambda: touch(tmp_path, 2)).start()
+    assert names(sweep_and_wait(tmp_path, 1, 0, 30, incomplete, lambda path: 2)) == [1, 2]
+
+
+def test_an_open_sweep_of_a_run_that_does_not_say_its_end_stops_at_the_limit(tmp_path):
+    touch(tmp_path, 1, 2)
+    assert names(sweep_and_wait(tmp_path, 1, 0, 0.1, incomplete, lambda path: None)) == [1, 2]
+
+
+def test_checkpoints_that_training_has_deleted_are_not_waited_for(tmp_path):
+    touch(tmp_path, 3, 5)
+    assert names(sweep_and_wait(tmp_path, 1, 5, 0.1, incomplete, lambda path: None)) == [3, 5]
+
+
+def test_a_checkpoint_that_never_comes_or_never_completes_is_named(tmp_path):
+    touch(tmp_path, 1)
+    with pytest.raises(UserError, match=r"checkpoint_2\.pth did not come"):
+        list(sweep_and_wait(tmp_path, 1, 2, 0.1, incomplete, lambda path: None))
+    (tmp_path / "checkpoint_2.pth").write_bytes(b"comp")
+    with pytest.raises(UserError, match=r"checkpoint_2\.pth was there but did not become complete.*cut short"):
+        list(sweep_and_wait(tmp_path, 1, 2, 0.1, incomplete, lambda path: None))

@@ -1,0 +1,50 @@
+"""Make the statistics of real images that samples are compared with: mu, sigma and features in one npz.
+
+    python -m tools.reference_statistics --config configs/rectified_flow/ffhq64_rf_gaussian.py --output ffhq64.npz
+
+The images are those of config.data, all of them and unflipped, or of --data_dir (npy, npz, folder, zip). The file is
+what evaluation_fid.py takes as --target_path; its mu and sigma have the form of EDM's reference files, and its
+features let KID, precision and recall be computed, too. torchrun splits the images over its processes.
+"""
+
+from absl import flags
+
+from configs.command_line import run_script
+from datasets.images import load_images
+from metrics.features import create_extractor
+from metrics.image_files import array_source, open_images
+from metrics.reference import measure_source, write_statistics
+from metrics.statistics import MAX_FEATURES
+from runtime.devices import start_processes, stop_processes
+from runtime.errors import UserError
+
+flags.DEFINE_string("output", "", "npz file to write")
+flags.DEFINE_string("data_dir", "", "images to measure instead of the data set: npy, npz, folder or zip")
+flags.DEFINE_integer("max_features", MAX_FEATURES, "features kept in the file, evenly spread over the images",
+                     lower_bound=0)
+
+
+def main(config, args, given):
+    """Measure the images and write the file."""
+    if not args.output.endswith(".npz"):
+        raise UserError(f"--output must name an .npz file, not {args.output!r}")
+    processes = start_processes()
+    try:
+        extractor = create_extractor(config, processes.device)
+        source = open_images(args.data_dir, config.data.num_channels) if args.data_dir else data_source(config)
+        statistics = measure_source(source, extractor, config.eval.batch_size, processes, args.max_features)
+        if processes.is_main:
+            write_statistics(args.output, statistics, extractor)
+            print(f"{args.output}: {extractor.name} of {statistics.name}, {len(statistics.features)} features kept")
+    finally:
+        stop_processes()
+
+
+def data_source(config):
+    """Return the images of config.data as an `ImageSource`."""
+    images = load_images(config)
+    return array_source(images.images, images.source)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)
