@@ -70,6 +70,9 @@ class DhariwalUNet(nn.Module):
         self.output_norm = layers.GroupNorm(channels, EPS)
         self.output_conv = zeroed(nn.Conv2d(channels, num_channels, 3, padding=1))
 
+        # In the order in which the blocks run. A plain list: the blocks own these layers.
+        self.affine_linears = [module.affine for module in self.modules() if isinstance(module, ResidualBlock)]
+
     def forward(self, x, t999, label=None):
         """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,).
 
@@ -78,26 +81,26 @@ class DhariwalUNet(nn.Module):
         if (label is not None) != (self.num_classes > 0):
             given = "none were given" if label is None else "some were given"
             raise ValueError(f"this DhariwalUNet has {self.num_classes} classes; of class labels, {given}")
-        emb = self.embedding(t999, label)
+        affine = layers.parallel_linears(self.affine_linears, self.embedding(t999, label))
 
         h = self.input_conv(x)
         skips = [h]
         for level in self.encoder:
             if level.resample is not None:
-                h = level.resample(h, emb)
+                h = level.resample(h, affine)
                 skips.append(h)
             for block in level.blocks:
-                h = block(h, emb)
+                h = block(h, affine)
                 skips.append(h)
 
         for block in self.middle:
-            h = block(h, emb)
+            h = block(h, affine)
 
         for level in self.decoder:
             if level.resample is not None:
-                h = level.resample(h, emb)
+                h = level.resample(h, affine)
             for block in level.blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+                h = block(torch.cat([h, skips.pop()], dim=1), affine)
 
         return self.output_conv(F.silu(self.output_norm(h))).to(x.dtype)
 
@@ -153,12 +156,12 @@ class ResidualBlock(nn.Module):
         if heads:
             zeroed(self.attention.proj)
 
-    def forward(self, x, emb):
-        """Return the block's output for x (N, C, H, W) and the embedding (N, emb_channels)."""
+    def forward(self, x, affine):
+        """Return the block's output for x (N, C, H, W); scale and shift are the next of the iterator `affine`."""
         h = F.silu(self.norm0(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = next(affine)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm1(self.conv0(h)), scale + 1))
         h = self.conv1(self.dropout(h))
         h = h + (x if self.shortcut is None else self.shortcut(x))

@@ -10,17 +10,17 @@ from runtime.errors import UserError
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu & He 2018) with min(32, channels // 4) groups, in float32 whatever the input.
+    """Group normalisation (Wu & He 2018) with min(32, channels // 4) groups, in the precision of its weights.
 
-    The result is float32, too: under autocast the convolution that follows casts it down.
+    Under autocast that is float32, and so is the result: the convolution that follows casts it down.
     """
 
     def __init__(self, channels, eps):
         super().__init__(group_count(channels), channels, eps)
 
     def forward(self, x):
-        """Return x (N, C, …) normalised per sample and group, float32 of the same shape."""
-        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps)
+        """Return x (N, C, …) normalised per sample and group, same shape."""
+        return F.group_norm(x.to(self.weight.dtype), self.num_groups, self.weight, self.bias, self.eps)
 
 
 def group_count(channels):
@@ -57,6 +57,17 @@ class SelfAttention(nn.Module):
         return out.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
+def parallel_linears(linears, x):
+    """Return an iterator over `linear(x)` of each of the layers, all computed as one matrix product.
+
+    A network projects one embedding for each of its dozens of blocks: small products that cost more to start than
+    to compute.
+    """
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = torch.cat([linear.bias for linear in linears])
+    return iter(F.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1))
+
+
 def sinusoid(t, frequencies):
     """Return (sin(t·f), cos(t·f)), each (N, len(frequencies)) float32, for t (N,)."""
     angle = t.float()[:, None] * frequencies
@@ -71,10 +82,10 @@ def geometric_frequencies(count, last):
 class Resample(nn.Module):
     """Base of the modules that halve or double height and width.
 
-    They take the time embedding and leave it alone, so that one can stand where a residual block resamples.
+    They take the blocks' time shifts and leave them alone, so that one can stand where a residual block resamples.
     """
 
-    def forward(self, x, emb=None):
+    def forward(self, x, shifts=None):
         """Return x (N, C, H, W) resampled."""
         return self.resample(x)
 

@@ -1,6 +1,7 @@
 """NCSN++: the U-Net of score-based models (Song et al. 2021, arXiv 2011.13456, appendix H), with all its options."""
 
 import functools
+import itertools
 import math
 
 import torch
@@ -149,37 +150,44 @@ class NCSNpp(nn.Module):
         if progressive != "output_skip":
             self.output_head = OutputHead(channels, num_channels, self.activation, init_scale)
 
+        # In the order in which the blocks run. A plain list: the blocks own these layers.
+        self.time_linears = [module.time for module in self.modules() if isinstance(module, ResidualBlock)]
+
+    def time_shifts(self, t999):
+        """Return an iterator over what the blocks add to their features, each (N, channels), in their order."""
+        if self.time_embedding is None:
+            return itertools.repeat(None)
+        return layers.parallel_linears(self.time_linears, self.time_embedding(self.time_features(t999)))
+
     def forward(self, x, t999, label=None):
         """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,); `label` must be None."""
         if label is not None:
             raise ValueError("ncsnpp takes no class labels, but some were given")
-        emb = None
-        if self.time_embedding is not None:
-            emb = self.time_embedding(self.time_features(t999))
+        shifts = self.time_shifts(t999)
 
         h = self.input_conv(x)
         skips, pyramid = [h], x
         for level in self.encoder:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(h, emb))
+                h = attention(block(h, shifts))
                 skips.append(h)
             if level.down is not None:
-                h = level.down(h, emb)
+                h = level.down(h, shifts)
                 if level.pyramid is not None:
                     pyramid, h = level.pyramid(pyramid, h)
                 skips.append(h)
 
-        h = self.middle(h, emb)
+        h = self.middle(h, shifts)
 
         pyramid = None
         for level in self.decoder:
             for block in level.blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+                h = block(torch.cat([h, skips.pop()], dim=1), shifts)
             h = level.attention(h)
             if level.pyramid is not None:
                 pyramid, h = level.pyramid(pyramid, h)
             if level.up is not None:
-                h = level.up(h, emb)
+                h = level.up(h, shifts)
 
         out = pyramid if self.output_head is None else self.output_head(h)
         out = out.to(x.dtype)
@@ -229,7 +237,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside a shortcut; the time embedding is added between them.
+    """Two 3×3 convolutions beside a shortcut; the block's projection of the time embedding is added between them.
 
     `resample` (BigGAN, Brock et al. 2019) acts on both branches, before the first convolution. Where the channels
     or the resolution change the shortcut is a 1×1 convolution. The sum is multiplied by `rescale`.
@@ -251,14 +259,15 @@ class ResidualBlock(nn.Module):
         if channels_in != channels_out or resample is not None:
             self.shortcut = init_uniform(nn.Conv2d(channels_in, channels_out, 1), shortcut_scale)
 
-    def forward(self, x, emb):
-        """Return the block's output for x (N, C, H, W) and the time embedding (N, time_channels) or None."""
+    def forward(self, x, shifts):
+        """Return the block's output for x (N, C, H, W); its time shift is the next of the iterator `shifts`."""
         h = self.activation(self.norm0(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv0(h)
-        if emb is not None:
-            h = h + self.time(emb)[:, :, None, None]
+        shift = next(shifts)
+        if shift is not None:
+            h = h + shift[:, :, None, None]
         h = self.conv1(self.dropout(self.activation(self.norm1(h))))
         if self.shortcut is not None:
             x = self.shortcut(x)
@@ -300,9 +309,9 @@ class Middle(nn.Module):
         self.attention = attention
         self.block1 = block1
 
-    def forward(self, h, emb):
+    def forward(self, h, shifts):
         """Return the middle's output for h (N, C, H, W)."""
-        return self.block1(self.attention(self.block0(h, emb)), emb)
+        return self.block1(self.attention(self.block0(h, shifts)), shifts)
 
 
 class DecoderLevel(nn.Module):
