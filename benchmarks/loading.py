@@ -1,10 +1,11 @@
-"""Batches of a CIFAR-10-sized data set: ours against torchvision's transforms in a DataLoader, without workers and with two.
+"""Batches of a CIFAR-10-sized data set: ours against torchvision's transforms in a DataLoader.
 
     python benchmarks/loading.py | tee benchmarks/loading.txt
 
 Both give shuffled batches of 128 colour images of 32×32, flipped at random, float in [-1, 1], on the CPU with one
-thread. The peer does what torchvision documents: Resize, RandomHorizontalFlip, ToTensor, Normalize on its CIFAR10 class.
-Ours reads the memory-mapped cache entry. Runs alternate; the figures are medians over the rounds.
+thread. The peer does what torchvision documents: Resize, RandomHorizontalFlip, ToTensor, Normalize on its CIFAR10
+class, without worker processes and with two. Ours reads the memory-mapped cache entry. Runs alternate; the figures
+are medians over the rounds.
 """
 
 import itertools

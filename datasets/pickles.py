@@ -6,10 +6,13 @@ import numpy as np
 
 from runtime.errors import UserError
 
-# The functions by which numpy's own pickles make arrays and numbers, and the modules that pickles written before
-# and since numpy 2 name for them.
-_MAKERS = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
-_MAKER_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
+# The functions by which numpy's own pickles make arrays and numbers, asked of numpy itself; they lie in numpy.core,
+# which numpy 2 renamed.
+_MAKERS = {
+    "core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+    "core.multiarray.scalar": np.float64(0).__reduce__()[0],
+    "core.numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
+}
 
 
 def _latin1_bytes(text, encoding="latin1"):
@@ -21,8 +24,8 @@ def _latin1_bytes(text, encoding="latin1"):
 
 def _allowed(module, name):
     """Return the object that a pickle of numpy arrays and plain containers may name, or None."""
-    if module in _MAKER_MODULES and name in _MAKERS:
-        return _MAKERS[name]
+    if module.startswith(("numpy.core.", "numpy._core.")):
+        return _MAKERS.get(f"core.{module.rpartition('.')[2]}.{name}")
     if module == "numpy" and name in ("ndarray", "dtype"):
         return getattr(np, name)
     if module == "_codecs" and name == "encode":
