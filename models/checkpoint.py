@@ -12,7 +12,7 @@ import zipfile
 import torch
 
 from models import infer, released
-from models.create import create_from_fields, tuple_of
+from models.create import create_from_fields, create_model, tuple_of
 from models.safe_pickle import SAFE_GLOBALS
 from runtime.errors import UserError
 from runtime.files import atomic_path
@@ -35,15 +35,30 @@ def read_checkpoint(path):
     damaged, no checkpoint, or holds more than tensors and numbers.
     """
     checkpoint = load_safely(path)
-    for entry in ("model", "ema"):
-        if not isinstance(checkpoint.get(entry), dict):
-            raise UserError(f"{path} is no checkpoint of this program: it has no entry {entry!r}")
-    if infer.is_released(checkpoint["model"]):
+    check_entries(checkpoint, path)
+    if not infer.is_released(checkpoint["model"]):
+        return dict(checkpoint, fields=saved_fields(checkpoint, path))
+    if "config" in checkpoint:  # one of ours, exported in the released layout
+        fields = saved_fields(checkpoint, path)
+    else:
         fields = infer.released_fields(checkpoint["model"], path)
-        with torch.device("meta"):
-            net = create_from_fields(infer.with_image_size(fields))
+    with torch.device("meta"):
+        net = create_from_fields(infer.with_image_size(fields))
+    checkpoint = dict(checkpoint, model=infer.with_usual_prefix(checkpoint["model"]))
+    try:
         return dict(released.from_released(checkpoint, net), fields=fields)
-    return dict(checkpoint, fields=saved_fields(checkpoint, path))
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged: its weights, EMA and optimiser do not belong together") from error
+
+
+def check_entries(checkpoint, path):
+    """Raise UserError unless a dict has the weights and averages of a checkpoint."""
+    model, ema = checkpoint.get("model"), checkpoint.get("ema")
+    if not isinstance(model, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in model.values()):
+        raise UserError(f"{path} is no checkpoint of this program: it has no state dict under 'model'")
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(shadow, list) or not all(isinstance(tensor, torch.Tensor) for tensor in shadow):
+        raise UserError(f"{path} is no checkpoint of this program: it has no averaged weights under 'ema'")
 
 
 def load_safely(path):
@@ -109,6 +124,19 @@ def load_model(path, use_ema=True, device="cpu", fields=None):
     net = create_from_fields(infer.UNTOLD | fields | complete_fields(checkpoint["fields"], fields, path))
     load_weights(net, checkpoint, use_ema, path)
     return net.eval().to(device)
+
+
+def load_with_config(path, config, given, use_ema=True, device="cpu"):
+    """Return (config, net): a copy of `config` with the checkpoint's architecture, and its network as `load_model`.
+
+    given: the dotted fields that the user set himself; see `apply_architecture`. What the file does not tell is the
+    config's.
+    """
+    checkpoint = read_checkpoint(path)
+    config = apply_architecture(config, checkpoint["fields"], given, path)
+    net = create_model(config)
+    load_weights(net, checkpoint, use_ema, path)
+    return config, net.eval().to(device)
 
 
 def load_weights(net, checkpoint, use_ema, path):
@@ -204,16 +232,16 @@ def image_size(told, chosen, configured, path):
     return size
 
 
-def apply_architecture(config, checkpoint_fields, given):
+def apply_architecture(config, checkpoint_fields, given, path="the checkpoint"):
     """Return a copy of a config with the architecture of a checkpoint (`read_checkpoint(path)["fields"]`).
 
-    given: the dotted fields that the user set himself. Raises UserError with the difference if one of them
-    contradicts the checkpoint.
+    given: the dotted fields that the user set himself. Raises UserError with the difference, naming `path`, if one
+    of them contradicts the checkpoint.
     """
     configured = {f"{group}.{name}": value for group in ("model", "data") for name, value in config[group].items()}
     chosen = {name: value for name, value in configured.items() if name in given}
     result = config.copy_and_resolve_references()
-    for name, value in complete_fields(checkpoint_fields, chosen, "the checkpoint", configured).items():
+    for name, value in complete_fields(checkpoint_fields, chosen, path, configured).items():
         group, field = name.split(".")
         result[group][field] = tuple_of(value)
     return result

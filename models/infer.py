@@ -21,8 +21,19 @@ UNTOLD = {"model.attn_resolutions": []}
 
 
 def is_released(state):
-    """Whether a state dict has the names of the released layout."""
-    return any(".all_modules." in name or name == "map_layer0.weight" for name in state)
+    """Whether a state dict has the names of the released layout, with or without DataParallel's prefix."""
+    return any(bare(name).startswith(("all_modules.", "map_layer0.")) for name in state)
+
+
+def bare(name):
+    """Return a released name without DataParallel's prefix."""
+    return name.removeprefix(PREFIX)
+
+
+def with_usual_prefix(state):
+    """Return a released state dict with the prefix that the released checkpoint of its network has."""
+    prefix = PREFIX if any(bare(name).startswith("all_modules.") for name in state) else ""
+    return {prefix + bare(name): tensor for name, tensor in state.items()}
 
 
 def released_fields(state, path):
@@ -31,7 +42,7 @@ def released_fields(state, path):
     For NCSN++ `ATTENTION_LEVELS` stands in for `data.image_size` and `model.attn_resolutions`. Raises UserError
     that names `path` if no network has these tensors.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in with_usual_prefix(state).items()}
     candidates = dhariwal_candidates(shapes) if "map_layer0.weight" in shapes else ncsnpp_candidates(shapes)
     for fields in candidates:
         if layout_shapes(with_image_size(fields)) == shapes:

@@ -148,9 +148,9 @@ def _translate(checkpoint, net, translate, source, target):
 def _translate_optimizer(optimizer, table, translate, source, target):
     """Translate the state of an optimiser with one parameter group, Adam's for instance."""
     states = {source.parameters[i]: state for i, state in optimizer["state"].items()}
-    kinds = {kind for state in states.values() for kind in state}
+    kinds = dict.fromkeys(kind for state in states.values() for kind in state)
     translated = {name: {} for name in target.parameters}
-    for kind in sorted(kinds):
+    for kind in kinds:
         values = {name: torch.as_tensor(state[kind]) for name, state in states.items() if kind in state}
         if all(value.dim() == 0 for value in values.values()):  # a count of steps: shared by parts and whole
             for r in table:

@@ -1,0 +1,134 @@
+"""What a network costs: parameters, multiply-accumulates and activation memory, level by level."""
+
+import collections
+import dataclasses
+import functools
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from models.create import create_from_fields
+
+SHARED = "time and class"  # the part of what runs outside every level: embeddings and their projections
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The cost of one part of a network for one image, or of all of it."""
+
+    part: str
+    size: int  # height and width of its features, 0 if it has none
+    parameters: int
+    gmacs: float  # 10⁹ multiply-accumulates of a forward pass
+    activation_bytes: int  # what a float32 forward pass keeps for the backward pass, for each image of the batch
+
+
+def describe(config_fields):
+    """Return the costs of the network of dotted config fields, a list of `Cost`: one a part, the last their total.
+
+    Nothing is computed: the network runs on tensors without content. Counted are convolutions, matrix products and
+    attention (both its products), and for DhariwalUNet its resampling as a 2×2 filter: so the totals are those of
+    the paper's table. Raises UserError as `create_model` does.
+    """
+    with FakeTensorMode():
+        net = create_from_fields(config_fields)
+        one, two = measure(net, 1), measure(net, 2)
+    parameters = collections.Counter()
+    for name, parameter in net.named_parameters():
+        parameters[part_of(name)] += parameter.numel()
+    rows = [Cost(part, one.size(part), parameters[part], one.macs[part] / 1e9, two.kept[part] - one.kept[part])
+            for part in parameters]
+    total = [sum(getattr(row, name) for row in rows) for name in ("parameters", "gmacs", "activation_bytes")]
+    return [*rows, Cost("total", 0, *total)]
+
+
+def measure(net, batch):
+    """Return the `Meter` of a forward pass of `batch` images."""
+    size, channels, classes = (net.config_fields[f"data.{name}"] for name in ("image_size", "num_channels",
+                                                                              "num_classes"))
+    label = torch.zeros(batch, classes) if classes else None
+    meter = Meter(net, count_resampling=net.config_fields["model.name"] == "DhariwalUNet")
+    with meter, saved_tensors_hooks(meter.keep, lambda kept: kept):
+        net(torch.zeros(batch, channels, size, size), torch.zeros(batch), label)
+    meter.remove_hooks()
+    return meter
+
+
+def part_of(name):
+    """Return the part that a module or parameter belongs to, told from its name."""
+    first, *rest = name.split(".")
+    if first in ("encoder", "decoder") and rest:
+        return f"{first} {int(rest[0]) + 1}"
+    if first == "middle" or first.startswith(("input", "output")):
+        return first.split("_")[0]
+    return SHARED
+
+
+class Meter(TorchDispatchMode):
+    """Counts, part by part, the multiply-accumulates of what runs in it and the tensors kept for the backward pass."""
+
+    def __init__(self, net, count_resampling):
+        super().__init__()
+        self.macs, self.kept = collections.Counter(), collections.Counter()
+        self.sizes = collections.defaultdict(collections.Counter)
+        self.count_resampling = count_resampling
+        self.running = [SHARED]
+        self.seen = {p.untyped_storage()._cdata: p for p in [*net.parameters(), *net.buffers()]}
+        self.hooks = []
+        for name, module in net.named_modules():
+            if name:
+                enter = functools.partial(self.enter, part_of(name))
+                self.hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(self.leave)]
+
+    def enter(self, part, module, inputs):
+        """Note that a module of `part` begins."""
+        self.running.append(part)
+
+    def leave(self, module, inputs, output):
+        """Note that it ends, and the size of its features."""
+        part = self.running.pop()
+        if isinstance(output, torch.Tensor) and output.dim() == 4:
+            self.sizes[part][output.shape[-1]] += 1
+
+    def remove_hooks(self):
+        """Leave the network as it was."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def size(self, part):
+        """Return the height and width that most features of a part have."""
+        return max(self.sizes[part], key=self.sizes[part].get, default=0)
+
+    def keep(self, tensor):
+        """Count a tensor that autograd keeps, once, unless it is a parameter."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen[storage._cdata] = tensor  # held, so that no other tensor gets its address
+            self.kept[self.running[-1]] += storage.nbytes()
+        return tensor
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        operation = function.overloadpacket
+        if operation in flop_registry:
+            self.macs[self.running[-1]] += flop_registry[operation](*args, **(kwargs or {}), out_val=out) // 2
+        elif operation is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.macs[self.running[-1]] += sdpa_flop_count(*(a.shape for a in args[:3])) // 2
+        elif self.count_resampling and operation is torch.ops.aten.avg_pool2d:
+            self.macs[self.running[-1]] += 4 * out.numel()
+        elif self.count_resampling and operation is torch.ops.aten.upsample_nearest2d:
+            self.macs[self.running[-1]] += out.numel()
+        return out
+
+
+def table(rows):
+    """Return the costs as lines of text for people."""
+    lines = [f"{'part':<15} {'size':>6} {'parameters':>12} {'GMACs':>9} {'activations':>12}"]
+    for row in rows:
+        size = f"{row.size}²" if row.size else ""
+        memory = f"{row.activation_bytes / 2**20:.2f} MiB"
+        lines.append(f"{row.part:<15} {size:>6} {row.parameters:>12,} {row.gmacs:>9.4f} {memory:>12}")
+    return "\n".join(lines)
