@@ -25,13 +25,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def _factor(sigma):
-    """Return A with A Aᵀ = Σ: Cholesky's factor, or the eigenvectors scaled where Σ is not of full rank."""
+    """Return A (D, rank) with A Aᵀ = Σ: Cholesky's factor, or scaled eigenvectors where Σ is not of full rank."""
     sigma = (sigma + sigma.T) / 2
     lower, failed = torch.linalg.cholesky_ex(sigma)
     if not failed:
         return lower
     eigenvalues, vectors = torch.linalg.eigh(sigma)
-    return vectors * eigenvalues.clamp(min=0).sqrt()
+    kept = eigenvalues > len(sigma) * torch.finfo(sigma.dtype).eps * eigenvalues[-1]  # the others are rounding
+    return vectors[:, kept] * eigenvalues[kept].sqrt()
 
 
 def _check(mu1, sigma1, mu2, sigma2):

@@ -1,0 +1,208 @@
+"""evaluation_fid.py as users run it: sweeps, resuming, waiting, several processes, files, Inception's whole path."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from configs.command_line import config_to_dict, load_config
+from configs.validation import check_fields
+from models import create_model
+from models.checkpoint import write_checkpoint
+from models.ema import ExponentialMovingAverage
+from tests.metrics.inception_stand_in import write_stand_in
+
+CONFIG = "configs/rectified_flow/digits_rf_gaussian.py"
+QUICK = ("--config.sampling.use_ode_sampler=one_step", "--config.eval.num_samples=100", "--config.eval.nearest=50")
+
+
+def tiny_checkpoint(number):
+    """The content of a checkpoint of a small random network; the run's last is number 2."""
+    config = load_config(CONFIG)
+    config.model.nf, config.model.ch_mult, config.model.num_res_blocks = 8, (1,), 1
+    config.model.attn_resolutions = ()
+    config.training.n_iters, config.training.snapshot_freq = 1000, 500
+    check_fields(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(number)
+        net = create_model(config)
+        for parameter in net.parameters():  # the last layers start at zero: such a network would return the noise
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    ema = ExponentialMovingAverage(net.parameters(), 0.9)
+    return {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": {}, "step": 500 * number + 1,
+            "config": config_to_dict(config)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with the checkpoints 1 and 2."""
+    for number in (1, 2):
+        write_checkpoint(tmp_path / "run" / "checkpoints" / f"checkpoint_{number}.pth", tiny_checkpoint(number))
+    return tmp_path / "run"
+
+
+def command(*words, launcher=()):
+    return [sys.executable, *launcher, "evaluation_fid.py", "--config", CONFIG, *map(str, words)]
+
+
+def evaluate(repository, *words, launcher=()):
+    """Run the script; return (exit status, stdout, stderr)."""
+    done = subprocess.run(command(*words, launcher=launcher), cwd=repository, capture_output=True, text=True,
+                          timeout=300, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def results(folder):
+    path = folder / "eval" / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_sweep_measures_each_checkpoint_once_names_the_best_and_force_measures_again(repository, run):
+    status, out, err = evaluate(repository, "--ckpt_dir", run, *QUICK)
+    assert status == 0, err
+    found = results(run)
+    assert [(r["checkpoint"], r["step"]) for r in found] == [("checkpoint_1.pth", 501), ("checkpoint_2.pth", 1001)]
+    for r in found:
+        assert r["sampler"] == "one_step"
+        assert r["nfe"] == 1
+        assert r["num_samples"] == 100
+        assert r["parameters"] == sum(p.numel() for p in tiny_checkpoint(1)["ema"]["shadow_params"])
+        assert r["pixel_frechet_distance"] > 0
+        assert r["nn_distance"] > 0
+        assert 1.5 < r["nn_distance_real"] < 3
+        assert r["seeds"]["samples"] == 42
+        assert {"torch", "slimflow", "numpy"} <= set(r["versions"])
+    best = min(found, key=lambda r: r["pixel_frechet_distance"])
+    assert f"best: {best['checkpoint']}, pixel Fréchet distance {best['pixel_frechet_distance']:.4g}" in out
+    assert "FID" not in out
+    assert (run / "eval" / "fid.png").stat().st_size > 1000
+
+    status, out, err = evaluate(repository, "--ckpt_dir", run, *QUICK, "--config.eval.begin_ckpt=2")
+    assert status == 0, err
+    assert "checkpoint_2.pth: already measured" in out
+    assert len(results(run)) == 2
+
+    single = run / "checkpoints" / "checkpoint_2.pth"
+    status, out, err = evaluate(repository, "--ckpt_dir", single, *QUICK, "--force")
+    assert status == 0, err
+    assert [r["checkpoint"] for r in results(run)] == ["checkpoint_1.pth", "checkpoint_2.pth", "checkpoint_2.pth"]
+    assert results(run)[2]["pixel_frechet_distance"] == found[1]["pixel_frechet_distance"]
+
+
+def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measure_the_same(repository, run):
+    words = ("--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, "--config.eval.save_samples=true")
+    status, _, err = evaluate(repository, *words)
+    assert status == 0, err
+    alone = np.load(run / "eval" / "checkpoint_1_one_step.npy")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29713")
+    status, out, err = evaluate(repository, *words, "--config.eval.batch_size=7", "--force", launcher=launcher)
+    assert status == 0, err
+    assert out.count("best: ") == 1
+    together = np.load(run / "eval" / "checkpoint_1_one_step.npy")
+    assert alone.shape == (100, 1, 8, 8)
+    assert np.abs(alone.astype(int) - together).max() <= 1  # truncation turns the last bit of a float into a level
+    assert (alone == together).mean() > 0.99
+    one, two = results(run)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name in ("pixel_frechet_distance", "pixel_kernel_distance", "pixel_precision", "nn_distance"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6)
+
+    status, _, err = evaluate(repository, "--data_dir", run / "eval" / "checkpoint_1_one_step.npy", *QUICK)
+    assert status == 0, err
+    of_files = results(run / "eval")[0]
+    assert of_files["sampler"] is None
+    assert of_files["pixel_frechet_distance"] == pytest.approx(two["pixel_frechet_distance"], rel=1e-9)
+
+
+def test_an_interrupted_sweep_goes_on_with_what_is_missing(repository, run):
+    words = ("--ckpt_dir", run, "--config.eval.num_samples=3000", *QUICK[:1])
+    started = subprocess.Popen(command(*words), cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not results(run) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    before = results(run)
+    assert [r["checkpoint"] for r in before] == ["checkpoint_1.pth"]
+    status, out, err = evaluate(repository, *words)
+    assert status == 0, err
+    assert "checkpoint_1.pth: already measured" in out
+    assert results(run)[:1] == before
+    assert [r["checkpoint"] for r in results(run)] == ["checkpoint_1.pth", "checkpoint_2.pth"]
+
+
+def test_a_waiting_sweep_takes_checkpoints_as_training_completes_them_and_ends_with_the_last(repository, run):
+    second = run / "checkpoints" / "checkpoint_2.pth"
+    content = second.read_bytes()
+    second.unlink()
+    started = subprocess.Popen(command("--ckpt_dir", run, *QUICK, "--config.eval.wait=true"), cwd=repository,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not results(run) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second.write_bytes(content[: len(content) // 2])  # a copy on its way
+    time.sleep(0.5)
+    assert started.poll() is None
+    second.write_bytes(content)
+    out, err = started.communicate(timeout=120)
+    assert started.returncode == 0, err
+    assert [r["checkpoint"] for r in results(run)] == ["checkpoint_1.pth", "checkpoint_2.pth"]
+
+
+def test_a_checkpoint_that_never_completes_ends_the_wait_with_its_name(repository, run):
+    second = run / "checkpoints" / "checkpoint_2.pth"
+    second.write_bytes(second.read_bytes()[:5000])
+    status, _, err = evaluate(repository, "--ckpt_dir", run, *QUICK, "--config.eval.begin_ckpt=2",
+                              "--config.eval.wait=true", "--config.eval.wait_limit=0.0002")
+    assert status == 2
+    assert "checkpoint_2.pth" in err
+    assert "did not become complete" in err
+    assert "Traceback" not in err
+
+
+def test_inception_metrics_come_from_one_pass_against_a_reference_made_by_the_command(repository, run, tmp_path):
+    inception = (f"--config.eval.inception_path={write_stand_in(tmp_path)}",
+                 "--config.eval.feature_extractor=inception")
+    images = np.random.default_rng(0).integers(0, 256, (90, 1, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    made = subprocess.run(
+        [sys.executable, "-m", "tools.reference_statistics", "--config", CONFIG, *inception, "--data_dir",
+         str(tmp_path / "images.npy"), "--output", str(tmp_path / "reference.npz"), "--max_features", "60"],
+        cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    assert made.returncode == 0, made.stderr
+    with np.load(tmp_path / "reference.npz") as arrays:
+        assert arrays["mu"].shape == (2048,)
+        assert arrays["sigma"].shape == (2048, 2048)
+        assert arrays["features"].shape == (60, 2048)
+    status, out, err = evaluate(repository, "--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, *inception,
+                                "--target_path", tmp_path / "reference.npz")
+    assert status == 0, err
+    assert "100 samples for 2048 features: their covariance is singular" in err
+    found = results(run)[0]
+    assert f"FID {found['fid']:.4g}: 100 samples" in out
+    assert found["kid"] > 0
+    assert 0 <= found["precision"] <= 1
+    assert 0 <= found["recall"] <= 1
+    assert found["inception_score"] >= 1
+    assert found["target"] == str(tmp_path / "reference.npz")
+
+
+@pytest.mark.parametrize(("words", "complaint"), [
+    (("--ckpt_dir", "no/such/run"), "no/such/run"),
+    (("--data_dir", "{folder}/nan.npy"), "sample 3 holds NaN"),
+])
+def test_wrong_input_ends_with_one_sentence(repository, tmp_path, words, complaint):
+    images = np.zeros((5, 1, 8, 8), np.float32)
+    images[3, 0, 4, 4] = np.nan
+    np.save(tmp_path / "nan.npy", images)
+    status, _, err = evaluate(repository, *(word.format(folder=tmp_path) for word in words))
+    assert status == 2
+    assert complaint in err
+    assert "Traceback" not in err
+    assert not os.path.exists("no/such/run")
