@@ -112,16 +112,16 @@ class Training:
 
     def run(self):
         """Update until n_iters, or until told to stop; return the exit status."""
-        stop = StopRequest(self.processes.world_size)
         self.network.train()
         signal = 0
-        while self.step < self.config.training.n_iters and not signal:
-            self.update(self.step)
-            self.step += 1
-            self.record.tick()
-            signal = stop.agreed(self.step)
-            self.after_update(last=bool(signal) or self.step == self.config.training.n_iters)
-        self.writer.wait()
+        with StopRequest(self.processes.world_size) as stop:
+            while self.step < self.config.training.n_iters and not signal:
+                self.update(self.step)
+                self.step += 1
+                self.record.tick()
+                signal = stop.agreed(self.step)
+                self.after_update(last=bool(signal) or self.step == self.config.training.n_iters)
+            self.writer.wait()
         self.record.draw()
         if signal:
             self.record.say(f"stopped by signal {signal} after update {self.step}; the same command goes on from here")

@@ -76,7 +76,8 @@ def load(path):
 
 def losses(run):
     """Return what of the log must not depend on interruptions."""
-    return [(e["step"], e["loss"], e["grad_norm"], e["lr"], e["beta"], e["skipped"]) for e in read_log(run / "log.jsonl")]
+    names = ("step", "loss", "grad_norm", "lr", "beta", "skipped")
+    return [[entry[name] for name in names] for entry in read_log(run / "log.jsonl")]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

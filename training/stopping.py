@@ -9,7 +9,7 @@ AGREE_EVERY = 10  # updates between two questions whether any process was told t
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; the second SIGINT interrupts at once.
+    """Remembers the first SIGINT or SIGTERM while it is entered (`with`); the second one interrupts at once.
 
     The exit status of a stopped run is 128 + signal: 130 after SIGINT, 143 after SIGTERM.
     """
@@ -17,8 +17,15 @@ class StopRequest:
     def __init__(self, world_size):
         self.signal = 0
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._remember) for number in numbers}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number, frame):
         if self.signal:
