@@ -2,6 +2,7 @@
 
 import json
 import math
+import urllib.error
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sklearn.datasets import load_digits
 import train
 from configs.command_line import parse_command_line
 from models.checkpoint import read_checkpoint
+from runtime.errors import UserError
 
 UPDATES = 3
 SMALL = (f"--config.training.n_iters {UPDATES} --config.training.batch_size 4 --config.training.record_iters 1 "
@@ -109,6 +111,17 @@ def test_the_objective_trains_on_digits(workshop, name, words):
     averages = checkpoint["ema"]["shadow_params"]
     moved = [m for m, s in zip(checkpoint["optimizer"]["state"].values(), averages, strict=True) if m["exp_avg"].any()]
     assert len(moved) > len(averages) / 2  # gradients have reached the network
+
+
+def test_missing_lpips_weights_stop_training_before_its_folder_is_made(workshop, tmp_path, monkeypatch):
+    def fail(url, *args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="vgg16-397923af.pth.*TORCH_HOME"):
+        run_training("no_weights", f"{SMALL} {UNLABELLED} --config.training.loss_type lpips")
+    assert not (workshop / "logs/no_weights").exists()
 
 
 def test_beta_falls_in_the_log_as_annealing_says(workshop):
