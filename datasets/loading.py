@@ -9,6 +9,7 @@ from datasets.augment import augment, move_labels
 from datasets.batch import Batch, one_hot, pixels_to_float
 from datasets.order import EndlessOrder
 from runtime import seeds
+from runtime.errors import UserError
 
 RESIDENT_SHARE = 0.25  # of the free memory of a GPU, which the network needs, too
 COPIED_AT_ONCE = 4096  # images, when a whole set goes to a GPU
@@ -112,7 +113,9 @@ class StreamedRows:
         """Take uint8 images `(N, C, H, W)`, usually memory-mapped."""
         self.images = images
         self.device = device
-        self.thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="gather images")
+        # The thread must choose its GPU, or pinning memory would open a context on the first one in every process.
+        choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, "gather images", *choose)
         self.gathered = {}  # (update, indices as bytes) -> future of the gathered images
 
     def take(self, update, indices):
@@ -148,12 +151,18 @@ def to_device(tensor, device):
 def create_rows(images, device, on_device):
     """Return what brings images to `device`; on_device: the config field `data.on_device`.
 
-    "true": they live on the device (on a CPU that is where they are). "false": they are streamed to it. "auto":
-    streamed only to a GPU with too little free memory.
+    "true": they live on the device (on a CPU that is where they are); a `UserError` when they do not fit. "false": they
+    are streamed to it. "auto": streamed only to a GPU with too little free memory.
     """
     if on_device == "false" or (on_device == "auto" and not _fits(images.nbytes, device)):
         return StreamedRows(images, device)
-    return HostRows(images) if device.type == "cpu" else DeviceRows(images, device)
+    if device.type == "cpu":
+        return HostRows(images)
+    try:
+        return DeviceRows(images, device)
+    except torch.OutOfMemoryError:
+        raise UserError(f"data.on_device {on_device}: {images.nbytes / 2**20:.0f} MiB of images do not fit on {device}: "
+                        "stream them with data.on_device false") from None
 
 
 def _fits(size, device):

@@ -5,9 +5,11 @@ import pytest
 import torch
 from image_files import random_images
 
+from datasets import loading
 from datasets.augment import TRANSFORMS, Augmentation
 from datasets.images import ImageSet
 from datasets.loading import DeviceRows, HostRows, ImageBatches, StreamedRows, create_rows
+from runtime.errors import UserError
 
 CPU = torch.device("cpu")
 SET = ImageSet(random_images(50, 3, 8), np.arange(50) % 10, None, "fifty images")
@@ -79,6 +81,26 @@ def test_on_a_cpu_images_stay_where_they_are_unless_streaming_is_asked_for(on_de
 def test_a_gpu_keeps_only_images_that_leave_room_for_the_network(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * SET.images.nbytes, 0))
     assert isinstance(create_rows(SET.images, torch.device("cuda"), "auto"), StreamedRows)
+
+
+def test_images_that_were_told_to_live_on_a_full_gpu_are_one_sentence(monkeypatch):
+    def refuse(*words):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loading, "DeviceRows", refuse)
+    with pytest.raises(UserError, match="data.on_device true: .* do not fit on cuda: .*data.on_device false"):
+        create_rows(SET.images, torch.device("cuda"), "true")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("on_device", ["true", "false"])
+def test_batches_on_a_gpu_are_those_of_the_cpu(on_device):
+    rows = create_rows(SET.images, torch.device("cuda", 0), on_device)
+    source, expected = ImageBatches(SET, rows, 16, 7, 10), make_batches(random_flip=False)
+    for update in range(3):
+        found, wanted = source.batch(update, 4, 12), expected.batch(update, 4, 12)
+        assert found.z1.is_cuda and torch.equal(found.label.cpu(), wanted.label)
+        torch.testing.assert_close(found.z1.cpu(), wanted.z1, atol=1e-6, rtol=0)
 
 
 def test_images_are_not_copied_into_memory_before_they_are_asked_for(tmp_path):
