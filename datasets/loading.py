@@ -161,7 +161,7 @@ def create_rows(images, device, on_device):
     try:
         return DeviceRows(images, device)
     except torch.OutOfMemoryError:
-        raise UserError(f"data.on_device {on_device}: {images.nbytes / 2**20:.0f} MiB of images do not fit on {device}: "
+        raise UserError(f"data.on_device {on_device}: {images.nbytes / 2**20:.0f} MiB of images do not fit: "
                         "stream them with data.on_device false") from None
 
 
