@@ -254,11 +254,6 @@ def check_class(config):
 def chosen_images(config):
     """Return the `ImageSet` of `sampling.train_subset`, and only the class `sampling.class_label` if one is set."""
     image_set = subset(load_images(config), config.sampling.train_subset, config.seed)
-    if config.data.num_classes == 0:
-        return image_set
-    if image_set.labels is None:
-        raise UserError(f"config.data.num_classes is {config.data.num_classes}, but {image_set.source} has no classes")
-    require_classes(image_set.labels, config.data.num_classes, image_set.source)
     if config.sampling.class_label < 0:
         return image_set
     chosen = np.flatnonzero(image_set.labels == config.sampling.class_label)

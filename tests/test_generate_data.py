@@ -1,0 +1,353 @@
+"""generate_data.py: a pair belongs to its index, and nothing that stops the program changes or loses one."""
+
+import importlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from configs.command_line import config_to_dict, load_config, set_field
+from datasets.images import load_images
+from datasets.pair_folder import PairFolder
+from datasets.pair_starts import chosen_images
+from models import create_model, load_model
+from models.checkpoint import write_checkpoint
+from models.ema import ExponentialMovingAverage
+from runtime.errors import UserError
+from runtime.seeds import index_labels, index_noise
+from tests.processes import Script, run_ranks, run_script
+
+CONFIG = "configs/rectified_flow/digits_rf_gaussian.py"
+TOL = 1e-2
+# The closed form of 20 images: no checkpoint, and fast.
+CLOSED_FORM = {"sampling.direction": "gt_v_from_z0", "sampling.train_subset": "random_20", "sampling.ode_tol": TOL,
+               "training.batch_size": 8, "sampling.total_number_of_samples": 40, "seed": 3}
+TINY = {"model.name": "DhariwalUNet", "model.nf": 8, "model.ch_mult": (1,), "model.num_res_blocks": 1,
+        "model.attn_resolutions": (), "model.dropout": 0.0, "data.num_classes": 10}
+ARRAYS = ("z0.npy", "z1.npy", "label.npy")
+
+
+@pytest.fixture(autouse=True)
+def in_repository(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_the_script_imports():
+    """Imported once, here, and not in every forked script."""
+    for name in ("sklearn.datasets", "flows.couplings", "runtime.pictures", "training.update"):
+        importlib.import_module(name)
+
+
+def make_config(**fields):
+    config = load_config(CONFIG)
+    for name, value in (CLOSED_FORM | fields).items():
+        set_field(config, name, value)
+    return config
+
+
+def words_for(root, flags=None, **fields):
+    """The command line: flags, and config fields with __ for the dot (None: leave the field out)."""
+    fields = CLOSED_FORM | {name.replace("__", "."): value for name, value in fields.items()}
+    flags = {"config": CONFIG, "data_root": root} | (flags or {})
+    return [*(f"--{name}={value}" for name, value in flags.items()),
+            *(f"--config.{name}={value}" for name, value in fields.items() if value is not None)]
+
+
+def make(root, flags=None, **fields):
+    """Run generate_data.py to its end; return the folder of the pairs."""
+    root.mkdir(exist_ok=True)
+    status, log = run_script(root, "generate_data.py", *words_for(root, flags, **fields))
+    assert status == 0, log
+    (root / "log").write_text(log)
+    return root / str(fields.get("seed", CLOSED_FORM["seed"]))
+
+
+def refused(logs, root, flags=None, **fields):
+    """Run generate_data.py, which must end with status 2; return the one sentence it says."""
+    status, log = run_script(logs, "generate_data.py", *words_for(root, flags, **fields))
+    *before, sentence = log.splitlines()
+    assert status == 2 and sentence.startswith("generate_data.py: ") and len(before) <= 1, log
+    return sentence
+
+
+def contents(folder):
+    """All files but the picture and the lock, by name: they must not depend on how the pairs came about."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def digits():
+    image_set = load_images(make_config())
+    return image_set.images, image_set.labels
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A checkpoint of a tiny class-conditional network with random weights that does something."""
+    config = make_config(**TINY)
+    torch.manual_seed(0)
+    net = create_model(config)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0, 0.15)
+    path = tmp_path_factory.mktemp("network") / "checkpoint_1.pth"
+    write_checkpoint(path, {"model": net.state_dict(), "optimizer": {}, "step": 1, "config": config_to_dict(config),
+                            "ema": ExponentialMovingAverage(net.parameters(), 0.999).state_dict()})
+    load_model(path)  # whatever it imports is imported once, here, and not in every forked script
+    return str(path)
+
+
+def make_by_network(root, network, flags=None, **fields):
+    return make(root, {"ckpt_path": network} | (flags or {}), **({"sampling__direction": "from_z0"} | fields))
+
+
+# A pair belongs to its index.
+
+
+def test_the_noise_and_class_of_a_pair_are_the_recorded_ones():
+    assert index_noise(0, [0, 49999], (1, 2, 2)).flatten().tolist() == [
+        0.059911035001277924, 0.015559634193778038, -1.1644384860992432, -0.13264712691307068,
+        0.6763794422149658, -0.3325153887271881, -0.50943523645401, -0.45819956064224243]
+    assert index_labels(0, range(8), 10).tolist() == [9, 8, 5, 8, 5, 0, 1, 8]
+
+
+def test_z0_and_labels_are_those_of_the_index_for_any_batch_and_z1_agrees_within_the_tolerance(tmp_path, network):
+    first = make_by_network(tmp_path / "a", network, training__batch_size=8)
+    other = make_by_network(tmp_path / "b", network, training__batch_size=5, sampling__block_size=7)
+    for name in ("z0.npy", "label.npy"):
+        assert (first / name).read_bytes() == (other / name).read_bytes()
+    np.testing.assert_array_equal(np.load(first / "z0.npy"), index_noise(3, range(40), (1, 8, 8)))
+    np.testing.assert_array_equal(np.load(first / "label.npy").argmax(1), index_labels(3, range(40), 10))
+    a, b = np.load(first / "z1.npy"), np.load(other / "z1.npy")
+    np.testing.assert_allclose(a, b, atol=10 * TOL, rtol=10 * TOL)
+    assert np.abs(a - np.load(first / "z0.npy")).max() > 0.1, "the network does nothing"
+
+
+@pytest.mark.parametrize("fields", [{}, {"sampling__pair_storage": "compact"},
+                                    {"sampling__use_ode_sampler": "euler", "sampling__sample_N": 3},
+                                    {"sampling__step_control": "batch"}])
+def test_a_longer_run_has_the_shorter_as_its_prefix_and_goes_on_where_it_stopped(tmp_path, fields):
+    fields = fields | {"sampling__block_size": 16}
+    short = make(tmp_path / "short", sampling__total_number_of_samples=21, **fields)
+    long = make(tmp_path / "long", sampling__total_number_of_samples=50, **fields)
+    for name in ("z0.npy", "z1.npy"):
+        if (short / name).exists():
+            np.testing.assert_array_equal(np.load(short / name), np.load(long / name)[:21])
+    make(tmp_path / "short", sampling__total_number_of_samples=50, **fields)
+    assert "16 are there, 3 blocks to make" in (tmp_path / "short/log").read_text()
+    assert contents(short) == contents(long)
+
+
+def test_the_same_command_again_changes_nothing(tmp_path):
+    folder = make(tmp_path)
+    before = contents(folder), (folder / "z1.npy").stat().st_mtime_ns
+    make(tmp_path)
+    assert (contents(folder), (folder / "z1.npy").stat().st_mtime_ns) == before
+    assert "is complete: it holds 40 pairs" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_the_blocks_and_change_nothing(tmp_path, count):
+    alone = make(tmp_path / "alone", sampling__total_number_of_samples=150)
+    root = tmp_path / "together"
+    ended = run_ranks(tmp_path, "generate_data.py",
+                      *words_for(root, sampling__total_number_of_samples=150), count=count)
+    assert [status for status, _ in ended] == [0] * count, ended
+    assert contents(root / "3") == contents(alone)
+
+
+# What the directions are.
+
+
+def test_from_z1_starts_at_the_images_of_the_data_set_unflipped_and_leads_back(tmp_path, network):
+    fields = {"sampling__ode_tol": 1e-5, "sampling__total_number_of_samples": 16, "sampling__block_size": 8,
+              "sampling__train_subset": "all", "sampling__class_label": 1}
+    folder = make_by_network(tmp_path / "back", network, sampling__direction="from_z1", **fields,
+                             data__random_flip=True)
+    images, labels = digits()
+    z1 = np.load(folder / "z1.npy")
+    np.testing.assert_allclose(z1, images[labels == 1][:16] / 127.5 - 1, atol=1e-6)
+    assert np.load(folder / "label.npy").argmax(1).tolist() == [1] * 16
+    assert np.abs(np.load(folder / "z0.npy") - z1).max() > 0.1, "the network does nothing"
+    forth = make_by_network(tmp_path / "forth", network, {"z0_path": str(folder / "z0.npy")}, **fields)
+    np.testing.assert_array_equal(np.load(forth / "z0.npy"), np.load(folder / "z0.npy"))
+    np.testing.assert_allclose(np.load(forth / "z1.npy"), z1, atol=0.01)
+
+
+def test_from_z1_makes_as_many_pairs_as_there_are_images_and_no_more_are_granted(tmp_path, network):
+    np.save(tmp_path / "images.npy", np.zeros((20, 1, 8, 8), np.float32))
+    flags = {"z1_path": tmp_path / "images.npy"}
+    fields = {"sampling__direction": "from_z1", "sampling__class_label": 0}
+    folder = make_by_network(tmp_path / "a", network, flags, sampling__total_number_of_samples=None, **fields)
+    assert len(np.load(folder / "z0.npy")) == 20
+    assert "20 pairs from_z1, images as they are, unflipped" in (tmp_path / "a/log").read_text()
+    sentence = refused(tmp_path, tmp_path / "b", flags | {"ckpt_path": network}, **fields)
+    assert "total_number_of_samples is 40, but there are only 20 starting points" in sentence
+
+
+def test_flips_that_are_asked_for_mirror_some_images_and_the_others_the_second_time(tmp_path):
+    images, _ = digits()
+    folder = make(tmp_path, sampling__direction="random_paired", sampling__random_flip=True,
+                  sampling__train_subset="all", sampling__total_number_of_samples=2 * len(images))
+    z1, plain = np.load(folder / "z1.npy"), images / 127.5 - 1
+    straight = np.isclose(z1, np.concatenate([plain, plain]), atol=1e-6).all((1, 2, 3))
+    mirrored = np.isclose(z1, np.concatenate([plain, plain])[..., ::-1], atol=1e-6).all((1, 2, 3))
+    assert (straight | mirrored).all() and 700 < straight[:1797].sum() < 1100
+    assert (straight[:1797] ^ straight[1797:])[~(straight & mirrored)[:1797]].all()
+
+
+def test_the_closed_form_from_noise_ends_at_the_images_and_from_images_at_white_noise(tmp_path):
+    fields = {"sampling__total_number_of_samples": 200, "sampling__ode_tol": 1e-3, "training__batch_size": 50}
+    chosen = chosen_images(make_config()).images / 127.5 - 1
+    forward = make(tmp_path / "forward", **fields)
+    distances = np.abs(np.load(forward / "z1.npy")[:, None] - chosen[None]).max((2, 3, 4)).min(1)
+    assert np.median(distances) < 0.02
+    backward = make(tmp_path / "backward", **fields, sampling__direction="gt_v_from_z1")
+    z0, z1 = np.load(backward / "z0.npy"), np.load(backward / "z1.npy")
+    np.testing.assert_allclose(z1, np.tile(chosen, (10, 1, 1, 1)), atol=1e-6)
+    assert abs(z0.mean()) < 0.05 and abs(z0.std() - 1) < 0.05
+
+
+def test_random_pairs_need_no_network_and_keep_the_classes_of_the_images(tmp_path):
+    folder = make(tmp_path, sampling__direction="random_paired", sampling__train_subset="all", data__num_classes=10)
+    images, labels = digits()
+    np.testing.assert_array_equal(np.load(folder / "z0.npy"), index_noise(3, range(40), (1, 8, 8)))
+    np.testing.assert_array_equal(np.load(folder / "label.npy"), np.eye(10, dtype=np.float32)[labels[:40]])
+    assert json.loads((folder / "pairs.json").read_text())["sampler"] is None
+
+
+def test_images_from_a_file_bring_their_classes_from_another(tmp_path, network):
+    np.save(tmp_path / "images.npy", np.zeros((10, 1, 8, 8), np.float32))
+    np.save(tmp_path / "classes.npy", np.arange(10) % 3)
+    flags, fields = {"z1_path": tmp_path / "images.npy"}, {"sampling__total_number_of_samples": 10}
+    assert "give --label_path" in refused(tmp_path, tmp_path / "pairs", flags | {"ckpt_path": network},
+                                          sampling__direction="from_z1", **fields)
+    folder = make_by_network(tmp_path / "pairs", network, flags | {"label_path": tmp_path / "classes.npy"},
+                             sampling__direction="from_z1", **fields)
+    assert np.load(folder / "label.npy").argmax(1).tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+
+
+# What is written, and what is refused.
+
+
+def test_the_record_and_the_picture_tell_what_the_pairs_are(tmp_path, network):
+    folder = make_by_network(tmp_path, network)
+    record = json.loads((folder / "pairs.json").read_text())
+    assert record["count"] == 40 and record["shape"] == [1, 8, 8] and record["complete"] is True
+    assert record["sampler"] == "rk45" and record["tolerance"] == TOL and record["direction"] == "from_z0"
+    assert 8 <= record["nfe_mean"] <= record["nfe_worst"]
+    assert len(record["checkpoint_digest"]) == 16 and record["config"]["model"]["nf"] == 8
+    assert (folder / "pairs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compact_storage_takes_a_quarter_of_the_disk_and_says_what_it_loses(tmp_path):
+    full = make(tmp_path / "full", sampling__total_number_of_samples=320)
+    small = make(tmp_path / "compact", sampling__total_number_of_samples=320, sampling__pair_storage="compact")
+    sizes = [sum((folder / name).stat().st_size for name in ARRAYS if (folder / name).exists())
+             for folder in (full, small)]
+    assert sizes[1] < 0.26 * sizes[0]
+    rows, folder = np.arange(320), PairFolder(small)
+    np.testing.assert_array_equal(folder.take_z0(rows), np.load(full / "z0.npy"))
+    lost = np.abs(folder.take_z1(rows).numpy() - np.load(full / "z1.npy")).max()
+    assert folder.record["z1_rounding"] == pytest.approx(lost, rel=1e-6) and 0 < lost < 1e-3
+
+
+def test_compact_storage_is_refused_where_z0_is_not_drawn(tmp_path):
+    sentence = refused(tmp_path, tmp_path, sampling__direction="gt_v_from_z1", sampling__pair_storage="compact")
+    assert "compact stores no z0 but draws it again" in sentence
+
+
+def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, network):
+    folder = make_by_network(tmp_path / "pairs", network)
+    before = contents(folder)
+    state = torch.load(network, weights_only=True)
+    state["step"] = 2
+    write_checkpoint(tmp_path / "other.pth", state)
+    sentence = refused(tmp_path, tmp_path / "pairs", {"ckpt_path": tmp_path / "other.pth"},
+                       sampling__direction="from_z0", sampling__total_number_of_samples=50)
+    assert re.search("holds other pairs: checkpoint is '.*' there and '.*' here. Give the same", sentence)
+    sentence = refused(tmp_path, tmp_path / "pairs", {"ckpt_path": network}, sampling__direction="from_z0",
+                       sampling__ode_tol=1e-3)
+    assert "holds other pairs: sampling.ode_tol is 0.01 there and 0.001 here. Give" in sentence
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("fields, flags, sentence", [
+    ({"sampling__direction": "from_z0"}, {}, "needs a network: give --ckpt_path"),
+    ({}, {"ckpt_path": "x.pth"}, "uses no network: leave out --ckpt_path"),
+    ({}, {"data_root": ""}, "--data_root is empty"),
+    ({}, {"z1_path": "x.npy"}, "does not start at images: leave out --z1_path"),
+    ({"sampling__direction": "gt_v_from_z1"}, {"z0_path": "x.npy"}, "does not start at noise: leave out --z0_path"),
+    ({}, {"z0_path": "absent.npy"}, "absent.npy does not exist"),
+    ({"sampling__class_label": 4}, {}, "class_label is 4, but config.data.num_classes is 0"),
+    ({"data__num_classes": 10}, {}, "knows no classes: choose one"),
+    ({"data__num_classes": 5, "sampling__direction": "random_paired", "sampling__train_subset": "all"}, {},
+     "has labels up to 9"),
+])
+def test_what_does_not_go_together_is_refused_before_anything_is_created(tmp_path, fields, flags, sentence):
+    said = refused(tmp_path, tmp_path / "pairs", flags, **fields)
+    assert sentence in said
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_starting_points_of_another_shape_are_refused(tmp_path):
+    np.save(tmp_path / "noise.npy", np.zeros((9, 3, 8, 8), np.float32))
+    sentence = refused(tmp_path, tmp_path / "pairs", {"z0_path": tmp_path / "noise.npy"})
+    assert "noise.npy holds float32 rows of shape (3, 8, 8)" in sentence
+
+
+def test_a_network_that_gives_no_numbers_is_named_with_the_pairs(tmp_path, network):
+    state = torch.load(network, weights_only=True)
+    state["ema"]["shadow_params"] = [p * float("nan") for p in state["ema"]["shadow_params"]]
+    write_checkpoint(tmp_path / "broken.pth", state)
+    flags = {"ckpt_path": tmp_path / "broken.pth"}
+    sentence = refused(tmp_path, tmp_path / "pairs", flags, sampling__direction="from_z0")
+    assert re.search("pairs 0 to 31: .*not finite", sentence)
+    sentence = refused(tmp_path, tmp_path / "other", flags, sampling__direction="from_z0",
+                       sampling__use_ode_sampler="euler", sampling__sample_N=1)
+    assert "pairs 0 to 31: pair 0 is not finite" in sentence
+
+
+# What stops the program.
+
+
+def test_killed_at_random_moments_and_started_again_the_files_are_those_of_an_undisturbed_run(tmp_path):
+    fields = {"sampling__total_number_of_samples": 500, "sampling__ode_tol": 1e-4}
+    undisturbed = make(tmp_path / "undisturbed", **fields)
+    root, folder = tmp_path / "killed", tmp_path / "killed/3"
+    moments = random.Random(time.time_ns())
+    for already in (1, 5, 9, 12):
+        pause = moments.uniform(0, 0.2)
+        running = Script(tmp_path, "generate_data.py", words_for(root, **fields))
+        running.kill_when(lambda least=already, pause=pause: finished_blocks(folder) >= least and not time.sleep(pause))
+        assert len(np.load(folder / "z1.npy")) == 0, "an unfinished folder promises pairs"
+    with pytest.raises(UserError, match="is unfinished"):
+        PairFolder(folder)
+    kept = finished_blocks(folder)
+    make(root, **fields)
+    assert f"{32 * kept} are there, {16 - kept} blocks to make" in (root / "log").read_text()
+    assert contents(folder) == contents(undisturbed)
+
+
+def finished_blocks(folder):
+    return sum(path.read_text().count("\n") for path in folder.glob("blocks*.jsonl"))
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
+    fields = {"sampling__direction": "random_paired", "sampling__train_subset": "all", "sampling__block_size": 2000}
+    peaks = []
+    for count in (4000, 400_000):
+        words = words_for(tmp_path / str(count), sampling__total_number_of_samples=count, **fields)
+        process = subprocess.Popen([sys.executable, "generate_data.py", *words], stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(used.ru_maxrss)
+    assert (tmp_path / "400000/3/z1.npy").stat().st_size > 100e6
+    assert abs(peaks[1] / peaks[0] - 1) < 0.1, f"{peaks} KiB"
