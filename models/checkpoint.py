@@ -7,6 +7,7 @@ the program knows one layout only.
 
 import pickle
 import re
+import warnings
 import zipfile
 
 import torch
@@ -68,10 +69,13 @@ def load_safely(path):
     """
     file = local_file(path)
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read is an error below
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; name a checkpoint file or hf://owner/repo/file") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder; name a checkpoint file in it") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ArithmeticError, LookupError, TypeError,
             ValueError, AttributeError) as error:
         raise UserError(f"{path} {why_unreadable(error)}") from error
@@ -193,7 +197,7 @@ def saved_fields(checkpoint, path):
 
 def contradictions(ours, theirs):
     """Return a phrase for each dotted field that both have with different values."""
-    return [f"{name} is {theirs[name]} in the checkpoint and {plain(ours[name])} here"
+    return [f"{name} is {plain(theirs[name])} in the checkpoint and {plain(ours[name])} here"
             for name in theirs if name in ours and plain(ours[name]) != plain(theirs[name])]
 
 

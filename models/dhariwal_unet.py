@@ -121,7 +121,7 @@ class Embedding(nn.Module):
         self.label = nn.Linear(num_classes, channels, bias=False) if num_classes else None
         self.label_dropout = label_dropout
         if num_classes:
-            nn.init.normal_(self.label.weight)
+            self.label.weight = nn.Parameter(torch.randn(channels, num_classes))
 
     def forward(self, t999, label):
         """Return the embedding (N, channels), activated, of t999 (N,) and one-hot label (N, num_classes) or None."""

@@ -4,6 +4,7 @@ What leaves no trace there (the activation, the rescaling of skips, dropout, a F
 out: it is the config's, or the default.
 """
 
+import contextlib
 import itertools
 
 import torch
@@ -43,20 +44,22 @@ def released_fields(state, path):
     that names `path` if no network has these tensors.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in with_usual_prefix(state).items()}
-    candidates = dhariwal_candidates(shapes) if "map_layer0.weight" in shapes else ncsnpp_candidates(shapes)
-    for fields in candidates:
-        if layout_shapes(with_image_size(fields)) == shapes:
-            return fields
-    raise UserError(f"{path} has the names of a released checkpoint, but no network here has its tensors")
+    candidates = ncsnpp_candidates if any(name.startswith(PREFIX) for name in shapes) else dhariwal_candidates
+    difference = "too much is missing to tell which"
+    with contextlib.suppress(LookupError, ValueError):  # a name or a number that every network has is missing
+        for fields in candidates(shapes):
+            expected = layout_shapes(with_image_size(fields))
+            if expected == shapes:
+                return fields
+            name = next(n for n in [*expected, *shapes] if expected.get(n) != shapes.get(n))
+            difference = f"{name} is {shapes.get(name, 'missing')} instead of {expected.get(name, 'absent')}"
+    raise UserError(f"{path} has the names of a released checkpoint, but is no complete network: {difference}")
 
 
 def layout_shapes(fields):
-    """Return {released name: shape} of the network of `fields`, or None if there is no such network."""
-    try:
-        with torch.device("meta"):
-            net = create_from_fields(fields)
-    except UserError:
-        return None
+    """Return {released name: shape} of the network of `fields`."""
+    with torch.device("meta"):
+        net = create_from_fields(fields)
     ours = net.state_dict()
     return {r.name: tuple(r.write(ours).shape) for r in released_tensors(net)}
 

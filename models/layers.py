@@ -76,7 +76,8 @@ def sinusoid(t, frequencies):
 
 def geometric_frequencies(count, last):
     """Return `count` frequencies from 1 down, geometric, such that entry `last` would be 1/10000."""
-    return torch.exp(-math.log(10000.0) / last * torch.arange(count, dtype=torch.float32))
+    frequencies = torch.exp(-math.log(10000.0) / last * torch.arange(count, dtype=torch.float32, device="cpu"))
+    return torch.tensor(frequencies.tolist())  # on the default device; arithmetic on meta imports the compiler
 
 
 class Resample(nn.Module):
@@ -111,9 +112,9 @@ class FIRFilter(Resample):
 
     def __init__(self, taps):
         super().__init__()
-        taps = torch.tensor(taps, dtype=torch.float32)
-        kernel = torch.outer(taps, taps)
-        self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
+        weight = sum(taps) ** 2
+        kernel = [[a * b / weight for a in taps] for b in taps]
+        self.register_buffer("kernel", torch.tensor(kernel, dtype=torch.float32), persistent=False)
 
     def depthwise(self, x):
         """Return the kernel as weights of a convolution that treats each channel of x alone."""

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -62,8 +63,7 @@ class NCSNpp(nn.Module):
         self.output_pyramid = progressive != "none"
         self.activation = ACTIVATIONS[nonlinearity]
         # Noise level of step i; only scale_by_sigma reads it, but it is part of every released state dict.
-        log_sigmas = torch.linspace(math.log(sigma_max), math.log(sigma_min), num_scales, dtype=torch.float64)
-        self.register_buffer("sigmas", log_sigmas.exp())
+        self.register_buffer("sigmas", torch.tensor(np.geomspace(sigma_max, sigma_min, num_scales)))
 
         common = {
             "time_channels": 4 * nf,
@@ -215,7 +215,7 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, channels, scale):
         super().__init__()
-        self.register_buffer("frequencies", scale * torch.randn(channels))
+        self.register_buffer("frequencies", torch.randn(channels).mul_(scale))
 
     def forward(self, t999):
         """Return the features (N, 2·channels) of t999 (N,) > 0."""

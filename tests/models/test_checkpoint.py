@@ -1,0 +1,315 @@
+"""Checkpoint files: what is read, what is refused and how the user hears of it."""
+
+import collections
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from released_numbers import fields_of, inputs_of, path_of
+
+from configs.default import get_default_config
+from models import create_model, load_model
+from models.checkpoint import (
+    apply_architecture,
+    load_matching,
+    load_safely,
+    load_weights,
+    load_with_config,
+    read_checkpoint,
+    write_checkpoint,
+)
+from models.create import create_from_fields
+from models.ema import ExponentialMovingAverage
+from runtime.errors import UserError
+
+TINY = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
+        "model.attn_resolutions": (4,), "model.init_scale": 1.0}
+
+
+def tiny_checkpoint(**changes):
+    """Return (net, checkpoint in our layout) of a small network, its averages differing from its weights."""
+    torch.manual_seed(0)
+    net = create_from_fields(TINY | changes)
+    ema = ExponentialMovingAverage(net.parameters(), 0.999)
+    torch._foreach_add_(ema.shadow_params, 0.01)
+    return net, {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": {"state": {}, "param_groups": []},
+                 "step": 7, "config": nested(TINY | changes)}
+
+
+def nested(fields):
+    groups = collections.defaultdict(dict)
+    for name, value in fields.items():
+        group, field = name.split(".")
+        groups[group][field] = list(value) if isinstance(value, tuple) else value
+    return dict(groups)
+
+
+@pytest.fixture
+def ours(tmp_path):
+    """The path of a checkpoint in our layout."""
+    write_checkpoint(tmp_path / "ours.pth", tiny_checkpoint()[1])
+    return tmp_path / "ours.pth"
+
+
+def test_own_checkpoint_comes_back_with_weights_averages_and_step(ours):
+    """Reading is the inverse of writing."""
+    net, written = tiny_checkpoint()
+    read = read_checkpoint(ours)
+    assert read["step"] == 7 and read["config"] == written["config"]
+    assert all(torch.equal(read["model"][k], v) for k, v in written["model"].items())
+    shadows = zip(read["ema"]["shadow_params"], written["ema"]["shadow_params"], strict=True)
+    assert all(torch.equal(a, b) for a, b in shadows)
+    assert read["fields"] == net.config_fields
+
+
+def test_loaded_model_needs_no_flags_and_evaluates(ours):
+    """Averaged weights by default, raw ones when asked, eval mode, no gradient of the averages left behind."""
+    net, written = tiny_checkpoint()
+    averaged, raw = load_model(ours), load_model(str(ours), use_ema=False)
+    assert not averaged.training and averaged.config_fields == net.config_fields
+    assert all(torch.equal(p, s) for p, s in zip(averaged.parameters(), written["ema"]["shadow_params"], strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(raw.parameters(), net.parameters(), strict=True))
+
+
+def test_loaded_weights_can_change_without_changing_the_file(ours):
+    """Tensors mapped from the file are copied, so training on goes to memory."""
+    before = ours.read_bytes()
+    net = load_model(ours)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(1.0)
+    checkpoint = read_checkpoint(ours)
+    checkpoint["ema"]["shadow_params"][0].add_(1.0)
+    assert ours.read_bytes() == before
+
+
+def test_interrupted_writing_leaves_the_old_checkpoint(ours):
+    """A state that cannot be written does not cost the one that is there."""
+    before = ours.read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        write_checkpoint(ours, {"model": {}, "step": lambda: None})
+    assert ours.read_bytes() == before
+    assert [p.name for p in ours.parent.iterdir()] == ["ours.pth"]
+
+
+# Files that are refused. Each message names the file.
+
+
+class Hostile:
+    """Its pickle creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("protocol, phrase", [(2, "is refused: .*mkdir.*nothing was executed"), (4, "cannot be read")])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_not_executed(tmp_path, zipped, protocol, phrase):
+    """A checkpoint that runs a command when unpickled, in both file formats of torch.save."""
+    state = {"model": {}, "ema": {}, "step": Hostile(str(tmp_path / "owned"))}
+    torch.save(state, tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    with pytest.raises(UserError, match=rf"bad\.pth {phrase}"):
+        load_model(tmp_path / "bad.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_plain_pickle_with_code_is_not_executed(tmp_path):
+    """The same without torch's wrapping."""
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps(Hostile(str(tmp_path / "owned")), protocol=2))
+    with pytest.raises(UserError, match=r"bad\.pth"):
+        load_model(tmp_path / "bad.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_numpy_scalar_is_a_number_and_nothing_else(tmp_path):
+    """Numbers of numpy load as Python's; numpy's own constructors are not called, for objects least of all."""
+    numbers = {"a": np.float64(0.1), "b": np.int32(-3), "c": np.bool_(True), "d": np.float32(0.5), "e": np.uint8(200)}
+    torch.save(numbers, tmp_path / "numbers.pth")
+    read = load_safely(tmp_path / "numbers.pth")
+    assert read == {"a": 0.1, "b": -3, "c": True, "d": 0.5, "e": 200}
+    assert {type(v) for v in read.values()} == {float, int, bool}
+    torch.save({"a": np.array([{}], dtype=object)}, tmp_path / "array.pth")
+    with pytest.raises(UserError, match=r"array\.pth is refused: it names numpy"):
+        load_safely(tmp_path / "array.pth")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_truncated_file_is_reported(tmp_path, ours, share):
+    """A download or copy that stopped early."""
+    content = ours.read_bytes()
+    (tmp_path / "short.pth").write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UserError, match=r"short\.pth cannot be read as a checkpoint"):
+        load_model(tmp_path / "short.pth")
+
+
+@pytest.mark.parametrize("content", [b"hello, I am text\n", b"\x80\x02}q\x00.", bytes(100), b"PK\x03\x04 no zip"])
+def test_other_files_are_reported(tmp_path, content):
+    """Text, an empty pickled dict, zeros, half a zip."""
+    (tmp_path / "other.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"other\.pth"):
+        load_model(tmp_path / "other.pth")
+
+
+def test_missing_file_and_folder_are_reported(tmp_path):
+    """A wrong path says so."""
+    with pytest.raises(UserError, match=r"none\.pth does not exist"):
+        load_model(tmp_path / "none.pth")
+    with pytest.raises(UserError, match="is a folder"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content, phrase", [
+    ([1, 2], "holds a list"),
+    ({"step": 1}, "no state dict under 'model'"),
+    ({"model": {"a": 1}, "ema": {}}, "no state dict under 'model'"),
+    ({"model": {"a": torch.zeros(1)}, "ema": {"shadow_params": 3}}, "no averaged weights under 'ema'"),
+    ({"model": {"a": torch.zeros(1)}, "ema": {"shadow_params": []}}, "network is unknown"),
+])
+def test_other_contents_are_reported(tmp_path, content, phrase):
+    """A torch file that is no checkpoint of this program."""
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=rf"other\.pth.*{phrase}"):
+        read_checkpoint(tmp_path / "other.pth")
+
+
+def test_averages_of_another_network_are_reported(tmp_path):
+    """Weights and averages that do not belong together, in both layouts."""
+    checkpoint = tiny_checkpoint()[1]
+    checkpoint["ema"]["shadow_params"] = checkpoint["ema"]["shadow_params"][:-1]
+    write_checkpoint(tmp_path / "ours.pth", checkpoint)
+    with pytest.raises(UserError, match=r"ours\.pth does not fit the network: the EMA"):
+        load_model(tmp_path / "ours.pth")
+    released = load_safely(path_of("ncsnpp_cifar"))
+    released["ema"]["shadow_params"] = released["ema"]["shadow_params"][1:]
+    write_checkpoint(tmp_path / "released.pth", released)
+    with pytest.raises(UserError, match=r"released\.pth is damaged"):
+        load_model(tmp_path / "released.pth")
+
+
+# The architecture comes from the checkpoint.
+
+
+@pytest.mark.parametrize("field, value", [
+    ("model.nf", 16), ("model.num_res_blocks", 2), ("model.ch_mult", (1, 1)), ("data.num_channels", 1),
+    ("model.name", "DhariwalUNet"),
+])
+@pytest.mark.parametrize("layout", ["ours", "released"])
+def test_contradicting_field_is_refused_with_the_difference(ours, layout, field, value):
+    """The user learns which field differs, what the checkpoint has and what he gave."""
+    path = ours if layout == "ours" else path_of("ncsnpp_cifar")
+    config = get_default_config()
+    group, name = field.split(".")
+    config[group][name] = value
+    with pytest.raises(UserError, match=rf"{path.name}: {field} is .* in the checkpoint and .* here"):
+        load_with_config(path, config, {field})
+
+
+def test_contradicting_image_size_is_refused(ours):
+    """Ours tells the size; a released NCSN++ tells at which level it attends, which size and attention must meet."""
+    config = get_default_config()
+    config.data.image_size, config.model.attn_resolutions = 16, (4,)
+    with pytest.raises(UserError, match="data.image_size is 8 in the checkpoint and 16 here"):
+        load_with_config(ours, config, {"data.image_size"})
+    with pytest.raises(UserError, match=r"model.attn_resolutions is \[8\] in the checkpoint and \[4\] here"):
+        load_with_config(path_of("ncsnpp_cifar"), config, {"data.image_size", "model.attn_resolutions"})
+
+
+def test_config_takes_the_checkpoints_architecture_and_keeps_the_rest(ours):
+    """Fields that were not given follow the checkpoint, others stay, and the given config is not changed."""
+    config = get_default_config()
+    config.training.batch_size = 5
+    result = apply_architecture(config, read_checkpoint(ours)["fields"], {"training.batch_size", "model.dropout"})
+    assert (result.model.nf, result.model.ch_mult, result.data.image_size) == (8, (1, 2), 8)
+    assert (result.training.batch_size, result.model.dropout, config.model.nf) == (5, 0.15, 128)
+    assert create_model(result).config_fields == read_checkpoint(ours)["fields"]
+
+
+def test_released_file_takes_from_the_config_what_it_does_not_tell():
+    """Size and attention of a config that fits the checkpoint, and options that leave no trace in its tensors."""
+    name = "ncsnpp_elu_fourier_scaled"
+    config = get_default_config()
+    config.data.image_size, config.model.attn_resolutions = 16, (8,)
+    config.model.nonlinearity, config.model.scale_by_sigma = "elu", True
+    config, net = load_with_config(path_of(name), config, frozenset(), use_ema=False)
+    x, t999, label, recorded = inputs_of(name)
+    with torch.no_grad():
+        assert (net(x, t999, label) - torch.from_numpy(recorded["v_model"])).abs().max() < 1e-4
+    assert (config.model.nf, config.model.embedding_type, config.data.image_size) == (8, "fourier", 16)
+
+
+def test_loading_into_another_network_names_the_fields(ours):
+    """The strict load says which architecture field differs."""
+    net = create_from_fields(TINY | {"model.nf": 16})
+    with pytest.raises(UserError, match="ours.pth belongs to another network: model.nf is 8 in .* and 16 here"):
+        load_weights(net, read_checkpoint(ours), True, "ours.pth")
+
+
+def test_matching_load_of_another_width_reports_every_tensor_by_name(ours):
+    """flow.pre_train_model may differ in width: what fits is copied, what does not is left and named."""
+    source = load_model(ours, use_ema=False).state_dict()
+    net = create_from_fields(TINY | {"model.ch_mult": (1, 3)})
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    matched, unmatched = load_matching(net, ours)
+    assert sorted(matched + unmatched) == sorted(before) and matched and unmatched
+    after = net.state_dict()
+    assert all(torch.equal(after[name], source[name]) for name in matched)
+    assert all(torch.equal(after[name], before[name]) for name in unmatched)
+    assert "input_conv.weight" in matched and "middle.block0.conv0.weight" in unmatched
+
+
+def test_matching_load_takes_raw_weights_of_a_released_file():
+    """The same network matches completely, raw weights and not averages."""
+    net = create_from_fields(fields_of("ncsnpp_cifar"))
+    matched, unmatched = load_matching(net, path_of("ncsnpp_cifar"))
+    assert not unmatched and len(matched) == len(net.state_dict())
+    raw = load_model(path_of("ncsnpp_cifar"), use_ema=False, fields=fields_of("ncsnpp_cifar"))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), raw.parameters(), strict=True))
+
+
+# hf://
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, ours):
+    """A Hugging Face cache that holds our checkpoint as hf://someone/SlimFlow/models/ours.pth, and no network."""
+    repository = tmp_path / "hub/models--someone--SlimFlow"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    (repository / f"snapshots/{revision}/models").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(revision)
+    (repository / f"snapshots/{revision}/models/ours.pth").write_bytes(ours.read_bytes())
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_hub_path_is_read_from_the_local_cache(hub_cache, ours):
+    """hf://owner/repo/file stands wherever a checkpoint path does; files in sub-folders, too."""
+    net = load_model("hf://someone/SlimFlow/models/ours.pth")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), load_model(ours).parameters(), strict=True))
+
+
+@pytest.mark.parametrize("path", ["hf://someone", "hf://someone/repo", "hf://someone/repo/"])
+def test_incomplete_hub_path_is_reported(path):
+    """The form is named."""
+    with pytest.raises(UserError, match="must be hf://owner/repo/file"):
+        load_model(path)
+
+
+def test_unreachable_hub_file_is_reported(hub_cache):
+    """A file that is neither in the cache nor to be fetched."""
+    with pytest.raises(UserError, match="hf://someone/SlimFlow/absent.pth could not be fetched"):
+        load_model("hf://someone/SlimFlow/absent.pth")
+
+
+def test_missing_hub_package_is_named(monkeypatch):
+    """huggingface_hub is optional: without it the message says what to install."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="pip install huggingface_hub"):
+        load_model("hf://someone/SlimFlow/ours.pth")

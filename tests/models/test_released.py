@@ -1,0 +1,116 @@
+"""Exactness: the released checkpoints give the recorded velocities, and the translation loses nothing."""
+
+import pytest
+import torch
+from released_numbers import LAYOUTS, NAMES, WITH_EMA, fields_of, inputs_of, layout_fields, layout_state, path_of
+
+from models.checkpoint import load_model, load_safely, read_checkpoint
+from models.create import create_from_fields
+from models.released import deinterleave, from_released, interleave, released_tensors, to_released
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_raw_weights_give_the_recorded_velocity(name):
+    """A difference in any option of a network shows here."""
+    x, t999, label, recorded = inputs_of(name)
+    net = load_model(path_of(name), use_ema=False, fields=fields_of(name))
+    with torch.no_grad():
+        velocity = net(x, t999, label)
+    assert (velocity - torch.from_numpy(recorded["v_model"])).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", WITH_EMA)
+def test_averaged_weights_give_the_recorded_velocity(name):
+    """The list of averages is translated in the right order, and it is not the raw weights that are loaded."""
+    x, t999, label, recorded = inputs_of(name)
+    net = load_model(path_of(name), fields=fields_of(name))
+    raw = load_model(path_of(name), use_ema=False, fields=fields_of(name))
+    with torch.no_grad():
+        velocity = net(x, t999, label)
+    assert (velocity - torch.from_numpy(recorded["v_ema"])).abs().max() < 1e-4
+    assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), raw.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_configuration_of_the_paper_has_the_released_layout(name):
+    """Parameter count, names, order, shapes and types of the state dict of every configuration."""
+    with torch.device("meta"):
+        net = create_from_fields(layout_fields(name))
+    ours = net.state_dict()
+    table = released_tensors(net)
+    written = [[r.name, list(r.write(ours).shape), str(r.write(ours).dtype)] for r in table]
+    assert written == LAYOUTS[name]["state_dict"]
+    assert sum(p.numel() for p in net.parameters()) == LAYOUTS[name]["parameters"]
+    assert [r.name for r in table if not r.parameter] == LAYOUTS[name]["buffers"]
+
+
+@pytest.mark.parametrize("name", ["cifar10_1flow_61.8M", "imagenet64_80.7M"])
+def test_released_state_dict_leaves_nothing_missing_or_over(name):
+    """The released names of the largest networks fill ours exactly."""
+    with torch.device("meta"):
+        net = create_from_fields(layout_fields(name))
+    translated = from_released({"model": layout_state(name)}, net)["model"]
+    assert {k: v.shape for k, v in translated.items()} == {k: v.shape for k, v in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_translating_there_and_back_changes_no_bit(name):
+    """Weights, averages and, where recorded, Adam's moments, steps and settings return in the released order."""
+    checkpoint = load_safely(path_of(name))
+    net = create_from_fields(fields_of(name))
+    ours = from_released(checkpoint, net)
+    assert list(ours["model"]) != list(checkpoint["model"])
+    assert_same(to_released(ours, net), checkpoint)
+
+
+def assert_same(found, expected):
+    """Compare nested dicts and lists, order of the keys included."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert_same(a, b)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("name", ["ncsnpp_cifar", "ncsnpp_fourier_fir_residual"])
+def test_translated_optimizer_state_belongs_to_our_parameters(name):
+    """Adam takes the translated state up, and each moment has the shape of its parameter."""
+    checkpoint = read_checkpoint(path_of(name))
+    net = create_from_fields(fields_of(name))
+    net.load_state_dict(checkpoint["model"])
+    optimizer = torch.optim.Adam(net.parameters())
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    assert len(optimizer.state) == len(list(net.parameters()))
+    for parameter, state in optimizer.state.items():
+        assert state["exp_avg"].shape == parameter.shape
+        assert state["step"] == 2
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(8e-8)
+
+
+def test_interleaved_projection_follows_the_released_formula():
+    """DhariwalUNet's rows are head, channel, (q, k, v): attention from them by the formula equals ours.
+
+    The recorded networks are too narrow for attention, so this is the check of that order.
+    """
+    torch.manual_seed(0)
+    fields = {"model.name": "DhariwalUNet", "model.nf": 128, "model.ch_mult": (1,), "model.num_res_blocks": 1,
+              "data.image_size": 4, "model.attn_resolutions": (4,)}
+    attention = create_from_fields(fields).encoder[0].blocks[0].attention.eval()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 128, 4, 4)
+    weight, bias = interleave(attention.qkv.weight), interleave(attention.qkv.bias)
+    projected = (attention.norm(x).flatten(2).transpose(1, 2) @ weight.t() + bias).transpose(1, 2)
+    q, k, v = projected.reshape(2 * 2, 64, 3, 16).unbind(2)
+    attend = torch.einsum("ncq,nck->nqk", q, k / 8).softmax(dim=2)
+    mixed = torch.einsum("nqk,nck->ncq", attend, v).reshape(2, 128, 16)
+    expected = attention.proj(mixed.transpose(1, 2)).transpose(1, 2).reshape(2, 128, 4, 4)
+    torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(deinterleave(weight), attention.qkv.weight)
