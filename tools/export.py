@@ -167,7 +167,12 @@ def write_onnx(model, path, settings):
 
 
 def write_int8(model, path, small):
-    """Write the 8-bit file, its activations' ranges measured on samples of noise, as in use."""
+    """Write the 8-bit file, its activations' ranges measured on samples of noise, as in use.
+
+    The first and the last convolution stay in float32, as is usual: they are small, and see noise and image. Weights
+    and activations are both unsigned: with signed weights, processors without VNNI instructions overflow.
+    """
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -185,9 +190,10 @@ def write_int8(model, path, small):
     with quiet(), atomic_path(small) as temporary, tempfile.TemporaryDirectory() as folder:
         prepared = pathlib.Path(folder, "prepared.onnx")
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        convolutions = [node.name for node in onnx.load(prepared).graph.node if node.op_type == "Conv"]
         quantize_static(prepared, temporary, Noise(), quant_format=QuantFormat.QDQ, per_channel=True,
-                        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+                        op_types_to_quantize=["Conv", "Gemm"], nodes_to_exclude=[convolutions[0], convolutions[-1]],
+                        activation_type=QuantType.QUInt8, weight_type=QuantType.QUInt8)
 
 
 @contextlib.contextmanager
