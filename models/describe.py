@@ -33,8 +33,10 @@ def describe(config_fields):
     attention (both its products), and for DhariwalUNet its resampling as a 2×2 filter: so the totals are those of
     the paper's table. Raises UserError as `create_model` does.
     """
-    with FakeTensorMode():
+    with torch.device("meta"):
         net = create_from_fields(config_fields)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = net.to_empty(device="cpu")
         one, two = measure(net, 1), measure(net, 2)
     parameters = collections.Counter()
     for name, parameter in net.named_parameters():
