@@ -169,7 +169,7 @@ class Training:
     def after_update(self, last):
         """Record, sample and write checkpoints where the config says so after `self.step` updates."""
         training, done = self.config.training, self.step - 1
-        if self.step % training.record_iters == 0:
+        if self.step % training.record_iters == 0 or self.step == training.n_iters:
             self.write_record()
         if training.snapshot_sampling and (self.step % training.snapshot_sampling == 0):
             self.sample()

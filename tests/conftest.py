@@ -1,8 +1,9 @@
-"""Settings of every test: one thread per worker, no progress bars, no terminal colours."""
+"""Settings and fixtures of all tests: one thread per worker, and LPIPS with random features."""
 
 import os
 import pathlib
 import sys
+import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -25,3 +26,25 @@ def repository():
 def data_folder():
     """The recorded numbers that tests compare with."""
     return ROOT / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def random_lpips():
+    """The package's LPIPS with random VGG16 features (and its real last layers)."""
+    import lpips
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+
+
+@pytest.fixture(scope="session")
+def torch_home(random_lpips, tmp_path_factory):
+    """A folder for TORCH_HOME whose cache holds the same features as VGG16 has them, without its classifier."""
+    folder = tmp_path_factory.mktemp("torch_home")
+    path = folder / "hub/checkpoints/vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    features = {"features." + name.partition(".")[2]: value for name, value in random_lpips.net.state_dict().items()}
+    torch.save(features, path)
+    return folder

@@ -11,23 +11,33 @@ import sys
 import time
 import traceback
 
+from absl import flags
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _run(script, words, log, environment):
-    """Run a script as `python script words…` would, its output in the file `log` (the body of the child)."""
+def _run(script, words, log, cwd, environment):
+    """Run a script, or a module of tools/, as `python` would, output in the file `log` (the body of the child)."""
     os.environ.update(environment)
+    os.chdir(cwd)
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     sys.argv = [script, *words]
+    for module, found in flags.FLAGS.flags_by_module_dict().items():  # those of scripts that tests imported
+        if not module.startswith("absl."):
+            for flag in found:
+                delattr(flags.FLAGS, flag.name)
     status = 1
     try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        if script.endswith(".py"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
@@ -41,9 +51,9 @@ def _run(script, words, log, environment):
 class Script:
     """A script in a process of its own; `log` is what it printed."""
 
-    def __init__(self, folder, script, words, environment=None):
-        self._log = pathlib.Path(folder) / f"output-{script}-{time.monotonic_ns()}.txt"
-        arguments = (script, [str(w) for w in words], str(self._log), environment or {})
+    def __init__(self, folder, script, words, environment=None, cwd=ROOT):
+        self._log = pathlib.Path(folder) / f"output-{pathlib.Path(script).stem}-{time.monotonic_ns()}.txt"
+        arguments = (script, [str(w) for w in words], str(self._log), cwd, environment or {})
         self.process = multiprocessing.get_context("fork").Process(target=_run, args=arguments)
         self.process.start()
 
@@ -80,9 +90,9 @@ class Script:
         self.kill()
 
 
-def run_script(folder, script, *words, environment=None):
-    """Run a script to its end; return (exit status, what it printed)."""
-    started = Script(folder, script, words, environment)
+def run_script(folder, script, *words, environment=None, cwd=ROOT):
+    """Run a script ("train.py") or module ("tools.look") to its end; return (exit status, what it printed)."""
+    started = Script(folder, script, words, environment, cwd)
     status = started.wait()
     return status, started.log
 

@@ -43,9 +43,11 @@ class Recipe:
     distill_steps: int = 600
     distill_lr: float = 1e-3
     samples: int = 2000
+    pictures: int = 64
 
 
-RECIPES = {"full": Recipe(), "tiny": Recipe(30, 1e-3, 128, 30, 1e-3, 10, 20, 1e-3, 128)}
+TINY = Recipe(flow_steps=20, pairs=64, reflow_steps=20, annealing=10, distill_steps=20, samples=64, pictures=10)
+RECIPES = {"full": Recipe(), "tiny": TINY}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ def stages(recipe, work_dir, pairs_dir):
         *evaluations,
         *(Stage(f"sample {run}", f"sample grids: {run}",
                 ["image_sampling.py", "--config", CONFIG, "--sampling_dir", f"{runs}/{run}",
-                 "--config.eval.batch_size", "64"]) for run in SURVEY),
+                 "--config.eval.batch_size", str(recipe.pictures)]) for run in SURVEY),
     ]
 
 

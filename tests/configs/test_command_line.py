@@ -14,7 +14,6 @@ from configs.command_line import (
     help_text,
     load_config,
     parse_command_line,
-    parse_value,
     save_config,
 )
 from configs.default import FIELDS, field_names, find_field, get_default_config

@@ -1,0 +1,73 @@
+"""Every command of the README runs, in its order, with overrides that only make it tiny."""
+
+import pathlib
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from tests.datasets.image_files import random_images, write_cifar
+from tests.processes import ROOT, run_script
+
+SETUP = ("make demo", "make test")
+NETWORK = ("--config.model.nf 8 --config.model.num_res_blocks 1 --config.model.ch_mult '(1, 2)' "
+           "--config.model.attn_resolutions 4 --config.data.image_size 8")
+TINY = {
+    "train.py": f"{NETWORK} --config.training.n_iters 17 --config.training.snapshot_freq 1 "
+                "--config.training.snapshot_sampling 0 --config.training.batch_size 4",
+    "evaluation_fid.py": "--config.eval.num_samples 40 --config.eval.batch_size 40 --config.eval.begin_ckpt 16 "
+                         "--config.sampling.ode_tol 0.3 --config.eval.feature_extractor pixels",
+    "image_sampling.py": "--config.eval.batch_size 2 --config.eval.begin_ckpt 16 --config.sampling.ode_tol 0.3",
+    "generate_data.py": "--config.sampling.total_number_of_samples 8 --config.training.batch_size 4 "
+                        "--config.sampling.ode_tol 0.3",
+}
+LPIPS = "--config.training.n_iters 1 --config.training.batch_size 1"  # VGG16 at 64×64 takes a second an image
+
+
+def commands():
+    """Return the commands in the README's bash blocks, continuation lines joined, comments removed."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line and " ".join(line[:2]) not in SETUP]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder like a fresh clone, with a CIFAR-10 of a few images, in which the commands run one after the other."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in ROOT.iterdir():
+        if path.name not in ("logs", "data", "reflow_data") and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    write_cifar(folder / "data" / "CIFAR10" / "cifar-10-batches-py", random_images(50, 3, 32), np.arange(50) % 10)
+    return folder
+
+
+def test_readme_names_the_seeds_commands():
+    scripts = [words[1].removeprefix("./") for words in commands() if words[0] == "python"]
+    assert set(TINY) <= set(scripts) and scripts.count("train.py") == 4
+
+
+def test_every_command_of_the_readme_runs(workplace, torch_home):
+    for words in commands():
+        assert words[0] == "python", f"the README has a command that this test does not know: {words}"
+        module = words[1] == "-m"
+        script = words[2] if module else words[1].removeprefix("./")
+        more = shlex.split(TINY.get(script, ""))
+        if "lpips" in words:
+            more += shlex.split(LPIPS)
+        status, printed = run_script(workplace, script, *words[3 if module else 2:], *more, cwd=workplace,
+                                     environment={"TORCH_HOME": str(torch_home)})
+        assert status == 0, f"{' '.join(words)}\n{printed}"
+    run = workplace / "logs" / "2_rectified_flow_500000bigflow_28m_distill_lpips_use_teacher"
+    assert (run / "checkpoints-meta" / "checkpoint.pth").exists()
+    assert (workplace / "reflow_data" / "1_rectified_flow_50000" / "0" / "z1.npy").exists()
+
+
+def test_every_path_that_the_readme_links_exists():
+    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", (ROOT / "README.md").read_text())
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert links and not missing
+    assert not [p for p in pathlib.Path(ROOT / "docs").glob("*.md") if not p.read_text().startswith("# ")]
