@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from image_files import make_config, random_images
 
 from datasets.augment import (
     LABEL_NAMES,
@@ -22,6 +21,7 @@ from datasets.augment import (
     warp,
 )
 from runtime.errors import UserError
+from tests.datasets.image_files import make_config, random_images
 
 IMAGES = torch.from_numpy(random_images(4, 3, 16)).float() / 127.5 - 1
 SMOOTH = torch.nn.functional.interpolate(0.8 * IMAGES[:, :, :5, :5], size=64, mode="bicubic").clamp(-0.9, 0.9)

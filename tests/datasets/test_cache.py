@@ -13,12 +13,12 @@ import time
 
 import numpy as np
 import pytest
-from image_files import random_images
 
 from datasets import cache
 from datasets.cache import entry_folder, open_cached
 from datasets.source import Block, Contents, Form, Source
 from runtime.errors import UserError
+from tests.datasets.image_files import random_images
 
 FORKED = multiprocessing.get_context("fork")
 IMAGES, LABELS = random_images(10, 3, 8), np.arange(10)

@@ -10,11 +10,11 @@ import threading
 
 import numpy as np
 import pytest
-from image_files import make_config, random_images, write_cifar
 from torchvision.datasets import CIFAR10
 
 from datasets import load_images
 from runtime.errors import UserError
+from tests.datasets.image_files import make_config, random_images, write_cifar
 
 IMAGES, LABELS = random_images(20, 3, 32), np.arange(20) % 10
 

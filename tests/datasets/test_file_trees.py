@@ -4,11 +4,11 @@ import os
 import zipfile
 
 import pytest
-from image_files import label_file, write_folder, write_zip
 
 from datasets import file_trees
 from datasets.file_trees import FolderTree, ZipTree, find_tree, labels_from_folders, labels_from_json, picture_names
 from runtime.errors import UserError
+from tests.datasets.image_files import label_file, write_folder, write_zip
 
 FILES = {"b/2.PNG": b"two", "a/1.jpg": b"one", "notes.txt": b"-", "__MACOSX/a/1.jpg": b"-", "a/._1.jpg": b"-"}
 

@@ -4,11 +4,11 @@ import threading
 
 import numpy as np
 import pytest
-from image_files import label_file, make_config, png, random_images, write_folder, write_zip
 
 from datasets import folders, load_images
 from datasets.folders import map_ahead
 from runtime.errors import UserError
+from tests.datasets.image_files import label_file, make_config, png, random_images, write_folder, write_zip
 
 IMAGES = random_images(5, 3, 64)
 FFHQ = {f"00000/img{number:08}.png": png(image) for number, image in enumerate(IMAGES)}

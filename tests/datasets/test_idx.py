@@ -6,12 +6,12 @@ import pathlib
 
 import numpy as np
 import pytest
-from image_files import idx_bytes, make_config, random_images, write_mnist
 
 from datasets import load_images
 from datasets.idx import IMAGES as IMAGE_FILE
 from datasets.idx import LABELS as LABEL_FILE
 from runtime.errors import UserError
+from tests.datasets.image_files import idx_bytes, make_config, random_images, write_mnist
 
 IMAGES, LABELS = random_images(12, 1, 28), np.arange(12) % 10
 DEBIAN = pathlib.Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from image_files import make_config, png, random_images, write_folder
 
 from datasets import create_batches, load_images, subset
 from datasets.images import ImageSet, data_root
 from runtime.errors import UserError
+from tests.datasets.image_files import make_config, png, random_images, write_folder
 
 SET = ImageSet(random_images(30, 1, 4), np.arange(30) % 3, ("ant", "bee", "cat", "dodo"), "thirty images")
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from image_files import random_images
 
 from datasets import loading
 from datasets.augment import TRANSFORMS, Augmentation
 from datasets.images import ImageSet
 from datasets.loading import DeviceRows, HostRows, ImageBatches, StreamedRows, create_rows
 from runtime.errors import UserError
+from tests.datasets.image_files import random_images
 
 CPU = torch.device("cpu")
 SET = ImageSet(random_images(50, 3, 8), np.arange(50) % 10, None, "fifty images")

@@ -5,11 +5,11 @@ import zlib
 
 import numpy as np
 import pytest
-from image_files import encode, png, random_images
 from PIL import Image
 
 from datasets.picture import CorruptPicture, decode_picture
 from datasets.source import COLOUR_TO_GREY, GREY_TO_COLOUR, Form
+from tests.datasets.image_files import encode, png, random_images
 
 COLOUR, GREY = random_images(1, 3, 6)[0], random_images(1, 1, 6)[0]
 
