@@ -18,6 +18,7 @@ from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
 from metrics import results as results_file
 from metrics.compare import compare
+from metrics.cost import cost_line, cost_of
 from metrics.features import FeatureExtractor, create_extractor, quantise
 from metrics.figure import draw_figure
 from metrics.gather import gather_rows, share_of, sum_over_processes
@@ -28,8 +29,8 @@ from metrics.sample_store import sample_store
 from metrics.statistics import Statistics, measure
 from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
 from metrics.versions import versions
-from models import load_model
-from models.checkpoint import HUB, apply_architecture, local_file, read_checkpoint
+from models.checkpoint import HUB, load_with_config, local_file, read_checkpoint
+from models.describe import describe
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
 from runtime.files import file_digest
@@ -78,7 +79,7 @@ def measure_checkpoints(config, args, given, processes):
     """Measure every checkpoint of --ckpt_dir that has no result yet; return (results file, results of the sweep)."""
     path = results_file.results_path(results_folder(args.ckpt_dir, config.work_dir))
     paths = checkpoint_paths(config, args.ckpt_dir, processes)
-    yardstick, done = None, []
+    yardstick, cost, done = None, None, []
     while (checkpoint := processes.share(next(paths, None))) is not None:
         identity = {"checkpoint": pathlib.Path(checkpoint).name, "digest": file_digest(local_file(checkpoint)),
                     "weights": "EMA" if args.use_ema else "raw", **sampling_identity(config),
@@ -89,13 +90,13 @@ def measure_checkpoints(config, args, given, processes):
             say(processes, f"{identity['checkpoint']}: already measured ({path}); --force measures it again")
             done.append(earlier)
             continue
-        found = read_checkpoint(checkpoint)
-        config = apply_architecture(config, found["fields"], given)
-        net = load_model(checkpoint, args.use_ema, processes.device, {"data.image_size": config.data.image_size})
-        yardstick = yardstick or create_yardstick(config, args.target_path, processes)
-        result = identity | {"step": int(found.get("step", 0))}
+        config, net = load_with_config(checkpoint, config, given, args.use_ema, processes.device)
+        if yardstick is None:
+            yardstick = create_yardstick(config, args.target_path, processes)
+            cost = cost_of(net, describe(net.config_fields)[-1].gmacs, processes.device)
+            say(processes, cost_line(cost))
+        result = identity | {"step": int(read_checkpoint(checkpoint).get("step", 0))} | cost
         result |= measure_network(net, pathlib.Path(checkpoint).stem, config, yardstick, path, processes)
-        result |= {"parameters": sum(p.numel() for p in net.parameters())}
         done.append(result)
         publish(result, path, processes)
     return path, done
