@@ -38,10 +38,17 @@ class NpyRows:
     def rows(self, indices):
         """Return the rows at integers `indices` `(n,)` in [0, N): an array `(n, ...)` of the file's type."""
         out = np.empty((len(indices), *self.shape), self.dtype)
-        flat = out.reshape(-1).view(np.uint8).reshape(len(indices), self.row_bytes)
-        for row, index in zip(flat, indices, strict=True):
-            self._read(row, int(index))
+        self.read_into(out, range(len(indices)), indices)
         return out
+
+    def read_into(self, out, places, indices):
+        """Read row `indices[k]` into `out[places[k]]` for every k; `out` is an array of such rows in C order."""
+        content, size, indices = memoryview(out.reshape(-1).view(np.uint8)), self.row_bytes, [int(i) for i in indices]
+        if hasattr(os, "posix_fadvise"):  # all at once, so that a disk can work on them together: 2 to 3 times faster
+            for index in indices:
+                os.posix_fadvise(self.file, self.offset + index * size, size, os.POSIX_FADV_WILLNEED)
+        for place, index in zip(places, indices, strict=True):
+            self._read(content[place * size:(place + 1) * size], index)
 
     def slice(self, low, high):
         """Return rows [low, high), one read for all: an array `(high - low, ...)` of the file's type."""

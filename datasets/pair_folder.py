@@ -52,11 +52,27 @@ class PairFolder:
 
     def take_z0(self, indices):
         """Return z0 of the pairs `indices`: float32 `(n, C, H, W)`."""
-        return _as_float(self.z0.rows(indices)) if isinstance(self.z0, NpyRows) else self.z0.take(indices)
+        return self._take(self.fill_z0, indices)
 
     def take_z1(self, indices):
         """Return z1 of the pairs `indices`: float32 `(n, C, H, W)`."""
-        return _as_float(self.z1.rows(indices))
+        return self._take(self.fill_z1, indices)
+
+    def fill_z0(self, out, places, indices):
+        """Put z0 of the pairs `indices` into the rows `places` of `out`, float32 `(N, C, H, W)`."""
+        if isinstance(self.z0, NpyRows):
+            _fill(out, places, self.z0, indices)
+        else:
+            out[places] = self.z0.take(indices)
+
+    def fill_z1(self, out, places, indices):
+        """Put z1 of the pairs `indices` into the rows `places` of `out`, float32 `(N, C, H, W)`."""
+        _fill(out, places, self.z1, indices)
+
+    def _take(self, fill, indices):
+        out = torch.empty(len(indices), *self.shape)
+        fill(out, np.arange(len(indices)), indices)
+        return out
 
     def take_label(self, indices, num_classes):
         """Return the labels of the pairs `indices`, one-hot float32 `(n, num_classes)`."""
@@ -167,5 +183,9 @@ def unlikely(folder, statistics):
     return found
 
 
-def _as_float(rows):
-    return torch.from_numpy(rows.astype(np.float32, copy=False))
+def _fill(out, places, rows, indices):
+    """Put the rows `indices` of an `NpyRows` into the rows `places` of a float32 tensor, without a copy if they are."""
+    if rows.dtype == np.float32:
+        rows.read_into(out.numpy(), places.tolist(), indices)
+    else:
+        out[places] = torch.from_numpy(rows.rows(indices)).float()

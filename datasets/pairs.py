@@ -41,7 +41,8 @@ class PairSet:
         for home in np.unique(homes):
             folder, places = self.folders[home], np.flatnonzero(homes == home)
             rows = indices[places] - (self.ends[home] - len(folder))
-            z0[places], z1[places] = folder.take_z0(rows), folder.take_z1(rows)
+            folder.fill_z0(z0, places, rows)
+            folder.fill_z1(z1, places, rows)
             if label is not None:
                 label[places] = folder.take_label(rows, self.num_classes)
         return z0, z1, label
