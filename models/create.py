@@ -105,6 +105,10 @@ def check_ncsnpp(arguments):
     if arguments["progressive_combine"] == "cat" and arguments["progressive_input"] != "input_skip":
         raise UserError("model.progressive_combine is cat, which only model.progressive_input input_skip can use; "
                         "set one of them")
+    for argument, value in (("progressive", "residual"), ("progressive_input", "residual"),
+                            ("progressive_input", "input_skip")):
+        if arguments[argument] == value and len(arguments["ch_mult"]) == 1:
+            raise UserError(f"model.{argument} is {value}, which joins levels, but model.ch_mult has one level only")
     taps = arguments["fir_kernel"]
     if arguments["fir"] and (len(taps) < 2 or sum(taps) == 0):
         raise UserError(f"model.fir_kernel is {taps}; a filter needs at least two taps, of sum other than zero")

@@ -48,7 +48,10 @@ def released_fields(state, path):
     difference = "too much is missing to tell which"
     with contextlib.suppress(LookupError, ValueError):  # a name or a number that every network has is missing
         for fields in candidates(shapes):
-            expected = layout_shapes(with_image_size(fields))
+            try:
+                expected = layout_shapes(with_image_size(fields))
+            except UserError:  # this guess is no network
+                continue
             if expected == shapes:
                 return fields
             name = next(n for n in [*expected, *shapes] if expected.get(n) != shapes.get(n))

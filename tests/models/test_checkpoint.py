@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from released_numbers import fields_of, inputs_of, path_of
 
 from configs.default import get_default_config
 from models import create_model, load_model
@@ -25,6 +24,7 @@ from models.checkpoint import (
 from models.create import create_from_fields
 from models.ema import ExponentialMovingAverage
 from runtime.errors import UserError
+from tests.models.released_numbers import fields_of, inputs_of, path_of
 
 TINY = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
         "model.attn_resolutions": (4,), "model.init_scale": 1.0}

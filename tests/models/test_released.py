@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from released_numbers import LAYOUTS, NAMES, WITH_EMA, fields_of, inputs_of, layout_fields, layout_state, path_of
 
 from models.checkpoint import load_model, load_safely, read_checkpoint
 from models.create import create_from_fields
 from models.released import deinterleave, from_released, interleave, released_tensors, to_released
+from tests.models.released_numbers import (
+    LAYOUTS,
+    NAMES,
+    WITH_EMA,
+    fields_of,
+    inputs_of,
+    layout_fields,
+    layout_state,
+    path_of,
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

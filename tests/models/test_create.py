@@ -1,0 +1,60 @@
+"""From config fields to a network."""
+
+import pytest
+
+from configs.default import find_field, get_default_config
+from models import create_model
+from models.create import NETWORKS, argument_fields, create_from_fields
+from runtime.errors import UserError
+
+SMALL = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
+         "model.attn_resolutions": (4,)}
+WIDE = SMALL | {"model.name": "DhariwalUNet"}
+
+
+def test_config_makes_the_network_and_its_fields_make_the_config():
+    """`config_fields` names every architecture field with its value."""
+    config = get_default_config()
+    config.model.nf, config.model.ch_mult, config.model.num_res_blocks = 8, (1, 2), 1
+    net = create_model(config)
+    assert net.config_fields["model.ch_mult"] == [1, 2] and net.config_fields["data.num_classes"] == 0
+    assert "model.dropout" not in net.config_fields
+    assert create_from_fields(net.config_fields).config_fields == net.config_fields
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_arguments_have_the_configs_defaults(name):
+    """A field that a file does not tell means the same everywhere; dropout is off where nothing trains."""
+    for argument, field, default in argument_fields(name):
+        if argument != "dropout":
+            assert find_field(field).default == default, field
+
+
+@pytest.mark.parametrize("base, changes, sentence", [
+    (SMALL, {"model.name": "unet"}, "model.name is 'unet'"),
+    (SMALL, {"data.num_classes": 10}, "data.num_classes is 10, but ncsnpp takes no class labels"),
+    (SMALL, {"data.image_size": 9}, "data.image_size is 9, but the 2 levels of model.ch_mult halve it 1 times"),
+    (SMALL, {"model.ch_mult": ()}, "model.ch_mult is"),
+    (SMALL, {"model.ch_mult": (1, 0)}, "model.ch_mult is"),
+    (SMALL, {"model.nf": 2}, "model.nf is 2"),
+    (SMALL, {"model.nf": 9}, "model.nf is 9"),
+    (SMALL, {"model.nf": 90}, "make a layer of 90 channels"),
+    (SMALL, {"model.attn_resolutions": (16,)}, "model.attn_resolutions has 16, but the levels have sizes 8, 4"),
+    (SMALL, {"model.resblock_type": "resnet"}, "model.resblock_type is 'resnet'; it must be one of biggan, ddpm"),
+    (SMALL, {"model.progressive_combine": "cat"}, "model.progressive_combine is cat"),
+    (SMALL, {"model.ch_mult": (1,), "model.attn_resolutions": (), "model.progressive": "residual"},
+     "model.progressive is residual, which joins levels, but model.ch_mult has one level only"),
+    (SMALL, {"model.fir": True, "model.fir_kernel": (1,)}, "model.fir_kernel is"),
+    (SMALL, {"model.scale_by_sigma": True, "model.num_scales": 10}, "model.num_scales is 10"),
+    (SMALL, {"model.sigma_min": 0.0}, "model.sigma_min and model.sigma_max"),
+    (SMALL, {"model.label_dropout": 0.1}, "model.label_dropout is 0.1, but ncsnpp has no such option"),
+    (WIDE, {"model.fir": True}, "model.fir is True, but DhariwalUNet has no such option"),
+    (WIDE, {"model.progressive": "residual"}, "model.progressive is residual, but DhariwalUNet"),
+    (WIDE, {"model.label_dropout": 0.1}, "model.label_dropout hides class labels, but data.num_classes is 0"),
+    (WIDE, {"model.nf": 224, "model.ch_mult": (1, 1)}, "attention of 224 channels"),
+])
+def test_senseless_combination_is_refused_by_name(base, changes, sentence):
+    """Each with the field, what it is and what it must be."""
+    with pytest.raises(UserError) as refused:
+        create_from_fields(base | changes)
+    assert sentence in str(refused.value)

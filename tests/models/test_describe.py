@@ -1,0 +1,49 @@
+"""What a network costs."""
+
+import pytest
+import torch
+
+from models.create import create_from_fields
+from models.describe import describe, measure, table
+from tests.models.released_numbers import LAYOUTS, layout_fields
+
+SMALL = {"model.nf": 64, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 16,
+         "model.attn_resolutions": (16, 8)}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_totals_are_those_of_the_paper(name):
+    """Parameters exactly, GMACs to the four decimals that were recorded."""
+    *parts, total = describe(layout_fields(name))
+    assert total.parameters == LAYOUTS[name]["parameters"]
+    assert round(total.gmacs, 4) == LAYOUTS[name]["gmacs"]
+    levels = len(layout_fields(name).get("model.ch_mult", (1, 2, 2, 2)))
+    assert [p.part for p in parts] == ["time and class", "input", *(f"encoder {i + 1}" for i in range(levels)),
+                                       "middle", *(f"decoder {i + 1}" for i in range(levels)), "output"]
+
+
+@pytest.mark.parametrize("network", ["ncsnpp", "DhariwalUNet"])
+def test_activations_are_those_of_a_real_forward_pass(network):
+    """The same meter on real tensors counts the same: attention keeps no matrix of pixels × pixels."""
+    fields = SMALL | {"model.name": network}
+    net = create_from_fields(fields)
+    real = measure(net, 2).kept.total() - measure(net, 1).kept.total()
+    assert describe(fields)[-1].activation_bytes == real
+    assert real > 4 * 2 * 64 * 16 * 16
+
+
+def test_parts_have_the_sizes_and_parameters_of_their_levels():
+    """Encoder from fine to coarse, decoder back; the parameters of a part are those of its modules."""
+    rows = {row.part: row for row in describe(SMALL)}
+    order = ("input", "encoder 1", "encoder 2", "middle", "decoder 1", "decoder 2", "output")
+    assert [rows[part].size for part in order] == [16, 16, 8, 8, 8, 16, 16]
+    with torch.device("meta"):
+        net = create_from_fields(SMALL)
+    assert rows["decoder 1"].parameters == sum(p.numel() for p in net.decoder[0].parameters())
+
+
+def test_table_has_a_line_for_each_part():
+    """Numbers with their units, the total last."""
+    lines = table(describe(SMALL)).splitlines()
+    assert lines[0].split() == ["part", "size", "parameters", "GMACs", "activations"]
+    assert lines[-1].startswith("total") and lines[-1].endswith("MiB")

@@ -1,0 +1,140 @@
+"""The moving average of the weights."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.ema import ExponentialMovingAverage
+from runtime.errors import UserError
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    net[0].bias.requires_grad_(False)
+    return net
+
+
+@given(decay=st.floats(0.0, 1.0), values=st.lists(st.floats(-10, 10), min_size=1, max_size=20))
+def test_average_follows_the_formula_with_warm_up(decay, values):
+    """shadow ← d·shadow + (1 - d)·p with d = min(decay, (1 + n) / (10 + n)) at update n = 1, 2, …"""
+    p = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    ema = ExponentialMovingAverage([p], decay)
+    expected = 1.0
+    for n, value in enumerate(values, start=1):
+        p.data.fill_(value)
+        ema.update()
+        d = min(decay, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * value
+    assert ema.shadow_params[0].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_update_is_one_operation_for_all_parameters():
+    """The cost of an update does not grow with the number of tensors."""
+    operations = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    ema = ExponentialMovingAverage(network().parameters(), 0.9)
+    with Record():
+        ema.update()
+    assert operations == ["aten._foreach_lerp_.Scalar"]
+
+
+@pytest.mark.parametrize("keep, moved", [(0.0, False), (1.0, True)])
+def test_skipped_update_leaves_the_averages(keep, moved):
+    """`keep` decides on the device whether an update counts."""
+    net = network()
+    ema, plain = (ExponentialMovingAverage(net.parameters(), 0.9) for _ in range(2))
+    before = [s.clone() for s in ema.shadow_params]
+    torch._foreach_add_([p.data for p in net.parameters()], 1.0)
+    ema.update(keep=torch.tensor(keep))
+    plain.update()
+    expected = plain.shadow_params if moved else before
+    for found, wanted in zip(ema.shadow_params, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_only_trained_parameters_are_averaged_and_shadows_are_copies():
+    """In the order of the parameters, as the released state dict has them."""
+    net = network()
+    ema = ExponentialMovingAverage(net.parameters(), 0.9)
+    assert [s.shape for s in ema.shadow_params] == [p.shape for p in net.parameters() if p.requires_grad]
+    net[0].weight.data.zero_()
+    assert ema.shadow_params[0].abs().sum() > 0
+
+
+def test_averaged_weights_trade_places_with_the_raw_ones():
+    """Inside the context the network holds the averages, afterwards its own weights; no tensor is copied."""
+    net = network()
+    ema = ExponentialMovingAverage(net.parameters(), 0.9)
+    torch._foreach_add_(ema.shadow_params, 1.0)
+    raw, averaged = net[1].weight.data_ptr(), ema.shadow_params[1].data_ptr()
+    expected = ema.shadow_params[1].clone()
+    with ema.average_parameters():
+        assert torch.equal(net[1].weight, expected) and net[1].weight.data_ptr() == averaged
+    assert net[1].weight.data_ptr() == raw and torch.equal(ema.shadow_params[1], expected)
+
+
+def test_raw_weights_return_after_an_error():
+    """An exception while sampling must not leave the averages in the network."""
+    net = network()
+    ema = ExponentialMovingAverage(net.parameters(), 0.9)
+    before = net[1].weight.clone()
+    torch._foreach_add_(ema.shadow_params, 1.0)
+    with pytest.raises(KeyError), ema.average_parameters():
+        raise KeyError
+    assert torch.equal(net[1].weight, before)
+
+
+def test_updating_or_saving_the_traded_weights_is_an_error():
+    """Both would take the averages for the raw weights."""
+    ema = ExponentialMovingAverage(network().parameters(), 0.9)
+    with ema.average_parameters():
+        for action in (ema.update, ema.state_dict):
+            with pytest.raises(RuntimeError, match="outside average_parameters"):
+                action()
+
+
+def test_copy_to_another_network():
+    """The averages go to the trained parameters only."""
+    net, other = network(), network()
+    ema = ExponentialMovingAverage(net.parameters(), 0.9)
+    torch._foreach_add_(ema.shadow_params, 1.0)
+    frozen = other[0].bias.clone()
+    ema.copy_to(other.parameters())
+    assert torch.equal(other[1].weight, net[1].weight + 1.0) and torch.equal(other[0].bias, frozen)
+
+
+def test_state_has_the_released_form_and_resumes():
+    """decay, num_updates, shadow_params; a second object goes on where the first was."""
+    net = network()
+    ema = ExponentialMovingAverage(net.parameters(), 0.9)
+    for _ in range(3):
+        torch._foreach_add_([p.data for p in net.parameters()], 1.0)
+        ema.update()
+    state = ema.state_dict()
+    assert list(state) == ["decay", "num_updates", "shadow_params"] and state["num_updates"] == 3
+    resumed = ExponentialMovingAverage(network().parameters(), 0.9)
+    resumed.load_state_dict(state)
+    assert resumed.num_updates == 3
+    assert all(torch.equal(a, b) for a, b in zip(resumed.shadow_params, ema.shadow_params, strict=True))
+
+
+def test_state_of_another_network_is_refused():
+    """Number and shapes must fit."""
+    ema = ExponentialMovingAverage(network().parameters(), 0.9)
+    with pytest.raises(UserError, match="another architecture"):
+        ema.load_state_dict(ExponentialMovingAverage(nn.Linear(3, 4).parameters(), 0.9).state_dict())
+
+
+def test_decay_outside_its_range_is_refused():
+    """The message names the field."""
+    with pytest.raises(UserError, match="model.ema_rate is 1.5"):
+        ExponentialMovingAverage(network().parameters(), 1.5)

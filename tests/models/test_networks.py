@@ -1,0 +1,235 @@
+"""What both networks promise whatever their options: shapes, gradients, start, device, compiler, precision, cost."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.create import create_from_fields
+
+NCSNPP = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
+          "model.attn_resolutions": (4,), "model.init_scale": 1.0}
+DHARIWAL = {"model.name": "DhariwalUNet", "model.nf": 32, "model.ch_mult": (1, 2), "model.num_res_blocks": 1,
+            "data.image_size": 8, "model.attn_resolutions": (4,), "data.num_classes": 3}
+BOTH = pytest.mark.parametrize("fields", [NCSNPP, DHARIWAL], ids=["ncsnpp", "DhariwalUNet"])
+
+
+def batch(fields, count=2, generator_seed=0):
+    """Return (x, 999·t, label or None) for a network of these fields."""
+    generator = torch.Generator().manual_seed(generator_seed)
+    size, channels = fields["data.image_size"], fields.get("data.num_channels", 3)
+    x = torch.randn(count, channels, size, size, generator=generator)
+    classes = fields.get("data.num_classes", 0)
+    label = torch.eye(classes)[torch.arange(count) % classes] if classes else None
+    return x, 999 * torch.rand(count, generator=generator), label
+
+
+def lively(fields):
+    """Return a network whose every layer matters: none starts at zero."""
+    torch.manual_seed(0)
+    net = create_from_fields(fields)
+    for p in net.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return net
+
+
+legal_ncsnpp = st.fixed_dictionaries({
+    "model.nf": st.sampled_from([4, 8, 12]),
+    "model.ch_mult": st.lists(st.integers(1, 2), min_size=1, max_size=3).map(tuple),
+    "model.num_res_blocks": st.integers(1, 2),
+    "data.image_size": st.sampled_from([8, 12]),
+    "data.num_channels": st.integers(1, 4),
+    "model.embedding_type": st.sampled_from(["positional", "fourier"]),
+    "model.conditional": st.just(True),
+    "model.resblock_type": st.sampled_from(["biggan", "ddpm"]),
+    "model.fir": st.booleans(),
+    "model.fir_kernel": st.sampled_from([(1, 3, 3, 1), (1, 2, 1), (1, 1)]),
+    "model.progressive": st.sampled_from(["none", "output_skip", "residual"]),
+    "model.progressive_input": st.sampled_from(["none", "input_skip", "residual"]),
+    "model.skip_rescale": st.booleans(),
+    "model.resamp_with_conv": st.booleans(),
+    "model.scale_by_sigma": st.booleans(),
+    "model.nonlinearity": st.sampled_from(["swish", "elu", "lrelu"]),
+    "model.init_scale": st.just(1.0),
+    "model.attn_resolutions": st.sampled_from([(), "first"]),
+    "model.progressive_combine": st.sampled_from(["sum", "cat"]),
+})
+legal_dhariwal = st.fixed_dictionaries({
+    "model.name": st.just("DhariwalUNet"),
+    "model.nf": st.sampled_from([4, 32]),
+    "model.ch_mult": st.lists(st.integers(1, 2), min_size=1, max_size=3).map(tuple),
+    "model.num_res_blocks": st.integers(1, 2),
+    "data.image_size": st.sampled_from([8, 12]),
+    "data.num_channels": st.integers(1, 4),
+    "data.num_classes": st.sampled_from([0, 2]),
+    "model.attn_resolutions": st.sampled_from([(), "first"]),
+})
+
+
+@settings(max_examples=25, deadline=None)
+@given(fields=st.one_of(legal_ncsnpp, legal_dhariwal))
+def test_every_legal_network_has_its_shape_and_trains_every_parameter(fields):
+    """Output like input, finite, and a gradient other than zero at every parameter."""
+    fields = dict(fields)
+    if fields["model.attn_resolutions"] == "first":
+        fields["model.attn_resolutions"] = (fields["data.image_size"],)
+    if len(fields["model.ch_mult"]) == 1:
+        fields["model.progressive"] = fields["model.progressive_input"] = "none"
+    if fields.get("model.progressive_input") != "input_skip":
+        fields["model.progressive_combine"] = "sum"
+    net = lively(fields)
+    x, t999, label = batch(fields, count=3)
+    out = net(x, t999 + 1, label)
+    assert out.shape == x.shape and out.dtype == torch.float32 and out.isfinite().all()
+    (out * torch.linspace(0.1, 1, out.numel()).reshape(out.shape)).sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_unconditional_network_ignores_the_time():
+    """model.conditional false: the projections of the time stay, as in the released layout, and are not used."""
+    net = lively(NCSNPP | {"model.conditional": False})
+    x, t999, _ = batch(NCSNPP)
+    out = net(x, t999)
+    assert torch.equal(out, net(x, t999 / 2))
+    out.sum().backward()
+    assert {name.split(".")[-2] for name, p in net.named_parameters() if p.grad is None} == {"time"}
+
+
+@BOTH
+def test_fresh_network_gives_zero(fields):
+    """With init_scale 0, the default, the last layer starts at zero."""
+    net = create_from_fields({k: v for k, v in fields.items() if k != "model.init_scale"})
+    assert not net(*batch(fields)).any()
+
+
+@BOTH
+def test_sample_does_not_depend_on_its_batch(fields):
+    """No layer mixes samples."""
+    net = lively(fields).eval()
+    x, t999, label = batch(fields, 3)
+    whole = net(x, t999, label)
+    alone = net(x[1:2], t999[1:2], None if label is None else label[1:2])
+    torch.testing.assert_close(whole[1:2], alone, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_dropout_acts_in_training_only(fields):
+    """And the config's probability reaches the blocks."""
+    net = lively(fields | {"model.dropout": 0.5})
+    inputs = batch(fields)
+    assert not torch.equal(net.train()(*inputs), net(*inputs))
+    assert torch.equal(net.eval()(*inputs), net(*inputs))
+
+
+@BOTH
+def test_meta_device_costs_no_memory_and_keeps_shapes(fields):
+    """A network can be built, and run for its shapes, without content."""
+    with torch.device("meta"):
+        net = create_from_fields(fields)
+        x, t999, label = (None if v is None else v.to("meta") for v in batch(fields))
+        out = net(x, t999, label)
+    assert out.is_meta and out.shape == x.shape
+    assert all(tensor.is_meta for tensor in [*net.parameters(), *net.buffers()])
+
+
+@BOTH
+def test_channels_last_gives_the_same_velocity_in_that_layout(fields):
+    """No layer falls back to the other layout on the way."""
+    net = lively(fields).eval()
+    x, t999, label = batch(fields)
+    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    out = last(x.contiguous(memory_format=torch.channels_last), t999, label)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, net(x, t999, label), rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_compiled_network_is_one_graph_and_is_not_compiled_again(fields):
+    """fullgraph raises at any break; three different steps compile once for training and once for evaluation."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    net = lively(fields | {"model.dropout": 0.1})
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for step in range(3):
+        compiled(*batch(fields, generator_seed=step)).sum().backward()
+    net.eval()
+    for step in range(3):
+        inputs = batch(fields, generator_seed=step)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*inputs), net(*inputs))
+    assert counter.frame_count == 2
+
+
+@BOTH
+def test_autocast_is_near_float32_and_returns_it(fields):
+    """bfloat16 convolutions between float32 norms; the velocity comes back in the input's type."""
+    net = lively(fields).eval()
+    inputs = batch(fields)
+    exact = net(*inputs)
+    kinds = set()
+    hooks = [m.register_forward_hook(lambda m, i, o: kinds.add(o.dtype)) for m in net.modules()
+             if isinstance(m, torch.nn.GroupNorm)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = net(*inputs)
+    assert out.dtype == torch.float32 and kinds == {torch.float32} and hooks
+    assert (out - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+class Count(TorchDispatchMode):
+    """Counts the aten operations that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_number_of_operations_of_the_smallest_published_network():
+    """CIFAR 3.4M: the released network dispatches 587 in an eval forward pass, ours at most 400.
+
+    A whole training step may take 1,500; forward and backward leave the rest to loss, clipping, optimiser and EMA.
+    """
+    net = create_from_fields({"model.nf": 64, "model.num_res_blocks": 1, "model.ch_mult": (1, 1, 2),
+                              "model.dropout": 0.15})
+    x, t999 = torch.randn(1, 3, 32, 32), torch.rand(1)
+    with torch.no_grad(), Count() as forward:
+        net.eval()(x, t999)
+    assert forward.operations <= 400
+    net.train()
+    with Count() as both:
+        net(x, t999).square().mean().backward()
+    assert both.operations <= 1200
+
+
+def test_labels_are_asked_for_and_refused():
+    """A conditional network without labels, or an unconditional one with some, is a mistake of the caller."""
+    x, t999, label = batch(DHARIWAL)
+    with pytest.raises(ValueError, match="has 3 classes; of class labels, none were given"):
+        lively(DHARIWAL)(x, t999)
+    with pytest.raises(ValueError, match="has 0 classes; of class labels, some were given"):
+        lively(DHARIWAL | {"data.num_classes": 0})(x, t999, label)
+    with pytest.raises(ValueError, match="ncsnpp takes no class labels"):
+        lively(NCSNPP)(x, t999, label)
+
+
+def test_label_dropout_hides_whole_labels_in_training_only():
+    """With probability 1 every sample looks like the unknown class; in evaluation none does."""
+    net = lively(DHARIWAL | {"model.label_dropout": 1.0})
+    x, t999, label = batch(DHARIWAL)
+    unknown = torch.zeros_like(label)
+    assert torch.equal(net.train()(x, t999, label), net(x, t999, unknown))
+    assert not torch.equal(net.eval()(x, t999, label), net(x, t999, unknown))
+
+
+def test_one_size_network_takes_other_sizes():
+    """Attention belongs to a level, not to a size met on the way."""
+    net = lively(NCSNPP).eval()
+    assert net(torch.randn(1, 3, 16, 16), torch.ones(1)).shape == (1, 3, 16, 16)

@@ -1,0 +1,39 @@
+"""The describe command."""
+
+import sys
+
+import pytest
+
+from configs.command_line import run_script
+from tests.models.released_numbers import path_of
+from tools import describe
+
+CIFAR = ["--config", "configs/rectified_flow/cifar10_rf_gaussian.py"]
+
+
+def run(monkeypatch, repository, *words):
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(sys, "argv", ["describe", *CIFAR, *words])
+    with pytest.raises(SystemExit) as ended:
+        run_script(describe.main, describe.__doc__)
+    return ended.value.code
+
+
+def test_configuration_is_described_in_a_table(monkeypatch, repository, capsys):
+    """The smallest published network: 3,437,123 parameters, 0.74 GMACs."""
+    status = run(monkeypatch, repository, "--config.model.nf", "64", "--config.model.num_res_blocks", "1",
+                 "--config.model.ch_mult", "(1, 1, 2)")
+    assert not status and capsys.readouterr().out.splitlines()[-1].split()[:3] == ["total", "3,437,123", "0.7356"]
+
+
+def test_checkpoint_is_described_without_its_architecture_given(monkeypatch, repository, capsys):
+    """A released file, its image size taken from the command line."""
+    status = run(monkeypatch, repository, "--ckpt_path", str(path_of("ncsnpp_deep")), "--config.data.image_size", "16")
+    out = capsys.readouterr().out
+    assert not status and "decoder 3" in out and "16²" in out
+
+
+def test_contradiction_is_one_sentence_and_status_2(monkeypatch, repository, capsys):
+    """The checkpoint's field and the given one."""
+    status = run(monkeypatch, repository, "--ckpt_path", str(path_of("ncsnpp_deep")), "--config.model.nf", "64")
+    assert status == 2 and "model.nf is 8 in the checkpoint and 64 here" in capsys.readouterr().err
