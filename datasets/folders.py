@@ -11,7 +11,7 @@ from datasets.picture import CorruptPicture, decode_picture
 from datasets.source import Block, Contents, Source, require
 from runtime.errors import UserError
 
-BLOCK = 64  # pictures decoded by one thread at a time
+BLOCK = 16  # pictures decoded by one thread at a time
 
 
 def open_ffhq(root, form, skip_corrupt):
