@@ -14,6 +14,7 @@ solved at a time.
 """
 
 import contextlib
+import datetime
 import pathlib
 
 import numpy as np
@@ -51,7 +52,7 @@ SAMPLER_FIELDS = {"rk45": ("ode_tol", "step_control"), "one_step": (), "euler": 
 
 def main(config, args, given):
     """Make the pairs, in as many processes as torchrun started."""
-    processes = devices.start_processes()
+    processes = devices.start_processes(patience=datetime.timedelta(days=7))  # a slow one may be hours behind
     try:
         make_pairs(config, args, given, processes)
     finally:
@@ -107,7 +108,8 @@ def create_velocity(config, args, given, device):
         return apply_architecture(config, net.config_fields, given), velocity_from_network(net)
     if direction == "random_paired":
         return config, None
-    images = torch.from_numpy(np.array(pair_starts.chosen_images(config).images))
+    images = pair_starts.chosen_images(config).images
+    images = torch.from_numpy(images if images.flags.writeable else np.array(images))  # torch wants no read-only map
     return config, analytic_velocity(images.to(device))
 
 

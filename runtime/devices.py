@@ -34,10 +34,11 @@ class Processes:
         return box[0]
 
 
-def start_processes():
+def start_processes(patience=None):
     """Join the processes that torchrun started, if it did, and choose this one's device.
 
     Each process takes the GPU of its local rank with NCCL; without GPUs all take the CPU with gloo.
+    patience: the longest that one waits for another, a `datetime.timedelta` (None: torch's 10 or 30 minutes).
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -49,7 +50,7 @@ def start_processes():
     if world_size == 1:
         return Processes(0, 1, device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return Processes(dist.get_rank(), world_size, device)
 
 

@@ -23,7 +23,7 @@ def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto
 
 
 class PlainProgress:
-    """Progress as plain lines: `pairs: 1024/4000 samples (25.6 %), 310.2 samples/s`."""
+    """Progress as plain lines: `pairs: 1024/4000 samples (25.6 %), 310.2 samples/s, 00:09 left`."""
 
     def __init__(self, iterable=None, *, total=None, desc="", unit="it", initial=0):
         if total is None and hasattr(iterable, "__len__"):
@@ -63,5 +63,6 @@ class PlainProgress:
         rate = (self.n - self.initial) / max(self.written - self.started, 1e-9)
         place = f"{self.n}/{self.total} {self.unit} ({100 * self.n / self.total:.1f} %)" if self.total else (
             f"{self.n} {self.unit}")
+        left = f", {tqdm.format_interval((self.total - self.n) / rate)} left" if self.total and rate else ""
         start = f"{self.desc}: " if self.desc else ""
-        print(f"{start}{place}, {rate:.1f} {self.unit}/s{self.postfix}", file=sys.stderr, flush=True)
+        print(f"{start}{place}, {rate:.1f} {self.unit}/s{left}{self.postfix}", file=sys.stderr, flush=True)

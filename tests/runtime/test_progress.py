@@ -17,6 +17,15 @@ def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
     assert written.err.startswith("pairs: 150/200 samples (75.0 %), ") and written.err.endswith("loss 0.1235, nfe 20\n")
 
 
+def test_speed_and_time_left_count_from_where_a_resumed_task_starts(capsys, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    bar = progress_bar(total=1000, initial=900, unit="pairs")
+    now += 40
+    bar.update(20)
+    assert capsys.readouterr().err == "920/1000 pairs (92.0 %), 0.5 pairs/s, 02:40 left\n"
+
+
 def test_plain_lines_come_seldom(capsys):
     assert list(progress_bar(range(1000))) == list(range(1000))
     assert capsys.readouterr().err == ""
