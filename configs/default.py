@@ -82,7 +82,8 @@ FIELDS = {
         "direction": Field("from_z0", "what generate_data.py makes pairs from",
                            choices=("from_z0", "from_z1", "random_paired", "gt_v_from_z0", "gt_v_from_z1")),
         "total_number_of_samples": Field(50000, "number of pairs", low=1),
-        "train_subset": Field("all", "images of the closed-form velocity: all, a class name, or random_N of them"),
+        "train_subset": Field("all", "images that pairs start at, or that the closed-form velocity has: all, a class "
+                              "name, or random_N of them"),
         "class_label": Field(-1, "class of conditional samples (-1: drawn)", low=-1),
         "block_size": Field(0, "generate_data.py: pairs per block, the unit that is finished or redone after a stop "
                             "(0: four times training.batch_size)", low=0),
