@@ -73,6 +73,10 @@ class DhariwalUNet(nn.Module):
         # In the order in which the blocks run. A plain list: the blocks own these layers.
         self.affine_linears = [module.affine for module in self.modules() if isinstance(module, ResidualBlock)]
 
+    def scales_and_shifts(self, t999, label):
+        """Return an iterator over the blocks' scales and shifts, each (N, 2·channels), in their order."""
+        return layers.parallel_linears(self.affine_linears, self.embedding(t999, label))
+
     def forward(self, x, t999, label=None):
         """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,).
 
@@ -81,7 +85,7 @@ class DhariwalUNet(nn.Module):
         if (label is not None) != (self.num_classes > 0):
             given = "none were given" if label is None else "some were given"
             raise ValueError(f"this DhariwalUNet has {self.num_classes} classes; of class labels, {given}")
-        affine = layers.parallel_linears(self.affine_linears, self.embedding(t999, label))
+        affine = self.scales_and_shifts(t999, label)
 
         h = self.input_conv(x)
         skips = [h]

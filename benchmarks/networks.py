@@ -1,0 +1,259 @@
+"""Both U-Nets at every configuration of the paper: ours against the released way of computing them, on the CPU.
+
+    OMP_NUM_THREADS=2 python benchmarks/networks.py | tee benchmarks/networks.txt
+
+The peer has the same weights and gives the same velocity, computed as the released networks do it: attention by
+einsum with its pixels × pixels matrix, 1×1 projections between permutations, resampling by reshaping or by filters,
+the embedding projected block by block. Its operations in an eval forward pass of the CIFAR 3.4M network are printed:
+the released network dispatches 587. Runs alternate (ours, peer, ours in channels_last); figures are medians. GFLOP/s
+counts two for each multiply-accumulate; the peak is this machine's torch.mm in the same run.
+"""
+
+import argparse
+import copy
+import math
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models import dhariwal_unet, layers, ncsnpp  # noqa: E402
+from models.create import create_from_fields  # noqa: E402
+from models.describe import describe  # noqa: E402
+
+NCSNPP_SIZES = {"27.9M": (128, 2, (1, 2, 2)), "15.7M": (96, 2, (1, 2, 2)), "7.0M": (64, 2, (1, 2, 2)),
+                "3.4M": (64, 1, (1, 1, 2))}
+DHARIWAL_SIZES = {"80.7M": (1, 2, 2, 4), "44.7M": (1, 2, 2, 2)}
+GMACS_PER_RUN = 5.0  # small networks get a batch that makes at least about this much work
+
+
+def configurations():
+    """Yield (name, dotted config fields) of every configuration of the paper."""
+    yield "CIFAR32 61.8M", {}
+    for data, size in (("CIFAR32", 32), ("FFHQ64", 64)):
+        for name, (nf, blocks, mult) in NCSNPP_SIZES.items():
+            yield f"{data} {name}", {"model.nf": nf, "model.num_res_blocks": blocks, "model.ch_mult": mult,
+                                     "data.image_size": size}
+    for name, mult in DHARIWAL_SIZES.items():
+        yield f"ImageNet64 {name}", {
+            "model.name": "DhariwalUNet", "model.num_res_blocks": 2, "model.ch_mult": mult, "data.num_classes": 1000,
+            "data.image_size": 64, "model.attn_resolutions": (32, 16)}
+
+
+# The peer: modules of ours with the forward pass of the released way.
+
+
+class NINAttention(layers.SelfAttention):
+    """NCSN++: three projections and an output, each a tensordot between permutations; einsum attention."""
+
+    def project(self, x, rows, layer):
+        """Multiply the channels of x (N, C, H, W) with some rows of a layer."""
+        y = torch.tensordot(x.permute(0, 2, 3, 1), layer.weight[rows].t(), dims=1) + layer.bias[rows]
+        return y.permute(0, 3, 1, 2)
+
+    def forward(self, x):
+        """Return the attention branch of x."""
+        n, c, height, width = x.shape
+        h = self.norm(x)
+        q, k, v = (self.project(h, slice(i * c, (i + 1) * c), self.qkv) for i in range(3))
+        w = torch.einsum("bchw,bcij->bhwij", q, k) * (c ** -0.5)
+        w = w.reshape(n, height, width, -1).softmax(dim=-1).reshape(n, height, width, height, width)
+        return self.project(torch.einsum("bhwij,bcij->bchw", w, v), slice(None), self.proj)
+
+
+class EinsumAttention(layers.SelfAttention):
+    """DhariwalUNet: 1×1 convolutions, batched heads, float32 einsum attention."""
+
+    def forward(self, x):
+        """Return the attention branch of x."""
+        n, c, height, width = x.shape
+        qkv = F.conv2d(self.norm(x), self.qkv.weight[:, :, None, None], self.qkv.bias)
+        q, k, v = qkv.reshape(n, 3, self.heads, -1, height * width).transpose(0, 1).flatten(1, 2).unbind()
+        w = torch.einsum("ncq,nck->nqk", q.float(), (k / math.sqrt(k.shape[1])).float()).softmax(dim=2)
+        mixed = torch.einsum("nqk,nck->ncq", w, v).reshape(n, c, height, width)
+        return F.conv2d(mixed, self.proj.weight[:, :, None, None], self.proj.bias)
+
+
+class ReshapeUpsample(layers.BoxUpsample):
+    """NCSN++: every pixel repeated by expanding and copying."""
+
+    def resample(self, x):
+        """(N, C, H, W) to (N, C, 2H, 2W)."""
+        n, c, height, width = x.shape
+        return x.view(n, c, height, 1, width, 1).repeat(1, 1, 1, 2, 1, 2).view(n, c, 2 * height, 2 * width)
+
+
+class ReshapeDownsample(layers.BoxDownsample):
+    """NCSN++: the mean over two dimensions of a reshaped image."""
+
+    def resample(self, x):
+        """(N, C, H, W) to (N, C, H/2, W/2)."""
+        n, c, height, width = x.shape
+        return x.reshape(n, c, height // 2, 2, width // 2, 2).mean(dim=(3, 5))
+
+
+class FilterUpsample(layers.BoxUpsample):
+    """DhariwalUNet: a transposed convolution of each channel with ones."""
+
+    def resample(self, x):
+        """(N, C, H, W) to (N, C, 2H, 2W)."""
+        return F.conv_transpose2d(x, x.new_full((x.shape[1], 1, 2, 2), 1.0), stride=2, groups=x.shape[1])
+
+
+class FilterDownsample(layers.BoxDownsample):
+    """DhariwalUNet: a convolution of each channel with a quarter."""
+
+    def resample(self, x):
+        """(N, C, H, W) to (N, C, H/2, W/2)."""
+        return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 0.25), stride=2, groups=x.shape[1])
+
+
+class ReleasedNCSNpp(ncsnpp.NCSNpp):
+    """Each block activates and projects the time embedding itself."""
+
+    def time_shifts(self, t999):
+        """Return an iterator over the blocks' shifts."""
+        net = self.time_embedding
+        emb = net.linear1(F.silu(net.linear0(self.time_features(t999))))
+        return (linear(F.silu(emb)) for linear in self.time_linears)
+
+
+class ReleasedDhariwal(dhariwal_unet.DhariwalUNet):
+    """Each block projects the embedding itself."""
+
+    def scales_and_shifts(self, t999, label):
+        """Return an iterator over the blocks' scales and shifts."""
+        emb = self.embedding(t999, label)
+        return (linear(emb) for linear in self.affine_linears)
+
+
+RELEASED_WAY = {
+    "ncsnpp": {layers.SelfAttention: NINAttention, layers.BoxUpsample: ReshapeUpsample,
+               layers.BoxDownsample: ReshapeDownsample, ncsnpp.NCSNpp: ReleasedNCSNpp},
+    "DhariwalUNet": {layers.SelfAttention: EinsumAttention, layers.BoxUpsample: FilterUpsample,
+                     layers.BoxDownsample: FilterDownsample, dhariwal_unet.DhariwalUNet: ReleasedDhariwal},
+}
+
+
+def released_way(net):
+    """Return a copy of a network that computes the released way."""
+    peer = copy.deepcopy(net)
+    classes = RELEASED_WAY[net.config_fields["model.name"]]
+    for module in peer.modules():
+        module.__class__ = classes.get(type(module), type(module))
+    return peer
+
+
+class Count(TorchDispatchMode):
+    """Counts the aten operations that are dispatched."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
+
+
+def forward(net, inputs):
+    """Run one eval forward pass."""
+    with torch.no_grad():
+        net.eval()(*inputs)
+
+
+def forward_backward(net, inputs):
+    """Run one training pass, gradients thrown away."""
+    net.train()(*inputs).square().mean().backward()
+    net.zero_grad(set_to_none=True)
+
+
+def seconds(work, *args):
+    """Return the seconds that one call takes."""
+    start = time.perf_counter()
+    work(*args)
+    return time.perf_counter() - start
+
+
+def mm_peak(size=2048, rounds=5):
+    """Return the GFLOP/s of this machine's float32 torch.mm, the best of some rounds."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return max(2 * size**3 / seconds(torch.mm, a, b) / 1e9 for _ in range(rounds))
+
+
+def compare(name, fields, rounds):
+    """Print the line of one configuration; return the ratios (forward, forward and backward)."""
+    torch.manual_seed(0)
+    net = create_from_fields(fields)
+    for p in net.parameters():  # nothing is zero, so that the comparison of the velocities means something
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    gmacs = describe(fields)[-1].gmacs
+    batch = max(1, round(GMACS_PER_RUN / gmacs))
+    size = net.config_fields["data.image_size"]
+    classes = net.config_fields["data.num_classes"]
+    label = torch.eye(classes)[:batch] if classes else None
+    x, t999 = torch.randn(batch, 3, size, size), 999 * torch.rand(batch)
+    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    arms = {"ours": (net, (x, t999, label)), "peer": (released_way(net), (x, t999, label)),
+            "channels_last": (last, (x.contiguous(memory_format=torch.channels_last), t999, label))}
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, t999, label), arms["peer"][0](x, t999, label), rtol=1e-3, atol=1e-4)
+    medians = {}
+    for work in (forward, forward_backward):
+        times = {arm: [] for arm in arms}
+        for number in range(rounds + 1):  # the first is to warm up
+            for arm, run in arms.items():
+                taken = seconds(work, *run)
+                if number:
+                    times[arm].append(taken)
+        medians[work] = {arm: statistics.median(values) for arm, values in times.items()}
+    line = f"{name:<17} {gmacs:>7.2f} {batch:>5}"
+    for taken in medians.values():
+        line += "".join(f" {batch / taken[arm]:>9.2f}" for arm in arms) + f" {taken['peer'] / taken['ours']:>6.2f}"
+    rate = 2 * gmacs * batch / medians[forward]["ours"]
+    print(f"{line} {rate:>8.1f}", flush=True)
+    return [taken["peer"] / taken["ours"] for taken in medians.values()]
+
+
+def print_operations():
+    """Print how many operations each way dispatches for the CIFAR 3.4M network."""
+    net = create_from_fields(dict(configurations())["CIFAR32 3.4M"])
+    inputs = torch.randn(1, 3, 32, 32), torch.rand(1)
+    found = []
+    for arm in (net, released_way(net)):
+        for work in (forward, forward_backward):
+            with Count() as count:
+                work(arm, inputs)
+            found.append(count.operations)
+    print(f"aten operations of CIFAR32 3.4M, forward and forward+backward: ours {found[0]} and {found[1]}, "
+          f"peer {found[2]} and {found[3]}")
+
+
+def main():
+    """Print a line for each configuration and the ratios over all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} "
+          f"threads, float32, medians of {rounds} rounds")
+    print_operations()
+    print(f"torch.mm: {mm_peak():.1f} GFLOP/s before")
+    print(f"{'':<31} {'forward, images/s':^36} {'forward+backward, images/s':^36}")
+    arms = f" {'ours':>9} {'peer':>9} {'ours c.l.':>9} {'ratio':>6}"
+    print(f"{'configuration':<17} {'GMACs':>7} {'batch':>5}{arms}{arms} {'GFLOP/s':>8}")
+    ratios = [compare(name, fields, rounds) for name, fields in configurations()]
+    print(f"torch.mm: {mm_peak():.1f} GFLOP/s after")
+    for work, values in zip(("forward", "forward+backward"), zip(*ratios, strict=True), strict=True):
+        print(f"{work}: ours {statistics.geometric_mean(values):.2f} times as fast as the peer (geometric mean), from "
+              f"{min(values):.2f} to {max(values):.2f}")
+
+
+if __name__ == "__main__":
+    main()
