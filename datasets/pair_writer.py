@@ -247,6 +247,8 @@ class BlockWriter:
         entry = {"block": block, "pairs": kept, "nfe_sum": int(nfe[:kept].sum()), "nfe_worst": int(nfe[:kept].max())}
         stored = {name: _as_stored(rows[name][:kept].numpy(), layout) for name, layout in self.task.layouts.items()}
         entry["z1_rounding"] = float(np.abs(stored["z1.npy"] - rows["z1.npy"][:kept].numpy()).max())
+        if not np.isfinite(entry["z1_rounding"]):
+            raise UserError("z1 has values beyond the range of float16: use --config.sampling.pair_storage full")
         with room_errors(self.folder):
             for name, layout in self.task.layouts.items():
                 _write_at(self.files[name], stored[name].reshape(-1).view(np.uint8), layout.offset(first))
@@ -260,7 +262,8 @@ def _as_stored(rows, layout):
     """Return an array in the layout's type; one-hot labels become numbers where the layout has numbers."""
     if layout.shape == ():
         rows = rows.argmax(1)
-    return np.ascontiguousarray(rows, dtype=layout.dtype)
+    with np.errstate(over="ignore"):  # float16 ends at 65504
+        return np.ascontiguousarray(rows, dtype=layout.dtype)
 
 
 def require_finite(indices, *arrays):

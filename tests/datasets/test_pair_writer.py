@@ -192,6 +192,13 @@ def test_compact_arrays_hold_half_floats_and_class_numbers_and_the_loss_is_measu
     assert rounding == pytest.approx(float(np.float32(0.1)) - float(np.float16(0.1)), abs=1e-9) and rounding > 1e-5
 
 
+def test_images_beyond_the_range_of_half_floats_are_not_stored_as_infinity(tmp_path):
+    compact = task(4, layouts={"z1.npy": ArrayLayout(SHAPE, "<f2")})
+    prepare(tmp_path, compact)
+    with BlockWriter(tmp_path, compact, 0) as writer, pytest.raises(UserError, match="beyond the range of float16"):
+        writer.write(0, {"z1.npy": torch.full((4, *SHAPE), 1e5)}, torch.zeros(4, dtype=torch.int64))
+
+
 def test_the_pair_that_is_not_finite_is_named():
     good, bad = torch.zeros(4, *SHAPE), torch.zeros(4, *SHAPE)
     bad[2, 0, 1, 1] = float("inf")
