@@ -113,6 +113,9 @@ def test_warps_follow_each_other_in_the_stated_order():
     found = affine_matrix(move(scale=1, rotate=math.pi / 2, translate_x=0.25))[0]
     point = found @ torch.tensor([1.0, 0, 1])  # doubled to (2, 0), turned counter-clockwise to (0, -2), moved right
     torch.testing.assert_close(point, torch.tensor([0.5, -2, 1]), atol=1e-6, rtol=0)
+    # (0, 1) turned to (1, 0), stretched to (2, 0), moved right
+    point = affine_matrix(move(rotate=math.pi / 2, stretch=1, translate_x=0.25))[0] @ torch.tensor([0, 1.0, 1])
+    torch.testing.assert_close(point, torch.tensor([2.5, 0, 1]), atol=1e-6, rtol=0)
 
 
 GREEN = torch.tensor([-0.5, 0.5, -0.5])[:, None, None].expand(4, 3, 2, 2)

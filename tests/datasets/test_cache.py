@@ -82,6 +82,17 @@ def test_a_failed_decode_leaves_nothing(tmp_path):
     assert len(open_cached(make_source(), tmp_path, "false")[0]) == 10
 
 
+def test_an_interrupt_at_the_last_moment_leaves_no_entry(tmp_path, monkeypatch):
+    def interrupt(self, target):
+        assert {path.name for path in self.iterdir()} == {"images.npy", "labels.npy", "about.json"}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pathlib.Path, "rename", interrupt)
+        open_cached(make_source(), tmp_path, "false")
+    assert entries(tmp_path) == []
+
+
 def decode_slowly(folder, marks):
     """Decode with a pause after the first block; leave a mark for each decode that began."""
     def blocks():
