@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
@@ -18,6 +17,7 @@ from flows import runge_kutta
 from flows.runge_kutta import all_together, attempt_step, each_alone, rk45_joint, rk45_per_sample, start_lanes
 from flows.samplers import Trajectories
 from runtime.errors import UserError
+from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 
 BOTH = pytest.mark.parametrize("solver", [rk45_per_sample, rk45_joint])
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +22,7 @@ from flows.samplers import (
     straightness,
 )
 from runtime.errors import UserError
+from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 
 NAMES = ("one_step", "euler", "heun", "rk45", "cm_stochastic")
 ALL = pytest.mark.parametrize("name", NAMES)
