@@ -319,7 +319,7 @@ def test_a_network_that_gives_no_numbers_is_named_with_the_pairs(tmp_path, netwo
 
 
 def test_killed_at_random_moments_and_started_again_the_files_are_those_of_an_undisturbed_run(tmp_path):
-    fields = {"sampling__total_number_of_samples": 500, "sampling__ode_tol": 1e-4}
+    fields = {"sampling__total_number_of_samples": 500, "sampling__ode_tol": 1e-4, "training__progress": "true"}
     undisturbed = make(tmp_path / "undisturbed", **fields)
     root, folder = tmp_path / "killed", tmp_path / "killed/3"
     moments = random.Random(time.time_ns())
@@ -332,7 +332,9 @@ def test_killed_at_random_moments_and_started_again_the_files_are_those_of_an_un
         PairFolder(folder)
     kept = finished_blocks(folder)
     make(root, **fields)
-    assert f"{32 * kept} are there, {16 - kept} blocks to make" in (root / "log").read_text()
+    log = (root / "log").read_text()
+    assert f"{32 * kept} are there, {16 - kept} blocks to make" in log
+    assert f"| {32 * kept}/500 [00:00" in log and "| 500/500 [" in log and "NFE=" in log
     assert contents(folder) == contents(undisturbed)
 
 
