@@ -19,7 +19,7 @@ from flows.samplers import create_sampler
 from metrics import results as results_file
 from metrics.compare import compare
 from metrics.cost import cost_line, cost_of
-from metrics.features import FeatureExtractor, create_extractor, quantise
+from metrics.features import FeatureExtractor, check_finite, check_shape, create_extractor, quantise
 from metrics.figure import draw_figure
 from metrics.gather import gather_rows, share_of, sum_over_processes
 from metrics.image_files import open_images
@@ -189,7 +189,8 @@ def measure_network(net, stem, config, yardstick, path, processes):
     nfes = [torch.zeros(0, dtype=torch.int64)]
     batches = sample_batches(net, config, shape, range(first, last), processes, stem, nfes.append)
     if config.eval.save_samples:
-        stored = path.with_name(f"{stem}_{config.sampling.use_ode_sampler}.npy")
+        sampler = results_file.sampler_name(sampling_identity(config)).split()[0]
+        stored = path.with_name(f"{stem}_{sampler}.npy")
         with sample_store(stored, count, shape, processes) as keep:
             measured = measure_images(batches, first, count, stem, config, yardstick, processes, [keep])
     else:
@@ -213,7 +214,8 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
             x, nfe = sample(velocity, z * config.sampling.init_noise_scale, draw_labels(config, part, processes.device),
                             indices=part, batch_size=size, finished=bar.update)
             count_evaluations(nfe)
-            yield from quantise_samples(x, part, title).split(size)
+            check_finite(x, part, title, "the network has diverged, or needs config.training.precision fp32")
+            yield from quantise(x).split(size)
 
 
 def in_precision(net, precision, device):
@@ -238,15 +240,6 @@ def draw_labels(config, indices, device):
     return one_hot((labels if chosen < 0 else torch.full_like(labels, chosen)).to(device), classes)
 
 
-def quantise_samples(x, indices, title):
-    """Return samples as uint8; raise UserError naming the first that is not finite."""
-    bad = (~x.flatten(1).isfinite().all(1)).nonzero()
-    if len(bad):
-        raise UserError(f"{title}: sample {indices[bad[0].item()]} holds NaN or infinite pixels; the network has "
-                        "diverged, or needs config.training.precision fp32")
-    return quantise(x)
-
-
 def measure_files(config, args, processes):
     """Measure the images of --data_dir; return (results file, list of one result)."""
     source = open_images(args.data_dir, config.data.num_channels)
@@ -262,6 +255,7 @@ def measure_files(config, args, processes):
         say(processes, f"{source.path.name}: already measured ({path}); --force measures it again")
         return path, [earlier]
     yardstick = create_yardstick(config, args.target_path, processes)
+    check_shape(source, yardstick.extractor)
     first, last = share_of(processes.rank, processes.world_size, count)
     batches = read_batches(source, first, last, config.eval.batch_size, processes, source.path.name)
     result = identity | {"step": None, "nfe": None}
@@ -271,20 +265,24 @@ def measure_files(config, args, processes):
 
 
 def measure_images(batches, first, count, name, config, yardstick, processes, observers=()):
-    """Bring uint8 images through all metrics; return {what: value}. `first` is the number of this process's first."""
+    """Bring uint8 images through all metrics; return {what: value} in the main process.
+
+    `first` is the number of this process's first image; `observers` see every batch (`metrics.statistics.measure`).
+    """
     started = time.monotonic()
-    distances = [torch.zeros(0)]
+    distances, training_images = [torch.zeros(0)], yardstick.training_images
 
     def find_nearest(number, images):
         asked = images[: max(0, config.eval.nearest - number)]
-        if yardstick.nn_distance_real is not None and len(asked):
-            distances.append(nearest_distances(asked, yardstick.training_images.images).cpu())
+        if training_images is not None and len(asked) and images.shape[1:] == training_images.images.shape[1:]:
+            distances.append(nearest_distances(asked, training_images.images).cpu())
 
     samples = measure(batches, yardstick.extractor, first, count, processes.device, name, [find_nearest, *observers])
     distances = gather_rows(torch.cat(distances), processes.device)
-    metrics = compare(samples, yardstick.reference, yardstick.extractor, processes.device, config.seed)
+    if not processes.is_main:  # it alone compares and writes
+        return {}
     return {
-        **metrics,
+        **compare(samples, yardstick.reference, yardstick.extractor, processes.device, config.seed),
         "nn_distance": distances.median().item() if len(distances) else None,
         "nn_distance_real": yardstick.nn_distance_real,
         "reference": yardstick.reference.name,

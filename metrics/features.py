@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -45,14 +46,15 @@ TITLES = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recal
           "pixel_recall": "pixel recall"}
 
 
-def quantise(images):
-    """Return float images in [-1, 1] as uint8, by truncation of 255·clip((x + 1)/2, 0, 1) as in the literature.
-
-    Raises UserError naming the first image (of this batch, from 0) that holds NaN or infinite numbers.
-    """
+def check_finite(images, numbers, name, advice):
+    """Raise UserError if any of `images` (N, …) has NaN or infinite pixels, naming the first by its `numbers` entry."""
     bad = (~images.flatten(1).isfinite().all(1)).nonzero()
     if len(bad):
-        raise UserError(f"image {bad[0].item()} holds NaN or infinite pixels")
+        raise UserError(f"{name}: sample {numbers[bad[0].item()]} holds NaN or infinite pixels; {advice}")
+
+
+def quantise(images):
+    """Return float images in [-1, 1] as uint8, by truncation of 255·clip((x + 1)/2, 0, 1) as in the literature."""
     return (255 * ((images + 1) / 2).clamp(0, 1)).to(torch.uint8)
 
 
@@ -67,6 +69,13 @@ def create_extractor(config, device):
         return pixel_extractor(config.data.num_channels * config.data.image_size**2)
     path = config.eval.inception_path or cached_file(INCEPTION_URL, "config.eval.inception_path")
     return inception_extractor(path, device)
+
+
+def check_shape(source, extractor):
+    """Raise UserError if the images of an `ImageSource` are not of the size that pixels are compared at."""
+    if extractor.name == "pixels" and math.prod(source.shape) != extractor.dimension:
+        raise UserError(f"{source.name} holds images of {'×'.join(map(str, source.shape))}, but config.data asks for "
+                        f"{extractor.dimension} numbers an image; set config.data.image_size and num_channels")
 
 
 def pixel_extractor(dimension):

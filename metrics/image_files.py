@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from metrics.features import quantise
+from metrics.features import check_finite, quantise
 from runtime.errors import UserError
 
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -48,9 +48,7 @@ def array_source(images, name):
         part = torch.from_numpy(np.array(images[low:high]))
         if part.dtype == torch.uint8:
             return part
-        bad = (~part.flatten(1).isfinite().all(1)).nonzero()
-        if len(bad):
-            raise UserError(f"{name}: sample {low + bad[0].item()} holds NaN or infinite pixels; make it again")
+        check_finite(part, range(low, high), name, "make it again")
         if part.abs().max() > LARGEST_FLOAT:
             raise UserError(f"{name} holds values up to {part.abs().max():.0f}; images as floats are in [-1, 1]")
         return quantise(part.float())

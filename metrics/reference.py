@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from metrics.downloads import cached_file
+from metrics.features import check_shape
 from metrics.gather import share_of
 from metrics.image_files import array_source, open_images
 from metrics.statistics import MAX_FEATURES, Statistics, measure
@@ -88,6 +89,7 @@ def write_statistics(path, statistics, extractor):
 
 def measure_source(source, extractor, batch_size, processes, max_features=MAX_FEATURES):
     """Return the `Statistics` of all images of an `ImageSource`, split over the processes."""
+    check_shape(source, extractor)
     first, last = share_of(processes.rank, processes.world_size, len(source))
     name = f"{source.name}, {len(source)} images"
     batches = read_batches(source, first, last, batch_size, processes, f"reference {source.name}")

@@ -13,6 +13,7 @@ import torch
 
 from configs.command_line import config_to_dict, load_config
 from configs.validation import check_fields
+from datasets.images import load_images
 from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
@@ -191,6 +192,19 @@ def test_inception_metrics_come_from_one_pass_against_a_reference_made_by_the_co
     assert 0 <= found["recall"] <= 1
     assert found["inception_score"] >= 1
     assert found["target"] == str(tmp_path / "reference.npz")
+
+
+def test_the_reference_of_a_data_set_holds_all_its_images(repository, tmp_path):
+    path = tmp_path / "digits.npz"
+    words = [sys.executable, "-m", "tools.reference_statistics", "--config", CONFIG, "--output", str(path)]
+    done = subprocess.run(words, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    pixels = load_images(load_config(CONFIG)).images.reshape(1797, 64) / 127.5 - 1
+    with np.load(path) as arrays:
+        np.testing.assert_allclose(arrays["mu"], pixels.mean(0), atol=1e-6)
+        np.testing.assert_allclose(arrays["sigma"], np.cov(pixels, rowvar=False), atol=1e-6)
+        np.testing.assert_allclose(arrays["features"], pixels, atol=1e-6)
+        assert arrays["count"] == 1797
 
 
 @pytest.mark.parametrize(("words", "complaint"), [

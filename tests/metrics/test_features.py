@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from metrics.features import create_extractor, full_float32, inception_extractor, pixel_extractor, quantise
+from metrics.features import (
+    check_finite,
+    check_shape,
+    create_extractor,
+    full_float32,
+    inception_extractor,
+    pixel_extractor,
+    quantise,
+)
 from metrics.frechet import frechet_distance
 from metrics.image_files import open_images
 from metrics.scores import inception_score
@@ -104,6 +112,21 @@ def test_quantisation_truncates_as_the_literature_does(value):
 def test_quantisation_does_not_round():
     images = torch.tensor([-1.0, 1.0, 2 * 10.99 / 255 - 1]).reshape(3, 1, 1, 1)
     assert quantise(images).flatten().tolist() == [0, 255, 10]
+
+
+def test_the_sample_that_is_not_finite_is_named_by_its_number():
+    images = torch.zeros(4, 1, 2, 2)
+    images[2, 0, 1, 1] = torch.inf
+    with pytest.raises(UserError, match="checkpoint_3: sample 12 holds NaN or infinite pixels; try fp32"):
+        check_finite(images, range(10, 14), "checkpoint_3", "try fp32")
+    check_finite(images[:2], range(2), "checkpoint_3", "try fp32")
+
+
+def test_images_of_another_size_than_the_pixels_that_are_compared_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((3, 1, 6, 6), np.uint8))
+    with pytest.raises(UserError, match="1×6×6"):
+        check_shape(open_images(tmp_path / "x.npy"), pixel_extractor(64))
+    check_shape(open_images(tmp_path / "x.npy"), pixel_extractor(36))
 
 
 def test_pixels_are_mapped_back_to_minus_one_to_one_and_flattened():

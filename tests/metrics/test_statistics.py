@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from metrics.features import pixel_extractor
+from metrics.features import pixel_extractor, quantise
 from metrics.statistics import Moments, evenly_spread, measure
 
 
@@ -60,3 +61,15 @@ def test_evenly_spread_places_are_distinct_and_inside(count, share):
     places = evenly_spread(chosen, count)
     assert len(set(places.tolist())) == chosen
     assert all(0 <= place < count for place in places)
+
+
+def test_statistics_accumulate_on_the_device_of_the_features():
+    """Every operation of the pass on a GPU that is only pretended: a tensor left on the CPU would be an error."""
+    with FakeTensorMode():
+        images = torch.zeros(6, 1, 4, 4, dtype=torch.uint8, device="cuda")
+        moments = Moments(16, "cuda")
+        moments.add(pixel_extractor(16).features(images))
+        mean, covariance = moments.mean_and_covariance()
+        assert (mean.device.type, covariance.device.type) == ("cuda", "cuda")
+        assert covariance.dtype == torch.float64
+        assert quantise(torch.zeros(6, 1, 4, 4, device="cuda")).device.type == "cuda"
