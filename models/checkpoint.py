@@ -72,10 +72,9 @@ def load_safely(path):
         with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read is an error below
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; name a checkpoint file or hf://owner/repo/file") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; name a checkpoint file in it") from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror}); name a checkpoint file or "
+                        "hf://owner/repo/file") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ArithmeticError, LookupError, TypeError,
             ValueError, AttributeError) as error:
         raise UserError(f"{path} {why_unreadable(error)}") from error
