@@ -67,7 +67,9 @@ class Training:
             eps=config.optim.eps, weight_decay=config.optim.weight_decay, device=self.device)
         self.guard = Guard(self.device, scaled=config.training.precision == "fp16" and self.device.type == "cuda")
         self.step, messages = self.start_weights(parameters)
-        self.objective = create_objective(config, networks.teacher_velocity(config, self.device), self.device)
+        teacher = networks.load_teacher(config, self.device)
+        self.objective = create_objective(
+            config, teacher and velocity_from_network(self.in_precision(teacher)), self.device)
         self.velocity = velocity_from_network(self.in_precision(self.trained_network()))
         if self.step >= config.training.n_iters:
             raise UserError(f"{run_folder.run_path(config)} has its {self.step} updates already: raise "
@@ -98,8 +100,8 @@ class Training:
         network = torch.compile(self.network) if self.config.training.compile else self.network
         if self.processes.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            network = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True,
-                                              broadcast_buffers=False)
+            network = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+            network.broadcast_buffers = False  # constants; the constructor's word for it depends on torch's version
         self.parallel = network
         return network
 

@@ -2,7 +2,7 @@
 
 Every objective is the one of rectified flow, E ‖v(x_t, t) - (z1 - z0)‖², with its parts chosen by the config: the
 coupling (images with fresh noise, pairs, annealed pairs), the times, the distance, the weight, and the guided term.
-docs/objectives.md says which switch is which equation.
+The README (Objectives) says which switch is which equation.
 """
 
 import dataclasses

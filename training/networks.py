@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from models.checkpoint import load_matching
 
-from flows.rectified_flow import velocity_from_network
 from models import load_model
 from runtime.errors import UserError
 from runtime.seeds import DROPOUT
@@ -58,8 +57,8 @@ def load_pretrained(network, config):
     return [message + (f" ({', '.join(unmatched[:4])}{', …' if len(unmatched) > 4 else ''})" if unmatched else "")]
 
 
-def teacher_velocity(config, device):
-    """Return the velocity of the frozen teacher (EMA weights, eval mode), or None without flow.use_teacher.
+def load_teacher(config, device):
+    """Return the frozen teacher (EMA weights, eval mode), or None without flow.use_teacher.
 
     The teacher is flow.teacher_model, or flow.pre_train_model. Raises UserError if it sees other images or classes.
     """
@@ -71,7 +70,7 @@ def teacher_velocity(config, device):
         there, here = teacher.config_fields.get(f"data.{name}"), config.data[name]
         if there is not None and there != here:
             raise UserError(f"the teacher {path} has data.{name} {there}, this run {here}")
-    return velocity_from_network(teacher)
+    return teacher
 
 
 def seed_dropout(seed, update, rank):
