@@ -1,5 +1,6 @@
 """NCSN++: the U-Net of score-based models (Song et al. 2021, arXiv 2011.13456, appendix H), with all its options."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -56,99 +57,35 @@ class NCSNpp(nn.Module):
         num_scales=1000,
     ):
         super().__init__()
-        taps = fir_kernel if fir else None
         self.scale_by_sigma = scale_by_sigma
         self.fourier = embedding_type == "fourier"
-        self.input_pyramid = progressive_input != "none"
-        self.output_pyramid = progressive != "none"
-        self.activation = ACTIVATIONS[nonlinearity]
         # Noise level of step i; only scale_by_sigma reads it, but it is part of every released state dict.
         self.register_buffer("sigmas", torch.tensor(np.geomspace(sigma_max, sigma_min, num_scales)))
+        make = Maker(
+            time_channels=4 * nf,
+            activation=ACTIVATIONS[nonlinearity],
+            dropout=dropout,
+            rescale=math.sqrt(0.5) if skip_rescale else 1.0,
+            init_scale=init_scale,
+            resblock_type=resblock_type,
+            taps=fir_kernel if fir else None,
+            resamp_with_conv=resamp_with_conv,
+        )
+        levels = [(nf * m, image_size >> i in attn_resolutions) for i, m in enumerate(ch_mult)]
 
-        common = {
-            "time_channels": 4 * nf,
-            "activation": self.activation,
-            "dropout": dropout,
-            "rescale": math.sqrt(0.5) if skip_rescale else 1.0,
-            "init_scale": init_scale,
-            "shortcut_scale": 1.0 if resblock_type == "biggan" else 0.1,
-        }
-
-        def block(channels_in, channels_out, resample=None):
-            return ResidualBlock(channels_in, channels_out, resample, **common)
-
-        def attention(channels, size):
-            if size not in attn_resolutions:
-                return nn.Identity()
-            return AttentionBlock(channels, common["rescale"], init_scale)
-
-        def resampler(direction, channels):
-            if resblock_type == "biggan":
-                return block(channels, channels, resample_module(direction, taps))
-            return resample_module(direction, taps, (channels, channels) if resamp_with_conv else None)
-
-        widths = [nf * m for m in ch_mult]
-        last = len(widths) - 1
-
-        if self.fourier:
-            self.time_features = FourierFeatures(nf, fourier_scale)
-        else:
-            self.time_features = PositionalFeatures(nf)
+        self.time_features = FourierFeatures(nf, fourier_scale) if self.fourier else PositionalFeatures(nf)
+        self.time_embedding = None
         if conditional:
-            self.time_embedding = TimeEmbedding(2 * nf if self.fourier else nf, 4 * nf, self.activation)
-        else:
-            self.time_embedding = None
-        self.input_conv = nn.Conv2d(num_channels, nf, 3, padding=1)
-
-        # Encoder. `skips` are the channels of the features that the decoder will concatenate.
-        self.encoder = nn.ModuleList()
-        channels, pyramid_channels, skips = nf, num_channels, [nf]
-        for i, width in enumerate(widths):
-            blocks, attentions = nn.ModuleList(), nn.ModuleList()
-            for _ in range(num_res_blocks):
-                blocks.append(block(channels, width))
-                attentions.append(attention(width, image_size >> i))
-                channels = width
-                skips.append(channels)
-            down = pyramid = None
-            if i != last:
-                down = resampler("down", channels)
-                if progressive_input == "input_skip":
-                    pyramid = InputSkip(pyramid_channels, channels, taps, progressive_combine)
-                    channels = 2 * channels if progressive_combine == "cat" else channels
-                elif progressive_input == "residual":
-                    pyramid = InputResidual(pyramid_channels, channels, taps, common["rescale"])
-                    pyramid_channels = channels
-                skips.append(channels)
-            self.encoder.append(EncoderLevel(blocks, attentions, down, pyramid))
-
-        self.middle = Middle(block(channels, channels), AttentionBlock(channels, common["rescale"], init_scale),
-                             block(channels, channels))
-
-        # Decoder: one block more than the encoder's levels have, for the output of the downsampling.
-        self.decoder = nn.ModuleList()
-        for i, width in reversed(list(enumerate(widths))):
-            blocks = nn.ModuleList()
-            for _ in range(num_res_blocks + 1):
-                blocks.append(block(channels + skips.pop(), width))
-                channels = width
-            pyramid = None
-            if progressive == "output_skip":
-                head = OutputHead(channels, num_channels, self.activation, init_scale)
-                pyramid = OutputSkip(head, None if i == last else resample_module("up", taps))
-            elif progressive == "residual" and i == last:
-                pyramid = OutputResidualStart(OutputHead(channels, channels, self.activation, 1.0))
-                pyramid_channels = channels
-            elif progressive == "residual":
-                up = resample_module("up", taps, (pyramid_channels, channels))
-                pyramid = OutputResidual(up, common["rescale"])
-                pyramid_channels = channels
-            up = resampler("up", channels) if i else None
-            self.decoder.append(DecoderLevel(blocks, attention(width, image_size >> i), pyramid, up))
-
+            self.time_embedding = TimeEmbedding(2 * nf if self.fourier else nf, 4 * nf, make.activation)
+        self.input_conv = init_uniform(nn.Conv2d(num_channels, nf, 3, padding=1))
+        self.encoder, skips = make_encoder(make, levels, num_res_blocks, nf, num_channels, progressive_input,
+                                           progressive_combine)
+        self.middle = Middle(make.block(skips[-1], skips[-1]), make.attention(skips[-1]),
+                             make.block(skips[-1], skips[-1]))
+        self.decoder = make_decoder(make, levels, num_res_blocks, skips, num_channels, progressive)
         self.output_head = None
         if progressive != "output_skip":
-            self.output_head = OutputHead(channels, num_channels, self.activation, init_scale)
+            self.output_head = make.head(levels[0][0], num_channels)
 
         # In the order in which the blocks run. A plain list: the blocks own these layers.
         self.time_linears = [module.time for module in self.modules() if isinstance(module, ResidualBlock)]
@@ -195,6 +132,105 @@ class NCSNpp(nn.Module):
             sigma = t999 if self.fourier else self.sigmas[t999.long()]
             out = out / sigma.to(x.dtype)[:, None, None, None]
         return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """Makes the modules of one network, which share these options."""
+
+    time_channels: int
+    activation: object  # a function of a tensor
+    dropout: float
+    rescale: float  # factor of every sum of a branch and its skip
+    init_scale: float  # of each branch's last layer
+    resblock_type: str
+    taps: tuple | None  # of the FIR filter; None: resample without
+    resamp_with_conv: bool
+
+    def block(self, channels_in, channels_out, resample=None):
+        """Return a residual block."""
+        return ResidualBlock(channels_in, channels_out, resample, time_channels=self.time_channels,
+                             activation=self.activation, dropout=self.dropout, rescale=self.rescale,
+                             init_scale=self.init_scale, shortcut_scale=1.0 if self.resblock_type == "biggan" else 0.1)
+
+    def attention(self, channels):
+        """Return self-attention beside its skip connection."""
+        return AttentionBlock(channels, self.rescale, self.init_scale)
+
+    def head(self, channels_in, channels_out):
+        """Return the layers that end in an image."""
+        return OutputHead(channels_in, channels_out, self.activation, self.init_scale)
+
+    def between_levels(self, direction, channels):
+        """Return what leads "up" or "down" to the next level: a residual block (BigGAN) or a bare resampling."""
+        if self.resblock_type == "biggan":
+            return self.block(channels, channels, self.resample(direction))
+        return self.resample(direction, (channels, channels) if self.resamp_with_conv else None)
+
+    def resample(self, direction, conv_channels=None):
+        """Return the module that goes "up" or "down" by two; `conv_channels` (in, out): with a convolution."""
+        up = direction == "up"
+        if conv_channels is None and self.taps is None:
+            return layers.BoxUpsample() if up else layers.BoxDownsample()
+        if conv_channels is None:
+            return layers.FIRUpsample(self.taps) if up else layers.FIRDownsample(self.taps)
+        if self.taps is None:
+            module = (layers.ConvUpsample if up else layers.ConvDownsample)(*conv_channels)
+        else:
+            module = (layers.FIRConvUpsample if up else layers.FIRConvDownsample)(*conv_channels, self.taps)
+        init_uniform(module.conv)
+        return module
+
+
+def make_encoder(make, levels, num_res_blocks, channels, num_channels, progressive_input, combine):
+    """Return the encoder's levels and the channels of every feature that the decoder will concatenate.
+
+    levels: (channels, whether it has attention), from fine to coarse. channels: of the input convolution.
+    """
+    encoder, skips, pyramid_channels = nn.ModuleList(), [channels], num_channels
+    for i, (width, attends) in enumerate(levels):
+        blocks, attentions = nn.ModuleList(), nn.ModuleList()
+        for _ in range(num_res_blocks):
+            blocks.append(make.block(channels, width))
+            attentions.append(make.attention(width) if attends else nn.Identity())
+            channels = width
+            skips.append(channels)
+        down = pyramid = None
+        if i < len(levels) - 1:
+            down = make.between_levels("down", channels)
+            if progressive_input == "input_skip":
+                pyramid = InputSkip(make.resample("down"), pyramid_channels, channels, combine)
+                channels = 2 * channels if combine == "cat" else channels
+            elif progressive_input == "residual":
+                pyramid = InputResidual(make.resample("down", (pyramid_channels, channels)), make.rescale)
+                pyramid_channels = channels
+            skips.append(channels)
+        encoder.append(EncoderLevel(blocks, attentions, down, pyramid))
+    return encoder, skips
+
+
+def make_decoder(make, levels, num_res_blocks, skips, num_channels, progressive):
+    """Return the decoder's levels, from coarse to fine; `skips` as from `make_encoder`.
+
+    Each has one block more than the encoder's level, for the output of the downsampling.
+    """
+    decoder, skips, channels, pyramid_channels = nn.ModuleList(), list(skips), skips[-1], None
+    for i, (width, attends) in reversed(list(enumerate(levels))):
+        blocks = nn.ModuleList()
+        for _ in range(num_res_blocks + 1):
+            blocks.append(make.block(channels + skips.pop(), width))
+            channels = width
+        coarsest, pyramid = i == len(levels) - 1, None
+        if progressive == "output_skip":
+            pyramid = OutputSkip(make.head(width, num_channels), None if coarsest else make.resample("up"))
+        elif progressive == "residual" and coarsest:
+            pyramid = OutputResidualStart(OutputHead(width, width, make.activation, 1.0))
+        elif progressive == "residual":
+            pyramid = OutputResidual(make.resample("up", (pyramid_channels, width)), make.rescale)
+        pyramid_channels = width
+        up = make.between_levels("up", width) if i else None
+        decoder.append(DecoderLevel(blocks, make.attention(width) if attends else nn.Identity(), pyramid, up))
+    return decoder
 
 
 class PositionalFeatures(nn.Module):
@@ -342,9 +378,9 @@ class OutputHead(nn.Module):
 class InputSkip(nn.Module):
     """Progressive input `input_skip`: the smaller image, through a 1×1 convolution, joins the features."""
 
-    def __init__(self, channels_in, channels, taps, combine):
+    def __init__(self, down, channels_in, channels, combine):
         super().__init__()
-        self.down = resample_module("down", taps)
+        self.down = down
         self.conv = init_uniform(nn.Conv2d(channels_in, channels, 1))
         self.concatenate = combine == "cat"
 
@@ -358,9 +394,9 @@ class InputSkip(nn.Module):
 class InputResidual(nn.Module):
     """Progressive input `residual`: a convolved, downsampled pyramid takes up the features and replaces them."""
 
-    def __init__(self, channels_in, channels, taps, rescale):
+    def __init__(self, down, rescale):
         super().__init__()
-        self.down = resample_module("down", taps, (channels_in, channels))
+        self.down = down
         self.rescale = rescale
 
     def forward(self, pyramid, h):
@@ -407,22 +443,6 @@ class OutputResidual(nn.Module):
         """Return (pyramid, features), which are the same tensor."""
         pyramid = rescaled_sum(self.up(pyramid), h, self.rescale)
         return pyramid, pyramid
-
-
-def resample_module(direction, taps, conv_channels=None):
-    """Return the module that goes "up" or "down" by two: with FIR `taps` or None, with a convolution or None."""
-    if conv_channels is None:
-        if taps is None:
-            return layers.BoxUpsample() if direction == "up" else layers.BoxDownsample()
-        return layers.FIRUpsample(taps) if direction == "up" else layers.FIRDownsample(taps)
-    if taps is None:
-        module = layers.ConvUpsample if direction == "up" else layers.ConvDownsample
-        module = module(*conv_channels)
-    else:
-        module = layers.FIRConvUpsample if direction == "up" else layers.FIRConvDownsample
-        module = module(*conv_channels, taps)
-    init_uniform(module.conv)
-    return module
 
 
 def rescaled_sum(x, h, rescale):

@@ -11,7 +11,8 @@ SMALL = {"model.nf": 64, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "da
          "model.attn_resolutions": (16, 8)}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["cifar10_1flow_61.8M", "cifar32_3.4M", "ffhq64_15.7M", "ffhq64_3.4M",
+                                  "imagenet64_80.7M", "imagenet64_44.7M"])
 def test_totals_are_those_of_the_paper(name):
     """Parameters exactly, GMACs to the four decimals that were recorded."""
     *parts, total = describe(layout_fields(name))

@@ -107,6 +107,32 @@ def test_fresh_network_gives_zero(fields):
     assert not net(*batch(fields)).any()
 
 
+def test_ncsnpp_starts_with_ddpms_weights():
+    """Uniform weights of variance scale / mean(fan in, fan out), biases zero; scale 0.1 in attention, else 1."""
+    torch.manual_seed(0)
+    net = create_from_fields(NCSNPP | {"model.nf": 64})
+    for name, p in net.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "norm" not in name:
+            out, fan_in = (p.shape[0] // 3, p.shape[1]) if "qkv" in name else p.shape[:2]
+            area = p[0, 0].numel()
+            variance = (0.1 if "qkv" in name else 1.0) * 2 / ((out + fan_in) * area)
+            assert p.var().item() == pytest.approx(variance, rel=0.15), name
+            assert p.abs().max() <= (3 * variance) ** 0.5
+
+
+def test_dhariwal_starts_with_adms_weights():
+    """Uniform within 1/√(fan in), classes normal, and the last layer of every branch zero."""
+    torch.manual_seed(0)
+    net = create_from_fields(DHARIWAL)
+    zero = {name for name, p in net.named_parameters() if not p.any() and "norm" not in name}
+    assert {name.rsplit(".", 2)[-2] for name in zero} == {"conv1", "proj", "output_conv"}
+    weight = net.encoder[1].blocks[0].affine.weight
+    assert weight.abs().max() <= 128**-0.5 and weight.var().item() == pytest.approx(1 / (3 * 128), rel=0.1)
+    assert net.embedding.label.weight.std().item() == pytest.approx(1.0, rel=0.1)
+
+
 @BOTH
 def test_sample_does_not_depend_on_its_batch(fields):
     """No layer mixes samples."""
