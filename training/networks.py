@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from models.checkpoint import load_matching
 
 from models import load_model
+from models.checkpoint import load_matching
 from runtime.errors import UserError
 from runtime.seeds import DROPOUT
 from training.run_folder import run_path

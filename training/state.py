@@ -6,8 +6,8 @@ import re
 import threading
 
 import torch
-from models.checkpoint import read_checkpoint, write_checkpoint
 
+from models.checkpoint import read_checkpoint, write_checkpoint
 from runtime.errors import UserError
 
 STATE, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
