@@ -30,7 +30,7 @@ from metrics.statistics import Statistics, measure
 from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
 from metrics.versions import versions
 from models.checkpoint import HUB, load_with_config, local_file, read_checkpoint
-from models.describe import describe
+from models.describe import measure as count_operations
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
 from runtime.files import file_digest
@@ -93,7 +93,9 @@ def measure_checkpoints(config, args, given, processes):
         config, net = load_with_config(checkpoint, config, given, args.use_ema, processes.device)
         if yardstick is None:
             yardstick = create_yardstick(config, args.target_path, processes)
-            cost = cost_of(net, describe(net.config_fields)[-1].gmacs, processes.device)
+            with torch.device(processes.device):
+                multiplications = sum(count_operations(net, 1).macs.values())
+            cost = cost_of(net, multiplications / 1e9, processes.device)
             say(processes, cost_line(cost))
         result = identity | {"step": int(read_checkpoint(checkpoint).get("step", 0))} | cost
         result |= measure_network(net, pathlib.Path(checkpoint).stem, config, yardstick, path, processes)
