@@ -2,10 +2,11 @@
 
     python benchmarks/pairs.py logs/digits_1flow/checkpoints/checkpoint_3.pth | tee benchmarks/pairs.txt
 
-First part: pairs a second, on the same trained network, at the same tolerance and batch size. Ours is all that
-generate_data.py does after its imports (loading the checkpoint, rk45 per sample, fsync of every block, the picture).
-The peer does what the released script does: noise by torch.randn, scipy's RK45 on the flattened batch with a copy to
-the host at every evaluation, batches kept in a list and saved at the end.
+First part: pairs a second, on the same trained network, at the same tolerance and batch size, each from loading the
+checkpoint to the last file. Ours is what generate_data.py does after its imports, with rk45 per sample (the default)
+and with one step size for the batch (sampling.step_control batch). The peer does what the released script does: noise
+by torch.randn, scipy's RK45 on the flattened batch with a copy to the host at every evaluation, batches kept in a list
+and saved at the end.
 
 Second part: batches a second and peak memory of a process that reads shuffled pairs of CIFAR-10's size for an epoch,
 ours against np.load of both arrays and a DataLoader over a TensorDataset (without workers, and with two), in processes
@@ -20,6 +21,7 @@ thread that both use, so that other programs on the machine count little; those 
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import pathlib
@@ -46,7 +48,6 @@ from configs.default import get_default_config  # noqa: E402
 from datasets import create_batches  # noqa: E402
 from flows.rectified_flow import velocity_from_network  # noqa: E402
 from models import load_model  # noqa: E402
-from models.checkpoint import apply_architecture, read_checkpoint  # noqa: E402
 from runtime.devices import Processes  # noqa: E402
 
 EPS, BATCH, ROUNDS = 1e-3, 64, 5
@@ -54,12 +55,12 @@ TOLERANCES = {1e-3: 512, 1e-5: 256}  # pairs in one round
 SMALL, LARGE, LOADED, SHAPE = 1_000, 100_000, 128, (3, 32, 32)
 
 
-def ours(checkpoint, tol, count, folder, device):
+def ours(checkpoint, step_control, tol, count, folder, device):
     """Make `count` pairs as generate_data.py does; return evaluations a pair."""
     config = get_default_config()
+    config.sampling.step_control = step_control
     config.sampling.ode_tol, config.sampling.total_number_of_samples = tol, count
     config.training.batch_size, config.training.progress = BATCH, "false"
-    config = apply_architecture(config, read_checkpoint(checkpoint)["fields"], frozenset())
     args = types.SimpleNamespace(ckpt_path=checkpoint, data_root=folder, z0_path="", z1_path="", label_path="")
     with contextlib.redirect_stdout(io.StringIO()):
         generate_data.make_pairs(config, args, frozenset(), Processes(0, 1, device))
@@ -67,8 +68,10 @@ def ours(checkpoint, tol, count, folder, device):
 
 
 @torch.no_grad()
-def released_loop(velocity, shape, tol, count, folder, device):
+def released_loop(checkpoint, tol, count, folder, device):
     """Make `count` pairs as the released script does; return evaluations a pair."""
+    net = load_model(checkpoint, device=device)
+    velocity, shape = velocity_from_network(net), image_shape(net)
     all_z0, all_z1, evaluations = [], [], 0
     for _ in range(count // BATCH):
         z0 = torch.randn(BATCH, *shape, device=device)
@@ -86,28 +89,33 @@ def released_loop(velocity, shape, tol, count, folder, device):
     return evaluations / count
 
 
+def image_shape(net):
+    """Return the shape (C, H, W) of a network's images."""
+    size = net.config_fields["data.image_size"]
+    return net.config_fields["data.num_channels"], size, size
+
+
 def compare_making(checkpoint, device):
-    """Print pairs a second of both at each tolerance, round by round."""
-    net = load_model(checkpoint, device=device)
-    shape = (net.config_fields["data.num_channels"],) + (net.config_fields["data.image_size"],) * 2
-    velocity = velocity_from_network(net)
+    """Print pairs a second of all at each tolerance, round by round."""
+    net = load_model(checkpoint)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    print(f"network: {sum(p.numel() for p in net.parameters()):,} parameters, images {shape}, batches of {BATCH}")
+    print(f"network: {sum(p.numel() for p in net.parameters()):,} parameters, images {image_shape(net)}, batches of "
+          f"{BATCH}")
+    makers = {"ours, per sample": functools.partial(ours, checkpoint, "sample"),
+              "ours, joint": functools.partial(ours, checkpoint, "batch"),
+              "released loop": functools.partial(released_loop, checkpoint)}
     for tol, count in TOLERANCES.items():
-        makers = {"ours": lambda folder, tol=tol, count=count: ours(checkpoint, tol, count, folder, device),
-                  "released loop": lambda folder, tol=tol, count=count: released_loop(
-                      velocity, shape, tol, count, folder, device)}
         rates, evaluations = {name: [] for name in makers}, {}
         for _ in range(ROUNDS):
             for name, make in makers.items():
                 with tempfile.TemporaryDirectory() as folder:
                     started = clock()
-                    evaluations[name] = make(folder)
+                    evaluations[name] = make(tol, count, folder, device)
                     rates[name].append(count / (clock() - started))
         for name, values in rates.items():
             median = statistics.median(values)
             ratio = median / statistics.median(rates["released loop"])
-            print(f"tolerance {tol:g}, {count} pairs, {name:14}{median:7.2f} pairs/s, {ratio:.2f} times the released "
+            print(f"tolerance {tol:g}, {count} pairs, {name:17}{median:7.2f} pairs/s, {ratio:.2f} times the released "
                   f"loop, {evaluations[name]:.1f} evaluations a pair; rounds {' '.join(f'{v:.2f}' for v in values)}",
                   flush=True)
 

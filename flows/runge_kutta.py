@@ -225,17 +225,31 @@ class Queue:
                 samples[lane], self.taken = self.taken, self.taken + 1
 
 
+def halve(state, samples, steps):
+    """Return state, samples and steps with the lanes halved as long as no more than half of them are busy."""
+    busy = [lane for lane, sample in enumerate(samples) if sample is not None]
+    width = len(samples)
+    while width > 1 and 2 * len(busy) <= width:
+        width = (width + 1) // 2
+    idle = [lane for lane, sample in enumerate(samples) if sample is None]
+    kept = (busy + idle)[:width]
+    places = torch.tensor(kept, device=state.t.device)
+    narrow = {name: None if tensor is None else tensor[places] for name, tensor in vars(state).items()}
+    return Lanes(**narrow), [samples[lane] for lane in kept], [steps[lane] for lane in kept]
+
+
 DEFAULT_CONTROLLER = proportional
 
 
 @torch.no_grad()
 def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, lanes=64, max_steps=10000,
-                    controller=DEFAULT_CONTROLLER, record=None, finished=None):
+                    controller=DEFAULT_CONTROLLER, record=None, finished=None, shrink_lanes=False):
     """Integrate dx/dt = velocity(x, t, label) from `z` `(N, ...)` at `t_start` to `t_end`, each sample on its own.
 
     N samples flow through `lanes` lanes: a lane whose sample is finished takes the next one waiting, so that every
     evaluation has exactly `lanes` rows (idle ones at the end are computed and ignored), and a sample's result does
-    not depend on N, on its neighbours or on the order.
+    not depend on N, on its neighbours or on the order. With `shrink_lanes` the lanes are halved when none waits and
+    half of them are idle: fewer rows are computed, but the rounding of the last samples then depends on all of z.
 
     velocity: takes x `(lanes, ...)`, t `(lanes,)` and label `(lanes, K)` or None, in the dtype of z; the state is
     float64. tol is both rtol and atol, on the root mean square over a sample. `record(samples, t, x)`, if given,
@@ -256,7 +270,7 @@ def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-
         places = torch.tensor(chosen, device=z.device)
         record(torch.tensor([samples[lane] for lane in chosen]), state.t[places], state.x[places])
 
-    while busy := [lane for lane in range(lanes) if samples[lane] is not None]:
+    while busy := [lane for lane, sample in enumerate(samples) if sample is not None]:
         if record:
             record_lanes(busy)
         state, status = attempt_step(velocity, state, t_end, tol, each_alone, controller, z.dtype)
@@ -274,6 +288,8 @@ def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-
             nfe[number] = START_EVALUATIONS + STEP_EVALUATIONS * steps[lane]
             samples[lane], steps[lane] = None, 0
         queue.refill(state, samples, done)
+        if shrink_lanes and queue.taken == len(z):
+            state, samples, steps = halve(state, samples, steps)
         if finished:
             finished(len(done))
     return x, nfe

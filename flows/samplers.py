@@ -149,11 +149,11 @@ def path_noise(seed, indices, shape, device):
     return noise
 
 
-def create_sampler(config, reverse=False, T=1.0):
+def create_sampler(config, reverse=False, T=1.0, shrink_lanes=False):
     """Return the sampler that `config.sampling` asks for: `sample(velocity, z, label=None, …) -> (x, nfe)`.
 
     Forward it runs from noise at config.flow.eps to data at T; with `reverse`, from data to noise (euler and rk45).
-    T below 1 is for velocities that end before the data, as the closed form does.
+    T below 1 is for velocities that end before the data, as the closed form does. shrink_lanes: see `rk45_per_sample`.
     `sample` takes any number of samples N, `batch_size` (default config.sampling.batch_size) at a time, and
     further keywords: `indices`, the samples' numbers, which the noise of cm_stochastic belongs to (default 0…N-1);
     `record(rows, t, x)`, e.g. a `Trajectories`; `finished(n)`, told how many more samples are done.
@@ -170,7 +170,7 @@ def create_sampler(config, reverse=False, T=1.0):
         if value < 1:
             raise UserError(f"sampling.{field} is {value}; give 1 or more")
     if name == "rk45":
-        return _create_rk45(settings, *(T, config.flow.eps) if reverse else (config.flow.eps, T))
+        return _create_rk45(settings, *(T, config.flow.eps) if reverse else (config.flow.eps, T), shrink_lanes)
 
     steps, ends = settings.sample_N, {"eps": config.flow.eps, "T": T}
     rule = {
@@ -182,9 +182,10 @@ def create_sampler(config, reverse=False, T=1.0):
     return _create_fixed(rule, settings.batch_size, config.seed if name == "cm_stochastic" else None)
 
 
-def _create_rk45(settings, t_start, t_end):
+def _create_rk45(settings, t_start, t_end, shrink_lanes):
     """Return `sample` for rk45 with the step control that the config asks for."""
-    solver = {"sample": rk45_per_sample, "batch": rk45_joint}[settings.step_control]
+    per_sample = functools.partial(rk45_per_sample, shrink_lanes=shrink_lanes)
+    solver = {"sample": per_sample, "batch": rk45_joint}[settings.step_control]
 
     def sample(velocity, z, label=None, *, indices=None, batch_size=settings.batch_size, record=None, finished=None):
         return solver(velocity, z, label, t_start=t_start, t_end=t_end, tol=settings.ode_tol, lanes=batch_size,
