@@ -255,6 +255,7 @@ def check_class(config):
 
 def chosen_images(config):
     """Return the `ImageSet` of `sampling.train_subset`, and only the class `sampling.class_label` if one is set."""
+    check_class(config)
     image_set = subset(load_images(config), config.sampling.train_subset, SUBSET_SEED)
     if config.sampling.class_label < 0:
         return image_set
