@@ -58,9 +58,7 @@ class Training:
         set_precision(config.training.precision)
         torch.manual_seed(config.seed)
         self.source = create_batches(config, self.device)
-        self.network = create_model(config).to(self.device)
-        if self.device.type == "cuda":
-            self.network = self.network.to(memory_format=torch.channels_last)
+        self.network = create_model(config).to(self.device, memory_format=torch.channels_last)
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = create_optimizer(
             parameters, name=config.optim.optimizer, lr=config.optim.lr, beta1=config.optim.beta1,

@@ -34,13 +34,13 @@ LARGEST_STUDENT = 0.26
 class Recipe:
     """What decides the demo's time and quality."""
 
-    flow_steps: int = 1500
-    flow_lr: float = 1.5e-3
+    flow_steps: int = 1400
+    flow_lr: float = 2e-3
     pairs: int = 4000
     reflow_steps: int = 1500
     reflow_lr: float = 2e-3
     annealing: int = 400
-    distill_steps: int = 600
+    distill_steps: int = 700
     distill_lr: float = 1e-3
     samples: int = 2000
     pictures: int = 64
@@ -84,7 +84,8 @@ def stages(recipe, work_dir, pairs_dir):
         Stage("pairs", "generate its noise-image pairs",
               ["generate_data.py", "--config", CONFIG, "--ckpt_path", flow, "--data_root", f"{pairs_dir}/demo",
                "--config.sampling.total_number_of_samples", str(recipe.pairs), "--config.seed", "0",
-               "--config.sampling.direction", "from_z0", "--config.training.progress", "true"]),
+               "--config.sampling.direction", "from_z0", "--config.sampling.ode_tol", "1e-2",
+               "--config.training.batch_size", "256", "--config.training.progress", "true"]),
         Stage("2-flow", "annealing reflow into a network of a quarter of the size",
               [*train_words(recipe.reflow_steps, recipe.reflow_lr, "2_flow", work_dir), *STUDENT, *pairs,
                "--config.training.x0_randomness", f"warmup_{recipe.annealing}"]),

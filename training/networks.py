@@ -38,11 +38,23 @@ def restore(state, network, ema, optimizer, guard):
         network.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+        match_layout(optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint does not fit config.model and config.optim: {reason}") from None
     if "guard" in state:  # absent in the released layout
         guard.load_state_dict(state["guard"])
+
+
+def match_layout(optimizer):
+    """Lay every moment out in memory as its parameter is: fused kernels walk both in the order of memory.
+
+    A checkpoint from another program may hold them contiguous where the network is channels_last.
+    """
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def load_pretrained(network, config):
