@@ -53,9 +53,9 @@ class NpyRows:
     def slice(self, low, high):
         """Return rows [low, high), one read for all: an array `(high - low, ...)` of the file's type."""
         out = np.empty((high - low, *self.shape), self.dtype)
-        flat = out.reshape(-1).view(np.uint8)
-        for start in range(0, len(flat), 1 << 30):  # one read call moves at most 2 GiB
-            self._read(flat[start:start + (1 << 30)], low, start)
+        content = memoryview(out.reshape(-1).view(np.uint8))
+        for start in range(0, len(content), 1 << 30):  # one read call moves at most 2 GiB
+            self._read(content[start:start + (1 << 30)], low, start)
         return out
 
     def blocks(self, rows):
@@ -64,10 +64,19 @@ class NpyRows:
             yield low, self.slice(low, min(low + rows, self.count))
 
     def _read(self, buffer, index, start=0):
-        """Fill uint8 `buffer` from byte `start` of row `index` on."""
-        if os.preadv(self.file, [buffer], self.offset + index * self.row_bytes + start) != len(buffer):
+        """Fill `buffer`, a memoryview of bytes, from byte `start` of row `index` on."""
+        if _read_at(self.file, buffer, self.offset + index * self.row_bytes + start) != len(buffer):
             raise UserError(f"{self.path}: row {index} cannot be read; the file became shorter, or the row is none "
                             f"of its {self.count}")
+
+
+def _read_at(file, buffer, offset):
+    """Fill `buffer` from place `offset` of an open file; return the number of bytes that there were."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [buffer], offset)
+    content = os.pread(file, len(buffer), offset)  # macOS has no preadv
+    buffer[:len(content)] = content
+    return len(content)
 
 
 def read_header(path):

@@ -253,7 +253,7 @@ class BlockWriter:
             for name, layout in self.task.layouts.items():
                 _write_at(self.files[name], stored[name].reshape(-1).view(np.uint8), layout.offset(first))
             for file in self.files.values():
-                os.fdatasync(file)
+                os.fsync(file)
             _write_at(self.journal, (json.dumps(entry) + "\n").encode(), os.fstat(self.journal).st_size)
             os.fsync(self.journal)
 

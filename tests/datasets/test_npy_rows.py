@@ -26,6 +26,14 @@ def test_rows_are_those_that_numpy_saved(tmp_path, array):
     assert rows.rows(np.array([], dtype=np.int64)).shape == (0, 3, 4, 4)
 
 
+def test_rows_are_read_alike_where_the_system_has_fewer_calls(tmp_path, array, monkeypatch):
+    monkeypatch.delattr("os.preadv")
+    monkeypatch.delattr("os.posix_fadvise")
+    rows = NpyRows(save(tmp_path, array))
+    np.testing.assert_array_equal(rows.rows([49, 0, 7]), array[[49, 0, 7]])
+    np.testing.assert_array_equal(rows.slice(10, 20), array[10:20])
+
+
 def test_rows_of_plain_numbers_are_read_too(tmp_path):
     rows = NpyRows(save(tmp_path, np.arange(9)))
     np.testing.assert_array_equal(rows.rows(np.array([8, 3])), [8, 3])
