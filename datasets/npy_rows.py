@@ -58,11 +58,6 @@ class NpyRows:
             self._read(content[start:start + (1 << 30)], low, start)
         return out
 
-    def blocks(self, rows):
-        """Yield (first index, rows) through the whole file, `rows` at a time."""
-        for low in range(0, self.count, rows):
-            yield low, self.slice(low, min(low + rows, self.count))
-
     def _read(self, buffer, index, start=0):
         """Fill `buffer`, a memoryview of bytes, from byte `start` of row `index` on."""
         if _read_at(self.file, buffer, self.offset + index * self.row_bytes + start) != len(buffer):
