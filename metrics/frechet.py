@@ -1,4 +1,4 @@
-"""The Fréchet distance between two Gaussians, by factors and singular values instead of a matrix square root."""
+"""The Fréchet distance between two Gaussians, by the eigenvalues of a symmetric matrix, not by a matrix root."""
 
 import torch
 
@@ -8,10 +8,10 @@ from runtime.errors import UserError
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Return ‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½), a float, never negative.
 
-    `mu*` (D,) and `sigma*` (D, D): tensors or arrays, taken in float64 on the device of `mu1`. With Σᵢ = AᵢAᵢᵀ
-    the eigenvalues of Σ₁Σ₂ are the squared singular values of A₁ᵀA₂, so the trace of the root is the sum of
-    these singular values: real and non-negative whatever the rank, where `scipy.linalg.sqrtm` of the
-    non-symmetric Σ₁Σ₂ can come out complex. Raises UserError when dimensions differ or a number is not finite.
+    `mu*` (D,) and `sigma*` (D, D): tensors or arrays, taken in float64 on the device of `mu1`. With Σ₁ = AAᵀ the
+    eigenvalues of Σ₁Σ₂, other than 0, are those of the symmetric AᵀΣ₂A, and the trace of the root is the sum of
+    their roots: real and non-negative whatever the rank, where `scipy.linalg.sqrtm` of the non-symmetric Σ₁Σ₂ can
+    come out complex. Raises UserError when dimensions differ or a number is not finite.
     Source: Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
     """
     device = mu1.device if torch.is_tensor(mu1) else "cpu"
@@ -19,7 +19,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         torch.as_tensor(value, dtype=torch.float64, device=device) for value in (mu1, sigma1, mu2, sigma2)
     )
     _check(mu1, sigma1, mu2, sigma2)
-    root_trace = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
+    factor = _factor(sigma1)
+    eigenvalues = torch.linalg.eigvalsh(factor.T @ sigma2 @ factor)
+    root_trace = eigenvalues.clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
     return max(0.0, distance.item())  # rounding leaves about -1e-12 between equal Gaussians
 
