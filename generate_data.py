@@ -27,8 +27,7 @@ from datasets.pair_folder import PairFolder
 from flows.analytic import analytic_velocity
 from flows.couplings import create_coupling
 from flows.rectified_flow import interpolate, velocity_from_network
-from models import load_model
-from models.checkpoint import apply_architecture, local_file
+from models.checkpoint import load_with_config, local_file
 from runtime import devices
 from runtime.errors import UserError
 from runtime.files import file_digest
@@ -103,9 +102,8 @@ def create_velocity(config, args, given, device):
     """Return (config, velocity): the network's, with its architecture in the config; the closed form; or None."""
     direction = config.sampling.direction
     if direction in WITH_NETWORK:
-        chosen = {name: get_field(config, name) for name in given if name.startswith(("model.", "data."))}
-        net = load_model(args.ckpt_path, device=device, fields=chosen)
-        return apply_architecture(config, net.config_fields, given), velocity_from_network(net)
+        config, net = load_with_config(args.ckpt_path, config, given, device=device)
+        return config, velocity_from_network(net)
     if direction == "random_paired":
         return config, None
     images = pair_starts.chosen_images(config).images

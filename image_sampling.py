@@ -21,8 +21,7 @@ from datasets.batch import one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import Trajectories, create_sampler, euler, straightness
 from metrics.sweep import checkpoint_folder, numbered_checkpoints, run_folder, sweep
-from models import load_model
-from models.checkpoint import HUB, apply_architecture, read_checkpoint
+from models.checkpoint import HUB, load_with_config
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
 from runtime.files import file_digest, write_json
@@ -78,8 +77,7 @@ def checkpoint_paths(place, settings, given):
 
 def sample_checkpoint(path, config, args, given, device):
     """Sample one checkpoint and write everything about it; nothing is written before all of it is sampled."""
-    config = apply_architecture(config, read_checkpoint(path)["fields"], given)
-    net = load_model(path, args.use_ema, device, fields={"data.image_size": config.data.image_size})
+    config, net = load_with_config(path, config, given, args.use_ema, device)
     velocity = velocity_from_network(in_precision(net, config.training.precision, device))
     z, label, row_labels = start_of_samples(config, args.classes, given, device)
     name = pathlib.Path(path).stem + ("" if args.use_ema else "_raw")

@@ -1,12 +1,13 @@
 """Both U-Nets at every configuration of the paper: ours against the released way of computing them, on the CPU.
 
-    OMP_NUM_THREADS=2 python benchmarks/networks.py | tee benchmarks/networks.txt
+    OMP_NUM_THREADS=1 python benchmarks/networks.py | tee benchmarks/networks.txt
 
 The peer has the same weights and gives the same velocity, computed as the released networks do it: attention by
 einsum with its pixels × pixels matrix, 1×1 projections between permutations, resampling by reshaping or by filters,
 the embedding projected block by block. Its operations in an eval forward pass of the CIFAR 3.4M network are printed:
-the released network dispatches 587. Runs alternate (ours, peer, ours in channels_last); figures are medians. GFLOP/s
-counts two for each multiply-accumulate; the peak is this machine's torch.mm in the same run.
+the released network dispatches 587. Runs alternate (ours, peer and, forward only, ours in channels_last); figures are
+medians, ratio is the peer's time over ours. GFLOP/s counts two for each multiply-accumulate of our forward pass; the
+peak is this machine's torch.mm in the same run.
 """
 
 import argparse
@@ -206,17 +207,17 @@ def compare(name, fields, rounds):
     with torch.no_grad():
         torch.testing.assert_close(net(x, t999, label), arms["peer"][0](x, t999, label), rtol=1e-3, atol=1e-4)
     medians = {}
-    for work in (forward, forward_backward):
-        times = {arm: [] for arm in arms}
+    for work, names in ((forward, arms), (forward_backward, ("ours", "peer"))):
+        times = {arm: [] for arm in names}
         for number in range(rounds + 1):  # the first is to warm up
-            for arm, run in arms.items():
-                taken = seconds(work, *run)
+            for arm in names:
+                taken = seconds(work, *arms[arm])
                 if number:
                     times[arm].append(taken)
         medians[work] = {arm: statistics.median(values) for arm, values in times.items()}
     line = f"{name:<17} {gmacs:>7.2f} {batch:>5}"
     for taken in medians.values():
-        line += "".join(f" {batch / taken[arm]:>9.2f}" for arm in arms) + f" {taken['peer'] / taken['ours']:>6.2f}"
+        line += "".join(f" {batch / value:>9.2f}" for value in taken.values()) + f" {taken['peer'] / taken['ours']:>6.2f}"
     rate = 2 * gmacs * batch / medians[forward]["ours"]
     print(f"{line} {rate:>8.1f}", flush=True)
     return [taken["peer"] / taken["ours"] for taken in medians.values()]
@@ -245,9 +246,10 @@ def main():
           f"threads, float32, medians of {rounds} rounds")
     print_operations()
     print(f"torch.mm: {mm_peak():.1f} GFLOP/s before")
-    print(f"{'':<31} {'forward, images/s':^36} {'forward+backward, images/s':^36}")
-    arms = f" {'ours':>9} {'peer':>9} {'ours c.l.':>9} {'ratio':>6}"
-    print(f"{'configuration':<17} {'GMACs':>7} {'batch':>5}{arms}{arms} {'GFLOP/s':>8}")
+    both = f" {'ours':>9} {'peer':>9}"
+    print(f"{'':<31} {'forward, images/s':^36} {'forward+backward, images/s':^26}")
+    print(f"{'configuration':<17} {'GMACs':>7} {'batch':>5}{both} {'ours c.l.':>9} {'ratio':>6}{both} {'ratio':>6} "
+          f"{'GFLOP/s':>8}")
     ratios = [compare(name, fields, rounds) for name, fields in configurations()]
     print(f"torch.mm: {mm_peak():.1f} GFLOP/s after")
     for work, values in zip(("forward", "forward+backward"), zip(*ratios, strict=True), strict=True):
