@@ -217,7 +217,8 @@ def compare(name, fields, rounds):
         medians[work] = {arm: statistics.median(values) for arm, values in times.items()}
     line = f"{name:<17} {gmacs:>7.2f} {batch:>5}"
     for taken in medians.values():
-        line += "".join(f" {batch / value:>9.2f}" for value in taken.values()) + f" {taken['peer'] / taken['ours']:>6.2f}"
+        line += "".join(f" {batch / value:>9.2f}" for value in taken.values())
+        line += f" {taken['peer'] / taken['ours']:>6.2f}"
     rate = 2 * gmacs * batch / medians[forward]["ours"]
     print(f"{line} {rate:>8.1f}", flush=True)
     return [taken["peer"] / taken["ours"] for taken in medians.values()]
