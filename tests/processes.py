@@ -30,7 +30,7 @@ def _run(script, words, log, cwd, environment):
     sys.argv = [script, *words]
     for module, found in flags.FLAGS.flags_by_module_dict().items():  # those of scripts that tests imported
         if not module.startswith("absl."):
-            for flag in found:
+            for flag in list(found):
                 delattr(flags.FLAGS, flag.name)
     status = 1
     try:

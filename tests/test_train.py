@@ -182,7 +182,7 @@ def test_second_start_in_a_run_folder_is_refused_where_it_contradicts(more, sent
 @pytest.mark.parametrize("more, sentence", [
     (["--config.training.batch_size", 5000], "1797"),
     (["--config.data.reflow_data_root", "absent"], "absent"),
-    (["--config.flow.pre_train_model", "absent.pth"], "absent.pth does not exist"),
+    (["--config.flow.pre_train_model", "absent.pth"], "absent.pth"),
     (["--config.training.resume_from", "absent"], "config.training.resume_from absent has no checkpoint"),
     (["--config.expr", ""], "config.expr is empty"),
     (["--config.flow.use_teacher", "true"], "use_teacher"),

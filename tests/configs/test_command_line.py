@@ -26,12 +26,12 @@ CONFIGS = sorted(FOLDER.glob("*.py"))
 
 
 @pytest.fixture(autouse=True)
-def script_flags():
-    """Flags as a script has them."""
-    if "use_ema" not in flags.FLAGS:
-        flags.DEFINE_bool("use_ema", True, "use the EMA weights")
-    if "ckpt_dir" not in flags.FLAGS:
-        flags.DEFINE_string("ckpt_dir", "", "run folder")
+def script_flags(monkeypatch):
+    """Flags as a script has them, and only they."""
+    values = flags.FlagValues()
+    flags.DEFINE_bool("use_ema", True, "use the EMA weights", flag_values=values)
+    flags.DEFINE_string("ckpt_dir", "", "run folder", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
 
 
 def parse(*words):
