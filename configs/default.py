@@ -33,7 +33,7 @@ FIELDS = {
         "record_iters": Field(500, "updates between records of the loss in log.jsonl", low=1),
         "accumulation_steps": Field(1, "forward and backward passes that share one update and its batch", low=1),
         "loss_type": Field("l2", "distance between predicted and target velocity (l2, l1, huber) or of the "
-                           "images they lead to (lpips); docs/objectives.md has the formulas",
+                           "images they lead to (lpips); the README has the formulas",
                            choices=("l2", "l1", "lpips", "lpips+l2", "lpips+l1", "huber", "lpips+huber",
                                     "lpips/1mt+huber")),
         "reduce_mean": Field(True, "l1 and l2 as mean over C·H·W (false: half the sum)"),
@@ -53,7 +53,7 @@ FIELDS = {
     },
     "flow": {
         "eps": Field(1e-3, "smallest time: t runs over [eps, 1]", low=0.0, high=0.5),
-        "flow_t_schedule": Field("uniform", "distribution of the training time t (docs/objectives.md); an integer "
+        "flow_t_schedule": Field("uniform", "distribution of the training time t (formulas in the README); an integer "
                                  "k means k-step distillation",
                                  choices=("uniform", "t0", "t1", "t0t1", "u_shaped"),
                                  pattern=r"fix_<number>|range_<number>_<number>|exp_<number>|<int>"),

@@ -218,3 +218,29 @@ def test_batch_that_processes_cannot_share_is_refused(tmp_path):
     chosen = words(tmp_path, "run", *TINY, "--config.training.batch_size", 15)
     for status, log in run_ranks(tmp_path, "train.py", *chosen):
         assert status == 2 and "cannot be split into 2 processes" in log
+
+
+def test_diverging_run_stops_with_its_skipped_updates_named_and_its_checkpoints_intact(tmp_path):
+    chosen = [*TINY, "--config.optim.warmup", 0, "--config.optim.lr", 1e25, "--config.training.max_skipped", 6,
+              "--config.training.n_iters", 100]
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))
+    assert status == 2 and "was not finite for" in log and "config.training.max_skipped" in log, log
+    record = read_log(tmp_path / "run" / "log.jsonl")[0]
+    assert record["skipped"] == 3 and record["skipped_steps"] == [1, 2, 3]
+    state = load(tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth")
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_processes_agree_on_what_is_skipped(tmp_path):
+    chosen = [*TINY, "--config.optim.warmup", 0, "--config.optim.lr", 1e25, "--config.training.n_iters", 8]
+    assert [s for s, _ in run_ranks(tmp_path, "train.py", *words(tmp_path, "run", *chosen))] == [0, 0]
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["skipped"] == 7
+
+
+def test_bf16_radam_and_accumulation_train(tmp_path):
+    chosen = [*TINY, "--config.training.n_iters", 8, "--config.training.precision", "bf16",
+              "--config.training.accumulation_steps", 4, "--config.optim.optimizer", "RAdam"]
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))
+    assert status == 0, log
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    assert records[-1]["skipped"] == 0 and 0 < records[-1]["loss"] < 5

@@ -124,11 +124,11 @@ def check_skipped(found, limit):
 
 
 @torch.no_grad()
-def apply_update(update, optimizer, ema, guard, loss, *, grad_clip, reduce_max=None):
+def apply_update(update, optimizer, ema, guard, loss, *, grad_clip):
     """Clip the gradients, step the optimizer and the EMA, and count; leave all as it was if anything is not finite.
 
     update: its number. loss: 0-dimensional tensor of the whole update. grad_clip: largest norm (negative: off).
-    reduce_max: makes the verdict (0-dimensional float tensor) the largest over the processes, so that all agree.
+    With several processes loss and gradients are those averaged over all of them, so that all come to one verdict.
     Nothing is read from the device.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -137,8 +137,6 @@ def apply_update(update, optimizer, ema, guard, loss, *, grad_clip, reduce_max=N
         torch._foreach_mul_(gradients, (1.0 / guard.scale).to(torch.float32))
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     bad = torch.isfinite(loss + norm).logical_not().to(torch.float32)
-    if reduce_max is not None:
-        bad = reduce_max(bad)
     if grad_clip >= 0:
         torch._foreach_mul_(gradients, torch.clamp(grad_clip / (norm + 1e-6), max=1.0))
     if optimizer.defaults.get("fused"):
