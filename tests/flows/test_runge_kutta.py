@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flows import runge_kutta
 from flows.runge_kutta import (
+    JOINT,
     all_together,
     attempt_step,
     each_alone,
+    in_halves,
     power,
     rk45_joint,
     rk45_per_sample,
@@ -46,11 +48,10 @@ def test_end_point_is_right_within_the_tolerance(solver, tol):
 def test_formula_has_order_five():
     def error(steps):
         z = noise(3, 4, dtype=torch.float64)
-        state = start_lanes(gaussian_velocity, z, None, 0.0, 1.0, 1e6, each_alone)
+        state = start_lanes(gaussian_velocity, z, None, 0.0, 1.0, 1e6, JOINT)
         for _ in range(steps):
             state = dataclasses.replace(state, h=torch.full_like(state.h, 1 / steps))
-            state, _ = attempt_step(gaussian_velocity, state, 1.0, 1e6, each_alone, runge_kutta.DEFAULT_CONTROLLER,
-                                    z.dtype)
+            state, _ = attempt_step(gaussian_velocity, state, 1.0, 1e6, JOINT, z.dtype)
         return (state.x - gaussian_flow(z)).abs().max().item()
 
     assert math.log2(error(16) / error(32)) == pytest.approx(5, abs=0.4)
@@ -256,3 +257,9 @@ def test_a_power_is_the_same_bits_wherever_in_the_tensor_it_stands():
     values = torch.rand(1003, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10
     alone = torch.cat([power(value.view(1), -1 / 5) for value in values])
     assert torch.equal(power(values, -1 / 5), alone)
+
+
+def test_what_is_left_is_halved_rather_than_leaving_a_tiny_step():
+    h = torch.tensor([0.3, 0.3, 0.3, 0.3])
+    to_go = torch.tensor([0.7, 0.4, 0.3, 0.1])
+    torch.testing.assert_close(in_halves(h, to_go), torch.tensor([0.3, 0.2, 0.3, 0.3]))
