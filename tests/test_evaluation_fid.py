@@ -93,7 +93,7 @@ def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measur
     status, _, err = evaluate(repository, *words)
     assert status == 0, err
     alone = np.load(run / "eval" / "checkpoint_1_one_step.npy")
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29713")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     status, out, err = evaluate(repository, *words, "--config.eval.batch_size=7", "--force", launcher=launcher)
     assert status == 0, err
     assert out.count("best: ") == 1
