@@ -1,13 +1,13 @@
 """Both U-Nets at every configuration of the paper: ours against the released way of computing them, on the CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/networks.py | tee benchmarks/networks.txt
+    OMP_NUM_THREADS=2 python benchmarks/networks.py | tee benchmarks/networks.txt
 
 The peer has the same weights and gives the same velocity, computed as the released networks do it: attention by
 einsum with its pixels × pixels matrix, 1×1 projections between permutations, resampling by reshaping or by filters,
 the embedding projected block by block. Its operations in an eval forward pass of the CIFAR 3.4M network are printed:
-the released network dispatches 587. Runs alternate (ours, peer and, forward only, ours in channels_last); figures are
-medians, ratio is the peer's time over ours. GFLOP/s counts two for each multiply-accumulate of our forward pass; the
-peak is this machine's torch.mm in the same run.
+the released network dispatches 587. Runs alternate (ours, peer and, forward only, ours in channels_last, the layout in
+which `load_model` returns a network on a CPU); figures are medians, ratio is the peer's time over ours. GFLOP/s counts
+two for each multiply-accumulate of our forward pass; the peak is this machine's torch.mm in the same run.
 """
 
 import argparse
