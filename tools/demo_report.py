@@ -60,7 +60,7 @@ def markdown(rows, seconds, checks, total):
     lines = [
         "# SlimFlow on handwritten digits", "",
         "Fréchet distance of the pixels themselves (uint8, mapped to [-1, 1]): no FID, smaller is better; two random "
-        "halves of the data are 0.28 apart. The nearest-image columns are medians of the Euclidean distance of a "
+        "halves of the data are about 0.3 apart. The nearest-image columns are medians of the Euclidean distance of a "
         "sample, and of a real image, to the nearest (other) training image: samples much nearer than real images "
         "are to each other would be copies.", "",
         "| stage | sampler | parameters | NFE | Fréchet distance | seconds | nearest training image | "

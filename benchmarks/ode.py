@@ -1,0 +1,189 @@
+"""Adaptive integration of a trained 1-flow: ours, per sample and joint, against scipy, torchdiffeq and torchode.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/ode.py logs/digits_1flow/checkpoints/checkpoint_3.pth | tee benchmarks/ode.txt
+
+All integrate the same float32 network (EMA weights) from the same noise, from t = 0.001 to 1, with a float64 state
+and rtol = atol, a batch at a time. First part, on 1,000 samples: evaluations a sample needs by its solver's own
+count; rows, how many times the network really saw it (a batch computes what some of its samples no longer need);
+error, the root mean square over a sample's pixels against a solution at tolerance 1e-7, as mean, median and worst of
+the samples. Second part, on fewer samples: seconds, medians of interleaved rounds, on a CPU processor seconds of
+the one thread that all use, so that other programs on the machine count little.
+"""
+
+import argparse
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from importlib import metadata
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torchdiffeq
+import torchode
+from scipy.integrate import solve_ivp
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from flows.rectified_flow import velocity_from_network  # noqa: E402
+from flows.runge_kutta import rk45_joint, rk45_per_sample  # noqa: E402
+from models import load_model  # noqa: E402
+from runtime.seeds import index_noise  # noqa: E402
+
+EPS, TIGHT = 1e-3, 1e-7
+TOLERANCES = (1e-3, 1e-4, 1e-5)
+
+
+class CountedVelocity:
+    """A velocity that counts the rows it computes; the same work for every solver."""
+
+    def __init__(self, velocity):
+        """Wrap `velocity(x, t, label)`."""
+        self.velocity, self.rows = velocity, 0
+
+    def __call__(self, x, t, label=None):
+        """Return the velocity at x `(B, C, H, W)`, t `(B,)`."""
+        self.rows += len(x)
+        return self.velocity(x, t, label)
+
+
+def per_sample(velocity, z, tol, batch):
+    """Ours, each sample with its own steps."""
+    return rk45_per_sample(velocity, z, t_start=EPS, tol=tol, lanes=batch)
+
+
+def joint(velocity, z, tol, batch):
+    """Ours, one step size for a batch."""
+    return rk45_joint(velocity, z, t_start=EPS, tol=tol, lanes=batch)
+
+
+def in_batches(solve):
+    """Return a solver of any number of samples from `solve(velocity, z, tol)` of one batch."""
+
+    def solver(velocity, z, tol, batch):
+        parts = [solve(velocity, part, tol) for part in z.split(batch)]
+        return torch.cat([x for x, _ in parts]), torch.cat([nfe for _, nfe in parts])
+
+    return solver
+
+
+@in_batches
+def scipy_rk45(velocity, z, tol):
+    """scipy's solve_ivp on the flattened batch."""
+
+    def right_side(t, flat):
+        x = torch.from_numpy(flat).view_as(z).to(z.device, z.dtype)
+        v = velocity(x, torch.full((len(z),), t, dtype=z.dtype, device=z.device))
+        return v.double().cpu().numpy().reshape(-1)
+
+    found = solve_ivp(right_side, (EPS, 1.0), z.double().cpu().numpy().reshape(-1), method="RK45", rtol=tol, atol=tol)
+    x = torch.from_numpy(found.y[:, -1]).view_as(z).to(z.device, z.dtype)
+    return x, torch.full((len(z),), found.nfev)
+
+
+@in_batches
+def torchdiffeq_dopri5(velocity, z, tol):
+    """torchdiffeq's dopri5, one step size for a batch."""
+    calls = 0
+
+    def right_side(t, x):
+        nonlocal calls
+        calls += 1
+        return velocity(x.to(z.dtype), t.to(z.dtype).expand(len(z))).double()
+
+    times = torch.tensor([EPS, 1.0], dtype=torch.float64, device=z.device)
+    x = torchdiffeq.odeint(right_side, z.double(), times, rtol=tol, atol=tol, method="dopri5")[-1]
+    return x.to(z.dtype), torch.full((len(z),), calls)
+
+
+@in_batches
+def torchode_dopri5(velocity, z, tol):
+    """torchode's dopri5, each sample with its own steps, with the PID controller its documentation names."""
+
+    def right_side(t, flat):
+        return velocity(flat.to(z.dtype).view_as(z), t.to(z.dtype)).double().flatten(1)
+
+    term = torchode.ODETerm(right_side)
+    controller = torchode.PIDController(term=term, atol=tol, rtol=tol, pcoeff=0.2, icoeff=0.5, dcoeff=0.0)
+    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term), controller)
+    ends = [torch.full((len(z),), t, dtype=torch.float64, device=z.device) for t in (EPS, 1.0)]
+    found = solver.solve(torchode.InitialValueProblem(z.double().flatten(1), *ends, t_eval=ends[1][:, None]))
+    # Its own n_f_evals is one number for the batch; a step of a sample is six evaluations, the start two.
+    return found.ys[:, -1].view_as(z).to(z.dtype), (2 + 6 * found.stats["n_steps"]).cpu()
+
+
+SOLVERS = {"ours, per sample": per_sample, "ours, joint": joint, "scipy RK45": scipy_rk45,
+           "torchdiffeq dopri5": torchdiffeq_dopri5, "torchode dopri5": torchode_dopri5}
+
+
+def seconds_used(device):
+    """A clock for `device`: processor seconds of this process on a CPU, wall-clock seconds on a GPU."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare_results(velocity, z, batch):
+    """Print evaluations, rows and errors of each solver at each tolerance."""
+    tight, _ = per_sample(velocity, z, TIGHT, batch)
+    print(f"\n{len(z)} samples, batches (lanes) of {batch}, errors against tolerance {TIGHT:g}")
+    print(f"{'tolerance':>9}  {'solver':20}{'evaluations':>12}{'rows':>8}{'mean error':>12}{'median':>10}{'worst':>10}")
+    for tol in TOLERANCES:
+        for name, solver in SOLVERS.items():
+            counted = CountedVelocity(velocity)
+            x, nfe = solver(counted, z, tol, batch)
+            error = (x - tight).flatten(1).square().mean(1).sqrt()
+            print(f"{tol:9g}  {name:20}{nfe.double().mean():12.2f}{counted.rows / len(z):8.2f}{error.mean():12.3e}"
+                  f"{error.median():10.2e}{error.max():10.2e}", flush=True)
+
+
+def compare_seconds(velocity, z, batch, rounds):
+    """Print the seconds of each solver at each tolerance: every round, the medians and their ratios to ours."""
+    print(f"\nseconds for {len(z)} samples, batches (lanes) of {batch}, {rounds} interleaved rounds")
+    for tol in TOLERANCES:
+        seconds = {name: [] for name in SOLVERS}
+        for _ in range(rounds):
+            for name, solver in SOLVERS.items():
+                started = seconds_used(z.device)
+                solver(velocity, z, tol, batch)
+                seconds[name].append(seconds_used(z.device) - started)
+        ours = statistics.median(seconds["ours, per sample"])
+        for name, values in seconds.items():
+            median = statistics.median(values)
+            print(f"{tol:9g}  {name:20}median {median:7.3f}  ratio to ours {median / ours:5.2f}  "
+                  f"rounds {' '.join(f'{value:.3f}' for value in values)}", flush=True)
+
+
+@torch.no_grad()
+def main():
+    """Read the command line and print both parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a .pth file")
+    parser.add_argument("--samples", type=int, default=1000, help="samples of the first part")
+    parser.add_argument("--batch", type=int, default=200, help="batch (lanes) of the first part")
+    parser.add_argument("--timed_samples", type=int, default=200, help="samples of the second part")
+    parser.add_argument("--timed_batch", type=int, default=50, help="batch (lanes) of the second part")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the second part")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = load_model(options.checkpoint, device=device).requires_grad_(False)
+    velocity, fields = velocity_from_network(net), net.config_fields
+    shape = (fields["data.num_channels"], fields["data.image_size"], fields["data.image_size"])
+    print(f"{device.type}, {platform.processor() or platform.machine()}, 1 thread; "
+          + ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "scipy", "torchdiffeq", "torchode")))
+    print(f"network: {sum(p.numel() for p in net.parameters()):,} parameters, images {shape}")
+    compare_results(velocity, index_noise(0, range(options.samples), shape).to(device), options.batch)
+    compare_seconds(velocity, index_noise(1, range(options.timed_samples), shape).to(device), options.timed_batch,
+                    options.rounds)
+
+
+if __name__ == "__main__":
+    main()
