@@ -20,8 +20,8 @@ from configs.command_line import run_script
 from datasets.batch import one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import Trajectories, create_sampler, euler, straightness
-from metrics.sweep import checkpoint_folder, numbered_checkpoints, run_folder, sweep
-from models.checkpoint import HUB, load_with_config
+from metrics.sweep import checkpoint_folder, run_folder, sweep
+from models.checkpoint import HUB, load_with_config, numbered_checkpoints
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
 from runtime.files import file_digest, write_json

@@ -4,6 +4,7 @@ import pathlib
 import re
 import time
 
+from models.checkpoint import numbered_checkpoints
 from runtime.errors import UserError
 
 POLL = 5.0  # seconds between looks at the folder, after a while of quicker ones
@@ -20,12 +21,6 @@ def checkpoint_folder(ckpt_dir):
     ckpt_dir = pathlib.Path(ckpt_dir)
     inner = ckpt_dir / "checkpoints"
     return ckpt_dir if not inner.is_dir() and numbered_checkpoints(ckpt_dir) else inner
-
-
-def numbered_checkpoints(folder):
-    """Return {k: path} of the files checkpoint_{k}.pth in `folder`, ascending."""
-    found = ((re.fullmatch(r"checkpoint_(\d+)\.pth", path.name), path) for path in pathlib.Path(folder).glob("*.pth"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 def sweep(folder, begin, end, skipped):

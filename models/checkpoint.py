@@ -5,6 +5,7 @@ config of the run as a nested dict. A file of the released layout is translated 
 the program knows one layout only.
 """
 
+import pathlib
 import pickle
 import re
 import warnings
@@ -25,6 +26,12 @@ def write_checkpoint(path, state):
     """Write a checkpoint dict atomically: a crash leaves the old file or the new one, never half of one."""
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
+
+
+def numbered_checkpoints(folder):
+    """Return {k: path} of the files checkpoint_{k}.pth in `folder`, in the order of k."""
+    found = ((re.fullmatch(r"checkpoint_(\d+)\.pth", path.name), path) for path in pathlib.Path(folder).glob("*.pth"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 def read_checkpoint(path):

@@ -7,8 +7,8 @@ import time
 
 from absl import app, flags
 
+from models.checkpoint import numbered_checkpoints
 from training.record import read_log
-from training.state import numbered_checkpoints
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("work_dir", "logs", "folder of the runs, searched with its sub-folders")

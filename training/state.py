@@ -2,12 +2,11 @@
 
 import os
 import pathlib
-import re
 import threading
 
 import torch
 
-from models.checkpoint import read_checkpoint, write_checkpoint
+from models.checkpoint import numbered_checkpoints, read_checkpoint, write_checkpoint
 from runtime.errors import UserError
 
 STATE, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
@@ -72,16 +71,6 @@ def _keep_previous(path):
     except OSError:  # a file system without hard links
         return
     os.replace(link, path.with_name(PREVIOUS))
-
-
-def numbered_checkpoints(folder):
-    """Return {k: path} of the files checkpoint_{k}.pth in `folder`, in the order of k."""
-    found = {}
-    for path in pathlib.Path(folder).glob("checkpoint_*.pth"):
-        match = re.fullmatch(r"checkpoint_(\d+)\.pth", path.name)
-        if match:
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
 
 
 def keep_newest(folder, count):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from metrics.sweep import checkpoint_folder, numbered_checkpoints, run_folder, sweep, sweep_and_wait
+from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
 from runtime.errors import UserError
 
 
@@ -21,13 +21,6 @@ def names(paths):
 
 def incomplete(path):
     return None if path.read_bytes() == b"complete" else "it is cut short"
-
-
-def test_the_numbers_in_the_names_decide_and_other_files_do_not_count(tmp_path):
-    touch(tmp_path, 2, 10, 9)
-    for other in ("checkpoint.pth", "checkpoint_x.pth", ".checkpoint_3.17.tmp.pth", "checkpoint_4.pth.part"):
-        (tmp_path / other).write_bytes(b"")
-    assert list(numbered_checkpoints(tmp_path)) == [2, 9, 10]
 
 
 def test_an_open_sweep_goes_to_the_newest_and_tells_of_gaps(tmp_path):

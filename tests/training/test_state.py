@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from configs.command_line import run_script
-from models.checkpoint import write_checkpoint
+from models.checkpoint import numbered_checkpoints, write_checkpoint
 from runtime.errors import UserError
 from training import state
-from training.state import PREVIOUS, STATE, Writer, keep_newest, numbered_checkpoints, read_newest_state
+from training.state import PREVIOUS, STATE, Writer, keep_newest, read_newest_state
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "rectified_flow" / "digits_rf_gaussian.py")
 
