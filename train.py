@@ -94,7 +94,12 @@ class Training:
         return state["step"], messages
 
     def trained_network(self):
-        """Return the network as it is called in training: compiled, and averaging gradients over processes."""
+        """Return the network as it is called in training: compiled, and averaging gradients over processes.
+
+        Processes would wait for the gradients of parameters that have none; optimizer and EMA hold these by now.
+        """
+        for parameter in self.network.idle_parameters():
+            parameter.requires_grad_(False)
         network = torch.compile(self.network) if self.config.training.compile else self.network
         if self.processes.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None

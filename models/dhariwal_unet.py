@@ -73,6 +73,10 @@ class DhariwalUNet(nn.Module):
         # In the order in which the blocks run. A plain list: the blocks own these layers.
         self.affine_linears = [module.affine for module in self.modules() if isinstance(module, ResidualBlock)]
 
+    def idle_parameters(self):
+        """Return the parameters that no output depends on: there are none."""
+        return []
+
     def scales_and_shifts(self, t999, label):
         """Return an iterator over the blocks' scales and shifts, each (N, 2·channels), in their order."""
         return layers.parallel_linears(self.affine_linears, self.embedding(t999, label))

@@ -96,6 +96,15 @@ class NCSNpp(nn.Module):
             return itertools.repeat(None)
         return layers.parallel_linears(self.time_linears, self.time_embedding(self.time_features(t999)))
 
+    def idle_parameters(self):
+        """Return the parameters that no output depends on: the blocks' projections of a time that they do not see.
+
+        Released state dicts and averages have them all the same.
+        """
+        if self.time_embedding is not None:
+            return []
+        return [parameter for linear in self.time_linears for parameter in linear.parameters()]
+
     def forward(self, x, t999, label=None):
         """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,); `label` must be None."""
         if label is not None:

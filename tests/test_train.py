@@ -1,6 +1,8 @@
 """train.py as a whole: exact resumption, processes, signals, broken files, what a run leaves behind."""
 
+import functools
 import json
+import pathlib
 import random
 import shutil
 import signal
@@ -115,6 +117,23 @@ def test_two_processes_train_to_the_losses_of_one(tmp_path):
         assert status == 0, log
     one, two = (read_log(tmp_path / n / "run" / "log.jsonl")[-1]["loss"] for n in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_two_processes_train_a_network_that_does_not_see_the_time(tmp_path):
+    """Its time projections get no gradient, and keep their places in the EMA and the optimizer."""
+    chosen = [*TINY, "--config.training.n_iters", 6, "--config.training.accumulation_steps", 2,
+              "--config.model.conditional", "false"]
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "one", "run", *chosen))
+    assert status == 0, log
+    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "two", "run", *chosen)):
+        assert status == 0, log
+    one, two = (load(tmp_path / n / "run" / "checkpoints-meta" / "checkpoint.pth") for n in ("one", "two"))
+    assert len(two["ema"]["shadow_params"]) == len(two["optimizer"]["param_groups"][0]["params"]) == len(
+        two["model"]) - 1  # the sigmas are no parameter
+    assert one["optimizer"]["state"].keys() == two["optimizer"]["state"].keys()
+    assert 0 < len(two["optimizer"]["state"]) < len(two["ema"]["shadow_params"])
+    for a, b in zip(one["ema"]["shadow_params"], two["ema"]["shadow_params"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -235,6 +254,30 @@ def test_processes_agree_on_what_is_skipped(tmp_path):
     chosen = [*TINY, "--config.optim.warmup", 0, "--config.optim.lr", 1e25, "--config.training.n_iters", 8]
     assert [s for s, _ in run_ranks(tmp_path, "train.py", *words(tmp_path, "run", *chosen))] == [0, 0]
     assert read_log(tmp_path / "run" / "log.jsonl")[-1]["skipped"] == 7
+
+
+def test_compiled_run_is_one_graph_with_the_losses_and_the_names_of_an_eager_one(tmp_path, monkeypatch):
+    """With the compiler's back end replaced by one that is quick; training.compile uses inductor."""
+    chosen = [*TINY, "--config.training.n_iters", 12, "--config.training.accumulation_steps", 2,
+              "--config.training.snapshot_sampling", 6]
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "eager", "run", *chosen))
+    assert status == 0, log
+
+    def backend(graph, inputs):
+        with open(tmp_path / "graphs.txt", "a") as opened:
+            opened.write("graph\n")
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    chosen += ["--config.training.compile", "true"]
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "compiled", "run", *chosen))
+    assert status == 0, log
+    assert (tmp_path / "graphs.txt").read_text() == "graph\n"  # no break, no compilation at a later update
+    eager, compiled = (read_log(tmp_path / n / "run" / "log.jsonl") for n in ("eager", "compiled"))
+    assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in eager], rel=1e-5)
+    assert [e["grad_norm"] for e in compiled] == pytest.approx([e["grad_norm"] for e in eager], rel=1e-4)
+    state = pathlib.Path("run", "checkpoints-meta", "checkpoint.pth")
+    assert list(load(tmp_path / "compiled" / state)["model"]) == list(load(tmp_path / "eager" / state)["model"])
 
 
 def test_bf16_radam_and_accumulation_train(tmp_path):

@@ -97,7 +97,10 @@ def test_unconditional_network_ignores_the_time():
     out = net(x, t999)
     assert torch.equal(out, net(x, t999 / 2))
     out.sum().backward()
-    assert {name.split(".")[-2] for name, p in net.named_parameters() if p.grad is None} == {"time"}
+    idle = {name: p for name, p in net.named_parameters() if p.grad is None}
+    assert {name.split(".")[-2] for name in idle} == {"time"}
+    assert {id(p) for p in net.idle_parameters()} == {id(p) for p in idle.values()}
+    assert not lively(NCSNPP).idle_parameters() and not lively(DHARIWAL).idle_parameters()
 
 
 @BOTH
