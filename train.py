@@ -75,6 +75,8 @@ class Training:
         self.path = processes.share(run_folder.open_run(config) if processes.is_main else None)
         self.record = Record(self.path, start=self.step, total=config.training.n_iters,
                              progress=config.training.progress, active=processes.is_main)
+        if config.training.compile:
+            messages.append("compiling the network in the first update, which takes a minute or more")
         for message in messages:
             self.record.say(message)
         self.writer = Writer()
@@ -119,7 +121,8 @@ class Training:
         """Update until n_iters, or until told to stop; return the exit status."""
         self.network.train()
         signal = 0
-        with StopRequest(self.processes.world_size) as stop:
+        compiling = networks.compiler_failures(self.config.training.compile)
+        with StopRequest(self.processes.world_size) as stop, compiling:
             while self.step < self.config.training.n_iters and not signal:
                 self.update(self.step)
                 self.step += 1

@@ -280,6 +280,16 @@ def test_compiled_run_is_one_graph_with_the_losses_and_the_names_of_an_eager_one
     assert list(load(tmp_path / "compiled" / state)["model"]) == list(load(tmp_path / "eager" / state)["model"])
 
 
+def test_compiler_that_fails_is_one_sentence(tmp_path, monkeypatch):
+    def backend(graph, inputs):
+        raise OSError("no working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, "--config.training.compile", "true"))
+    assert status == 2 and "Traceback" not in log, log
+    assert "config.training.compile is true, but torch.compile fails" in log and "no working C++ compiler" in log
+
+
 def test_bf16_radam_and_accumulation_train(tmp_path):
     chosen = [*TINY, "--config.training.n_iters", 8, "--config.training.precision", "bf16",
               "--config.training.accumulation_steps", 4, "--config.optim.optimizer", "RAdam"]

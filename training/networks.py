@@ -1,5 +1,7 @@
 """Where a run's weights come from: its own state, another run's, a pre-trained network; and the teacher."""
 
+import contextlib
+
 import numpy as np
 import torch
 
@@ -83,6 +85,20 @@ def load_teacher(config, device):
         if there is not None and there != here:
             raise UserError(f"the teacher {path} has data.{name} {there}, this run {here}")
     return teacher
+
+
+@contextlib.contextmanager
+def compiler_failures(compiling):
+    """Raise a UserError for what torch.compile cannot do here, for instance without a C++ compiler."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (compiling and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
+            raise
+        cause = getattr(error, "inner_exception", error)
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        raise UserError(f"config.training.compile is true, but torch.compile fails: {reason}; set it to false, or "
+                        "install the compiler that it needs") from error
 
 
 def seed_dropout(seed, update, rank):
