@@ -234,7 +234,7 @@ def run_chosen():
         runner.run(todo, again)
     print(f"study: {len(todo)} steps to run" if FLAGS.dry_run else f"study: all {len(steps)} steps are in {results}")
     if FLAGS.quick and not FLAGS.dry_run:
-        report.write_report(results, root.path / "report.md", seeds=MAIN_SEEDS[:1], root=root.path)
+        report.write_report(results, root.path / "report.md", seeds=MAIN_SEEDS[:1])
 
 
 def main(argv):
