@@ -21,6 +21,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -137,10 +138,11 @@ class ReleasedDhariwal(dhariwal_unet.DhariwalUNet):
 
 
 RELEASED_WAY = {
-    "ncsnpp": {layers.SelfAttention: NINAttention, layers.BoxUpsample: ReshapeUpsample,
+    "ncsnpp": {layers.SelfAttention: NINAttention, layers.BoxUpsample: ReshapeUpsample, layers.Dropout: nn.Dropout,
                layers.BoxDownsample: ReshapeDownsample, ncsnpp.NCSNpp: ReleasedNCSNpp},
     "DhariwalUNet": {layers.SelfAttention: EinsumAttention, layers.BoxUpsample: FilterUpsample,
-                     layers.BoxDownsample: FilterDownsample, dhariwal_unet.DhariwalUNet: ReleasedDhariwal},
+                     layers.Dropout: nn.Dropout, layers.BoxDownsample: FilterDownsample,
+                     dhariwal_unet.DhariwalUNet: ReleasedDhariwal},
 }
 
 
