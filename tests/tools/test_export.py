@@ -1,6 +1,7 @@
 """Exported files give PyTorch's images in onnxruntime, for any number of images, and are used without torch."""
 
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -9,10 +10,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
+from configs.command_line import config_to_dict, load_config
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
-from models import load_model
+from models import create_model, load_model
+from models.checkpoint import write_checkpoint
+from models.ema import ExponentialMovingAverage
 from runtime.seeds import index_noise
 from tools import export
 
@@ -38,6 +43,21 @@ def two_steps(recorded, tmp_path_factory):
              "--image_size", "16", "--raw"]
     assert export.main(words) == 0
     return recorded / "ncsnpp_cifar.pth", folder
+
+
+def digits_checkpoint():
+    """The content of a checkpoint of a small random network for the digits, one channel of 8×8."""
+    config = load_config("configs/rectified_flow/digits_rf_gaussian.py")
+    config.model.nf, config.model.ch_mult, config.model.num_res_blocks = 8, (1,), 1
+    config.model.attn_resolutions = ()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = create_model(config)
+        for parameter in net.parameters():  # the last layers start at zero: such a network would return the noise
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    ema = ExponentialMovingAverage(net.parameters(), 0.9)
+    return {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": {}, "step": 1,
+            "config": config_to_dict(config)}
 
 
 def session(path):
@@ -87,16 +107,57 @@ def test_eight_bits_need_less_than_half_of_the_bytes(conditional):
     assert small.stat().st_size < 0.5 * full.stat().st_size
 
 
-def test_the_lines_of_the_documentation_make_a_picture_without_torch(repository, two_steps, tmp_path):
-    _, folder = two_steps
-    lines = re.search(r"```python\n(.*?)```", (repository / "docs" / "export.md").read_text(), re.DOTALL)[1]
-    assert len([line for line in lines.splitlines() if line and "import" not in line]) <= 10
-    lines = re.sub(r'"logs/[^"]+\.onnx"', repr(str(folder / "ncsnpp_cifar.onnx")), lines)
+def readme(repository):
+    """Return what the README shows of export: (the checkpoint it names, its Python lines)."""
+    section = (repository / "README.md").read_text().partition("### Use a one-step model without PyTorch\n")[2]
+    checkpoint = re.search(r"`python -m tools.export (\S+\.pth)`", section)[1]
+    return pathlib.Path(checkpoint), re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+
+
+def run_without_torch(lines, folder):
+    """Run Python lines as they are in `folder`, in a process in which importing torch fails."""
     blocked = "import sys\nsys.modules['torch'] = None\n"
-    done = subprocess.run([sys.executable, "-c", blocked + lines], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", blocked + lines], cwd=folder, capture_output=True, text=True,
                           check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "images.png").read_bytes().startswith(b"\x89PNG")
+    return done.returncode, done.stderr
+
+
+def test_the_ten_lines_of_the_readme_make_a_picture_without_torch_of_what_its_command_exports(
+        repository, tmp_path, monkeypatch):
+    checkpoint, lines = readme(repository)
+    assert len([line for line in lines.splitlines() if line]) <= 10
+    write_checkpoint(tmp_path / checkpoint, digits_checkpoint())
+    monkeypatch.chdir(tmp_path)
+    assert export.main([str(checkpoint)]) == 0
+    status, err = run_without_torch(lines, tmp_path)
+    assert status == 0, err
+    velocity = velocity_from_network(load_model(checkpoint))
+    noise = np.random.default_rng(0).standard_normal((16, 1, 8, 8), dtype=np.float32)
+    with torch.no_grad():
+        images = one_step(velocity, torch.from_numpy(noise))[0]
+    expected = (255 * ((images + 1) / 2).clamp(0, 1)).to(torch.uint8)[:, 0].numpy()
+    with Image.open(tmp_path / "images.png") as opened:
+        found = np.asarray(opened).reshape(4, 8, 4, 8).transpose(0, 2, 1, 3).reshape(16, 8, 8)
+    assert expected.std() > 10
+    assert np.abs(found.astype(int) - expected).max() <= 1  # truncation turns the last bit of a float into a level
+
+
+def test_the_lines_of_the_readme_make_colour_pictures_too(repository, two_steps, tmp_path):
+    _, folder = two_steps
+    _, lines = readme(repository)
+    path = tmp_path / re.search(r'"(logs/[^"]+\.onnx)"', lines)[1]
+    path.parent.mkdir(parents=True)
+    path.symlink_to(folder / "ncsnpp_cifar.onnx")
+    status, err = run_without_torch(lines, tmp_path)
+    assert status == 0, err
+    with Image.open(tmp_path / "images.png") as opened:
+        assert (opened.mode, opened.size) == ("RGB", (64, 64))
+
+
+def test_the_process_of_these_tests_cannot_import_torch(tmp_path):
+    status, err = run_without_torch("import torch", tmp_path)
+    assert status == 1
+    assert "import of torch halted" in err
 
 
 def test_missing_packages_and_wrong_words_are_one_sentence(recorded, monkeypatch, capsys):
