@@ -5,6 +5,7 @@ not computed again. torchrun splits the samples over its processes.
 """
 
 import dataclasses
+import datetime
 import pathlib
 import time
 
@@ -33,7 +34,7 @@ from models.checkpoint import HUB, load_with_config, local_file, read_checkpoint
 from models.describe import measure as count_operations
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
-from runtime.files import file_digest
+from runtime.files import file_digest, state_digest
 from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise
 from training.update import autocast, set_precision
@@ -46,6 +47,7 @@ flags.DEFINE_bool("use_ema", True, "sample with the EMA weights (false: the raw 
 flags.DEFINE_bool("force", False, "compute again what results.jsonl has")
 
 BATCHES_AT_ONCE = 4  # handed to the sampler together, so that rk45's lanes seldom run empty
+PATIENCE = datetime.timedelta(days=7)  # of processes for one that waits for training or compares the features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ def main(config, args, given):
     """Measure what the flags name and print a table and the line to quote."""
     if bool(args.ckpt_dir) == bool(args.data_dir):
         raise UserError("name either --ckpt_dir (checkpoints to sample) or --data_dir (images to measure)")
-    processes = start_processes()
+    processes = start_processes(PATIENCE)
     set_precision(config.training.precision)
     try:
         if args.data_dir:
@@ -93,8 +95,7 @@ def measure_checkpoints(config, args, given, processes):
         config, net = load_with_config(checkpoint, config, given, args.use_ema, processes.device)
         if yardstick is None:
             yardstick = create_yardstick(config, args.target_path, processes)
-            with torch.device(processes.device):
-                multiplications = sum(count_operations(net, 1).macs.values())
+            multiplications = sum(count_operations(net, 1).macs.values())
             cost = cost_of(net, multiplications / 1e9, processes.device)
             say(processes, cost_line(cost))
         result = identity | {"step": int(read_checkpoint(checkpoint).get("step", 0))} | cost
@@ -155,6 +156,7 @@ def sampling_identity(config):
         "ode_tol": sampling.ode_tol if adaptive else None,
         "step_control": sampling.step_control if adaptive else None,
         "rho": sampling.rho if name == "heun" else None,
+        "eps": config.flow.eps,
         "arithmetic": config.training.precision,
         "init_noise_scale": sampling.init_noise_scale,
         "class_label": sampling.class_label,
@@ -162,9 +164,17 @@ def sampling_identity(config):
 
 
 def measuring_identity(config, target_path):
-    """Return what of the measuring makes a result another."""
-    return {"seeds": {"samples": config.seed, "subsets": config.seed}, "num_samples": config.eval.num_samples,
-            "features": config.eval.feature_extractor, "target": target_path or config.data.dataset}
+    """Return what of the measuring makes a result another. Raises UserError if there is no --target_path."""
+    found, data = config.eval, config.data
+    pixels = found.feature_extractor == "pixels"  # they are compared with the training images themselves
+    target, state = " ".join(filter(None, [data.dataset, pixels and (data.data_root or data.custom_data_root)])), None
+    if target_path:
+        if not pathlib.Path(target_path).exists():
+            raise UserError(f"--target_path {target_path} does not exist")
+        target, state = target_path, state_digest(target_path)
+    return {"seeds": {"samples": config.seed, "subsets": config.seed}, "num_samples": found.num_samples,
+            "features": found.feature_extractor, "inception_path": None if pixels else found.inception_path,
+            "target": target, "target_state": state}
 
 
 def create_yardstick(config, target_path, processes):
@@ -248,8 +258,7 @@ def measure_files(config, args, processes):
     path = results_file.results_path(source.path.parent)
     count = min(config.eval.num_samples, len(source))
     say(processes, f"{count} of the {len(source)} images in {args.data_dir} are measured")
-    state = source.path.stat()
-    identity = {"checkpoint": source.path.name, "digest": f"{state.st_size}-{state.st_mtime_ns}", "sampler": None,
+    identity = {"checkpoint": source.path.name, "digest": state_digest(source.path), "sampler": None,
                 **measuring_identity(config, args.target_path), "num_samples": count}
     earlier = None if args.force else results_file.find_result(results_file.read_results(path), identity)
     earlier = processes.share(earlier)

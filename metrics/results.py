@@ -7,8 +7,9 @@ import pathlib
 from metrics.features import TITLES
 
 # What makes two evaluations the same: with all of these equal, the second is not computed.
-IDENTITY = ("checkpoint", "digest", "weights", "sampler", "sample_N", "ode_tol", "step_control", "rho",
-            "arithmetic", "init_noise_scale", "class_label", "seeds", "num_samples", "features", "target")
+IDENTITY = ("checkpoint", "digest", "weights", "sampler", "sample_N", "ode_tol", "step_control", "rho", "eps",
+            "arithmetic", "init_noise_scale", "class_label", "seeds", "num_samples", "features", "inception_path",
+            "target", "target_state")
 
 
 def results_path(folder):

@@ -26,7 +26,8 @@ def checkpoint_folder(ckpt_dir):
 def sweep(folder, begin, end, skipped):
     """Yield the paths of the checkpoints begin ≤ k ≤ end (end 0: to the newest) that are there now.
 
-    `skipped(k)` is told of each missing number in between. Raises UserError if there is none at all.
+    `skipped(k)` is told of each missing number in between, also of one that training has deleted in the meantime.
+    Raises UserError if there is none at all.
     """
     found = numbered_checkpoints(folder)
     chosen = [k for k in found if k >= begin and (end == 0 or k <= end)]
@@ -35,7 +36,7 @@ def sweep(folder, begin, end, skipped):
         raise UserError(f"{there} in {folder}, none between config.eval.begin_ckpt {begin} and "
                         f"config.eval.end_ckpt {end}; choose others, or --config.eval.wait true while training runs")
     for k in range(begin, (end or chosen[-1]) + 1):
-        if k in found:
+        if k in found and found[k].exists():
             yield found[k]
         else:
             skipped(k)
@@ -73,7 +74,10 @@ def _wait_for(path, limit, why_incomplete):
         newer = [k for k in numbered_checkpoints(path.parent) if k >= number]
         if newer:
             path = path.with_name(f"checkpoint_{newer[0]}.pth")
-            state = path.stat()
+            try:
+                state = path.stat()
+            except FileNotFoundError:  # training keeps only the newest ones and has just deleted it
+                continue
             if (path, state.st_size, state.st_mtime_ns) != seen:
                 seen, why = (path, state.st_size, state.st_mtime_ns), why_incomplete(path)
             if why is None:

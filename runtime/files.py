@@ -37,6 +37,17 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def state_digest(path):
+    """Return 16 hexadecimal digits that change when a file, or any file in a folder, is written, added or removed.
+
+    They come from names, sizes and times, not from the content: they are for files too large to be read twice.
+    """
+    path = pathlib.Path(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    states = ((str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return hashlib.sha256(repr(list(states)).encode()).hexdigest()[:16]
+
+
 def file_digest(path):
     """Return the first 16 hexadecimal digits of the SHA-256 of a file's content."""
     with open(path, "rb") as opened:

@@ -50,6 +50,7 @@ def test_a_line_torn_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path
 @pytest.mark.parametrize("change", [
     {"digest": "cd"}, {"weights": "raw"}, {"sampler": "heun"}, {"sample_N": 3}, {"num_samples": 50},
     {"seeds": {"samples": 1, "subsets": 1}}, {"features": "pixels"}, {"target": "x.npz"}, {"class_label": 3},
+    {"target_state": "12"}, {"inception_path": "other.pt"}, {"eps": 1e-2},
 ])
 def test_another_checkpoint_sampler_seed_or_reference_is_another_evaluation(change):
     assert find_result([result()], result(**change)) is None

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from metrics import sweep as sweep_module
 from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
 from runtime.errors import UserError
 
@@ -31,6 +32,16 @@ def test_an_open_sweep_goes_to_the_newest_and_tells_of_gaps(tmp_path):
     assert names(sweep(tmp_path, 1, 2, skipped.append)) == [1, 2]
 
 
+def test_a_checkpoint_that_training_deletes_during_the_sweep_is_told_of_and_left_out(tmp_path):
+    touch(tmp_path, 1, 2, 3)
+    skipped = []
+    paths = sweep(tmp_path, 1, 0, skipped.append)
+    assert names([next(paths)]) == [1]
+    (tmp_path / "checkpoint_2.pth").unlink()
+    assert names(paths) == [3]
+    assert skipped == [2]
+
+
 def test_a_sweep_without_any_checkpoint_says_what_is_there(tmp_path):
     touch(tmp_path, 1, 2, 3)
     with pytest.raises(UserError, match="checkpoints 1 to 3 are in .*begin_ckpt 9"):
@@ -50,11 +61,11 @@ def test_the_run_folder_of_a_checkpoint_is_above_its_checkpoints_folder(tmp_path
 def test_waiting_goes_on_when_the_awaited_checkpoint_is_complete(tmp_path):
     touch(tmp_path, 1)
     (tmp_path / "checkpoint_2.pth").write_bytes(b"comp")
+    started = time.monotonic()
     threading.Timer(0.3, lambda: (tmp_path / "checkpoint_2.pth").write_bytes(b"complete")).start()
     threading.Timer(0.6, lambda: touch(tmp_path, 3)).start()
-    started = time.monotonic()
     assert names(sweep_and_wait(tmp_path, 1, 3, 30, incomplete, lambda path: None)) == [1, 2, 3]
-    assert time.monotonic() - started >= 0.5
+    assert time.monotonic() - started >= 0.6
 
 
 def test_an_open_sweep_that_waits_ends_with_the_last_checkpoint_of_the_run(tmp_path):
@@ -71,6 +82,19 @@ def test_an_open_sweep_of_a_run_that_does_not_say_its_end_stops_at_the_limit(tmp
 def test_checkpoints_that_training_has_deleted_are_not_waited_for(tmp_path):
     touch(tmp_path, 3, 5)
     assert names(sweep_and_wait(tmp_path, 1, 5, 0.1, incomplete, lambda path: None)) == [3, 5]
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_passed_over(tmp_path, monkeypatch):
+    touch(tmp_path, 1, 2)
+    listed = sweep_module.numbered_checkpoints
+
+    def delete_after_listing(folder):
+        found = listed(folder)
+        (tmp_path / "checkpoint_1.pth").unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(sweep_module, "numbered_checkpoints", delete_after_listing)
+    assert names(sweep_and_wait(tmp_path, 1, 2, 30, incomplete, lambda path: None)) == [2]
 
 
 def test_a_checkpoint_that_never_comes_or_never_completes_is_named(tmp_path):
