@@ -102,16 +102,11 @@ def _folder_source(path, num_channels):
 
 def _zip_source(path, num_channels):
     try:
-        with zipfile.ZipFile(path) as opened:
-            names = sorted(n for n in opened.namelist() if os.path.splitext(n)[1].lower() in EXTENSIONS)
+        archive = zipfile.ZipFile(path)  # opened once: reading its list of files for every image would take for ever
     except zipfile.BadZipFile as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-
-    def content(name):
-        with zipfile.ZipFile(path) as opened:
-            return io.BytesIO(opened.read(name))
-
-    return _file_source(path, names, content, num_channels)
+    names = sorted(n for n in archive.namelist() if os.path.splitext(n)[1].lower() in EXTENSIONS)
+    return _file_source(path, names, lambda name: io.BytesIO(archive.read(name)), num_channels)
 
 
 def _file_source(path, names, content, num_channels):
@@ -124,7 +119,7 @@ def _file_source(path, names, content, num_channels):
         try:
             with Image.open(content(name)) as opened:
                 return np.asarray(opened.convert(mode)).reshape(opened.height, opened.width, -1).transpose(2, 0, 1)
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except (UnidentifiedImageError, OSError, SyntaxError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: {name} is not a readable image ({error})") from None
 
     shape = decode(names[0]).shape

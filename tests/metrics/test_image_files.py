@@ -52,6 +52,36 @@ def test_a_folder_and_a_zip_of_images_are_read_in_the_order_of_names(tmp_path):
         assert torch.equal(source.read(0, 5), torch.from_numpy(images))
 
 
+def test_a_zip_is_opened_once_and_not_for_every_image(tmp_path, monkeypatch):
+    write_pngs(tmp_path / "folder", uint8_images())
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as opened:
+        for path in (tmp_path / "folder").iterdir():
+            opened.write(path, path.name)
+    archives = []
+
+    class Counted(zipfile.ZipFile):
+        def __init__(self, *arguments, **options):
+            archives.append(self)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(zipfile, "ZipFile", Counted)
+    source = open_images(tmp_path / "images.zip")
+    assert source.read(0, 5).shape == (5, 3, 6, 6) and len(archives) == 1
+
+
+def test_a_damaged_picture_in_a_zip_is_named(tmp_path):
+    write_pngs(tmp_path / "folder", uint8_images(2))
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as opened:
+        for path in (tmp_path / "folder").iterdir():
+            opened.write(path, path.name)
+    content = bytearray((tmp_path / "images.zip").read_bytes())
+    content[content.index(b"IDAT", content.index(b"001.png")) + 6] ^= 0xFF
+    (tmp_path / "images.zip").write_bytes(content)
+    source = open_images(tmp_path / "images.zip")
+    with pytest.raises(UserError, match="001.png is not a readable image"):
+        source.read(0, 2)
+
+
 def test_grey_files_stay_grey_when_the_model_has_one_channel(tmp_path):
     images = uint8_images(channels=1)
     write_pngs(tmp_path / "folder", images)
