@@ -48,13 +48,14 @@ def describe(config_fields):
 
 
 def measure(net, batch):
-    """Return the `Meter` of a forward pass of `batch` images."""
+    """Return the `Meter` of a forward pass of `batch` images on the device of the network."""
+    device = next(net.parameters()).device
     size, channels, classes = (net.config_fields[f"data.{name}"] for name in ("image_size", "num_channels",
                                                                               "num_classes"))
-    label = torch.zeros(batch, classes) if classes else None
+    label = torch.zeros(batch, classes, device=device) if classes else None
     meter = Meter(net, count_resampling=net.config_fields["model.name"] == "DhariwalUNet")
     with meter, saved_tensors_hooks(meter.keep, lambda kept: kept):
-        net(torch.zeros(batch, channels, size, size), torch.zeros(batch), label)
+        net(torch.zeros(batch, channels, size, size, device=device), torch.zeros(batch, device=device), label)
     meter.remove_hooks()
     return meter
 
