@@ -1,29 +1,62 @@
-"""The commands of docs/reproduce.md name scripts, configs, fields and values that exist, and runs that came before."""
+"""docs/reproduce.md: every row of the paper's table has commands, from raw data to its number, that exist and follow
+one from another, with the network of the row.
+"""
 
+import pathlib
 import re
 import shlex
 
 import pytest
+import torch
 
 from configs.command_line import load_config, parse_value, set_field
 from configs.default import find_field
 from configs.validation import check_fields, check_network
+from models import create_model
+from models.describe import measure
+
+ROOT = pathlib.Path(__file__).parent.parent
+ROWS = {  # of SPEC's table: parameters, 10⁹ multiply-accumulates
+    "CIFAR-10 1-flow": (61_804_419, 10.85), "CIFAR-10 27.9M": (27_906_179, 6.89), "CIFAR-10 15.7M": (15_707_235, 3.90),
+    "CIFAR-10 7.0M": (6_989_891, 1.75), "CIFAR-10 3.4M": (3_437_123, 0.74), "FFHQ 64×64 27.9M": (27_906_179, 26.69),
+    "FFHQ 64×64 15.7M": (15_707_235, 15.04), "FFHQ 64×64 7.0M": (6_989_891, 6.71), "FFHQ 64×64 3.4M": (3_536_195, 2.92),
+    "ImageNet 64×64 80.7M": (80_685_315, 33.89), "ImageNet 64×64 44.7M": (44_685_827, 30.92),
+}
 
 
-def commands(repository):
-    """Return the documented commands as lists of words, in their order."""
-    text = (repository / "docs" / "reproduce.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+def read_sections():
+    """Return {title: (variables of each row {NAME: NETWORK}, command lines in their order)} of the data sets."""
+    sections = {}
+    for part in (ROOT / "docs" / "reproduce.md").read_text().split("\n## ")[1:]:
+        blocks = "".join(re.findall(r"```bash\n(.*?)```", part, re.DOTALL)).replace("\\\n", " ")
+        choices = re.findall(r'^NAME=(\S+) NETWORK="(.*)"$', blocks, re.MULTILINE)
+        lines = [line for line in blocks.splitlines() if line.strip() and not line.startswith("NAME=")]
+        if lines:
+            sections[part.splitlines()[0]] = (dict(choices), lines)
+    return sections
+
+
+SECTIONS = read_sections()
+
+
+def commands(row):
+    """Return the commands of a row, lists of words, with its variables as bash would put them in."""
+    section, _, name = row.rpartition(" ")
+    choices, lines = SECTIONS[section]
+    if name == "1-flow":
+        lines = [line for line in lines if "$NAME" not in line]
+        assert not any("$" in line for line in lines)
+    else:
+        lines = [line.replace("$NAME", name).replace("$NETWORK", choices[name]) for line in lines]
     return [shlex.split(line) for line in lines]
 
 
-def parse(repository, words):
+def parse(words):
     """Return (script, config, other flags) of a command; fails on what does not exist."""
     script = next(word for word in words if word.endswith(".py"))
-    assert (repository / script).is_file()
+    assert (ROOT / script).is_file()
     pairs = list(zip(words, words[1:], strict=False))
-    config = load_config(repository / next(value for word, value in pairs if word == "--config"))
+    config = load_config(ROOT / next(value for word, value in pairs if word == "--config"))
     for word, value in pairs:
         if word.startswith("--config."):
             name, _, text = word.removeprefix("--config.").partition("=")
@@ -34,33 +67,54 @@ def parse(repository, words):
     return script, config, dict(pair for pair in pairs if pair[0].startswith("--") and "config" not in pair[0])
 
 
-def test_every_command_parses_and_uses_what_an_earlier_one_makes(repository):
-    made = set()
-    found = commands(repository)
-    assert len(found) >= 15
-    for words in found:
-        script, config, other = parse(repository, words)
-        if script == "train.py":
-            needed = [config.flow.pre_train_model, config.data.reflow_data_root]
-        else:
-            needed = [other.get("--ckpt_dir", ""), other.get("--ckpt_path", "")]
-        for path in filter(None, needed):
-            assert any(path.startswith(folder) for folder in made), f"{path} is made by no earlier command"
-        made.add(other["--data_root"] if script == "generate_data.py" else f"logs/{config.expr}")
-
-
-@pytest.mark.parametrize(("section", "parameters"), [
-    ("CIFAR-10 27.9M", 27_906_179), ("FFHQ 64×64 27.9M", 27_906_179), ("ImageNet 64×64 80.7M", 80_685_315)])
-def test_the_small_network_of_each_section_has_the_parameters_of_its_row(repository, section, parameters):
-    import torch
-
-    from models import create_model
-
-    data_set = section.split()[0].replace("-", "").lower()
-    found = [config for _, config, _ in (parse(repository, words) for words in commands(repository))]
-    distilled = [c for c in found if "distilled" in c.expr and c.data.dataset.lower().startswith(data_set)]
-    assert len(distilled) == 1
+def size_of(config):
+    """Return (parameters, 10⁹ multiply-accumulates) of the network of a config."""
     with torch.device("meta"):
-        assert sum(p.numel() for p in create_model(distilled[0]).parameters()) == parameters
-    text = (repository / "docs" / "reproduce.md").read_text()
-    assert re.search(rf"\[{re.escape(section)}\].*\| {parameters:,} \|", text)
+        net = create_model(config)
+        return sum(p.numel() for p in net.parameters()), sum(measure(net, 1).macs.values()) / 1e9
+
+
+def test_the_sections_have_exactly_the_rows_of_the_table():
+    text = (ROOT / "docs" / "reproduce.md").read_text()
+    rows = re.findall(r"^\| \[(.+?)\]\(#.+?\) \| (\S+) \| (\S+) \|", text, re.MULTILINE)
+    assert {row: (int(n.replace(",", "")), float(gmacs)) for row, n, gmacs in rows} == ROWS
+    chosen = [f"{section} {name}" for section, (choices, _) in SECTIONS.items() for name in choices]
+    assert sorted([*chosen, "CIFAR-10 1-flow"]) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_command_of_a_row_parses_and_uses_what_an_earlier_one_makes(row):
+    made = []
+    for words in commands(row):
+        if words[0] == "curl":
+            made.append(words[-1].rpartition("/")[2])
+            continue
+        if words[1] == "edm/dataset_tool.py":
+            made.append(next(word for word in words if word.startswith("--dest=")).removeprefix("--dest="))
+            continue
+        script, config, other = parse(words)
+        if config.data.dataset != "CIFAR10":  # which is downloaded
+            assert any(path.startswith(f"data/{config.data.dataset}/") for path in made)
+        needed = [other.get("--ckpt_dir", ""), other.get("--ckpt_path", ""), other.get("--target_path", "")]
+        if script == "train.py":
+            needed += [config.flow.pre_train_model, config.data.reflow_data_root]
+        for path in filter(None, needed):
+            assert any(path.startswith(earlier) for earlier in made), f"{path} is made by no earlier command"
+        made.append(other["--data_root"] if script == "generate_data.py" else f"logs/{config.expr}")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_figure_of_a_row_is_that_of_its_network_under_the_stated_protocol(row):
+    found = [parse(words) for words in commands(row) if words[0] == "torchrun"]
+    trained = {f"logs/{config.expr}": config for script, config, _ in found if script == "train.py"}
+    config, other = [(config, other) for script, config, other in found if script == "evaluation_fid.py"][-1]
+    sampling = config.sampling
+    if row == "CIFAR-10 1-flow":
+        assert (sampling.use_ode_sampler, sampling.ode_tol) == ("rk45", 1e-5)
+    else:
+        assert (sampling.use_ode_sampler, sampling.sample_N) == ("euler", 1)
+        assert trained[other["--ckpt_dir"]].flow.use_teacher
+    assert config.eval.num_samples == 50000
+    parameters, gmacs = size_of(trained[other["--ckpt_dir"]])
+    assert parameters == ROWS[row][0]
+    assert gmacs == pytest.approx(ROWS[row][1], abs=0.0051)
