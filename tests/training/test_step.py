@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.default import get_default_config
@@ -58,6 +59,38 @@ def test_whole_step_of_the_cifar_3m_network_dispatches_few_operations_and_reads_
     assert sum(seen.names.values()) <= 1500, seen.names.most_common(20)
     assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::item"} & set(seen.names)
     assert guard.read()["skipped"] == 0
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam"])
+def test_update_on_cuda_needs_nothing_from_the_host(name):
+    """On fake CUDA tensors a tensor on the CPU raises, and so does any read; autograd needs a real GPU."""
+    config = get_default_config()
+    config.data.image_size, config.model.nf, config.model.num_res_blocks = 16, 16, 1
+    config.model.ch_mult, config.model.attn_resolutions = (1, 2), (8,)
+    config.data.reflow_data_root, config.flow.use_teacher = "pairs", True
+    config.training.x0_randomness = "warmup_10"
+    networks = [create_model(config).to(memory_format=torch.channels_last) for _ in range(2)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network, teacher = (each.to_empty(device="cuda") for each in networks)
+        objective = create_objective(config, velocity_from_network(teacher), "cuda")
+        parameters = list(network.parameters())
+        optimizer = create_optimizer(parameters, name=name, lr=1e-3, beta1=0.9, eps=1e-8, weight_decay=0.1,
+                                     device="cuda")
+        ema, guard = ExponentialMovingAverage(parameters, 0.9), Guard("cuda", scaled=True)
+        images = torch.zeros(4, 3, 16, 16, device="cuda")
+        batch = types.SimpleNamespace(z0=images, z1=images, label=None)
+        for update in range(2):
+            draws = objective.draw(None, 4, (3, 16, 16), "cuda")
+            loss = objective(velocity_from_network(network), batch, draws, update).mean()
+            assert (loss * guard.scale.float()).device.type == "cuda"
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            apply_update(update, optimizer, ema, guard, loss.detach(), grad_clip=1.0)
+        moments = [moment for state in optimizer.state.values() for moment in state.values()]
+        assert len(moments) == 3 * len(parameters)
+        assert {t.device.type for t in (*moments, *ema.shadow_params, guard.values, guard.steps)} == {"cuda"}
+        with pytest.raises(DataDependentOutputException):
+            guard.read()
 
 
 @pytest.mark.parametrize("name", ["ncsnpp", "DhariwalUNet"])
