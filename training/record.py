@@ -26,7 +26,7 @@ class Record:
     def __init__(self, run, *, start, total, progress, active):
         self.run, self.active, self.total = pathlib.Path(run), active, total
         self.path = self.run / "log.jsonl"
-        self._since, self._step = time.perf_counter(), start
+        self._since, self._step, self._first = time.perf_counter(), start, start + 1
         self._board = None
         if active:
             _forget_after(self.path, start)
@@ -70,7 +70,7 @@ class Record:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter  # a second of import time, only where it is used
 
-            self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self._step)
+            self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self._first)
         return self._board
 
     def picture(self, name, path, step):

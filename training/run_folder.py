@@ -1,6 +1,7 @@
 """The folder of a run: what it was started with, and whether a second start may go on in it."""
 
 import json
+import os
 import pathlib
 import platform
 import shlex
@@ -24,6 +25,9 @@ FREE_GROUPS = ("sampling.", "eval.")
 # Pairs and models that a run was started from may be moved or named otherwise; a change of these two is refused
 # all the same, since they say what is learnt.
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "ml_collections", "absl-py", "lpips", "clean-fid")
+CHECKOUT = pathlib.Path(__file__).parent.parent
+# New files that the patch of a run takes up: code and configs, not data that git was not told to ignore.
+LARGEST_NEW_FILE, MOST_NEW_FILES = 2**18, 200
 
 
 def run_path(config):
@@ -84,20 +88,29 @@ def versions():
 
 def git_commit():
     """Return the commit of the checkout that runs, or None outside git."""
-    return _git("rev-parse", "HEAD") or None
+    return _git("rev-parse", "HEAD").decode().strip() or None
 
 
 def _git(*words):
-    root = pathlib.Path(__file__).parent.parent
+    """Return what git prints, as bytes; nothing outside a checkout."""
     try:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=20, check=False)
+        return subprocess.run(["git", *words], cwd=CHECKOUT, capture_output=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if words[0] == "diff" else done.stdout.strip()
+        return b""
+
+
+def uncommitted_changes():
+    """Return the patch, as bytes, that leads from the last commit to the code that runs, new files included."""
+    listed = _git("ls-files", "--others", "--exclude-standard", "-z").split(b"\0")[:-1]
+    paths = {name: CHECKOUT / os.fsdecode(name) for name in listed}
+    new = [name for name, path in paths.items() if path.is_file() and path.stat().st_size <= LARGEST_NEW_FILE]
+    diff = ("diff", "--binary", "--no-color", "--no-ext-diff")
+    added = [_git(*diff, "--no-index", "/dev/null", name) for name in new[:MOST_NEW_FILES]]
+    return b"".join([_git(*diff, "HEAD"), *added])
 
 
 def _record_code(path):
-    patch = _git("diff", "HEAD")
+    patch = uncommitted_changes()
     write_text(path / "git.json", json.dumps({"commit": git_commit(), "uncommitted": bool(patch)}) + "\n")
     with atomic_path(path / "uncommitted.patch") as temporary:
-        temporary.write_text(patch)
+        temporary.write_bytes(patch)
