@@ -37,7 +37,7 @@ from runtime.errors import UserError
 from runtime.files import file_digest, state_digest
 from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise
-from training.update import autocast, set_precision
+from training.update import in_precision, set_precision
 
 flags.DEFINE_string("ckpt_dir", "", "run folder (or one .pth) whose checkpoints are sampled and measured")
 flags.DEFINE_string("data_dir", "", "images to measure instead: npy (NCHW in [-1, 1]), npz, folder or zip")
@@ -228,17 +228,6 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
             count_evaluations(nfe)
             check_finite(x, part, title, "the network has diverged, or needs config.training.precision fp32")
             yield from quantise(x).split(size)
-
-
-def in_precision(net, precision, device):
-    """Return the network computing in config.training.precision, its output in float32."""
-
-    @torch.no_grad()
-    def call(x, t, label=None):
-        with autocast(precision, device):
-            return net(x, t, label).float()
-
-    return call
 
 
 def draw_labels(config, indices, device):

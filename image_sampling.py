@@ -28,7 +28,7 @@ from runtime.files import file_digest, write_json
 from runtime.pictures import save_grid, save_lines
 from runtime.progress import progress_bar
 from runtime.seeds import index_labels, index_noise
-from training.update import autocast, set_precision
+from training.update import in_precision, set_precision
 
 flags.DEFINE_string("sampling_dir", "", "run folder whose checkpoints are sampled, or one .pth (hf://… too)")
 flags.DEFINE_bool("use_ema", True, "sample with the EMA weights (false: the raw ones)")
@@ -111,17 +111,6 @@ def path_is_remote(path):
 def output_folder(path):
     """Return the folder that gets eval_sample/: the run's, or the current one for a checkpoint of the hub."""
     return pathlib.Path() if path_is_remote(path) else run_folder(path)
-
-
-def in_precision(net, precision, device):
-    """Return the network computing in config.training.precision, its output in float32."""
-
-    @torch.no_grad()
-    def call(x, t, label=None):
-        with autocast(precision, device):
-            return net(x, t, label).float()
-
-    return call
 
 
 def start_of_samples(config, classes, given, device):

@@ -30,9 +30,9 @@ from training.stopping import StopRequest
 from training.update import (
     Guard,
     apply_update,
-    autocast,
     check_skipped,
     create_optimizer,
+    in_precision,
     set_precision,
     warmup_factor,
 )
@@ -56,6 +56,7 @@ class Training:
         check_batch(config, processes.world_size)
         run_folder.check_same_run(config, run_folder.run_path(config))
         set_precision(config.training.precision)
+        torch.backends.cudnn.benchmark = True  # a run has one shape: time cuDNN's algorithms once, take the fastest
         torch.manual_seed(config.seed)
         self.source = create_batches(config, self.device)
         self.network = create_model(config).to(self.device, memory_format=torch.channels_last)
@@ -66,9 +67,8 @@ class Training:
         self.guard = Guard(self.device, scaled=config.training.precision == "fp16" and self.device.type == "cuda")
         self.step, messages = self.start_weights(parameters)
         teacher = networks.load_teacher(config, self.device)
-        self.objective = create_objective(
-            config, teacher and velocity_from_network(self.in_precision(teacher)), self.device)
-        self.velocity = velocity_from_network(self.in_precision(self.trained_network()))
+        self.objective = create_objective(config, teacher and self.velocity_of(teacher), self.device)
+        self.velocity = self.velocity_of(self.trained_network())
         if self.step >= config.training.n_iters:
             raise UserError(f"{run_folder.run_path(config)} has its {self.step} updates already: raise "
                             f"config.training.n_iters ({config.training.n_iters}) to train on")
@@ -110,12 +110,9 @@ class Training:
         self.parallel = network
         return network
 
-    def in_precision(self, network):
-        """Return the network computing in config.training.precision, its output in float32."""
-        def call(x, t, label=None):
-            with autocast(self.config.training.precision, self.device):
-                return network(x, t, label).float()
-        return call
+    def velocity_of(self, network):
+        """Return the velocity of a network that computes in config.training.precision."""
+        return velocity_from_network(in_precision(network, self.config.training.precision, self.device))
 
     def run(self):
         """Update until n_iters, or until told to stop; return the exit status."""

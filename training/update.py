@@ -44,6 +44,16 @@ def autocast(precision, device):
     return contextlib.nullcontext()
 
 
+def in_precision(network, precision, device):
+    """Return `network(x, t, label)` computing in `precision`, its output in float32."""
+
+    def call(x, t, label=None):
+        with autocast(precision, device):
+            return network(x, t, label).float()
+
+    return call
+
+
 class Guard:
     """The counters of the training loop, on the device: nothing is read back until `read`.
 
