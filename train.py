@@ -90,10 +90,14 @@ class Training:
         if state is None:
             messages += networks.load_pretrained(self.network, self.config)
         self.ema = ExponentialMovingAverage(parameters, self.config.model.ema_rate)
-        if state is None:
-            return 0, messages
-        networks.restore(state, self.network, self.ema, self.optimizer, self.guard)
-        return state["step"], messages
+        step = 0
+        if state is not None:
+            networks.restore(state, self.network, self.ema, self.optimizer, self.guard)
+            step = state["step"]
+        if step != self.processes.share(step):
+            raise UserError(f"process {self.processes.rank} finds {step} updates done, process 0 another number: "
+                            "config.work_dir must be one folder that all processes see")
+        return step, messages
 
     def trained_network(self):
         """Return the network as it is called in training: compiled, and averaging gradients over processes.
@@ -178,13 +182,12 @@ class Training:
             self.write_record()
         if training.snapshot_sampling and (self.step % training.snapshot_sampling == 0):
             self.sample()
-        paths = []
-        if last or (done and done % training.snapshot_freq_for_preemption == 0):
-            paths.append(self.path / "checkpoints-meta" / STATE)
-        number = self.checkpoint_number(last)
+        paths, number = [], self.checkpoint_number(last)
         if number:
             paths.append(self.path / "checkpoints" / f"checkpoint_{number}.pth")
             self.record.draw()
+        if last or (done and done % training.snapshot_freq_for_preemption == 0):  # at the end: it marks both as written
+            paths.append(self.path / "checkpoints-meta" / STATE)
         if paths:
             check_skipped(self.guard.read(), training.max_skipped)
             if self.processes.is_main:
@@ -218,6 +221,7 @@ class Training:
             picture = snapshots.sample_grids(self.network, self.ema, velocity, self.config, self.source.shape,
                                              self.path / "samples" / f"step_{self.step}.png")
             self.record.picture("samples", picture, self.step)
+            self.record.draw()
 
     def state(self):
         """Return the checkpoint: all that the next update depends on."""

@@ -23,9 +23,18 @@ HUB = "hf://"
 
 
 def write_checkpoint(path, state):
-    """Write a checkpoint dict atomically: a crash leaves the old file or the new one, never half of one."""
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    """Write a checkpoint dict atomically: a crash leaves the old file or the new one, never half of one.
+
+    Raises OSError, naming the file, where it cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary, open(temporary, "wb") as opened:
+            torch.save(state, opened)
+    except (OSError, RuntimeError) as error:
+        said = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides what the system said
+        if not isinstance(said, OSError):
+            raise
+        raise OSError(said.errno, said.strerror, str(path)) from None
 
 
 def numbered_checkpoints(folder):

@@ -1,8 +1,8 @@
 """train.py as a whole: exact resumption, processes, signals, broken files, what a run leaves behind."""
 
+import errno
 import functools
 import json
-import pathlib
 import random
 import shutil
 import signal
@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.checkpoint import write_checkpoint
 from tests.processes import Script, run_ranks, run_script
+from training import state
 from training.record import read_log
 
 DIGITS = "configs/rectified_flow/digits_rf_gaussian.py"
@@ -165,6 +167,23 @@ def test_corrupt_state_falls_back_to_the_one_before_and_says_so(tmp_path):
     assert status == 2 and "no checkpoint of" in log and "Traceback" not in log
 
 
+def test_numbered_checkpoint_that_found_no_space_is_written_after_the_next_start(tmp_path, monkeypatch):
+    chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 11)
+
+    def full(path, content):
+        if path.name == "checkpoint_1.pth":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_checkpoint(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "write_checkpoint", full)
+        status, log = run_script(tmp_path, "train.py", *chosen)
+    assert status == 2 and "No space left" in log and log.count("\n") == 1, log
+    status, log = run_script(tmp_path, "train.py", *chosen)
+    assert status == 0 and "6 updates done" in log, log
+    assert load(tmp_path / "run" / "checkpoints" / "checkpoint_1.pth")["step"] == 11
+
+
 def test_run_folder_says_how_the_run_was_made(tmp_path):
     chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 12, "--config.training.snapshot_sampling", 6,
                    "--config.training.keep_checkpoints", 1, "--config.training.snapshot_freq", 4)
@@ -276,8 +295,9 @@ def test_compiled_run_is_one_graph_with_the_losses_and_the_names_of_an_eager_one
     eager, compiled = (read_log(tmp_path / n / "run" / "log.jsonl") for n in ("eager", "compiled"))
     assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in eager], rel=1e-5)
     assert [e["grad_norm"] for e in compiled] == pytest.approx([e["grad_norm"] for e in eager], rel=1e-4)
-    state = pathlib.Path("run", "checkpoints-meta", "checkpoint.pth")
-    assert list(load(tmp_path / "compiled" / state)["model"]) == list(load(tmp_path / "eager" / state)["model"])
+    eager, compiled = (load(tmp_path / n / "run" / "checkpoints-meta" / "checkpoint.pth")["model"]
+                       for n in ("eager", "compiled"))
+    assert list(compiled) == list(eager)
 
 
 def test_compiler_that_fails_is_one_sentence(tmp_path, monkeypatch):

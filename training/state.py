@@ -31,7 +31,7 @@ class Writer:
         self._error = None
 
     def submit(self, state, paths, keep=None):
-        """Write `state` (its tensors are copied now) to every path of `paths`, the first one's elder kept beside it.
+        """Write `state` (its tensors are copied now) to every path of `paths`; a file called STATE keeps its elder.
 
         keep: called after the last path is written, e.g. to delete old checkpoints. Raises what the write before
         this one failed with.

@@ -1,6 +1,8 @@
 """Checkpoint files: what is read, what is refused and how the user hears of it."""
 
 import collections
+import contextlib
+import errno
 import os
 import pickle
 import sys
@@ -11,7 +13,7 @@ import torch
 from huggingface_hub import constants
 
 from configs.default import get_default_config
-from models import create_model, load_model
+from models import checkpoint, create_model, load_model
 from models.checkpoint import (
     apply_architecture,
     load_matching,
@@ -101,6 +103,20 @@ def test_interrupted_writing_leaves_the_old_checkpoint(ours):
         write_checkpoint(ours, {"model": {}, "step": lambda: None})
     assert ours.read_bytes() == before
     assert [p.name for p in ours.parent.iterdir()] == ["ours.pth"]
+
+
+@pytest.mark.parametrize("count", [1, 10**6])
+def test_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path, monkeypatch, count):
+    """/dev/full takes nothing, whether it is told at once or when the file is closed."""
+
+    @contextlib.contextmanager
+    def full(path):
+        yield "/dev/full"
+
+    monkeypatch.setattr(checkpoint, "atomic_path", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_checkpoint(tmp_path / "a.pth", {"model": {"a": torch.zeros(count)}})
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "a.pth")
 
 
 # Files that are refused. Each message names the file.
