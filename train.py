@@ -72,7 +72,7 @@ class Training:
         if self.step >= config.training.n_iters:
             raise UserError(f"{run_folder.run_path(config)} has its {self.step} updates already: raise "
                             f"config.training.n_iters ({config.training.n_iters}) to train on")
-        self.path = processes.share(run_folder.open_run(config) if processes.is_main else None)
+        self.path = processes.from_main(lambda: run_folder.open_run(config))
         self.record = Record(self.path, start=self.step, total=config.training.n_iters,
                              progress=config.training.progress, active=processes.is_main)
         if config.training.compile:

@@ -6,6 +6,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from runtime.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
@@ -32,6 +34,22 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=source)
         return box[0]
+
+    def from_main(self, work):
+        """Return in every process what `work()` returns in process 0.
+
+        Where it raises a UserError or cannot write, every process raises that, instead of waiting for process 0.
+        """
+        result = error = None
+        if self.is_main:
+            try:
+                result = work()
+            except (UserError, OSError) as caught:
+                error = caught
+        result, error = self.share((result, error))
+        if error is not None:
+            raise error
+        return result
 
 
 def start_processes(patience=None):

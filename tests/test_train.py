@@ -252,6 +252,12 @@ def test_unwritable_place_is_named(tmp_path):
     assert status == 2 and "cannot be written" in log and "Traceback" not in log
 
 
+def test_unwritable_place_is_one_sentence_from_every_process(tmp_path):
+    (tmp_path / "file").write_text("")
+    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "file", "run", *TINY)):
+        assert status == 2 and "cannot be written" in log and log.count("\n") == 1, log
+
+
 def test_batch_that_processes_cannot_share_is_refused(tmp_path):
     chosen = words(tmp_path, "run", *TINY, "--config.training.batch_size", 15)
     for status, log in run_ranks(tmp_path, "train.py", *chosen):
