@@ -7,14 +7,19 @@ from metrics.features import TITLES
 from metrics.results import main_metric, sampler_name
 from runtime.files import atomic_path
 
+COMPARABLE = ("features", "inception_path", "target", "target_state", "num_samples")  # fields of results
+
 
 def draw_figure(path, results):
-    """Write `results` (of checkpoints; one metric's, the newest's) as a PNG: one line a sampler, one a checkpoint."""
+    """Write `results` of checkpoints as a PNG: one line a sampler, one a checkpoint.
+
+    Drawn are those that can be compared with the newest: with its features, target and number of samples.
+    """
     sampled = [r for r in results if r["sampler"] is not None]
     if not sampled:
         return
+    sampled = [r for r in sampled if all(r.get(key) == sampled[-1].get(key) for key in COMPARABLE)]
     metric = main_metric(sampled[-1])
-    sampled = [r for r in sampled if metric in r]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _lines(left, sampled, metric, label=sampler_name, place=lambda r: r["step"])

@@ -65,11 +65,11 @@ def read_statistics(path, extractor, name=""):
     if not {"mu", "sigma"} <= found.keys():
         raise UserError(f"{path} holds {', '.join(found)}; statistics are the arrays mu and sigma")
     mu, sigma, features = found["mu"], found["sigma"], found.get("features")
-    maker = str(found.get("extractor", extractor.name))
+    maker = str(found.get("extractor", ""))  # only our own files name it
     shape = (extractor.dimension,)
-    if maker != extractor.name or mu.shape != shape or sigma.shape != shape * 2:
+    if maker not in ("", extractor.name) or mu.shape != shape or sigma.shape != shape * 2:
         raise UserError(
-            f"{path} holds statistics of {'×'.join(map(str, mu.shape))} numbers by {maker}, but "
+            f"{path} holds statistics of {'×'.join(map(str, mu.shape))} numbers{maker and f' by {maker}'}, but "
             f"config.eval.feature_extractor {extractor.name} gives {extractor.dimension}: name statistics that belong"
         )
     count = int(found["count"]) if "count" in found else None

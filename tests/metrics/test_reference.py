@@ -1,6 +1,9 @@
 """Reference statistics: our file, EDM's form, clean-fid's file, images; and what does not belong is refused."""
 
+import pathlib
+import shutil
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -50,7 +53,7 @@ def test_edms_file_with_mu_and_sigma_alone_is_a_reference_without_features(tmp_p
     assert torch.equal(found.sigma, torch.eye(16, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("form", ["npy", "npz", "folder"])
+@pytest.mark.parametrize("form", ["npy", "npz", "folder", "zip"])
 def test_images_as_target_are_measured(tmp_path, form):
     from PIL import Image
 
@@ -64,6 +67,9 @@ def test_images_as_target_are_measured(tmp_path, form):
         path = tmp_path
         for i, image in enumerate(images()):
             Image.fromarray(image[0]).save(path / f"{i:02d}.png")
+    if form == "zip":
+        path = pathlib.Path(shutil.make_archive(tmp_path / "x", "zip", tmp_path, "."))
+        assert zipfile.is_zipfile(path)
     found = load_reference(str(path), small_config(), EXTRACTOR, ALONE)
     np.testing.assert_allclose(found.mu, features_of(images()).mean(0), atol=1e-6)
     assert found.count == 30
@@ -97,8 +103,8 @@ def test_data_sets_without_published_statistics_and_other_sizes_of_cifar10_need_
 def test_statistics_of_another_dimension_or_extractor_are_refused(tmp_path):
     np.savez(tmp_path / "large.npz", mu=np.zeros(20), sigma=np.eye(20))
     np.savez(tmp_path / "other.npz", mu=np.zeros(16), sigma=np.eye(16), extractor="inception")
-    for name in ("large.npz", "other.npz"):
-        with pytest.raises(UserError, match=name):
+    for name, holds in (("large.npz", "20 numbers, but"), ("other.npz", "16 numbers by inception, but")):
+        with pytest.raises(UserError, match=f"{name} holds statistics of {holds} .* pixels gives 16"):
             read_statistics(tmp_path / name, EXTRACTOR)
 
 

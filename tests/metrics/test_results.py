@@ -92,3 +92,13 @@ def test_the_figure_is_drawn_for_checkpoints_and_left_out_for_files(tmp_path):
     assert not (tmp_path / "none.png").exists()
     draw_figure(tmp_path / "fid.png", [result(), result(step=900, sample_N=1, nfe=1.0)])
     assert (tmp_path / "fid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_leaves_out_what_cannot_be_compared_with_the_newest_result(tmp_path):
+    others = [result(fid=100.0, **change) for change in ({"num_samples": 50}, {"target": "x.npz"}, {"features": "pixels"},
+                                                         {"target_state": "12"}, {"inception_path": "other.pt"})]
+    draw_figure(tmp_path / "alone.png", [result(), result(step=900)])
+    draw_figure(tmp_path / "beside.png", [*others, result(), result(step=900)])
+    draw_figure(tmp_path / "more.png", [result(fid=100.0), result(), result(step=900)])
+    alone, beside, more = ((tmp_path / name).read_bytes() for name in ("alone.png", "beside.png", "more.png"))
+    assert alone == beside != more
