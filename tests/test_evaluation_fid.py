@@ -1,7 +1,6 @@
 """evaluation_fid.py as users run it: sweeps, resuming, waiting, several processes, files, Inception's whole path."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
 from runtime.devices import Processes
 from tests.metrics.inception_stand_in import FILE_NAME, write_stand_in
+from tests.processes import Script, start_ranks
 
 CONFIG = "configs/rectified_flow/digits_rf_gaussian.py"
 HANGING = 1800  # seconds after which a process of seconds, on a machine a hundred times too busy, counts as hanging
@@ -54,15 +54,15 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def command(*words, launcher=()):
-    return [sys.executable, *launcher, "evaluation_fid.py", "--config", CONFIG, *map(str, words)]
+def start(run, *words):
+    """Start the script in a process of its own; what it prints is kept above the run folder."""
+    return Script(run.parent, "evaluation_fid.py", ("--config", CONFIG, *words))
 
 
-def evaluate(repository, *words, launcher=()):
-    """Run the script; return (exit status, stdout, stderr)."""
-    done = subprocess.run(command(*words, launcher=launcher), cwd=repository, capture_output=True, text=True,
-                          timeout=HANGING, check=False)
-    return done.returncode, done.stdout, done.stderr
+def evaluate(run, *words):
+    """Run the script; return (exit status, what it printed)."""
+    started = start(run, *words)
+    return started.wait(HANGING), started.log
 
 
 def results(folder):
@@ -74,14 +74,14 @@ def wait_for_a_result(folder, started):
     """Return when the process `started` has written its first result, however slow the machine is."""
     deadline = time.monotonic() + HANGING
     while not read_results(folder / "eval" / "results.jsonl"):
-        assert started.poll() is None, "the script ended without a result"
+        assert started.process.is_alive(), f"the script ended without a result: {started.log}"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def test_a_sweep_measures_every_checkpoint_and_names_the_best(repository, run):
-    status, out, err = evaluate(repository, "--ckpt_dir", run, *QUICK)
-    assert status == 0, err
+def test_a_sweep_measures_every_checkpoint_and_names_the_best(run):
+    status, out = evaluate(run, "--ckpt_dir", run, *QUICK)
+    assert status == 0, out
     found = results(run)
     assert [(r["checkpoint"], r["step"]) for r in found] == [("checkpoint_1.pth", 501), ("checkpoint_2.pth", 1001)]
     for r in found:
@@ -100,14 +100,15 @@ def test_a_sweep_measures_every_checkpoint_and_names_the_best(repository, run):
     assert (run / "eval" / "fid.png").stat().st_size > 1000
 
 
-def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measure_the_same(repository, run):
+def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measure_the_same(run):
     words = ("--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, "--config.eval.save_samples=true")
-    status, _, err = evaluate(repository, *words)
-    assert status == 0, err
+    status, out = evaluate(run, *words)
+    assert status == 0, out
     alone = np.load(run / "eval" / "checkpoint_1_one_step.npy")
-    status, out, err = evaluate(repository, *words, "--config.eval.batch_size=7", "--force", launcher=TWO_PROCESSES)
-    assert status == 0, err
-    assert out.count("best: ") == 1
+    ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", CONFIG, *words, "--config.eval.batch_size=7",
+                        "--force")
+    assert [rank.wait(HANGING) for rank in ranks] == [0, 0], "\n".join(rank.log for rank in ranks)
+    assert ["best: " in rank.log for rank in ranks] == [True, False]
     together = np.load(run / "eval" / "checkpoint_1_one_step.npy")
     assert alone.shape == (100, 1, 8, 8)
     assert np.abs(alone.astype(int) - together).max() <= 1  # truncation turns the last bit of a float into a level
@@ -117,50 +118,46 @@ def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measur
     for name in ("pixel_frechet_distance", "pixel_kernel_distance", "pixel_precision", "pixel_recall", "nn_distance"):
         assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6)
 
-    status, _, err = evaluate(repository, "--data_dir", run / "eval" / "checkpoint_1_one_step.npy", *QUICK)
-    assert status == 0, err
+    status, out = evaluate(run, "--data_dir", run / "eval" / "checkpoint_1_one_step.npy", *QUICK)
+    assert status == 0, out
     of_files = results(run / "eval")[0]
     assert of_files["sampler"] is None
     assert of_files["pixel_frechet_distance"] == pytest.approx(two["pixel_frechet_distance"], rel=1e-9)
 
 
-def test_an_interrupted_sweep_goes_on_with_what_is_missing(repository, run):
+def test_an_interrupted_sweep_goes_on_with_what_is_missing(run):
     words = ("--ckpt_dir", run, *QUICK)
     second = run / "checkpoints" / "checkpoint_2.pth"
     content = second.read_bytes()
     second.write_bytes(content[:100])  # the sweep waits for it to be whole, however slow this machine is
-    started = subprocess.Popen(command(*words, "--config.eval.wait=true"), cwd=repository, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    started = start(run, *words, "--config.eval.wait=true")
     wait_for_a_result(run, started)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    started.kill()
     before = results(run)
     assert [r["checkpoint"] for r in before] == ["checkpoint_1.pth"]
     second.write_bytes(content)
-    status, out, err = evaluate(repository, *words)
-    assert status == 0, err
+    status, out = evaluate(run, *words)
+    assert status == 0, out
     assert "checkpoint_1.pth: already measured" in out
     assert results(run)[:1] == before
     assert [r["checkpoint"] for r in results(run)] == ["checkpoint_1.pth", "checkpoint_2.pth"]
 
 
-def test_a_waiting_sweep_takes_checkpoints_as_training_completes_them_and_ends_with_the_last(repository, run):
+def test_a_waiting_sweep_takes_checkpoints_as_training_completes_them_and_ends_with_the_last(run):
     second = run / "checkpoints" / "checkpoint_2.pth"
     content = second.read_bytes()
     second.unlink()
-    started = subprocess.Popen(command("--ckpt_dir", run, *QUICK, "--config.eval.wait=true"), cwd=repository,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = start(run, "--ckpt_dir", run, *QUICK, "--config.eval.wait=true")
     wait_for_a_result(run, started)
     second.write_bytes(content[: len(content) // 2])  # a copy on its way
     time.sleep(0.5)
-    assert started.poll() is None
+    assert started.process.is_alive()
     second.write_bytes(content)
-    out, err = started.communicate(timeout=HANGING)
-    assert started.returncode == 0, err
+    assert started.wait(HANGING) == 0, started.log
     assert [r["checkpoint"] for r in results(run)] == ["checkpoint_1.pth", "checkpoint_2.pth"]
 
 
-def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(repository, run, tmp_path):
+def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(run, tmp_path):
     inception = (f"--config.eval.inception_path={write_stand_in(tmp_path)}",
                  "--config.eval.feature_extractor=inception")
     extractor = inception_extractor(tmp_path / FILE_NAME, "cpu")
@@ -168,10 +165,10 @@ def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(
     reference = measure_source(images, extractor, 30, Processes(0, 1, torch.device("cpu")), max_features=60)
     reference.sigma.diagonal().add_(1e-3)  # of full rank, which is quicker
     write_statistics(tmp_path / "reference.npz", reference, extractor)
-    status, out, err = evaluate(repository, "--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, *inception,
-                                "--target_path", tmp_path / "reference.npz")
-    assert status == 0, err
-    assert "100 samples for 2048 features: their covariance is singular" in err
+    status, out = evaluate(run, "--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, *inception,
+                           "--target_path", tmp_path / "reference.npz")
+    assert status == 0, out
+    assert "100 samples for 2048 features: their covariance is singular" in out
     found = results(run)[0]
     assert f"FID {found['fid']:.4g}: 100 samples" in out
     assert found["kid"] > 0
@@ -179,6 +176,21 @@ def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(
     assert 0 <= found["recall"] <= 1
     assert found["inception_score"] >= 1
     assert found["target"] == str(tmp_path / "reference.npz")
+
+
+def test_what_was_measured_is_measured_again_when_its_files_or_the_targets_changed(run):
+    source, target = run / "samples.npy", run / "target.npy"
+    images = load_images(load_config(CONFIG)).images
+    np.save(source, images[:60])
+    np.save(target, images[:500])
+    words = ("--data_dir", source, "--target_path", target, "--config.eval.nearest=0")
+    for changed in (None, None, source, target):
+        if changed:
+            np.save(changed, images[-len(np.load(changed)):])
+        status, out = evaluate(run, *words)
+        assert status == 0, out
+    found = [r["pixel_frechet_distance"] for r in results(run)]
+    assert len(found) == len(set(found)) == 3  # the second call has found what the first one wrote
 
 
 @pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["one process", "two processes"])
