@@ -95,8 +95,9 @@ def test_the_figure_is_drawn_for_checkpoints_and_left_out_for_files(tmp_path):
 
 
 def test_the_figure_leaves_out_what_cannot_be_compared_with_the_newest_result(tmp_path):
-    others = [result(fid=100.0, **change) for change in ({"num_samples": 50}, {"target": "x.npz"}, {"features": "pixels"},
-                                                         {"target_state": "12"}, {"inception_path": "other.pt"})]
+    changes = ({"num_samples": 50}, {"target": "x.npz"}, {"features": "pixels"}, {"target_state": "12"},
+               {"inception_path": "other.pt"})
+    others = [result(fid=100.0, **change) for change in changes]
     draw_figure(tmp_path / "alone.png", [result(), result(step=900)])
     draw_figure(tmp_path / "beside.png", [*others, result(), result(step=900)])
     draw_figure(tmp_path / "more.png", [result(fid=100.0), result(), result(step=900)])
