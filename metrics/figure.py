@@ -2,6 +2,7 @@
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from metrics.features import TITLES
 from metrics.results import main_metric, sampler_name
@@ -26,6 +27,9 @@ def draw_figure(path, results):
     _lines(right, sampled, metric, label=lambda r: f"step {r['step']}", place=lambda r: r["nfe"])
     left.set(xlabel="training step", ylabel=f"{TITLES[metric]} (log)", yscale="log")
     right.set(xlabel="function evaluations (NFE, log)", xscale="log")
+    for axis in (left.yaxis, right.xaxis):  # 48 and 2, not 4.8 × 10¹ and 2 × 10⁰
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter())
     with atomic_path(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
 
