@@ -1,17 +1,22 @@
 """Adaptive integration of a trained 1-flow: ours, per sample and joint, against scipy, torchdiffeq and torchode.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/ode.py logs/digits_1flow/checkpoints/checkpoint_3.pth | tee benchmarks/ode.txt
+    checkpoint=logs/demo/1_flow/checkpoints/checkpoint_1.pth
+    python benchmarks/ode.py controls $checkpoint --reference /tmp/reference.pt | tee benchmarks/ode_controls.txt
+    python benchmarks/ode.py peers $checkpoint --reference /tmp/reference.pt | tee benchmarks/ode_peers.txt
 
 All integrate the same float32 network (EMA weights) from the same noise, from t = 0.001 to 1, with a float64 state
-and rtol = atol, a batch at a time. First part, on 1,000 samples: evaluations a sample needs by its solver's own
-count; rows, how many times the network really saw it (a batch computes what some of its samples no longer need);
-error, the root mean square over a sample's pixels against a solution at tolerance 1e-7, as mean, median and worst of
-the samples. Second part, on fewer samples: seconds, medians of interleaved rounds, on a CPU processor seconds of
-the one thread that all use, so that other programs on the machine count little.
+and rtol = atol, a batch at a time. controls: ours, per sample against joint, on 1,000 samples. peers: all solvers on
+fewer samples, with seconds: medians of interleaved rounds, on a CPU processor seconds of the one thread that all use,
+so that other programs on the machine count little. Columns: evaluations a sample needs by its solver's own count;
+rows, how many times the network really saw it (a batch computes what some of its samples no longer need); error, the
+root mean square over a sample's pixels against a solution at tolerance 1e-6, as mean, median and worst of the samples.
+
+That solution costs as much as the rest; --reference FILE keeps it for the next run with the same checkpoint.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import platform
@@ -33,10 +38,11 @@ sys.path.insert(0, str(ROOT))
 from flows.rectified_flow import velocity_from_network  # noqa: E402
 from flows.runge_kutta import rk45_joint, rk45_per_sample  # noqa: E402
 from models import load_model  # noqa: E402
+from runtime.files import file_digest  # noqa: E402
 from runtime.seeds import index_noise  # noqa: E402
 
-EPS, TIGHT = 1e-3, 1e-7
-TOLERANCES = (1e-3, 1e-4, 1e-5)
+EPS, TIGHT = 1e-3, 1e-6
+TOLERANCES = {1e-3: 60, 1e-4: 40, 1e-5: 20}  # samples for the peers
 
 
 class CountedVelocity:
@@ -129,47 +135,75 @@ def seconds_used(device):
     return time.perf_counter()
 
 
-def compare_results(velocity, z, batch):
-    """Print evaluations, rows and errors of each solver at each tolerance."""
-    tight, _ = per_sample(velocity, z, TIGHT, batch)
-    print(f"\n{len(z)} samples, batches (lanes) of {batch}, errors against tolerance {TIGHT:g}")
-    print(f"{'tolerance':>9}  {'solver':20}{'evaluations':>12}{'rows':>8}{'mean error':>12}{'median':>10}{'worst':>10}")
+def tight_solution(velocity, z, batch, path, digest):
+    """Return the solution at the tolerance TIGHT; it is kept in the file `path` for `digest`, if there is a path."""
+    if path and path.exists():
+        kept = torch.load(path, map_location=z.device, weights_only=True)
+        if (kept["digest"], kept["tolerance"]) == (digest, TIGHT) and len(kept["x"]) >= len(z):
+            return kept["x"][: len(z)]
+    x, _ = per_sample(velocity, z, TIGHT, batch)
+    if path:
+        torch.save({"digest": digest, "tolerance": TIGHT, "x": x}, path)
+    return x
+
+
+def described(name, tol, x, nfe, rows, tight):
+    """Return one line: evaluations and rows of a sample, and the errors of x against the solution `tight`."""
+    error = (x - tight).flatten(1).square().mean(1).sqrt()
+    return (f"{tol:9g}  {name:20}{nfe.double().mean():12.2f}{rows / len(x):8.2f}{error.mean():12.3e}"
+            f"{error.median():10.2e}{error.max():10.2e}")
+
+
+def headed(samples, batch, more=""):
+    """Print what the lines below are."""
+    print(f"\n{samples}, batches (lanes) of {batch}, errors against tolerance {TIGHT:g}{more}")
+    print(f"{'tolerance':>9}  {'solver':20}{'evaluations':>12}{'rows':>8}{'mean error':>12}{'median':>10}{'worst':>10}",
+          flush=True)
+
+
+def compare_controls(velocity, z, tight, batch):
+    """Print evaluations, rows and errors of ours in both modes at each tolerance; `tight()` is the tight solution."""
+    results = {}
     for tol in TOLERANCES:
-        for name, solver in SOLVERS.items():
+        for name in ("ours, per sample", "ours, joint"):
             counted = CountedVelocity(velocity)
-            x, nfe = solver(counted, z, tol, batch)
-            error = (x - tight).flatten(1).square().mean(1).sqrt()
-            print(f"{tol:9g}  {name:20}{nfe.double().mean():12.2f}{counted.rows / len(z):8.2f}{error.mean():12.3e}"
-                  f"{error.median():10.2e}{error.max():10.2e}", flush=True)
+            results[name, tol] = (*SOLVERS[name](counted, z, tol, batch), counted.rows)
+            print(f"solved: {name}, {tol:g}", file=sys.stderr)
+    headed(f"{len(z)} samples", batch)
+    for (name, tol), found in results.items():
+        print(described(name, tol, *found, tight()), flush=True)
 
 
-def compare_seconds(velocity, z, batch, rounds):
-    """Print the seconds of each solver at each tolerance: every round, the medians and their ratios to ours."""
-    print(f"\nseconds for {len(z)} samples, batches (lanes) of {batch}, {rounds} interleaved rounds")
-    for tol in TOLERANCES:
-        seconds = {name: [] for name in SOLVERS}
+def compare_peers(velocity, z, tight, batch, rounds):
+    """Print the same of each solver at each tolerance, with seconds: every round, the medians, their ratios to ours."""
+    headed(f"{', '.join(map(str, TOLERANCES.values()))} samples", batch,
+           f"; processor seconds, {rounds} interleaved rounds" if z.device.type == "cpu" else f"; {rounds} rounds")
+    for tol, count in TOLERANCES.items():
+        seconds, lines = {name: [] for name in SOLVERS}, {}
         for _ in range(rounds):
             for name, solver in SOLVERS.items():
-                started = seconds_used(z.device)
-                solver(velocity, z, tol, batch)
+                counted, started = CountedVelocity(velocity), seconds_used(z.device)
+                x, nfe = solver(counted, z[:count], tol, batch)
                 seconds[name].append(seconds_used(z.device) - started)
+                lines[name] = described(name, tol, x, nfe, counted.rows, tight[:count])
         ours = statistics.median(seconds["ours, per sample"])
         for name, values in seconds.items():
             median = statistics.median(values)
-            print(f"{tol:9g}  {name:20}median {median:7.3f}  ratio to ours {median / ours:5.2f}  "
-                  f"rounds {' '.join(f'{value:.3f}' for value in values)}", flush=True)
+            print(f"{lines[name]}   {median:7.3f} s, {median / ours:4.2f} times ours; rounds "
+                  f"{' '.join(f'{value:.2f}' for value in values)}", flush=True)
 
 
 @torch.no_grad()
 def main():
-    """Read the command line and print both parts."""
+    """Read the command line and print one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("controls", "peers"))
     parser.add_argument("checkpoint", help="a .pth file")
-    parser.add_argument("--samples", type=int, default=1000, help="samples of the first part")
-    parser.add_argument("--batch", type=int, default=200, help="batch (lanes) of the first part")
-    parser.add_argument("--timed_samples", type=int, default=200, help="samples of the second part")
-    parser.add_argument("--timed_batch", type=int, default=50, help="batch (lanes) of the second part")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the second part")
+    parser.add_argument("--samples", type=int, default=1000, help="samples for the controls")
+    parser.add_argument("--batch", type=int, default=100, help="batch (lanes) for the controls")
+    parser.add_argument("--peers_batch", type=int, default=10, help="batch (lanes) for the peers")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds for the peers")
+    parser.add_argument("--reference", type=pathlib.Path, help="file that keeps the tight solution")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -180,9 +214,14 @@ def main():
     print(f"{device.type}, {platform.processor() or platform.machine()}, 1 thread; "
           + ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "scipy", "torchdiffeq", "torchode")))
     print(f"network: {sum(p.numel() for p in net.parameters()):,} parameters, images {shape}")
-    compare_results(velocity, index_noise(0, range(options.samples), shape).to(device), options.batch)
-    compare_seconds(velocity, index_noise(1, range(options.timed_samples), shape).to(device), options.timed_batch,
-                    options.rounds)
+    z = index_noise(0, range(options.samples if options.part == "controls" else max(TOLERANCES.values())), shape)
+    z = z.to(device)
+    tight = functools.partial(tight_solution, velocity, z, options.batch, options.reference,
+                              file_digest(options.checkpoint))
+    if options.part == "controls":
+        compare_controls(velocity, z, tight, options.batch)
+    else:
+        compare_peers(velocity, z, tight(), options.peers_batch, options.rounds)
 
 
 if __name__ == "__main__":
