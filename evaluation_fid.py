@@ -265,7 +265,7 @@ def measure_files(config, args, processes):
 
 
 def measure_images(batches, first, count, name, config, yardstick, processes, observers=()):
-    """Bring uint8 images through all metrics; return {what: value} in the main process.
+    """Bring uint8 images through all metrics; return {what: value}.
 
     `first` is the number of this process's first image; `observers` see every batch (`metrics.statistics.measure`).
     """
@@ -279,9 +279,7 @@ def measure_images(batches, first, count, name, config, yardstick, processes, ob
 
     samples = measure(batches, yardstick.extractor, first, count, processes.device, name, [find_nearest, *observers])
     distances = gather_rows(torch.cat(distances), processes.device)
-    if not processes.is_main:  # it alone compares and writes
-        return {}
-    return {
+    return processes.from_main(lambda: {
         **compare(samples, yardstick.reference, yardstick.extractor, processes.device, config.seed),
         "nn_distance": distances.median().item() if len(distances) else None,
         "nn_distance_real": yardstick.nn_distance_real,
@@ -290,15 +288,17 @@ def measure_images(batches, first, count, name, config, yardstick, processes, ob
         "seconds": round(time.monotonic() - started, 2),
         "processes": processes.world_size,
         "versions": versions(processes.device),
-    }
+    })
 
 
 def publish(result, path, processes):
     """Write a result to its file and say it on the terminal."""
-    if processes.is_main:
+    def write():
         results_file.append_result(path, result)
         draw_figure(path.with_name("fid.png"), results_file.newest_of_each(results_file.read_results(path)))
-        print(results_file.protocol_line(result), flush=True)
+
+    processes.from_main(write)
+    say(processes, results_file.protocol_line(result))
 
 
 def report(path, done):

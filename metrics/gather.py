@@ -18,6 +18,19 @@ def sum_over_processes(tensor):
     return total
 
 
+def raise_everywhere(error):
+    """Raise in every process the first error that any of them has (None: this one has none).
+
+    Every process must call it: one that stopped alone would leave the others to fail for want of it.
+    """
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        error = next((one for one in errors if one is not None), None)
+    if error is not None:
+        raise error
+
+
 def gather_rows(rows, device):
     """Return the rows of all processes in the order of rank, on the CPU, in every process.
 

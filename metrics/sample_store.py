@@ -23,12 +23,16 @@ def sample_store(path, count, shape, processes):
         shared.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(shared, "w+", np.uint8, (count, *shape)).flush()
     processes.barrier()
-    array = np.lib.format.open_memmap(shared, "r+")
-    yield _keeper(array)
-    array.flush()
-    processes.barrier()
-    if processes.is_main:
-        shared.replace(path)
+    try:
+        array = np.lib.format.open_memmap(shared, "r+")
+        yield _keeper(array)
+        array.flush()
+        processes.barrier()
+        if processes.is_main:
+            shared.replace(path)
+    finally:
+        if processes.is_main:
+            shared.unlink(missing_ok=True)
 
 
 def _keeper(array):

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import torch
 
-from metrics.gather import gather_rows, sum_over_processes
+from metrics.gather import gather_rows, raise_everywhere, sum_over_processes
+from runtime.errors import UserError
 
 MAX_FEATURES = 50000  # features kept of one set, evenly spread: 400 MB at 2048 numbers
 
@@ -52,19 +53,24 @@ def measure(batches, extractor, first, count, device, name, observers=(), max_fe
 
     `batches` yields uint8 (N, C, H, W) on `device`. Each image goes through the extractor once. At most
     `max_features` features, evenly spread over the images, are kept. Each of `observers` is called with the
-    number of a batch's first image and the batch. Every process must call it.
+    number of a batch's first image and the batch. Every process must call it; a UserError in one is raised in all.
     """
     moments = Moments(extractor.dimension, device)
     kept = [torch.empty(0, extractor.dimension)]
     wanted = evenly_spread(min(max_features, count), count)
-    for images in batches:
-        for see in observers:
-            see(first, images)
-        features = extractor.features(images)
-        moments.add(features)
-        here = wanted[(wanted >= first) & (wanted < first + len(features))] - first
-        kept.append(features[torch.from_numpy(here).to(device)].float().cpu())
-        first += len(features)
+    error = None
+    try:
+        for images in batches:
+            for see in observers:
+                see(first, images)
+            features = extractor.features(images)
+            moments.add(features)
+            here = wanted[(wanted >= first) & (wanted < first + len(features))] - first
+            kept.append(features[torch.from_numpy(here).to(device)].float().cpu())
+            first += len(features)
+    except UserError as caught:
+        error = caught
+    raise_everywhere(error)
     mu, sigma = moments.mean_and_covariance()
     return Statistics(mu, sigma, gather_rows(torch.cat(kept), device), count, name)
 

@@ -125,6 +125,18 @@ def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measur
     assert of_files["pixel_frechet_distance"] == pytest.approx(two["pixel_frechet_distance"], rel=1e-9)
 
 
+def test_what_one_process_finds_wrong_is_one_sentence_in_both(run):
+    images = np.zeros((40, 1, 8, 8), np.float32)
+    images[33, 0, 2, 2] = np.nan
+    np.save(run / "samples.npy", images)
+    ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", CONFIG, "--data_dir", run / "samples.npy")
+    assert [rank.wait(HANGING) for rank in ranks] == [2, 2]
+    for rank in ranks:
+        assert "samples.npy: sample 33 holds NaN or infinite pixels" in rank.log
+        assert "Traceback" not in rank.log
+    assert not (run / "eval").exists()
+
+
 def test_an_interrupted_sweep_goes_on_with_what_is_missing(run):
     words = ("--ckpt_dir", run, *QUICK)
     second = run / "checkpoints" / "checkpoint_2.pth"
