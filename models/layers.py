@@ -60,8 +60,8 @@ class SelfAttention(nn.Module):
 class Dropout(nn.Dropout):
     """Dropout (Srivastava et al. 2014); on a CPU in eager mode with the probability's nearest multiple of 2⁻¹⁶.
 
-    torch draws its mask there one value at a time, an eighth of a whole training step; sixteen random bits a value
-    take a fifth of that. Both draw from the global generator.
+    torch draws its mask there one value at a time; sixteen random bits a value take a fifth of that time. Both draw
+    from the global generator.
     """
 
     def forward(self, x):
