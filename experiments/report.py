@@ -200,10 +200,12 @@ def write_report(results, path, seeds=MAIN_SEEDS):
 
 
 FLAGS = flags.FLAGS
+flags.DEFINE_string("table", "experiments/results.csv", "table of finished steps, to report")
+flags.DEFINE_string("out", "docs/miniature.md", "the report to write; its plots go beside it")
 
 
 def main(argv):
-    """Write docs/miniature.md."""
+    """Write the report."""
     try:
         write_report(FLAGS.table, FLAGS.out)
     except UserError as error:
@@ -212,6 +214,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("table", "experiments/results.csv", "table of finished steps")
-    flags.DEFINE_string("out", "docs/miniature.md", "the report to write; its plots go beside it")
     app.run(main)

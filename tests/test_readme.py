@@ -21,6 +21,8 @@ TINY = {
     "image_sampling.py": "--config.eval.batch_size 2 --config.eval.begin_ckpt 16 --config.sampling.ode_tol 0.3",
     "generate_data.py": "--config.sampling.total_number_of_samples 8 --config.training.batch_size 4 "
                         "--config.sampling.ode_tol 0.3",
+    "experiments.run": "--dry_run",
+    "experiments.report": "--out report/miniature.md",
 }
 LPIPS = "--config.training.n_iters 1 --config.training.batch_size 1"  # VGG16 at 64×64 takes a second an image
 
@@ -32,6 +34,11 @@ def commands():
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [line for line in words if line and " ".join(line[:2]) not in SETUP]
+
+
+def script_of(words):
+    """Return the script ("train.py") or module ("tools.look") of a command."""
+    return words[2] if words[1] == "-m" else words[1].removeprefix("./")
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +53,18 @@ def workplace(tmp_path_factory):
 
 
 def test_readme_names_the_seeds_commands():
-    scripts = [words[1].removeprefix("./") for words in commands() if words[0] == "python"]
+    scripts = [script_of(words) for words in commands() if words[0] == "python"]
     assert set(TINY) <= set(scripts) and scripts.count("train.py") == 4
 
 
 def test_every_command_of_the_readme_runs(workplace, torch_home):
     for words in commands():
         assert words[0] == "python", f"the README has a command that this test does not know: {words}"
-        module = words[1] == "-m"
-        script = words[2] if module else words[1].removeprefix("./")
+        script = script_of(words)
         more = shlex.split(TINY.get(script, ""))
         if "lpips" in words:
             more += shlex.split(LPIPS)
-        status, printed = run_script(workplace, script, *words[3 if module else 2:], *more, cwd=workplace,
+        status, printed = run_script(workplace, script, *words[3 if words[1] == "-m" else 2:], *more, cwd=workplace,
                                      environment={"TORCH_HOME": str(torch_home)})
         assert status == 0, f"{' '.join(words)}\n{printed}"
     run = workplace / "logs" / "2_rectified_flow_500000bigflow_28m_distill_lpips_use_teacher"
