@@ -69,7 +69,7 @@ def make_pairs(config, args, given, processes):
     coupling = create_coupling(config, velocity, starts, processes.device)
 
     with contextlib.ExitStack() as held:
-        offered, todo = main_does(processes, lambda: lock_and_prepare(held, folder, task))
+        offered, todo = processes.from_main(lambda: lock_and_prepare(held, folder, task))
         if offered >= task.count:
             say(processes, f"{folder} is complete: it holds {offered} pairs")
             return
@@ -77,7 +77,7 @@ def make_pairs(config, args, given, processes):
         with autocast(config.training.precision, processes.device):  # the network; samplers add in float64
             make_blocks(folder, task, todo, coupling, processes, config.training.progress)
         processes.barrier()
-        main_does(processes, lambda: complete(folder, task, config, args))
+        processes.from_main(lambda: complete(folder, task, config, args))
         say(processes, f"{folder} holds {task.count} pairs")
 
 
@@ -154,20 +154,6 @@ def create_identity(config, args, starts, block_size):
         images = pair_starts.chosen_images(config)
         identity["closed form of"] = pair_starts.images_digest(images.images, images.labels)
     return identity | starts.identity()
-
-
-def main_does(processes, work):
-    """Let the main process do `work` and return its result in all; a UserError there is raised in all."""
-    result = error = None
-    if processes.is_main:
-        try:
-            result = work()
-        except UserError as raised:
-            error = raised
-    result, error = processes.share((result, error and str(error)))
-    if error:
-        raise UserError(error)
-    return result
 
 
 def lock_and_prepare(held, folder, task):
