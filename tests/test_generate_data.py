@@ -343,7 +343,7 @@ def finished_blocks(folder):
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
-    fields = {"sampling__direction": "random_paired", "sampling__train_subset": "all", "sampling__block_size": 2000}
+    fields = {"sampling__use_ode_sampler": "euler", "sampling__sample_N": 1, "training__batch_size": 500}
     peaks = []
     for count in (4000, 400_000):
         words = words_for(tmp_path / str(count), sampling__total_number_of_samples=count, **fields)
