@@ -2,9 +2,11 @@
 
     python benchmarks/frechet.py | tee benchmarks/frechet.txt
 
-Both get the same statistics in float64 and two threads. `full rank`: means and covariances of 5,000 vectors with
-decaying variances, as of Inception features; `rank deficient`: of 1,000 vectors, where clean-fid's matrix root is of
-a singular matrix. Runs alternate; --rounds repeats them (one run of clean-fid takes half a minute).
+Both get the same statistics in float64 and one thread each, and the figures are processor seconds: so what else the
+machine does changes little (with two threads on two busy cores, each waits for the other at every step of an
+eigenvalue decomposition, and seconds tell about the machine's load). `full rank`: means and covariances of 5,000
+vectors with decaying variances, as of Inception features; `rank deficient`: of 1,000 vectors, where clean-fid's matrix
+root is of a singular matrix. Runs alternate; medians of --rounds of them (one of clean-fid takes half a minute).
 """
 
 import argparse
@@ -16,7 +18,7 @@ import sys
 import time
 import warnings
 
-THREADS = 2
+THREADS = 1
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = str(THREADS)
 
@@ -35,13 +37,14 @@ DIMENSION = 2048
 def main():
     """Print seconds and values of both for each kind of statistics, and the ratios of the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(THREADS)
     warnings.simplefilter("ignore")
     frechet_distance(np.zeros(8), np.eye(8), np.ones(8), np.eye(8))  # whatever is loaded on first use
     print(f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}, scipy {scipy.__version__}, "
-          f"{THREADS} threads, {DIMENSION} dimensions, {rounds} round(s); seconds")
+          f"{THREADS} thread, {DIMENSION} dimensions, medians of {rounds} alternating rounds; processor seconds",
+          flush=True)
     for kind, samples in (("full rank", 5000), ("rank deficient", 1000)):
         given = (*moments(0, samples), *moments(1, samples))
         times = {"ours": [], "clean-fid": []}
@@ -50,7 +53,8 @@ def main():
                       (("ours", frechet_distance), ("clean-fid", clean_fid))}
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
         print(f"{kind}: ours {medians['ours']:.2f} (distance {values['ours']}), clean-fid {medians['clean-fid']:.2f} "
-              f"(distance {values['clean-fid']}), clean-fid / ours {medians['clean-fid'] / medians['ours']:.2f}")
+              f"(distance {values['clean-fid']}), clean-fid / ours {medians['clean-fid'] / medians['ours']:.2f}",
+              flush=True)
 
 
 def moments(seed, samples):
@@ -71,10 +75,10 @@ def clean_fid(*given):
 
 
 def timed(call, given, times):
-    """Return the value of a call and append its seconds to `times`."""
-    started = time.perf_counter()
+    """Return the value of a call and append its processor seconds to `times`."""
+    started = time.process_time()
     value = call(*given)
-    times.append(time.perf_counter() - started)
+    times.append(time.process_time() - started)
     return value
 
 
