@@ -31,7 +31,7 @@ def test_full_disk_leaves_the_state_before_and_is_raised_at_the_next_call(tmp_pa
     writer.wait()
 
     def full(content, file):
-        pathlib.Path(file).write_bytes(b"half of it")
+        file.write(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
