@@ -16,7 +16,6 @@ That solution costs as much as the rest; --reference FILE keeps it for the next 
 """
 
 import argparse
-import functools
 import os
 import pathlib
 import platform
@@ -161,17 +160,14 @@ def headed(samples, batch, more=""):
           flush=True)
 
 
-def compare_controls(velocity, z, tight, batch):
-    """Print evaluations, rows and errors of ours in both modes at each tolerance; `tight()` is the tight solution."""
-    results = {}
-    for tol in TOLERANCES:
+def compare_controls(velocity, z, tight, batch, tolerances):
+    """Print evaluations, rows and errors of ours in both modes at each tolerance."""
+    headed(f"{len(z)} samples", batch)
+    for tol in tolerances:
         for name in ("ours, per sample", "ours, joint"):
             counted = CountedVelocity(velocity)
-            results[name, tol] = (*SOLVERS[name](counted, z, tol, batch), counted.rows)
-            print(f"solved: {name}, {tol:g}", file=sys.stderr)
-    headed(f"{len(z)} samples", batch)
-    for (name, tol), found in results.items():
-        print(described(name, tol, *found, tight()), flush=True)
+            x, nfe = SOLVERS[name](counted, z, tol, batch)
+            print(described(name, tol, x, nfe, counted.rows, tight), flush=True)
 
 
 def compare_peers(velocity, z, tight, batch, rounds):
@@ -200,6 +196,7 @@ def main():
     parser.add_argument("part", choices=("controls", "peers"))
     parser.add_argument("checkpoint", help="a .pth file")
     parser.add_argument("--samples", type=int, default=1000, help="samples for the controls")
+    parser.add_argument("--tolerances", type=float, nargs="+", default=list(TOLERANCES), help="for the controls")
     parser.add_argument("--batch", type=int, default=100, help="batch (lanes) for the controls")
     parser.add_argument("--peers_batch", type=int, default=10, help="batch (lanes) for the peers")
     parser.add_argument("--rounds", type=int, default=5, help="rounds for the peers")
@@ -216,12 +213,11 @@ def main():
     print(f"network: {sum(p.numel() for p in net.parameters()):,} parameters, images {shape}")
     z = index_noise(0, range(options.samples if options.part == "controls" else max(TOLERANCES.values())), shape)
     z = z.to(device)
-    tight = functools.partial(tight_solution, velocity, z, options.batch, options.reference,
-                              file_digest(options.checkpoint))
+    tight = tight_solution(velocity, z, options.batch, options.reference, file_digest(options.checkpoint))
     if options.part == "controls":
-        compare_controls(velocity, z, tight, options.batch)
+        compare_controls(velocity, z, tight, options.batch, options.tolerances)
     else:
-        compare_peers(velocity, z, tight(), options.peers_batch, options.rounds)
+        compare_peers(velocity, z, tight, options.peers_batch, options.rounds)
 
 
 if __name__ == "__main__":
