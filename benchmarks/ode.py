@@ -41,7 +41,7 @@ from runtime.files import file_digest  # noqa: E402
 from runtime.seeds import index_noise  # noqa: E402
 
 EPS, TIGHT = 1e-3, 1e-6
-TOLERANCES = {1e-3: 60, 1e-4: 40, 1e-5: 20}  # samples for the peers
+TOLERANCES = {1e-3: 40, 1e-4: 20, 1e-5: 10}  # samples for the peers
 
 
 class CountedVelocity:
