@@ -34,7 +34,8 @@ def sweep(folder, begin, end, skipped):
     if not chosen:
         there = f"checkpoints {min(found)} to {max(found)} are" if found else "no checkpoint_{k}.pth is"
         raise UserError(f"{there} in {folder}, none between config.eval.begin_ckpt {begin} and "
-                        f"config.eval.end_ckpt {end}; choose others, or --config.eval.wait true while training runs")
+                        f"config.eval.end_ckpt {end}; choose others, or wait for training to write them "
+                        "(evaluation_fid.py does, with --config.eval.wait true)")
     for k in range(begin, (end or chosen[-1]) + 1):
         if k in found and found[k].exists():
             yield found[k]
