@@ -3,7 +3,9 @@
 import dataclasses
 import statistics
 
-HOLDS, FAILS, UNSURE, MISSING = "holds", "does not hold", "too close to tell", "not run yet"
+HOLDS, FAILS, MISSING = "holds", "does not hold", "not run yet"
+UNSURE, TOO_FEW = "the spread is too large to tell", "too few seeds to tell"
+SEEDS_NEEDED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ def judge(claim, rows):
     """Return the `Verdict` of a claim: told only where all seeds agree and the mean exceeds the spread.
 
     The spread is the standard deviation, over the seeds, of the difference between the two sides, which share what
-    they can (1-flow, pairs, noise). One seed tells nothing.
+    they can (1-flow, pairs, noise). Fewer than three seeds tell nothing.
     """
     better, worse = (by_seed(rows, name, claim.figure) for name in (claim.better, claim.worse))
     seeds = sorted(better.keys() & worse.keys())
@@ -62,8 +64,8 @@ def judge(claim, rows):
     if not seeds:
         return Verdict(claim, MISSING, *values)
     differences = [worse[seed] - better[seed] for seed in seeds]
-    word = UNSURE
-    if len(seeds) > 1 and abs(statistics.mean(differences)) > statistics.stdev(differences):
+    word = UNSURE if len(seeds) >= SEEDS_NEEDED else TOO_FEW
+    if word == UNSURE and abs(statistics.mean(differences)) > statistics.stdev(differences):
         if min(differences) > 0:
             word = HOLDS
         elif max(differences) < 0:

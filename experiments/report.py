@@ -42,7 +42,7 @@ training images and those held out: no model should be expected below it. `train
 images again and again, as a model would that has learned them by heart; what tells such a model is the nearest
 training image (the median distance of samples to it, pixels in [-1, 1]), which would be 0. Figures are mean ±
 standard deviation over the seeds; a seed changes weights, batches, pairs and noise. A claim is told only where all
-seeds agree and the mean difference exceeds the standard deviation of the differences, two seeds at least.
+seeds agree and the mean difference exceeds the standard deviation of the differences, three seeds at least.
 """
 
 

@@ -2,7 +2,18 @@
 
 import pytest
 
-from experiments.findings import ABLATION_CLAIMS, FAILS, HOLDS, MAIN_CLAIMS, MISSING, UNSURE, Claim, judge, summary
+from experiments.findings import (
+    ABLATION_CLAIMS,
+    FAILS,
+    HOLDS,
+    MAIN_CLAIMS,
+    MISSING,
+    TOO_FEW,
+    UNSURE,
+    Claim,
+    judge,
+    summary,
+)
 from experiments.studies import all_steps
 
 CLAIM = Claim("A is better", "s{seed}/a", "s{seed}/b")
@@ -20,18 +31,18 @@ def rows(better, worse):
     ([1.0, 1.1, 1.2], [2.0, 2.2, 2.1], HOLDS),
     ([2.0, 2.2, 2.1], [1.0, 1.1, 1.2], FAILS),
     ([1.0, 1.0, 1.0], [1.1, 0.9, 1.2], UNSURE),  # seeds disagree
-    ([1.0, 1.0], [1.01, 1.5], UNSURE),  # all agree, but by less than the spread
-    ([1.0], [2.0], UNSURE),  # one seed
+    ([1.0, 1.0, 1.0], [1.01, 1.5, 1.01], UNSURE),  # all agree, but by less than the spread
+    ([1.0, 1.1], [2.0, 2.2], TOO_FEW),
     ([], [1.0], MISSING),
-    ([1.0, 9.0], [2.0], UNSURE),  # only seeds that both have count
+    ([1.0, 1.1, 1.2], [2.0, 2.2], TOO_FEW),  # only seeds that both have count
 ])
 def test_a_claim_is_told_only_beyond_the_spread(better, worse, word):
     assert judge(CLAIM, rows(better, worse)).word == word
 
 
 def test_a_finding_says_its_figures_and_seeds():
-    text = judge(CLAIM, rows([1.0, 1.2], [2.0, 2.4])).sentence()
-    assert text.startswith("A is better: **holds** (1.1 ± 0.14 against 2.2 ± 0.28, difference 1.1 ± 0.14; 2 seeds)")
+    text = judge(CLAIM, rows([1.0, 1.1, 1.2], [2.0, 2.2, 2.4])).sentence()
+    assert text.startswith("A is better: **holds** (1.1 ± 0.1 against 2.2 ± 0.2, difference 1.1 ± 0.1; 3 seeds)")
     assert summary([0.5]) == "0.5"
 
 
