@@ -41,7 +41,7 @@ from runtime.files import file_digest  # noqa: E402
 from runtime.seeds import index_noise  # noqa: E402
 
 EPS, TIGHT = 1e-3, 1e-6
-TOLERANCES = {1e-3: 40, 1e-4: 20, 1e-5: 10}  # samples for the peers
+TOLERANCES = {1e-3: 100, 1e-4: 100, 1e-5: 50}  # samples for the peers
 
 
 class CountedVelocity:
@@ -198,7 +198,7 @@ def main():
     parser.add_argument("--samples", type=int, default=1000, help="samples for the controls")
     parser.add_argument("--tolerances", type=float, nargs="+", default=list(TOLERANCES), help="for the controls")
     parser.add_argument("--batch", type=int, default=100, help="batch (lanes) for the controls")
-    parser.add_argument("--peers_batch", type=int, default=10, help="batch (lanes) for the peers")
+    parser.add_argument("--peers_batch", type=int, default=25, help="batch (lanes) for the peers")
     parser.add_argument("--rounds", type=int, default=5, help="rounds for the peers")
     parser.add_argument("--reference", type=pathlib.Path, help="file that keeps the tight solution")
     options = parser.parse_args()

@@ -23,6 +23,7 @@ seconds), so that other programs on the machine count little; all use one thread
 import argparse
 import contextlib
 import io
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -118,7 +119,7 @@ def compare_making(checkpoint, device):
 
 
 def save_pairs(root, count):
-    """Write `count` random pairs of CIFAR-10's size in the released layout, a part at a time."""
+    """Write `count` random pairs of CIFAR-10's size in the released layout below `root`, a part at a time."""
     folder = root / str(count) / "0"
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -126,7 +127,19 @@ def save_pairs(root, count):
         rows = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (count, *SHAPE))
         for low in range(0, count, 1000):
             rows[low:low + 1000] = draw((1000, *SHAPE), dtype=np.float32)
-    return root / str(count)
+
+
+def save_in_a_process(root):
+    """Write the small and the large set under `root`; return their folders.
+
+    In a process of its own: a child's peak memory is counted from that of the process that starts it.
+    """
+    for count in (SMALL, LARGE):
+        process = multiprocessing.get_context("fork").Process(target=save_pairs, args=(root, count))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    return {count: root / str(count) for count in (SMALL, LARGE)}
 
 
 def read_with_ours(root):
@@ -232,7 +245,7 @@ def main():
         compare_making(options.checkpoint, device)
         return
     with tempfile.TemporaryDirectory() as folder:
-        roots = {count: save_pairs(pathlib.Path(folder), count) for count in (SMALL, LARGE)}
+        roots = save_in_a_process(pathlib.Path(folder))
         {"reading": compare_reading, "training": compare_training}[options.part](roots)
 
 
