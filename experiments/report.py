@@ -201,13 +201,13 @@ def write_report(results, path, seeds=MAIN_SEEDS):
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("table", "experiments/results.csv", "table of finished steps, to report")
-flags.DEFINE_string("out", "docs/miniature.md", "the report to write; its plots go beside it")
+flags.DEFINE_string("report", "docs/miniature.md", "the report to write; its plots go beside it")
 
 
 def main(argv):
     """Write the report."""
     try:
-        write_report(FLAGS.table, FLAGS.out)
+        write_report(FLAGS.table, FLAGS.report)
     except UserError as error:
         print(f"experiments.report: {error}", file=sys.stderr)
         sys.exit(2)
