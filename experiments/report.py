@@ -211,6 +211,10 @@ def main(argv):
     except UserError as error:
         print(f"experiments.report: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"experiments.report: cannot write {error.filename or ''}: {error.strerror}; name another place with "
+              "--report", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

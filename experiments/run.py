@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 
 import torch
 from absl import app, flags
@@ -94,19 +93,22 @@ def lacks_row(step, rows):
     return rows.get(step.name, {}).get("digest") != step.digest
 
 
-def run_command(step, root, running):
+def run_command(step, root, running, lock):
     """Run the step's script to its end, note its processor seconds and return them.
 
-    running: a set that holds the process while it runs. Raises UserError when the script ends with another status
-    than 0, with the last lines that it printed.
+    running: a set that holds the process while it runs. lock: the descriptor of the study's lock, which the script
+    holds, too: should this process be killed, another waits for the script. Raises UserError when the script ends with
+    another status than 0, with the last lines that it printed.
     """
     if root.is_finished(step):
         return json.loads(root.marker(step).read_text())["seconds"]
     output = root.output(step)
+    tqdm.write(f"{step.name}: runs, and prints to {output}", file=sys.stderr)
     words = [sys.executable, *step.command(root.path)] + (["--force"] if step.kind == EVALUATE else [])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with open(output, "a") as opened:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=opened, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=opened, stderr=subprocess.STDOUT,
+                                   pass_fds=[lock])
     running.add(process)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -126,7 +128,7 @@ class Runner:
         self.root, self.results, self.jobs = root, pathlib.Path(results), jobs
         self.commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True,
                                      text=True, check=False).stdout.strip()
-        self.running, self.lock = set(), threading.Lock()
+        self.running = set()
 
     @functools.cache  # noqa: B019 - one runner a process
     def yardstick(self, images):
@@ -138,8 +140,11 @@ class Runner:
         for images in dict.fromkeys(step.images for step in steps):
             write_archives(self.root.path / "images" / images.name, self.yardstick(images).halves)
 
-    def run(self, steps, again=()):
-        """Run all steps. Raises the first `UserError`, after the steps that were running then have ended."""
+    def run(self, steps, lock, again=()):
+        """Run all steps; `lock` is the descriptor of the study's lock.
+
+        Raises the first `UserError`, after the steps that were running then have ended.
+        """
         waiting, futures, failure = list(steps), {}, None
         with (concurrent.futures.ThreadPoolExecutor(self.jobs) as pool,
               progress_bar(total=len(steps), desc="study", unit="steps") as bar, self.children_end_with_us()):
@@ -150,7 +155,7 @@ class Runner:
                     waiting.remove(step)
                     if step.name in again:
                         self.root.forget(step)
-                    futures[pool.submit(run_command, step, self.root, self.running)] = step
+                    futures[pool.submit(run_command, step, self.root, self.running, lock)] = step
                 done, _ = concurrent.futures.wait(futures, return_when="FIRST_COMPLETED")
                 for future in done:
                     step = futures.pop(future)
@@ -223,15 +228,16 @@ def run_chosen():
         root = Root(root.path / "quick")
         results = root.path / "results.csv"
     again = {FLAGS.again} - {""}
-    rows = read_table(results)
-    todo = missing_steps([step for step in steps if not again or step.name in again], rows, root, again)
-    if FLAGS.dry_run:
-        for step in todo:
-            print(f"{step.name}\n    python {' '.join(step.command(root.path))}")
-    elif todo:
-        runner = Runner(root, results, FLAGS.jobs)
-        runner.prepare(todo)
-        runner.run(todo, again)
+    wanted = [step for step in steps if not again or step.name in again]
+    with file_lock(root.path / "study.lock", "running a study") as lock:  # then all that it finished counts
+        todo = missing_steps(wanted, read_table(results), root, again)
+        if FLAGS.dry_run:
+            for step in todo:
+                print(f"{step.name}\n    python {' '.join(step.command(root.path))}")
+        elif todo:
+            runner = Runner(root, results, FLAGS.jobs)
+            runner.prepare(todo)
+            runner.run(todo, lock, again)
     print(f"study: {len(todo)} steps to run" if FLAGS.dry_run else f"study: all {len(steps)} steps are in {results}")
     if FLAGS.quick and not FLAGS.dry_run:
         report.write_report(results, root.path / "report.md", seeds=MAIN_SEEDS[:1])
@@ -244,6 +250,10 @@ def main(argv):
         run_chosen()
     except UserError as error:
         print(f"experiments.run: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"experiments.run: cannot write {error.filename or ''}: {error.strerror}; make room or choose another "
+              "folder, then run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("experiments.run: interrupted; the same command goes on from what is finished", file=sys.stderr)

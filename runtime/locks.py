@@ -8,10 +8,11 @@ import sys
 
 @contextlib.contextmanager
 def file_lock(path, doing):
-    """Hold the lock file `path` inside the `with` block; wait while another process holds it.
+    """Hold the lock file `path` inside the `with` block and yield its descriptor; wait while another process holds it.
 
     `doing` says what the other process is doing, for the line that a waiting user reads. The system frees the
-    lock when its process ends, however it ends. The empty file stays: removing it would let two in.
+    lock when its process ends, however it ends; children that get the descriptor hold it, too. The empty file stays:
+    removing it would let two in.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,4 +22,4 @@ def file_lock(path, doing):
         except BlockingIOError:
             print(f"waiting for another process that is {doing} ({path})", file=sys.stderr, flush=True)
             fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
+        yield opened.fileno()

@@ -1,6 +1,9 @@
 """A tiny study through the four scripts: rows, a second start, a step again, a failing step, the report."""
 
 import dataclasses
+import fcntl
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +11,7 @@ from experiments import report
 from experiments.run import Root, Runner, missing_steps
 from experiments.steps import DIGITS, Step, evaluate, look, pairs, train
 from experiments.table import read_table
+from runtime.locks import file_lock
 from tests.processes import run_script
 
 TINY = dataclasses.replace(DIGITS, measured=40)
@@ -30,7 +34,8 @@ def finished(tmp_path_factory):
     runner = Runner(Root(folder / "runs"), folder / "results.csv", jobs=2)
     steps = tiny_study()
     runner.prepare(steps)
-    runner.run(missing_steps(steps, {}, runner.root))
+    with file_lock(folder / "study.lock", "running a study") as lock:
+        runner.run(missing_steps(steps, {}, runner.root), lock)
     return folder, runner, steps
 
 
@@ -64,7 +69,8 @@ def test_a_step_run_again_gives_the_same_figures(finished, capfd):
     folder, runner, steps = finished
     before = read_table(folder / "results.csv")
     name = steps[2].name
-    runner.run(missing_steps([steps[2]], before, runner.root, {name}), {name})
+    with file_lock(folder / "study.lock", "running a study") as lock:
+        runner.run(missing_steps([steps[2]], before, runner.root, {name}), lock, {name})
     after = read_table(folder / "results.csv")
     assert after[name]["loss"] == before[name]["loss"] and after.keys() == before.keys()
     assert "before, at commit" in capfd.readouterr().err
@@ -82,7 +88,8 @@ def test_a_failing_step_is_named_with_what_its_script_said(finished, tmp_path):
     _, runner, steps = finished
     wrong = Step("digits/wrong", "train", TINY, 0, (*steps[0].words, "--config.optim.lr", "fast"))
     other = Runner(Root(tmp_path), tmp_path / "results.csv", jobs=1)
-    result = pytest.raises(ValueError, other.run, [wrong])
+    with file_lock(tmp_path / "study.lock", "running a study") as lock:
+        result = pytest.raises(ValueError, other.run, [wrong], lock)
     assert "digits/wrong: train.py ended with status 2" in str(result.value) and "optim.lr" in str(result.value)
     assert read_table(tmp_path / "results.csv") == {}
 
@@ -94,3 +101,19 @@ def test_a_failing_step_is_named_with_what_its_script_said(finished, tmp_path):
 def test_a_wrong_name_gets_one_sentence(tmp_path, words, said):
     status, printed = run_script(tmp_path, "experiments.run", *words)
     assert status == 2 and said in printed and printed.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_written_gets_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    status, printed = run_script(tmp_path, "experiments.report", "--report", tmp_path / "file" / "report.md")
+    assert status == 2 and "cannot write" in printed and "Traceback" not in printed
+
+
+def test_scripts_of_a_killed_study_hold_its_lock(tmp_path):
+    with file_lock(tmp_path / "study.lock", "running a study") as lock:
+        script = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+    with open(tmp_path / "study.lock", "a") as opened:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        script.communicate(b"\n")
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
