@@ -100,10 +100,11 @@ def test_survey_of_a_checkpoint_is_pictures_and_their_description(script, tmp_pa
         assert entry["checkpoint"].endswith("checkpoint_1.pth") and entry["weights"] == "EMA"
 
 
-def test_every_checkpoint_is_sampled_unless_a_range_is_given(script, run_folder, tmp_path):
+def test_every_checkpoint_is_sampled_unless_a_range_is_given(script, tmp_path):
     one = ["--config.sampling.use_ode_sampler", "one_step"]
-    sample(script, run_folder, *one)
-    assert {p.name for p in (run_folder / "eval_sample").iterdir()} == {f"checkpoint_{k}" for k in (1, 2, 4)}
+    whole = write_run(tmp_path / "whole", numbers=(1, 2, 4))
+    sample(script, whole, *one)
+    assert {p.name for p in (whole / "eval_sample").iterdir()} == {f"checkpoint_{k}" for k in (1, 2, 4)}
     folder = write_run(tmp_path / "run", numbers=(1, 2, 3, 4))
     sample(script, folder, *one, "--config.eval.begin_ckpt", "2", "--config.eval.end_ckpt", "3")
     assert {p.name for p in (folder / "eval_sample").iterdir()} == {"checkpoint_2", "checkpoint_3"}
