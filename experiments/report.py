@@ -101,8 +101,8 @@ def cost_sentence(rows):
     found = seconds_of(rows, "")
     commits = len({row["commit"] for row in rows.values()})
     return ("Processor time of all rows: " + ", ".join(f"{kind} {s / 60:.0f} min" for kind, s in found.items()) +
-            f". The rows were made at {commits} commits, which the table names: a change of the code between two rows is "
-            "part of their difference.")
+            f". The rows were made at {commits} commits, which the table names: a change of the code between two rows "
+            "is part of their difference.")
 
 
 def ablation_section(rows):
