@@ -1,8 +1,13 @@
 """A step of a study: one call of one of the four scripts, with all that its result depends on in its words."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import pathlib
+
+from configs.command_line import load_config
+from configs.default import field_names, find_field
 
 TRAIN, PAIRS, EVALUATE, LOOK = "train", "pairs", "evaluate", "look"
 SCRIPTS = {TRAIN: "train.py", PAIRS: "generate_data.py", EVALUATE: "evaluation_fid.py", LOOK: "image_sampling.py"}
@@ -43,8 +48,10 @@ class Step:
 
     @property
     def digest(self):
-        """12 hexadecimal digits of all that the step's result depends on: its words and the steps it needs."""
-        content = [SCRIPTS[self.kind], self.images.name, self.words, [(key, step.digest) for key, step in self.needs]]
+        """12 hexadecimal digits of all that the result depends on: words, the config they name, the steps needed."""
+        config = self.words[self.words.index("--config") + 1]
+        content = [SCRIPTS[self.kind], self.images.name, self.words, config_changes(config),
+                   [(key, step.digest) for key, step in self.needs]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
     @property
@@ -59,6 +66,15 @@ class Step:
         return [SCRIPTS[self.kind], *(word.format(**places) for word in self.words)]
 
 
+@functools.cache
+def config_changes(path):
+    """Return {field: value} of what the config file `path` in this repository changes of the defaults."""
+    config = load_config(ROOT / path)
+    values = {name: functools.reduce(getattr, name.split("."), config) for name in field_names()}
+    return {name: value for name, value in values.items() if value != find_field(name).default}
+
+
+ROOT = pathlib.Path(__file__).parent.parent
 CHECKPOINT = "checkpoints/checkpoint_1.pth"
 CONFIG = "configs/rectified_flow/digits_rf_gaussian.py"
 
@@ -89,10 +105,11 @@ def train(name, images, seed, updates, *, config=CONFIG, width, pairs=None, star
     return Step(name, TRAIN, images, seed, words, needs)
 
 
-def pairs(name, flow, count, *, config=CONFIG, **sampling):
-    """Return a step that makes `count` noise-image pairs with the trained step `flow`."""
+def pairs(name, flow, count=None, *, config=CONFIG, **sampling):
+    """Return a step that makes `count` noise-image pairs (None: as the config says) with the trained step `flow`."""
+    counted = {"sampling__total_number_of_samples": count} if count else {}
     words = (*common(flow.images, flow.seed, config), "--ckpt_path", "{flow}/" + CHECKPOINT, "--data_root",
-             "{root}/{here}", *flags(sampling__total_number_of_samples=count, training__batch_size=250, **{
+             "{root}/{here}", *flags(**counted, training__batch_size=250, **{
                  f"sampling__{field}": value for field, value in sampling.items()}))
     return Step(name, PAIRS, flow.images, flow.seed, words, (("flow", flow),))
 

@@ -5,8 +5,16 @@ import dataclasses
 import pytest
 
 from experiments.run import Root, missing_steps
-from experiments.steps import DIGITS, PAIRS, TRAIN
-from experiments.studies import STUDIES, all_steps, main_line
+from experiments.steps import DIGITS, PAIRS, TRAIN, config_changes, train
+from experiments.studies import (
+    ABLATION_SEEDS,
+    MAIN_SEEDS,
+    RECIPE_SEEDS,
+    RECIPES,
+    STUDIES,
+    all_steps,
+    main_line,
+)
 from runtime.files import write_json
 
 
@@ -76,3 +84,28 @@ def test_every_study_is_listed_with_the_steps_it_needs():
     for name in STUDIES:
         steps = all_steps([name])
         assert all(need in steps for step in steps for _, need in step.needs)
+
+
+def test_a_change_of_the_named_config_changes_the_digest(tmp_path):
+    config = tmp_path / "config.py"
+    digests = set()
+    for rate in ("1e-3", "2e-3", "2e-3  # the same"):
+        config.write_text("from configs.rectified_flow.digits_rf_gaussian import get_config as digits\n\n\n"
+                          f"def get_config():\n    config = digits()\n    config.optim.lr = {rate}\n"
+                          "    return config\n")
+        config_changes.cache_clear()
+        digests.add(train("flow", DIGITS, 0, 10, width=8, config=str(config)).digest)
+    assert len(digests) == 2
+
+
+def test_both_recipes_have_equal_updates_and_the_released_ones_fewer_dearer_pairs():
+    recommended, released = (
+        [step.words for step in all_steps(["recipes"]) if f"/recipe_{name}/" in step.name and step.kind == TRAIN]
+        for name in RECIPES)
+    updates = [[words[words.index("--config.training.n_iters") + 1] for words in side]
+               for side in (recommended, released)]
+    assert updates[0] == updates[1] and len(updates[0]) == 3 * len(RECIPE_SEEDS)
+    fields = [config_changes(f"configs/rectified_flow/digits_{name}.py") for name in RECIPES]
+    assert fields[0]["sampling.total_number_of_samples"] > fields[1]["sampling.total_number_of_samples"]
+    assert "sampling.ode_tol" not in fields[1] and "model.dropout" not in fields[1]  # the defaults
+    assert not set(RECIPE_SEEDS) & {*MAIN_SEEDS, *ABLATION_SEEDS}
