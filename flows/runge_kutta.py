@@ -100,10 +100,18 @@ class StepControl:
 
 JOINT = StepControl(all_together, tolerated=1.0, safety=0.9, exponent=1 / 5, first=1.0, fit=as_chosen)  # scipy's
 # Where the norm of a batch is below 1, that of many a sample in it is above: for the same mean error, a sample on its
-# own is allowed a little more. Its error is a noisier guide than that of a batch, and velocities of networks are rough
-# on the scale of a step (their time embedding turns over within 1/999), so half of scipy's exponent refuses fewer
-# steps. Measured by benchmarks/ode.py.
-PER_SAMPLE = StepControl(each_alone, tolerated=1.2, safety=0.95, exponent=1 / 10, first=1.4, fit=in_two_parts)
+# own is allowed a little more. At coarse tolerances its error is a noisier guide than that of a batch, and velocities
+# of networks are rough on the scale of a step (their time embedding turns over within 1/999), so half of scipy's
+# exponent refuses fewer steps. Short steps see a smooth velocity: there the formula's own order is the better guide.
+# Measured by benchmarks/ode.py.
+COARSE = StepControl(each_alone, tolerated=1.2, safety=0.95, exponent=1 / 10, first=1.4, fit=in_two_parts)
+FINE = StepControl(each_alone, tolerated=1.05, safety=0.9, exponent=1 / 5, first=1.4, fit=in_two_parts)
+FINE_TOLERANCE = 3e-5
+
+
+def own_control(tol):
+    """Return the `StepControl` of samples on their own at the tolerance `tol`."""
+    return COARSE if tol > FINE_TOLERANCE else FINE
 
 
 def on_device(numbers, device):
@@ -288,7 +296,7 @@ def without_idle(state, samples, steps, lanes):
 
 @torch.no_grad()
 def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, lanes=64, max_steps=10000,
-                    control=PER_SAMPLE, record=None, finished=None, shrink_lanes=False):
+                    control=None, record=None, finished=None, shrink_lanes=False):
     """Integrate dx/dt = velocity(x, t, label) from `z` `(N, ...)` at `t_start` to `t_end`, each sample on its own.
 
     N samples flow through `lanes` lanes: a lane whose sample is finished takes the next one waiting, so that every
@@ -297,7 +305,8 @@ def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-
     when no sample waits: fewer rows are computed, but the rounding of the last samples then depends on all of z.
 
     velocity: takes x `(lanes, ...)`, t `(lanes,)` and label `(lanes, K)` or None, in the dtype of z; the state is
-    float64. tol is both rtol and atol, on the root mean square over a sample. `record(samples, t, x)`, if given,
+    float64. tol is both rtol and atol, on the root mean square over a sample; control, that of `own_control(tol)`
+    where none is given, makes the steps of it. `record(samples, t, x)`, if given,
     sees sample numbers `(n,)`, times `(n,)` and states `(n, ...)` at the start and after every step.
     `finished(n)` is told how many more samples are done, for a progress bar.
     Returns x `(N, ...)` like z and the number of evaluations of each sample, int64 `(N,)` on the CPU, counted as
@@ -307,6 +316,7 @@ def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-
     x, nfe = torch.empty_like(z), torch.zeros(len(z), dtype=torch.int64)
     if len(z) == 0:
         return x, nfe
+    control = control or own_control(tol)
     queue = Queue(velocity, z, label, t_start, t_end, tol, lanes, control)
     state, samples = queue.first()
     steps = [0] * lanes

@@ -15,11 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flows import runge_kutta
 from flows.runge_kutta import (
+    COARSE,
+    FINE,
     JOINT,
     all_together,
     attempt_step,
     each_alone,
     in_two_parts,
+    own_control,
     power,
     rk45_joint,
     rk45_per_sample,
@@ -92,15 +95,24 @@ def in_float32(x, t, label=None):
     return NETWORK(x.float(), t.float(), label).double()
 
 
-EXACT_X, EXACT_NFE = rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=1e-4, lanes=LANE_COUNT)
+EXACT = {tol: rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=tol, lanes=LANE_COUNT) for tol in (1e-4, 1e-5)}
 
 
+@pytest.mark.parametrize("tol", EXACT)
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 22), min_size=1, max_size=23, unique=True))
-def test_a_sample_is_the_same_bits_in_any_company_and_order(chosen):
-    x, nfe = rk45_per_sample(in_float32, SAMPLES.double()[chosen], LABELS[chosen], tol=1e-4, lanes=LANE_COUNT)
-    assert torch.equal(x, EXACT_X[chosen])
-    assert torch.equal(nfe, EXACT_NFE[chosen])
+@given(chosen=st.lists(st.integers(0, 22), min_size=1, max_size=23, unique=True))
+def test_a_sample_is_the_same_bits_in_any_company_and_order(tol, chosen):
+    x, nfe = rk45_per_sample(in_float32, SAMPLES.double()[chosen], LABELS[chosen], tol=tol, lanes=LANE_COUNT)
+    assert torch.equal(x, EXACT[tol][0][chosen])
+    assert torch.equal(nfe, EXACT[tol][1][chosen])
+
+
+def test_coarse_and_fine_tolerances_have_their_own_control():
+    assert own_control(1e-4) is COARSE and own_control(1e-5) is FINE and own_control(1e-9) is FINE
+    x, nfe = rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=1e-5, lanes=LANE_COUNT, control=COARSE)
+    assert not torch.equal(nfe, EXACT[1e-5][1])
+    assert torch.equal(rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=1e-5, lanes=LANE_COUNT,
+                                       control=FINE)[0], EXACT[1e-5][0])
 
 
 @settings(max_examples=15, deadline=None)
