@@ -125,3 +125,11 @@ ABLATION_CLAIMS = (
     Claim("The pseudo-Huber distance is better than the square", ABLATION + "loss_huber" + ONE,
           LINE + "2_flow_annealed" + ONE),
 )
+RECIPE_CLAIMS = (
+    Claim("With the recommended recipe the 1-flow, solved by rk45, is better than with the released hyper-parameters",
+          LINE + "recipe_recommended/1_flow/rk45-0.001", LINE + "recipe_released/1_flow/rk45-0.001"),
+    Claim("So is the small 2-flow in one step",
+          LINE + "recipe_recommended/2_flow" + ONE, LINE + "recipe_released/2_flow" + ONE),
+    Claim("So is the distilled network in one step",
+          LINE + "recipe_recommended/distilled" + ONE, LINE + "recipe_released/distilled" + ONE),
+)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 
 import torch
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from experiments import report
@@ -29,6 +29,7 @@ from experiments.table import NUMBERS, read_table, write_table
 from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.locks import file_lock
+from runtime.programs import run_program
 from runtime.progress import progress_bar
 
 FLAGS = flags.FLAGS
@@ -261,4 +262,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_program(main, "experiments.run")

@@ -22,8 +22,13 @@ def read_table(path):
             raise UserError(f"{path} has the columns {', '.join(reader.fieldnames or ())}; wanted are "
                             f"{', '.join(COLUMNS)}: restore it with git, or move it away")
         rows = list(reader)
-    for row in rows:
-        row.update({name: float(row[name]) if row[name] else None for name in NUMBERS})
+    for line, row in enumerate(rows, 2):
+        if None in row or None in row.values():  # too many fields, or too few
+            raise UserError(f"{path}, line {line}, has not {len(COLUMNS)} fields: restore the file with git")
+        try:
+            row.update({name: float(row[name]) if row[name] else None for name in NUMBERS})
+        except ValueError as error:
+            raise UserError(f"{path}, line {line}: {error}: restore the file with git") from None
     return {row["step"]: row for row in rows}
 
 

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
 from runtime.files import write_json
+from runtime.programs import run_program
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("work_dir", "logs", "folder of the runs; the demo's are in its sub-folder demo/")
@@ -158,4 +159,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_program(main, "tools.demo")

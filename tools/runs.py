@@ -5,9 +5,10 @@ import pathlib
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
 from models.checkpoint import numbered_checkpoints
+from runtime.programs import run_program
 from training.record import read_log
 
 FLAGS = flags.FLAGS
@@ -51,4 +52,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_program(main, "tools.runs")

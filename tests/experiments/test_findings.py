@@ -8,13 +8,14 @@ from experiments.findings import (
     HOLDS,
     MAIN_CLAIMS,
     MISSING,
+    RECIPE_CLAIMS,
     TOO_FEW,
     UNSURE,
     Claim,
     judge,
     summary,
 )
-from experiments.studies import all_steps
+from experiments.studies import MAIN_SEEDS, RECIPE_SEEDS, all_steps
 
 CLAIM = Claim("A is better", "s{seed}/a", "s{seed}/b")
 
@@ -46,7 +47,9 @@ def test_a_finding_says_its_figures_and_seeds():
     assert summary([0.5]) == "0.5"
 
 
-@pytest.mark.parametrize("claim", [*MAIN_CLAIMS, *ABLATION_CLAIMS], ids=lambda claim: claim.sentence[:40])
+@pytest.mark.parametrize("claim", [*MAIN_CLAIMS, *ABLATION_CLAIMS, *RECIPE_CLAIMS],
+                         ids=lambda claim: claim.sentence[:40])
 def test_every_claim_speaks_of_steps_that_exist(claim):
     names = {step.name for step in all_steps()}
-    assert {claim.better.format(seed=0), claim.worse.format(seed=0)} <= names
+    seed = RECIPE_SEEDS[0] if claim in RECIPE_CLAIMS else MAIN_SEEDS[0]
+    assert {claim.better.format(seed=seed), claim.worse.format(seed=seed)} <= names

@@ -8,8 +8,10 @@ import sys
 import pytest
 
 from experiments import report
+from experiments.findings import RECIPE_CLAIMS
 from experiments.run import Root, Runner, missing_steps
 from experiments.steps import DIGITS, Step, evaluate, look, pairs, train
+from experiments.studies import RECIPE_SEEDS
 from experiments.table import read_table
 from runtime.locks import file_lock
 from tests.processes import run_script
@@ -117,3 +119,30 @@ def test_scripts_of_a_killed_study_hold_its_lock(tmp_path):
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         script.communicate(b"\n")
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_the_report_holds_the_recommended_recipe_against_the_released_one():
+    rows = {}
+    for name, distance in (("recommended", 0.3), ("released", 0.9)):
+        for seed in RECIPE_SEEDS:
+            for run in ("pairs", *report.RECIPE_RUNS):
+                rows[f"digits/seed{seed}/recipe_{name}/{run}"] = {
+                    "seed": str(seed), "nfe": 20.0, "feature_distance": distance + seed / 100, "pixel_distance": 1.0}
+    text = report.recipe_section(rows)
+    assert text.count("**holds**") == len(RECIPE_CLAIMS)
+    assert "| recommended | distilled, one step | 4,000 × 20.0 | 0.34 ± 0.01 | 1 ± 0 | 3 |" in text
+    assert "--config.training.x0_randomness" in text and "{" not in text
+
+
+def test_a_table_that_was_cut_is_refused(finished, tmp_path):
+    folder, _, _ = finished
+    text = (folder / "results.csv").read_text()
+    (tmp_path / "results.csv").write_text(text[: text.rindex(",", 0, -8)])
+    with pytest.raises(ValueError, match="line 8, has not 15 fields: restore the file with git"):
+        read_table(tmp_path / "results.csv")
+
+
+@pytest.mark.parametrize("program", ["experiments.run", "experiments.report", "tools.demo", "tools.runs"])
+def test_a_misspelt_flag_gets_one_sentence(tmp_path, program):
+    status, printed = run_script(tmp_path, program, "--wrok_dir", "x")
+    assert status == 2 and printed.startswith(f"{program}: ") and "wrok_dir" in printed and printed.count("\n") == 1
