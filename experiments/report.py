@@ -185,8 +185,8 @@ python train.py --config $config --config.expr digits_1_flow --config.model.nf 2
 python generate_data.py --config $config --ckpt_path logs/digits_1_flow/checkpoints/checkpoint_2.pth \\
     --data_root reflow_data/digits
 python train.py --config $config --config.expr digits_2_flow $small {reflow}
-python train.py --config $config --config.expr digits_one_step $small --config.training.n_iters 600 \\
-    --config.flow.flow_t_schedule t0 {distil} \\
+python train.py --config $config --config.expr digits_one_step $small {distil} \\
+    --config.training.n_iters 600 --config.training.snapshot_freq 600 --config.flow.flow_t_schedule t0 \\
     --config.flow.pre_train_model logs/digits_2_flow/checkpoints/checkpoint_2.pth
 ```
 """
