@@ -1,10 +1,10 @@
 """Sample pictures from every checkpoint of a run, or from one .pth, all from the same noise.
 
-Into {run}/eval_sample/{checkpoint}/ go a grid for each sampler, {sampler}_sample_{nfe}.png, and the sheet that
-compares them, contact_sheet.png; ways of a few pixels from noise to image, pixel_trajectories.png; and samples.json
-with sampler, NFE, seconds, straightness, seed and checkpoint of each grid. Checkpoints are those of the folder, or
-from eval.begin_ckpt to eval.end_ckpt where these are given. With --config.sampling.use_ode_sampler given, that
-sampler is used; otherwise a survey: rk45, then Euler with 1, 2, 5, 10, 20, 50 and 100 steps. A grid has
+Into {run}/eval_sample/{checkpoint}/ go a grid for each sampler, {sampler}_sample_{nfe}.png; where there are several,
+the sheet that compares them, contact_sheet.png; ways of a few pixels from noise to image, pixel_trajectories.png; and
+samples.json with sampler, NFE, seconds, straightness, seed and checkpoint of each grid. Checkpoints are those of the
+folder, or from eval.begin_ckpt to eval.end_ckpt where these are given. With --config.sampling.use_ode_sampler given,
+that sampler is used; otherwise a survey: rk45, then Euler with 1, 2, 5, 10, 20, 50 and 100 steps. A grid has
 eval.batch_size images where that is given, 64 otherwise, or with --classes a row of ten for each class.
 """
 
@@ -96,8 +96,9 @@ def sample_checkpoint(path, config, args, given, device):
     columns = ROW if row_labels else math.isqrt(len(z) - 1) + 1
     for images, entry in grids:
         save_grid(folder / entry["file"], images, columns, row_labels)
-    sheet = torch.cat([images[:ROW] for images, _ in grids])
-    save_grid(folder / "contact_sheet.png", sheet, min(ROW, len(z)), [title_of(entry) for _, entry in grids])
+    if len(grids) > 1:  # of one sampler the grid tells as much, and the sheet of an earlier survey stays
+        sheet = torch.cat([images[:ROW] for images, _ in grids])
+        save_grid(folder / "contact_sheet.png", sheet, min(ROW, len(z)), [title_of(entry) for _, entry in grids])
     draw_trajectories(folder / "pixel_trajectories.png", velocity, z, label, config.flow.eps, name)
     write_entries(folder / "samples.json", [about | {"straightness": bend} | entry for _, entry in grids])
     print(f"{folder}: {', '.join(title_of(entry) for _, entry in grids)}; straightness {bend:.4g}", flush=True)

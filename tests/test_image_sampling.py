@@ -100,6 +100,15 @@ def test_survey_of_a_checkpoint_is_pictures_and_their_description(script, tmp_pa
         assert entry["checkpoint"].endswith("checkpoint_1.pth") and entry["weights"] == "EMA"
 
 
+def test_one_sampler_leaves_the_sheet_of_the_survey_alone(script, tmp_path):
+    folder = write_run(tmp_path / "run")
+    sample(script, folder)
+    sheet = folder / "eval_sample" / "checkpoint_1" / "contact_sheet.png"
+    before = sheet.read_bytes()
+    sample(script, folder, "--config.sampling.use_ode_sampler", "heun", "--config.sampling.sample_N", "3")
+    assert sheet.read_bytes() == before and (sheet.parent / "heun_sample_5.png").exists()
+
+
 def test_every_checkpoint_is_sampled_unless_a_range_is_given(script, tmp_path):
     one = ["--config.sampling.use_ode_sampler", "one_step"]
     whole = write_run(tmp_path / "whole", numbers=(1, 2, 4))
