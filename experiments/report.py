@@ -7,7 +7,16 @@ import sys
 from absl import flags
 
 from experiments import plots
-from experiments.findings import ABLATION_CLAIMS, MAIN_CLAIMS, RECIPE_CLAIMS, by_seed, judge, seeds_text, summary
+from experiments.findings import (
+    ABLATION_CLAIMS,
+    MAIN_CLAIMS,
+    RECIPE_CLAIMS,
+    by_seed,
+    earlier_run_sentence,
+    judge,
+    seeds_text,
+    summary,
+)
 from experiments.images import find_fashion
 from experiments.measure import Yardstick
 from experiments.steps import DIGITS, FASHION, config_changes
@@ -231,7 +240,8 @@ def write_report(results, path, seeds=MAIN_SEEDS):
     titles = {DIGITS: "Digits", FASHION: "Fashion-MNIST"}
     quality = path.with_name(f"{path.stem}_quality.png")
     plots.draw(quality, [plots.quality_panel(rows, i.name, titles[i], levels[i]) for i in yardsticks])
-    text = [INTRODUCTION, f"## Findings, digits ({seeds_text(len(seeds))})", findings(MAIN_CLAIMS, rows)]
+    text = [INTRODUCTION, f"## Findings, digits ({seeds_text(len(seeds))})", findings(MAIN_CLAIMS, rows),
+            earlier_run_sentence(rows)]
     with_ablations = any("/ablation/" in name for name in rows)
     if with_ablations:
         text += [findings(ABLATION_CLAIMS, rows)]

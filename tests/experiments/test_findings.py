@@ -12,6 +12,7 @@ from experiments.findings import (
     TOO_FEW,
     UNSURE,
     Claim,
+    earlier_run_sentence,
     judge,
     summary,
 )
@@ -45,6 +46,16 @@ def test_a_finding_says_its_figures_and_seeds():
     text = judge(CLAIM, rows([1.0, 1.1, 1.2], [2.0, 2.2, 2.4])).sentence()
     assert text.startswith("A is better: **holds** (1.1 ± 0.1 against 2.2 ± 0.2, difference 1.1 ± 0.1; 3 seeds)")
     assert summary([0.5]) == "0.5"
+
+
+def test_an_earlier_run_is_confirmed_only_where_all_seeds_say_so():
+    values = {"2_flow_annealed": (0.4, 0.5, 0.6), "2_flow_from_nothing": (0.3, 0.3, 0.4),
+              "distilled_naive": (0.3, 0.3, 0.3), "distilled_guided_student": (0.2, 0.3, 0.4)}
+    found = {f"digits/seed{seed}/{run}/euler-1": {"seed": str(seed), "feature_distance": value}
+             for run, seeds in values.items() for seed, value in enumerate(seeds)}
+    text = earlier_run_sentence(found)
+    assert "0.354): confirmed, the same sign in 3 of 3 seeds" in text
+    assert "0.267): neither confirmed nor refuted, the same sign in 1 of 3 seeds" in text
 
 
 @pytest.mark.parametrize("claim", [*MAIN_CLAIMS, *ABLATION_CLAIMS, *RECIPE_CLAIMS],
