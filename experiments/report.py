@@ -128,8 +128,11 @@ def ablation_section(rows):
                                          ("250, exponential", f"{prefix}ablation/shape_exp/euler-1")],
         "Number of pairs": [*((f"{n:,}", f"{prefix}ablation/count_{n}/euler-1") for n in (500, 1000, 2000)),
                             ("4,000", base), ("8,000", f"{prefix}ablation/count_8000/euler-1")],
-        "Time and distance": [("uniform, square", base), ("U-shaped", f"{prefix}ablation/time_u_shaped/euler-1"),
-                              ("pseudo-Huber", f"{prefix}ablation/loss_huber/euler-1")],
+        "Time, distance and both": [("uniform, square", base), ("U-shaped", f"{prefix}ablation/time_u_shaped/euler-1"),
+                              ("pseudo-Huber", f"{prefix}ablation/loss_huber/euler-1"),
+                              ("pseudo-Huber, cosine", f"{prefix}ablation/huber_cos/euler-1"),
+                              ("pseudo-Huber, U-shaped", f"{prefix}ablation/huber_u_shaped/euler-1"),
+                              ("all three", f"{prefix}ablation/huber_u_shaped_cos/euler-1")],
     }
     heads = ("", "feature distance", "pixel distance", "seeds")
     sections = [f"**{title}**\n\n" + table(heads, [line for entry in entries for line in change_lines(rows, *entry)])

@@ -76,6 +76,12 @@ SOLVERS = (
     *(({"use_ode_sampler": "heun", "sample_N": n}, f"heun_{n}") for n in (2, 4, 8)),
     *(({"use_ode_sampler": "rk45", "ode_tol": tol}, f"rk45_{tol:g}") for tol in (1e-3, 1e-4)),
 )
+HUBER, U_SHAPED = {"training__loss_type": "huber"}, {"flow__flow_t_schedule": "u_shaped"}
+COMBINATIONS = {  # of what one seed showed to be better alone
+    "huber_cos": HUBER | {"shape": "warmup_cos"},
+    "huber_u_shaped": HUBER | U_SHAPED,
+    "huber_u_shaped_cos": HUBER | U_SHAPED | {"shape": "warmup_cos"},
+}
 PAIR_COUNTS = (500, 1000, 2000, 8000)  # beside the main line's
 
 
@@ -93,8 +99,10 @@ def ablations(line):
         student(f"annealing_{updates}", annealing=updates)
     for shape in ("warmup_cos", "warmup_exp"):
         student(f"shape_{shape.removeprefix('warmup_')}", shape=shape)
-    student("time_u_shaped", flow__flow_t_schedule="u_shaped")
-    student("loss_huber", training__loss_type="huber")
+    student("time_u_shaped", **U_SHAPED)
+    student("loss_huber", **HUBER)
+    for name, changed in COMBINATIONS.items():
+        student(name, **changed)
     for other in images.widths:
         if other not in (width, images.teacher_width):  # the main line has these two
             student(f"width_{other}", width=other)
