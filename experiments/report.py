@@ -137,7 +137,18 @@ def ablation_section(rows):
     heads = ("", "feature distance", "pixel distance", "seeds")
     sections = [f"**{title}**\n\n" + table(heads, [line for entry in entries for line in change_lines(rows, *entry)])
                 for title, entries in groups.items()]
-    return "\n\n".join([*sections, solver_table(rows), width_table(rows)])
+    return "\n\n".join([*sections, distillation_table(rows), solver_table(rows), width_table(rows)])
+
+
+def distillation_table(rows):
+    """Return the table of the distance in distillation."""
+    prefix = "digits/seed{seed}/"
+    entries = [("2-flow of the main line, square", f"{prefix}distilled_guided_student/euler-1"),
+               ("2-flow with pseudo-Huber and U-shaped times, square", f"{prefix}ablation/distilled_l2/euler-1"),
+               ("the same, pseudo-Huber", f"{prefix}ablation/distilled_huber/euler-1")]
+    return "**Distillation (guided, student's first step)**\n\n" + table(
+        ("", "feature distance", "pixel distance", "seeds"),
+        [line for entry in entries for line in change_lines(rows, *entry)])
 
 
 def change_lines(rows, text, name):

@@ -39,7 +39,7 @@ flags.DEFINE_string("root", "logs/miniature", "folder of the runs, pairs and ima
 flags.DEFINE_string("results", "experiments/results.csv", "table of finished steps")
 flags.DEFINE_bool("quick", False, "the main line on digits with one seed, in {root}/quick")
 flags.DEFINE_string("again", "", "name of a step to run again")
-flags.DEFINE_string("steps", "", "run only the steps whose names contain this, and what they need")
+flags.DEFINE_list("steps", [], "run only the steps whose names contain one of these, and what they need")
 flags.DEFINE_bool("dry_run", False, "print the commands and run nothing")
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -215,9 +215,9 @@ def chosen_steps():
     if "fashion" in names and find_fashion() is None:
         print("study: Fashion-MNIST is not here (Debian: dataset-fashion-mnist); its steps are left out", flush=True)
         names.remove("fashion")
-    steps = [step for step in all_steps(names) if FLAGS.steps in step.name]
+    steps = [step for step in all_steps(names) if any(text in step.name for text in FLAGS.steps or [""])]
     if not steps or (FLAGS.again and FLAGS.again not in {step.name for step in steps}):
-        raise UserError(f"no step is called {FLAGS.again or FLAGS.steps}; results.csv and --dry_run have their names")
+        raise UserError(f"no step is called {FLAGS.again or ', '.join(FLAGS.steps)}; results.csv and --dry_run have their names")
     return steps
 
 

@@ -79,14 +79,14 @@ SOLVERS = (
 HUBER, U_SHAPED = {"training__loss_type": "huber"}, {"flow__flow_t_schedule": "u_shaped"}
 COMBINATIONS = {  # of what one seed showed to be better alone
     "huber_cos": HUBER | {"shape": "warmup_cos"},
-    "huber_u_shaped": HUBER | U_SHAPED,
     "huber_u_shaped_cos": HUBER | U_SHAPED | {"shape": "warmup_cos"},
+    "huber_u_shaped": HUBER | U_SHAPED,  # distilled as well
 }
 PAIR_COUNTS = (500, 1000, 2000, 8000)  # beside the main line's
 
 
 def ablations(line):
-    """Return the steps that change one factor of a `Line`: small 2-flows, measured at one step."""
+    """Return the steps that change one factor of a `Line`, or a few: small networks, measured at one step."""
     images, seed = line.flow.images, line.flow.seed
     prefix, width = f"{images.name}/seed{seed}/ablation", images.student_width
     plain = {"width": width, "annealing": ANNEALING}
@@ -103,6 +103,9 @@ def ablations(line):
     student("loss_huber", **HUBER)
     for name, changed in COMBINATIONS.items():
         student(name, **changed)
+    start = students[-1]
+    distilled = [distil(f"{prefix}/distilled_{loss}", line.pairs, start, training__loss_type=loss,
+                        **DISTILLATIONS["guided_student"]) for loss in ("l2", "huber")]
     for other in images.widths:
         if other not in (width, images.teacher_width):  # the main line has these two
             student(f"width_{other}", width=other)
@@ -112,6 +115,7 @@ def ablations(line):
     for sampling, name in SOLVERS:
         made.append(pairs(f"{prefix}/pairs_{name}", line.flow, PAIRS, **sampling))
         student(f"solver_{name}", made[-1])
+    students += distilled
     return (*made, *students, *(evaluate(step, **ONE_STEP) for step in students))
 
 
