@@ -217,7 +217,8 @@ def chosen_steps():
         names.remove("fashion")
     steps = [step for step in all_steps(names) if any(text in step.name for text in FLAGS.steps or [""])]
     if not steps or (FLAGS.again and FLAGS.again not in {step.name for step in steps}):
-        raise UserError(f"no step is called {FLAGS.again or ', '.join(FLAGS.steps)}; results.csv and --dry_run have their names")
+        missing = FLAGS.again or ", ".join(FLAGS.steps)
+        raise UserError(f"no step is called {missing}; results.csv and --dry_run have their names")
     return steps
 
 
