@@ -55,6 +55,15 @@ class Root:
         """Return the file that says that the step's command has ended well, and in how many seconds."""
         return self.path / "finished" / f"{step.place}.json"
 
+    def interrupted(self, step):
+        """Return the file that says how many seconds the step had used when its command last ended before its end."""
+        return self.path / "finished" / f"{step.place}.interrupted.json"
+
+    def seconds_before(self, step):
+        """Return the processor seconds of the step's earlier, interrupted commands, which the next one continues."""
+        path = self.interrupted(step)
+        return json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+
     def is_finished(self, step):
         """Whether what the step leaves for later ones is there."""
         return self.marker(step).exists()
@@ -62,6 +71,7 @@ class Root:
     def forget(self, step):
         """Remove what the step left, so that it can run again."""
         self.marker(step).unlink(missing_ok=True)
+        self.interrupted(step).unlink(missing_ok=True)
         shutil.rmtree(self.path / step.place, ignore_errors=True)
 
     def output(self, step):
@@ -114,10 +124,11 @@ def run_command(step, root, running, lock):
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     running.discard(process)
+    seconds = used.ru_utime + used.ru_stime + root.seconds_before(step)
     if process.returncode:
+        write_json(root.interrupted(step), {"seconds": seconds})
         tail = " | ".join(output.read_text().splitlines()[-3:])
         raise UserError(f"{step.name}: {words[1]} ended with status {process.returncode} ({output}): {tail}")
-    seconds = used.ru_utime + used.ru_stime
     write_json(root.marker(step), {"seconds": seconds})
     return seconds
 

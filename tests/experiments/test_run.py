@@ -94,6 +94,10 @@ def test_a_failing_step_is_named_with_what_its_script_said(finished, tmp_path):
         result = pytest.raises(ValueError, other.run, [wrong], lock)
     assert "digits/wrong: train.py ended with status 2" in str(result.value) and "optim.lr" in str(result.value)
     assert read_table(tmp_path / "results.csv") == {}
+    spent = other.root.seconds_before(wrong)  # counts, when the step goes on
+    assert spent > 0
+    other.root.forget(wrong)
+    assert other.root.seconds_before(wrong) == 0
 
 
 @pytest.mark.parametrize(("words", "said"), [
