@@ -122,8 +122,8 @@ def ablations(line):
 # The recommended recipe, chosen on the seeds of the main line, and the released code's; what differs between the stages
 # is here, all else in the config of that name. In the released commands annealing takes 300,000 of 800,000 updates.
 RECIPES = {
-    "recommended": {"reflow": {"training__x0_randomness": f"warmup_{ANNEALING}"},
-                    "distil": {"optim__lr": DISTIL_LR} | DISTILLATIONS["guided_student"]},
+    "recommended": {"reflow": {"training__x0_randomness": f"warmup_{ANNEALING}"} | HUBER | U_SHAPED,
+                    "distil": {"optim__lr": DISTIL_LR} | HUBER | DISTILLATIONS["guided_student"]},
     "released": {"reflow": {"training__x0_randomness": f"warmup_{REFLOW_UPDATES * 3 // 8}"},
                  "distil": DISTILLATIONS["guided_student"]},
 }
