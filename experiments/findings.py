@@ -52,6 +52,16 @@ def by_seed(rows, name, figure):
     return {seed: row[figure] for seed, row in found.items() if row and row[figure] is not None}
 
 
+def of_common_seeds(rows, names):
+    """Return the rows of the seeds that all of `names` have, names without any row left out.
+
+    Means over different seeds cannot be compared: a table shows one set of seeds.
+    """
+    seeds = [set(by_seed(rows, name, "digest")) for name in names]
+    common = set.intersection(*filter(None, seeds)) if any(seeds) else set()
+    return {name: row for name, row in rows.items() if int(row["seed"]) in common}
+
+
 def judge(claim, rows):
     """Return the `Verdict` of a claim: told only where all seeds agree and the mean exceeds the spread.
 

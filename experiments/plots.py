@@ -4,8 +4,9 @@ import statistics
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from experiments.findings import by_seed
+from experiments.findings import by_seed, of_common_seeds
 from runtime.files import atomic_path
 
 SAMPLED = {"1_flow": "1-flow", "2_flow_annealed": "small 2-flow", "distilled_guided_student": "distilled, guided"}
@@ -37,10 +38,21 @@ def draw(path, panels):
             axis.axhline(level, label=label, linestyle="--", linewidth=1, color="grey")
         axis.set(title=title, xlabel=x_label, ylabel="Fréchet distance, classifier features", xscale="log",
                  yscale="log")
-        axis.grid(alpha=0.3, which="both")
+        plain_ticks(axis.xaxis, (1, 2, 4, 8, 16, 32, 64, 128, 256))
+        plain_ticks(axis.yaxis, [digit * 10**power for power in range(-3, 4) for digit in (1, 2, 5)])
+        axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100)
+
+
+def plain_ticks(axis, places):
+    """Put ticks at those of `places` that a logarithmic axis shows, written as plain numbers."""
+    low, high = axis.get_view_interval()
+    shown = [place for place in places if low <= place <= high]
+    axis.set_major_locator(FixedLocator(shown))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def quality_panel(rows, name, title, level):
@@ -57,5 +69,6 @@ def solver_panel(rows, solvers, level):
     names = {kind: [(f"{prefix}ablation/pairs_{name}", f"{prefix}ablation/solver_{name}/euler-1")
                     for name in solvers if name.startswith(kind)] for kind in ("euler", "heun", "rk45")}
     names["rk45"].append((f"{prefix}pairs", f"{prefix}2_flow_annealed/euler-1"))
+    rows = of_common_seeds(rows, [student for found in names.values() for _, student in found])
     curves = [(kind, points(rows, found, "nfe", "feature_distance")) for kind, found in names.items()]
     return "Digits: the student by what solved its pairs", "network evaluations a pair", curves, {"real images": level}

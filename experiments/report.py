@@ -14,6 +14,7 @@ from experiments.findings import (
     by_seed,
     earlier_run_sentence,
     judge,
+    of_common_seeds,
     seeds_text,
     summary,
 )
@@ -134,21 +135,19 @@ def ablation_section(rows):
                               ("pseudo-Huber, U-shaped", f"{prefix}ablation/huber_u_shaped/euler-1"),
                               ("all three", f"{prefix}ablation/huber_u_shaped_cos/euler-1")],
     }
-    heads = ("", "feature distance", "pixel distance", "seeds")
-    sections = [f"**{title}**\n\n" + table(heads, [line for entry in entries for line in change_lines(rows, *entry)])
-                for title, entries in groups.items()]
-    return "\n\n".join([*sections, distillation_table(rows), solver_table(rows), width_table(rows)])
+    groups["Distillation (guided, student's first step)"] = [
+        ("2-flow of the main line, square", f"{prefix}distilled_guided_student/euler-1"),
+        ("2-flow with pseudo-Huber and U-shaped times, square", f"{prefix}ablation/distilled_l2/euler-1"),
+        ("the same, pseudo-Huber", f"{prefix}ablation/distilled_huber/euler-1")]
+    sections = [change_table(rows, title, entries) for title, entries in groups.items()]
+    return "\n\n".join([*sections, solver_table(rows), width_table(rows)])
 
 
-def distillation_table(rows):
-    """Return the table of the distance in distillation."""
-    prefix = "digits/seed{seed}/"
-    entries = [("2-flow of the main line, square", f"{prefix}distilled_guided_student/euler-1"),
-               ("2-flow with pseudo-Huber and U-shaped times, square", f"{prefix}ablation/distilled_l2/euler-1"),
-               ("the same, pseudo-Huber", f"{prefix}ablation/distilled_huber/euler-1")]
-    return "**Distillation (guided, student's first step)**\n\n" + table(
-        ("", "feature distance", "pixel distance", "seeds"),
-        [line for entry in entries for line in change_lines(rows, *entry)])
+def change_table(rows, title, entries):
+    """Return the table of one factor, over the seeds that all its entries (text, name) have."""
+    rows = of_common_seeds(rows, [name for _, name in entries])
+    return f"**{title}**\n\n" + table(("", "feature distance", "pixel distance", "seeds"),
+                                      [line for entry in entries for line in change_lines(rows, *entry)])
 
 
 def change_lines(rows, text, name):
@@ -163,7 +162,7 @@ def solver_table(rows):
     names = {"rk45_0.01": (f"{prefix}pairs", f"{prefix}2_flow_annealed/euler-1")}
     names |= {name: (f"{prefix}ablation/pairs_{name}", f"{prefix}ablation/solver_{name}/euler-1")
               for _, name in SOLVERS}
-    lines = []
+    rows, lines = of_common_seeds(rows, [student for _, student in names.values()]), []
     for name, (made, student) in names.items():
         nfe, distance = by_seed(rows, made, "nfe"), by_seed(rows, student, "feature_distance")
         if nfe and distance:
@@ -179,7 +178,7 @@ def width_table(rows):
     """Return the table of student widths."""
     prefix = "digits/seed{seed}/"
     names = {8: "ablation/width_8", 12: "2_flow_annealed", 16: "ablation/width_16", 24: "2_flow_wide_annealed"}
-    lines = []
+    rows, lines = of_common_seeds(rows, [f"{prefix}{run}/euler-1" for run in names.values()]), []
     for width, run in names.items():
         found = {column: list(by_seed(rows, f"{prefix}{run}/euler-1", column).values())
                  for column in ("parameters", "gmacs", "latency_ms", "feature_distance")}
@@ -267,7 +266,8 @@ def write_report(results, path, seeds=MAIN_SEEDS):
         plots.draw(solvers, [plots.solver_panel(rows, [name for _, name in SOLVERS], levels[DIGITS])])
         text += [f"## Ablations, digits ({seeds_text(len(ABLATION_SEEDS))} planned)", "One factor changed at a time, "
                  "on the main line's 1-flow and, where they are not the factor, pairs; the small annealed 2-flow in "
-                 "one step.", ablation_section(rows), f"![student against evaluations a pair]({solvers.name})"]
+                 "one step. Each table is over the seeds that all its lines have.", ablation_section(rows),
+                 f"![student against evaluations a pair]({solvers.name})"]
     if any("/recipe_" in name for name in rows):
         text += [f"## A recommended recipe ({seeds_text(len(RECIPE_SEEDS))} planned)", recipe_section(rows)]
     text += ["## Cost", cost_sentence(rows)]

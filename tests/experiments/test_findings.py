@@ -14,6 +14,7 @@ from experiments.findings import (
     Claim,
     earlier_run_sentence,
     judge,
+    of_common_seeds,
     summary,
 )
 from experiments.studies import MAIN_SEEDS, RECIPE_SEEDS, all_steps
@@ -46,6 +47,14 @@ def test_a_finding_says_its_figures_and_seeds():
     text = judge(CLAIM, rows([1.0, 1.1, 1.2], [2.0, 2.2, 2.4])).sentence()
     assert text.startswith("A is better: **holds** (1.1 ± 0.1 against 2.2 ± 0.2, difference 1.1 ± 0.1; 3 seeds)")
     assert summary([0.5]) == "0.5"
+
+
+def test_a_table_is_over_the_seeds_that_all_its_lines_have():
+    found = rows([1.0, 2.0, 3.0], [5.0, 6.0])
+    found = {name: row | {"digest": "d"} for name, row in found.items()}
+    common = of_common_seeds(found, ["s{seed}/a", "s{seed}/b", "s{seed}/not_run"])
+    assert set(common) == {"s0/a", "s1/a", "s0/b", "s1/b"}
+    assert of_common_seeds(found, ["s{seed}/not_run"]) == {}
 
 
 def test_an_earlier_run_is_confirmed_only_where_all_seeds_say_so():
