@@ -160,8 +160,8 @@ ABLATION_CLAIMS = (
 RECIPE_CLAIMS = (
     Claim("With the recommended recipe the 1-flow, solved by rk45, is better than with the released hyper-parameters",
           LINE + "recipe_recommended/1_flow/rk45-0.001", LINE + "recipe_released/1_flow/rk45-0.001"),
-    Claim("So is the small 2-flow in one step",
+    Claim("With the recommended recipe the small 2-flow is better in one step",
           LINE + "recipe_recommended/2_flow" + ONE, LINE + "recipe_released/2_flow" + ONE),
-    Claim("So is the distilled network in one step",
+    Claim("With the recommended recipe the distilled network is better in one step",
           LINE + "recipe_recommended/distilled" + ONE, LINE + "recipe_released/distilled" + ONE),
 )
