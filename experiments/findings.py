@@ -137,6 +137,25 @@ def earlier_run_sentence(rows):
     return f"A first run of the released code on digits, with a single seed, saw {'; and '.join(said)}."
 
 
+def second_set_sentence(rows, title, name):
+    """Return whether the image set `name` agrees with digits on the claims that it has figures for, or None."""
+    agree, disagree = 0, []
+    for claim in MAIN_CLAIMS:
+        other = dataclasses.replace(claim, better=claim.better.replace("digits/", f"{name}/"),
+                                    worse=claim.worse.replace("digits/", f"{name}/"))
+        first, second = judge(claim, rows), judge(other, rows)
+        if MISSING in (first.word, second.word):
+            continue
+        signs = {statistics.mean(v.worse) > statistics.mean(v.better) for v in (first, second)}
+        agree += len(signs) == 1
+        disagree += [claim.sentence] if len(signs) == 2 else []
+    if not agree and not disagree:
+        return None
+    text = (f"{title}, one seed, which by itself tells no claim, differs in the direction that the digits' mean does in "
+            f"{agree} of the {agree + len(disagree)} claims that it has figures for")
+    return text + (f"; not in: {'; '.join(disagree)}." if disagree else ".")
+
+
 ABLATION_CLAIMS = (
     Claim("Annealing over half of the updates is better than over a quarter",
           ABLATION + "annealing_500" + ONE, LINE + "2_flow_annealed" + ONE),

@@ -15,6 +15,7 @@ from experiments.findings import (
     earlier_run_sentence,
     judge,
     of_common_seeds,
+    second_set_sentence,
     seeds_text,
     summary,
 )
@@ -264,6 +265,7 @@ def write_report(results, path, seeds=MAIN_SEEDS):
     plots.draw(quality, [plots.quality_panel(rows, i.name, titles[i], levels[i]) for i in yardsticks])
     text = [INTRODUCTION, f"## Findings, digits ({seeds_text(len(seeds))})", findings(MAIN_CLAIMS, rows),
             earlier_run_sentence(rows)]
+    text += [second_set_sentence(rows, titles[i], i.name) or "" for i in yardsticks if i != DIGITS]
     with_ablations = any("/ablation/" in name for name in rows)
     if with_ablations:
         text += [findings(ABLATION_CLAIMS, rows)]

@@ -15,6 +15,7 @@ from experiments.findings import (
     earlier_run_sentence,
     judge,
     of_common_seeds,
+    second_set_sentence,
     summary,
 )
 from experiments.studies import MAIN_SEEDS, RECIPE_SEEDS, all_steps
@@ -55,6 +56,21 @@ def test_a_table_is_over_the_seeds_that_all_its_lines_have():
     common = of_common_seeds(found, ["s{seed}/a", "s{seed}/b", "s{seed}/not_run"])
     assert set(common) == {"s0/a", "s1/a", "s0/b", "s1/b"}
     assert of_common_seeds(found, ["s{seed}/not_run"]) == {}
+
+
+def test_a_second_set_of_images_is_held_against_the_digits():
+    def entry(run, name, figure, value):
+        return {f"{name}/seed0/{run}": {"seed": "0", "straightness": None, "feature_distance": None} | {figure: value}}
+
+    found = {}
+    for name, distance in (("digits", 0.5), ("other", 0.9)):
+        found |= entry("1_flow/straightness", name, "straightness", 2.0)
+        found |= entry("2_flow_annealed/straightness", name, "straightness", 1.0)
+        found |= entry("1_flow/euler-1", name, "feature_distance", 0.8)
+        found |= entry("2_flow_annealed/euler-1", name, "feature_distance", distance)
+    text = second_set_sentence(found, "Other", "other")
+    assert "in 1 of the 2 claims" in text and f"not in: {MAIN_CLAIMS[1].sentence}." in text
+    assert second_set_sentence(found, "Third", "third") is None
 
 
 def test_an_earlier_run_is_confirmed_only_where_all_seeds_say_so():
