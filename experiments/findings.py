@@ -151,8 +151,8 @@ def second_set_sentence(rows, title, name):
         disagree += [claim.sentence] if len(signs) == 2 else []
     if not agree and not disagree:
         return None
-    text = (f"{title}, one seed, which by itself tells no claim, differs in the direction that the digits' mean does in "
-            f"{agree} of the {agree + len(disagree)} claims that it has figures for")
+    text = (f"{title}, one seed, which by itself tells no claim, differs in the direction that the digits' mean does "
+            f"in {agree} of the {agree + len(disagree)} claims that it has figures for")
     return text + (f"; not in: {'; '.join(disagree)}." if disagree else ".")
 
 
