@@ -167,6 +167,10 @@ ABLATION_CLAIMS = (
     Claim("8,000 pairs are better than 4,000", ABLATION + "count_8000" + ONE, LINE + "2_flow_annealed" + ONE),
     Claim("Pairs by rk45 at 1e-4 make a better student than at 1e-2",
           ABLATION + "solver_rk45_0.0001" + ONE, LINE + "2_flow_annealed" + ONE),
+    Claim("Pairs by rk45 at 1e-3 make a better student than at 1e-2",
+          ABLATION + "solver_rk45_0.001" + ONE, LINE + "2_flow_annealed" + ONE),
+    Claim("Pairs by eight steps of Heun (15 evaluations) make a worse student than rk45 at 1e-2",
+          LINE + "2_flow_annealed" + ONE, ABLATION + "solver_heun_8" + ONE),
     Claim("Pairs by four steps of Heun (7 evaluations) make a worse student than rk45 at 1e-2",
           LINE + "2_flow_annealed" + ONE, ABLATION + "solver_heun_4" + ONE),
     Claim("Pairs by four steps of Euler make a worse student than rk45 at 1e-2",
@@ -175,6 +179,8 @@ ABLATION_CLAIMS = (
           LINE + "2_flow_annealed" + ONE),
     Claim("The pseudo-Huber distance is better than the square", ABLATION + "loss_huber" + ONE,
           LINE + "2_flow_annealed" + ONE),
+    Claim("The pseudo-Huber distance with U-shaped times is better than the square with uniform ones",
+          ABLATION + "huber_u_shaped" + ONE, LINE + "2_flow_annealed" + ONE),
 )
 RECIPE_CLAIMS = (
     Claim("With the recommended recipe the 1-flow, solved by rk45, is better than with the released hyper-parameters",

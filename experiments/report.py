@@ -14,7 +14,6 @@ from experiments.findings import (
     by_seed,
     earlier_run_sentence,
     judge,
-    of_common_seeds,
     second_set_sentence,
     seeds_text,
     summary,
@@ -136,59 +135,62 @@ def ablation_section(rows):
                               ("pseudo-Huber, U-shaped", f"{prefix}ablation/huber_u_shaped/euler-1"),
                               ("all three", f"{prefix}ablation/huber_u_shaped_cos/euler-1")],
     }
-    groups["Distillation (guided, student's first step)"] = [
-        ("2-flow of the main line, square", f"{prefix}distilled_guided_student/euler-1"),
-        ("2-flow with pseudo-Huber and U-shaped times, square", f"{prefix}ablation/distilled_l2/euler-1"),
-        ("the same, pseudo-Huber", f"{prefix}ablation/distilled_huber/euler-1")]
-    sections = [change_table(rows, title, entries) for title, entries in groups.items()]
-    return "\n\n".join([*sections, solver_table(rows), width_table(rows)])
+    sections = [change_table(rows, title, entries, base) for title, entries in groups.items()]
+    guided = f"{prefix}distilled_guided_student/euler-1"
+    sections.append(change_table(rows, "Distillation (guided, student's first step)", [
+        ("the main line's, square", guided),
+        ("of the 2-flow with pseudo-Huber and U-shaped times, square", f"{prefix}ablation/distilled_l2/euler-1"),
+        ("the same, pseudo-Huber", f"{prefix}ablation/distilled_huber/euler-1")], guided))
+    return "\n\n".join([*sections, solver_table(rows, base), width_table(rows, base)])
 
 
-def change_table(rows, title, entries):
-    """Return the table of one factor, over the seeds that all its entries (text, name) have."""
-    rows = of_common_seeds(rows, [name for _, name in entries])
-    return f"**{title}**\n\n" + table(("", "feature distance", "pixel distance", "seeds"),
-                                      [line for entry in entries for line in change_lines(rows, *entry)])
+CHANGE_HEADS = ("feature distance", "main line's, same seeds", "seeds")
 
 
-def change_lines(rows, text, name):
-    """Return the line of one changed factor, none while it has no rows."""
-    found = [list(by_seed(rows, name, column).values()) for column in ("feature_distance", "pixel_distance")]
-    return [f"| {text} | {summary(found[0])} | {summary(found[1])} | {len(found[0])} |"] if found[0] else []
+def change_table(rows, title, entries, base):
+    """Return the table of one factor: entries (text, step name), each beside the step `base` on the same seeds."""
+    lines = [f"| {text} | {change_cells(rows, name, base)} |" for text, name in entries
+             if by_seed(rows, name, "feature_distance")]
+    return f"**{title}**\n\n" + table(("", *CHANGE_HEADS), lines)
 
 
-def solver_table(rows):
+def change_cells(rows, name, base):
+    """Return the cells of CHANGE_HEADS for the step `name`: means over different seeds cannot be compared."""
+    found, usual = (by_seed(rows, step, "feature_distance") for step in (name, base))
+    same = [usual[seed] for seed in found if seed in usual]
+    return f"{summary(list(found.values()))} | {summary(same) if same else ''} | {len(found)}"
+
+
+def solver_table(rows, base):
     """Return the table of what solves the pairs."""
     prefix = "digits/seed{seed}/"
-    names = {"rk45_0.01": (f"{prefix}pairs", f"{prefix}2_flow_annealed/euler-1")}
+    names = {"rk45_0.01": (f"{prefix}pairs", base)}
     names |= {name: (f"{prefix}ablation/pairs_{name}", f"{prefix}ablation/solver_{name}/euler-1")
               for _, name in SOLVERS}
-    rows, lines = of_common_seeds(rows, [student for _, student in names.values()]), []
+    lines = []
     for name, (made, student) in names.items():
-        nfe, distance = by_seed(rows, made, "nfe"), by_seed(rows, student, "feature_distance")
-        if nfe and distance:
+        nfe = by_seed(rows, made, "nfe")
+        if nfe and by_seed(rows, student, "feature_distance"):
             mean = statistics.mean(nfe.values())
-            lines.append((mean, f"| {name.replace('_', ', ')} | {mean:.3g} | {summary(list(distance.values()))} | "
-                                f"{len(distance)} |"))
+            lines.append((mean, f"| {name.replace('_', ', ')} | {mean:.3g} | {change_cells(rows, student, base)} |"))
     lines = [line for _, line in sorted(lines)]
-    return "**What solves the 4,000 pairs**\n\n" + table(
-        ("solver", "evaluations a pair", "feature distance of the student, one step", "seeds"), lines)
+    return "**What solves the 4,000 pairs**\n\n" + table(("solver", "evaluations a pair", *CHANGE_HEADS), lines)
 
 
-def width_table(rows):
+def width_table(rows, base):
     """Return the table of student widths."""
     prefix = "digits/seed{seed}/"
     names = {8: "ablation/width_8", 12: "2_flow_annealed", 16: "ablation/width_16", 24: "2_flow_wide_annealed"}
-    rows, lines = of_common_seeds(rows, [f"{prefix}{run}/euler-1" for run in names.values()]), []
+    lines = []
     for width, run in names.items():
         found = {column: list(by_seed(rows, f"{prefix}{run}/euler-1", column).values())
-                 for column in ("parameters", "gmacs", "latency_ms", "feature_distance")}
+                 for column in ("parameters", "gmacs", "latency_ms")}
         if found["parameters"]:
             lines.append(f"| {width} | {found['parameters'][0]:,.0f} | {1000 * found['gmacs'][0]:.2f} | "
-                         f"{statistics.median(found['latency_ms']):.2f} | {summary(found['feature_distance'])} | "
-                         f"{len(found['parameters'])} |")
+                         f"{statistics.median(found['latency_ms']):.2f} | "
+                         f"{change_cells(rows, f'{prefix}{run}/euler-1', base)} |")
     return "**Width of the student**\n\n" + table(
-        ("nf", "parameters", "MMACs", "ms for one image, one thread", "feature distance, one step", "seeds"), lines)
+        ("nf", "parameters", "MMACs", "ms for one image, one thread", *CHANGE_HEADS), lines)
 
 
 RECIPE_RUNS = {"1_flow/rk45-0.001": "1-flow, rk45 at 1e-3", "2_flow/euler-1": "small 2-flow, one step",
@@ -278,7 +280,7 @@ def write_report(results, path, seeds=MAIN_SEEDS):
         plots.draw(solvers, [plots.solver_panel(rows, [name for _, name in SOLVERS], levels[DIGITS])])
         text += [f"## Ablations, digits ({seeds_text(len(ABLATION_SEEDS))} planned)", "One factor changed at a time, "
                  "on the main line's 1-flow and, where they are not the factor, pairs; the small annealed 2-flow in "
-                 "one step. Each table is over the seeds that all its lines have.", ablation_section(rows),
+                 "one step. Beside each figure is that of the main line on the same seeds.", ablation_section(rows),
                  f"![student against evaluations a pair]({solvers.name})"]
     if any("/recipe_" in name for name in rows):
         text += [f"## A recommended recipe ({seeds_text(len(RECIPE_SEEDS))} planned)", recipe_section(rows)]

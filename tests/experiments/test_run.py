@@ -150,3 +150,15 @@ def test_a_table_that_was_cut_is_refused(finished, tmp_path):
 def test_a_misspelt_flag_gets_one_sentence(tmp_path, program):
     status, printed = run_script(tmp_path, program, "--wrok_dir", "x")
     assert status == 2 and printed.startswith(f"{program}: ") and "wrok_dir" in printed and printed.count("\n") == 1
+
+
+def test_an_ablation_stands_beside_the_main_line_on_its_own_seeds():
+    def entry(run, seed, distance):
+        return {f"digits/seed{seed}/{run}/euler-1": {"seed": str(seed), "feature_distance": distance}}
+
+    rows = {**entry("a", 0, 1.0), **entry("base", 0, 2.0), **entry("base", 1, 4.0), **entry("alone", 2, 5.0)}
+    name = "digits/seed{{seed}}/{}/euler-1".format
+    text = report.change_table(rows, "Factor", [(run, name(run)) for run in ("a", "base", "alone", "none")],
+                               name("base"))
+    assert "| a | 1 | 2 | 1 |" in text and "| base | 3 ± 1.4 | 3 ± 1.4 | 2 |" in text
+    assert "| alone | 5 |  | 1 |" in text and "none" not in text
