@@ -6,6 +6,8 @@ import sys
 import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("SLIMFLOW_TEST_DEVICE") != "cuda":  # before torch is imported: the tests are those of a CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""Scripts run in forked processes: real processes that can be killed, without paying for the imports again."""
+"""Scripts run in processes of a fork server: real processes that can be killed, without paying for imports again.
+
+The server imports the libraries and runs nothing, so that what it forks has no threads of autograd or CUDA.
+"""
 
 import contextlib
 import multiprocessing
@@ -16,9 +19,17 @@ from absl import flags
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _run(script, words, log, cwd, environment):
+os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which does not get sys.path
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torch.optim", "torchvision", "ml_collections", "absl.flags", "scipy.linalg",
+                               "matplotlib.figure", "PIL.Image", "torch.utils.tensorboard", "tests.processes"])
+
+
+def _run(script, words, log, cwd, environment, prepare):
     """Run a script, or a module of tools/, as `python` would, output in the file `log` (the body of the child)."""
+    os.environ.clear()
     os.environ.update(environment)
+    sys.path.insert(0, str(ROOT))
     os.chdir(cwd)
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,6 +45,8 @@ def _run(script, words, log, cwd, environment):
                 delattr(flags.FLAGS, flag.name)
     status = 1
     try:
+        if prepare is not None:
+            prepare()
         if script.endswith(".py"):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         else:
@@ -49,12 +62,13 @@ def _run(script, words, log, cwd, environment):
 
 
 class Script:
-    """A script in a process of its own; `log` is what it printed."""
+    """A script in a process of its own; `log` is what it printed. `prepare`, if given, is called there first."""
 
-    def __init__(self, folder, script, words, environment=None, cwd=ROOT):
+    def __init__(self, folder, script, words, environment=None, cwd=ROOT, prepare=None):
         self._log = pathlib.Path(folder) / f"output-{pathlib.Path(script).stem}-{time.monotonic_ns()}.txt"
-        arguments = (script, [str(w) for w in words], str(self._log), cwd, environment or {})
-        self.process = multiprocessing.get_context("fork").Process(target=_run, args=arguments)
+        arguments = (script, [str(w) for w in words], str(self._log), cwd, {**os.environ, **(environment or {})},
+                     prepare)
+        self.process = SERVER.Process(target=_run, args=arguments)
         self.process.start()
 
     @property
@@ -90,9 +104,9 @@ class Script:
         self.kill()
 
 
-def run_script(folder, script, *words, environment=None, cwd=ROOT):
+def run_script(folder, script, *words, environment=None, cwd=ROOT, prepare=None):
     """Run a script ("train.py") or module ("tools.look") to its end; return (exit status, what it printed)."""
-    started = Script(folder, script, words, environment, cwd)
+    started = Script(folder, script, words, environment, cwd, prepare)
     status = started.wait()
     return status, started.log
 

@@ -1,6 +1,5 @@
 """generate_data.py: a pair belongs to its index, and nothing that stops the program changes or loses one."""
 
-import importlib
 import json
 import os
 import random
@@ -37,13 +36,6 @@ ARRAYS = ("z0.npy", "z1.npy", "label.npy")
 @pytest.fixture(autouse=True)
 def in_repository(repository, monkeypatch):
     monkeypatch.chdir(repository)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def what_the_script_imports():
-    """Imported once, here, and not in every forked script."""
-    for name in ("sklearn.datasets", "flows.couplings", "runtime.pictures", "training.update"):
-        importlib.import_module(name)
 
 
 def make_config(**fields):

@@ -167,17 +167,18 @@ def test_corrupt_state_falls_back_to_the_one_before_and_says_so(tmp_path):
     assert status == 2 and "no checkpoint of" in log and "Traceback" not in log
 
 
-def test_numbered_checkpoint_that_found_no_space_is_written_after_the_next_start(tmp_path, monkeypatch):
-    chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 11)
-
+def without_room_for_checkpoint_1():
     def full(path, content):
         if path.name == "checkpoint_1.pth":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write_checkpoint(path, content)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(state, "write_checkpoint", full)
-        status, log = run_script(tmp_path, "train.py", *chosen)
+    state.write_checkpoint = full
+
+
+def test_numbered_checkpoint_that_found_no_space_is_written_after_the_next_start(tmp_path):
+    chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 11)
+    status, log = run_script(tmp_path, "train.py", *chosen, prepare=without_room_for_checkpoint_1)
     assert status == 2 and "No space left" in log and log.count("\n") == 1, log
     status, log = run_script(tmp_path, "train.py", *chosen)
     assert status == 0 and "6 updates done" in log, log
@@ -281,21 +282,24 @@ def test_processes_agree_on_what_is_skipped(tmp_path):
     assert read_log(tmp_path / "run" / "log.jsonl")[-1]["skipped"] == 7
 
 
-def test_compiled_run_is_one_graph_with_the_losses_and_the_names_of_an_eager_one(tmp_path, monkeypatch):
-    """With the compiler's back end replaced by one that is quick; training.compile uses inductor."""
+def compile_quickly(graphs):
+    """Replace the compiler's back end by one that is quick and notes every graph; training.compile uses inductor."""
+    def backend(graph, inputs):
+        with open(graphs, "a") as opened:
+            opened.write("graph\n")
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compile = functools.partial(torch.compile, backend=backend)
+
+
+def test_compiled_run_is_one_graph_with_the_losses_and_the_names_of_an_eager_one(tmp_path):
     chosen = [*TINY, "--config.training.n_iters", 12, "--config.training.accumulation_steps", 2,
               "--config.training.snapshot_sampling", 6]
     status, log = run_script(tmp_path, "train.py", *words(tmp_path / "eager", "run", *chosen))
     assert status == 0, log
-
-    def backend(graph, inputs):
-        with open(tmp_path / "graphs.txt", "a") as opened:
-            opened.write("graph\n")
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     chosen += ["--config.training.compile", "true"]
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "compiled", "run", *chosen))
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "compiled", "run", *chosen),
+                             prepare=functools.partial(compile_quickly, tmp_path / "graphs.txt"))
     assert status == 0, log
     assert (tmp_path / "graphs.txt").read_text() == "graph\n"  # no break, no compilation at a later update
     eager, compiled = (read_log(tmp_path / n / "run" / "log.jsonl") for n in ("eager", "compiled"))
@@ -306,12 +310,16 @@ def test_compiled_run_is_one_graph_with_the_losses_and_the_names_of_an_eager_one
     assert list(compiled) == list(eager)
 
 
-def test_compiler_that_fails_is_one_sentence(tmp_path, monkeypatch):
+def without_compiler():
     def backend(graph, inputs):
         raise OSError("no working C++ compiler found")
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, "--config.training.compile", "true"))
+    torch.compile = functools.partial(torch.compile, backend=backend)
+
+
+def test_compiler_that_fails_is_one_sentence(tmp_path):
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, "--config.training.compile", "true"),
+                             prepare=without_compiler)
     assert status == 2 and "Traceback" not in log, log
     assert "config.training.compile is true, but torch.compile fails" in log and "no working C++ compiler" in log
 

@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,8 +25,8 @@ from flows.runge_kutta import (
     attempt_step,
     each_alone,
     in_two_parts,
+    inverse_fifth_root,
     own_control,
-    power,
     rk45_joint,
     rk45_per_sample,
     start_lanes,
@@ -268,10 +271,39 @@ def test_norms_say_who_is_stepped_with_whom():
     assert torch.equal(all_together(squares), torch.full((3,), 7.0).sqrt())
 
 
-def test_a_power_is_the_same_bits_wherever_in_the_tensor_it_stands():
-    values = torch.rand(1003, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10
-    alone = torch.cat([power(value.view(1), -1 / 5) for value in values])
-    assert torch.equal(power(values, -1 / 5), alone)
+def test_fifth_root_is_accurate_and_the_same_bits_wherever_in_the_tensor_it_stands():
+    values = 10 ** torch.linspace(-250, 250, 1003, dtype=torch.float64)
+    found = inverse_fifth_root(values)
+    torch.testing.assert_close(found, values.pow(-1 / 5), rtol=1e-14, atol=0)
+    assert torch.equal(found, torch.cat([inverse_fifth_root(value.view(1)) for value in values]))
+    ends = inverse_fifth_root(torch.tensor([0.0, math.inf, math.nan], dtype=torch.float64))
+    assert ends[0] > 1e59 and ends[1] < 1e-59 and ends[2].isnan()
+
+
+ON_OTHER_PROCESSORS = """
+import hashlib, torch
+from flows.runge_kutta import inverse_fifth_root, rk45_per_sample
+values = torch.arange(1, 1004, dtype=torch.float64) / 7
+print(torch.backends.cpu.get_cpu_capability(), hashlib.sha256(inverse_fifth_root(values).numpy().tobytes()).hexdigest())
+z = torch.randn(23, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+velocity = lambda x, t, label=None: (x * x - 1) * (t * t).view(-1, 1, 1, 1) - x
+x, nfe = rk45_per_sample(velocity, z, tol=1e-5, lanes=5)
+chosen = [7, 22, 3]
+alone, alone_nfe = rk45_per_sample(velocity, z[chosen], tol=1e-5, lanes=5)
+assert torch.equal(alone, x[chosen]) and torch.equal(alone_nfe, nfe[chosen])
+"""
+
+
+def test_steps_are_the_same_bits_in_any_place_on_every_instruction_set(repository):
+    seen = {}
+    for capability in ("default", "avx2", "avx512"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(repository)}
+        done = subprocess.run([sys.executable, "-c", ON_OTHER_PROCESSORS], env=environment, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr
+        used, digest = done.stdout.split()  # a processor without an instruction set runs the best that it has
+        seen[used] = digest
+    assert len(set(seen.values())) == 1 and len(seen) >= 1
 
 
 def test_what_is_left_is_shared_by_two_steps_rather_than_leaving_a_tiny_one():
