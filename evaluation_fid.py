@@ -30,7 +30,7 @@ from metrics.sample_store import sample_store
 from metrics.statistics import Statistics, measure
 from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
 from metrics.versions import versions
-from models.checkpoint import HUB, load_with_config, local_file, read_checkpoint
+from models.checkpoint import HUB, config_of_run, local_file, network_of, read_checkpoint
 from models.describe import measure as count_operations
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
@@ -81,8 +81,13 @@ def measure_checkpoints(config, args, given, processes):
     """Measure every checkpoint of --ckpt_dir that has no result yet; return (results file, results of the sweep)."""
     path = results_file.results_path(results_folder(args.ckpt_dir, config.work_dir))
     paths = checkpoint_paths(config, args.ckpt_dir, processes)
-    yardstick, cost, done = None, None, []
+    yardstick, cost, done, said = None, None, [], set()
     while (checkpoint := processes.share(next(paths, None))) is not None:
+        content = read_checkpoint(checkpoint)
+        config, remarks = config_of_run(config, content, given, checkpoint)
+        for remark in [remark for remark in remarks if remark not in said]:
+            say(processes, f"{checkpoint}: {remark}")
+        said.update(remarks)
         identity = {"checkpoint": pathlib.Path(checkpoint).name, "digest": file_digest(local_file(checkpoint)),
                     "weights": "EMA" if args.use_ema else "raw", **sampling_identity(config),
                     **measuring_identity(config, args.target_path)}
@@ -92,13 +97,13 @@ def measure_checkpoints(config, args, given, processes):
             say(processes, f"{identity['checkpoint']}: already measured ({path}); --force measures it again")
             done.append(earlier)
             continue
-        config, net = load_with_config(checkpoint, config, given, args.use_ema, processes.device)
+        net = network_of(config, content, checkpoint, args.use_ema, processes.device)
         if yardstick is None:
             yardstick = create_yardstick(config, args.target_path, processes)
             multiplications = sum(count_operations(net, 1).macs.values())
             cost = cost_of(net, multiplications / 1e9, processes.device)
             say(processes, cost_line(cost))
-        result = identity | {"step": int(read_checkpoint(checkpoint).get("step", 0))} | cost
+        result = identity | {"step": int(content.get("step", 0))} | cost
         result |= measure_network(net, pathlib.Path(checkpoint).stem, config, yardstick, path, processes)
         done.append(result)
         publish(result, path, processes)

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from absl import flags
 
-from configs.command_line import config_to_dict, get_field, run_script
+from configs.command_line import config_to_dict, run_script
+from configs.default import get_field
 from datasets import pair_starts, pair_writer
 from datasets.pair_folder import PairFolder
 from flows.analytic import analytic_velocity
@@ -62,7 +63,7 @@ def make_pairs(config, args, given, processes):
     """Make this process's share of the blocks; the main process prepares and completes the folder."""
     check_arguments(config, args)
     set_precision(config.training.precision)
-    config, velocity = create_velocity(config, args, given, processes.device)
+    config, velocity = create_velocity(config, args, given, processes)
     starts = pair_starts.create_starts(config, args.z0_path, args.z1_path, args.label_path)
     folder = pathlib.Path(args.data_root) / str(config.seed)
     task = create_task(config, args, given, starts)
@@ -98,11 +99,11 @@ def check_arguments(config, args):
         raise UserError("--label_path holds the classes of --z1_path: give both")
 
 
-def create_velocity(config, args, given, device):
-    """Return (config, velocity): the network's, with its architecture in the config; the closed form; or None."""
-    direction = config.sampling.direction
+def create_velocity(config, args, given, processes):
+    """Return (config, velocity): the network's, with what its run was in the config; the closed form; or None."""
+    direction, device = config.sampling.direction, processes.device
     if direction in WITH_NETWORK:
-        config, net = load_with_config(args.ckpt_path, config, given, device=device)
+        config, net = load_with_config(args.ckpt_path, config, given, device=device, say=lambda s: say(processes, s))
         return config, velocity_from_network(net)
     if direction == "random_paired":
         return config, None

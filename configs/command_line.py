@@ -14,7 +14,7 @@ import sys
 import ml_collections
 from absl import flags
 
-from configs.default import FIELDS, Field, field_names, find_field, get_default_config
+from configs.default import FIELDS, Field, field_names, find_field, get_default_config, set_field
 from configs.validation import check_fields
 from runtime.errors import UserError
 from runtime.files import write_json
@@ -180,22 +180,6 @@ def parse_value(name, text):
         kind = {bool: "true or false", int: "a whole number", float: "a number", tuple: "numbers such as '1, 2, 2'"}
         raise UserError(f"config.{name} is {kind[type(default)]}, not {text!r}") from None
     return text
-
-
-def get_field(config, name):
-    """Return the value of the dotted field `name`."""
-    for part in name.split("."):
-        config = config[part]
-    return config
-
-
-def set_field(config, name, value):
-    """Set the dotted field `name` to `value`, as it is."""
-    *groups, last = name.split(".")
-    for part in groups:
-        config = config[part]
-    with config.ignore_type():
-        config[last] = value
 
 
 def load_config(path):

@@ -210,3 +210,19 @@ def field_names():
             yield from names(f, f"{prefix}{name}.") if isinstance(f, dict) else [prefix + name]
 
     return list(names(FIELDS, ""))
+
+
+def get_field(config, name):
+    """Return the value of the dotted field `name`."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def set_field(config, name, value):
+    """Set the dotted field `name` to `value`, as it is."""
+    *groups, last = name.split(".")
+    for part in groups:
+        config = config[part]
+    with config.ignore_type():
+        config[last] = value

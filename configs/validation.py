@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 
-from configs.default import field_names, find_field
+from configs.default import field_names, find_field, get_field
 from runtime.errors import UserError
 
 NUMBER, WHOLE = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", r"[1-9]\d*"
@@ -14,13 +14,12 @@ CHANNELS = {"CIFAR10": 3, "FFHQ64": 3, "ImageNet64": 3, "MNIST": 1, "FashionMNIS
 def check_fields(config):
     """Raise UserError for the first field whose value has the wrong type or is outside its choices or range."""
     for name in field_names():
-        value = config
-        for part in name.split("."):
-            value = value[part]
-        _check_field(name, find_field(name), value)
+        check_field(name, get_field(config, name))
 
 
-def _check_field(name, field, value):
+def check_field(name, value):
+    """Raise UserError if `value` has not the type of the field `name` or is outside its choices or range."""
+    field = find_field(name)
     kind = type(field.default)
     right = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
     if not right or (isinstance(value, bool) and kind is not bool):

@@ -13,6 +13,7 @@ import zipfile
 
 import torch
 
+from configs.provenance import take_run_fields
 from models import infer, released
 from models.create import create_from_fields, create_model, tuple_of
 from models.safe_pickle import SAFE_GLOBALS
@@ -145,17 +146,23 @@ def load_model(path, use_ema=True, device="cpu", fields=None):
     return ready(net, device)
 
 
-def load_with_config(path, config, given, use_ema=True, device="cpu"):
-    """Return (config, net): a copy of `config` with the checkpoint's architecture, and its network as `load_model`.
+def load_with_config(path, config, given, use_ema=True, device="cpu", say=print):
+    """Return (config, net): the config of the checkpoint's run (`config_of_run`), and its network as `load_model`.
 
-    given: the dotted fields that the user set himself; see `apply_architecture`. What the file does not tell is the
-    config's.
+    say: takes the remarks about differences, one sentence each.
     """
     checkpoint = read_checkpoint(path)
-    config = apply_architecture(config, checkpoint["fields"], given, path)
+    config, remarks = config_of_run(config, checkpoint, given, path)
+    for remark in remarks:
+        say(f"{path}: {remark}")
+    return config, network_of(config, checkpoint, path, use_ema, device)
+
+
+def network_of(config, checkpoint, path, use_ema=True, device="cpu"):
+    """Return the network of a config of `config_of_run` with a checkpoint's weights, as `load_model` returns it."""
     net = create_model(config)
     load_weights(net, checkpoint, use_ema, path)
-    return config, ready(net, device)
+    return ready(net, device)
 
 
 def ready(net, device):
@@ -255,6 +262,17 @@ def image_size(told, chosen, configured, path):
     if size is None:
         raise UserError(f"{path} does not tell its image size; give it with data.image_size")
     return size
+
+
+def config_of_run(config, checkpoint, given, path):
+    """Return (config, remarks): a copy of a config with all that a checkpoint (`read_checkpoint(path)`) knows.
+
+    That is its architecture and, from the config in it, data set, flow.eps and noise scale of its run; of a released
+    checkpoint the architecture alone. given: the dotted fields on the command line. One that contradicts the
+    architecture raises UserError with the difference; one that contradicts the rest wins, which a remark says.
+    """
+    config = apply_architecture(config, checkpoint["fields"], given, path)
+    return config, take_run_fields(config, checkpoint.get("config", {}), given, path)
 
 
 def apply_architecture(config, checkpoint_fields, given, path="the checkpoint"):

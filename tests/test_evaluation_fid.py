@@ -35,6 +35,7 @@ def tiny_checkpoint(number):
     config.model.nf, config.model.ch_mult, config.model.num_res_blocks = 8, (1,), 1
     config.model.attn_resolutions = ()
     config.training.n_iters, config.training.snapshot_freq = 1000, 500
+    config.flow.eps = 0.002
     check_fields(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(number)
@@ -87,6 +88,7 @@ def test_a_sweep_measures_every_checkpoint_and_names_the_best(run):
     for r in found:
         assert r["sampler"] == "one_step"
         assert r["nfe"] == 1
+        assert r["eps"] == 0.002  # the run's, not the config file's
         assert r["num_samples"] == 100
         assert r["parameters"] == sum(p.numel() for p in tiny_checkpoint(1)["ema"]["shadow_params"])
         assert r["pixel_frechet_distance"] > 0
@@ -97,6 +99,7 @@ def test_a_sweep_measures_every_checkpoint_and_names_the_best(run):
     best = min(found, key=lambda r: r["pixel_frechet_distance"])
     assert f"best: {best['checkpoint']}, pixel Fréchet distance {best['pixel_frechet_distance']:.4g}" in out
     assert "FID" not in out
+    assert out.count("as in training, not as in the config file: flow.eps 0.002 (not 0.001)") == 1
     assert (run / "eval" / "fid.png").stat().st_size > 1000
 
 

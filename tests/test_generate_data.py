@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.command_line import config_to_dict, load_config, set_field
+from configs.command_line import config_to_dict, load_config
+from configs.default import set_field
 from datasets.images import load_images
 from datasets.pair_folder import PairFolder
 from datasets.pair_starts import chosen_images

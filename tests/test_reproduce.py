@@ -9,8 +9,8 @@ import shlex
 import pytest
 import torch
 
-from configs.command_line import load_config, parse_value, set_field
-from configs.default import find_field
+from configs.command_line import load_config, parse_value
+from configs.default import find_field, set_field
 from configs.validation import check_fields, check_network
 from models import create_model
 from models.describe import measure

@@ -10,7 +10,6 @@ It is for programs that know the released layout only, and for reading a release
 import argparse
 import sys
 
-from configs.command_line import config_from_dict, config_to_dict
 from models.checkpoint import complete_fields, load_safely, read_checkpoint, write_checkpoint
 from models.create import create_from_fields
 from models.infer import is_released
@@ -53,12 +52,12 @@ def convert(source, target, chosen):
 
 
 def nested_config(fields):
-    """Return the CIFAR-10 config with these dotted fields, as the nested dict that a checkpoint holds."""
+    """Return dotted fields as the nested dict that a checkpoint holds; what is unknown, the data set too, is absent."""
     groups = {}
     for name, value in fields.items():
         group, field = name.split(".")
         groups.setdefault(group, {})[field] = value
-    return config_to_dict(config_from_dict(groups))
+    return groups
 
 
 if __name__ == "__main__":

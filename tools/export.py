@@ -25,11 +25,13 @@ import warnings
 import numpy as np
 import torch
 
+from configs.default import get_default_config
+from configs.provenance import take_run_fields
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
 from metrics.sweep import run_folder
 from models import load_model
-from models.checkpoint import HUB
+from models.checkpoint import HUB, read_checkpoint
 from runtime.errors import UserError
 from runtime.files import atomic_path, write_json
 from runtime.seeds import EVALUATION, index_labels, index_noise
@@ -37,16 +39,18 @@ from runtime.seeds import EVALUATION, index_labels, index_noise
 TOLERANCE = 1e-4  # of the float32 file, largest difference of a pixel in [-1, 1]
 CHECKED, CALIBRATED = 16, 64  # images
 REPEATS = 15
-EPS = 1e-3  # flow.eps
 
 
 class Generator(torch.nn.Module):
     """noise (N, C, H, W), and class numbers (N,) int64 for a conditional network → images (N, C, H, W)."""
 
-    def __init__(self, net, steps):
-        """Take a network and the number of Euler steps; None means the sampler `one_step`."""
+    def __init__(self, net, steps, eps=1e-3, noise_scale=1.0):
+        """Take a network, the number of Euler steps (None: the sampler `one_step`), and two numbers of its training.
+
+        eps is the smallest time (flow.eps), noise_scale the standard deviation of z0 (sampling.init_noise_scale).
+        """
         super().__init__()
-        self.net, self.steps = net, steps
+        self.net, self.steps, self.eps, self.noise_scale = net, steps, eps, noise_scale
         self.shape = (net.config_fields["data.num_channels"], *[net.config_fields["data.image_size"]] * 2)
         self.classes = net.config_fields["data.num_classes"]
 
@@ -54,10 +58,10 @@ class Generator(torch.nn.Module):
         """Return the images, about [-1, 1], not clipped."""
         if label is not None:
             label = (label[:, None] == torch.arange(self.classes)).float()
-        velocity = velocity_from_network(self.net)
+        velocity, z = velocity_from_network(self.net), noise * self.noise_scale
         if self.steps is None:
-            return one_step(velocity, noise, label, eps=EPS)[0]
-        return euler(velocity, noise, label, steps=self.steps, eps=EPS)[0]
+            return one_step(velocity, z, label, eps=self.eps)[0]
+        return euler(velocity, z, label, steps=self.steps, eps=self.eps)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +107,10 @@ def export(args):
         raise UserError(f"--steps must be 1 or more, not {args.steps}")
     fields = {"data.image_size": args.image_size} if args.image_size else None
     net = load_model(args.checkpoint, use_ema=not args.raw, fields=fields)
-    model = Generator(net, args.steps if args.sampler == "euler" else None).eval()
+    run = get_default_config()
+    take_run_fields(run, read_checkpoint(args.checkpoint).get("config", {}), (), args.checkpoint)
+    model = Generator(net, args.steps if args.sampler == "euler" else None, run.flow.eps,
+                      run.sampling.init_noise_scale).eval()
     folder = pathlib.Path(args.out) if args.out else default_folder(args.checkpoint)
     path = folder / f"{pathlib.Path(args.checkpoint).stem}.onnx"
     small = path.with_name(f"{path.stem}_int8.onnx")

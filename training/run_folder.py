@@ -9,8 +9,8 @@ import subprocess
 import sys
 from importlib import metadata
 
-from configs.command_line import get_field, load_config, save_config
-from configs.default import field_names
+from configs.command_line import load_config, save_config
+from configs.default import field_names, get_field
 from runtime.errors import UserError
 from runtime.files import atomic_path, write_json, write_text
 

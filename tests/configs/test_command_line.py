@@ -10,13 +10,12 @@ from absl import flags
 from configs.command_line import (
     config_from_dict,
     config_to_dict,
-    get_field,
     help_text,
     load_config,
     parse_command_line,
     save_config,
 )
-from configs.default import FIELDS, field_names, find_field, get_default_config
+from configs.default import FIELDS, field_names, find_field, get_default_config, get_field
 from configs.validation import check_fields, check_network, check_training
 from runtime.errors import UserError
 

@@ -1,0 +1,48 @@
+"""What a run was trained on and with, taken from the config that its checkpoint holds."""
+
+from configs.default import field_names, get_field, set_field
+from configs.validation import check_field
+from runtime.errors import UserError
+
+# These decide nothing once a network is trained: where this machine keeps data, and what training drew.
+NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.use_aug", "data.reflow_data_root",
+                  "data.real_pairs_root")
+RUN_FIELDS = ("flow.eps", "sampling.init_noise_scale",
+              *(name for name in field_names() if name.startswith("data.") and name not in NOT_OF_THE_RUN))
+ROOTS = ("data.data_root", "data.custom_data_root")
+
+
+def take_run_fields(config, saved, given, path):
+    """Set the fields of `config` that say what the run of a checkpoint was trained on and with, unless given.
+
+    saved: the config in the checkpoint at `path` as a nested dict; fields that it lacks stay as they are. given:
+    dotted names of the fields on the command line, which win. Returns remarks for the user, one sentence each: where
+    the command line contradicts the run, and where the config file did. Raises UserError for a saved value that its
+    field does not allow.
+    """
+    run = {}
+    for name in RUN_FIELDS:
+        group, field = name.split(".")
+        members = saved.get(group)
+        if isinstance(members, dict) and field in members:
+            run[name] = members[field]
+            try:
+                check_field(name, run[name])
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+    before = {name: get_field(config, name) for name in run}
+    different = [name for name in run if run[name] != before[name]]
+    kept = set(given)
+    if "data.dataset" in given and "data.dataset" in different or kept.intersection(ROOTS):
+        kept.update(ROOTS)  # the run's folder belongs to the run's data set
+    elif "data.dataset" not in different:  # of a usual data set without a root, the config knows the place here
+        kept.update(name for name in ROOTS if not run.get(name))
+    taken = [name for name in different if name not in kept]
+    for name in taken:
+        set_field(config, name, run[name])
+    remarks = [f"trained with {name} {run[name]!r}, but {before[name]!r} of the command line is used"
+               for name in different if name in given]
+    if taken:
+        phrases = [f"{name} {run[name]!r} (not {before[name]!r})" for name in taken]
+        remarks.append(f"as in training, not as in the config file: {', '.join(phrases)}")
+    return remarks
