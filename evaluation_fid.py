@@ -10,9 +10,9 @@ import pathlib
 import time
 
 import torch
-from absl import flags
 
 from configs.command_line import run_script
+from configs.default import Field
 from datasets.batch import one_hot
 from datasets.images import ImageSet, load_images
 from flows.rectified_flow import velocity_from_network
@@ -39,12 +39,14 @@ from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise
 from training.update import in_precision, set_precision
 
-flags.DEFINE_string("ckpt_dir", "", "run folder (or one .pth) whose checkpoints are sampled and measured")
-flags.DEFINE_string("data_dir", "", "images to measure instead: npy (NCHW in [-1, 1]), npz, folder or zip")
-flags.DEFINE_string("target_path", "", "what to compare with: npz of mu and sigma, or images as npy, npz, folder "
-                    "or zip (empty: CIFAR-10's published statistics; the training images for pixels)")
-flags.DEFINE_bool("use_ema", True, "sample with the EMA weights (false: the raw ones)")
-flags.DEFINE_bool("force", False, "compute again what results.jsonl has")
+FLAGS = {
+    "ckpt_dir": Field("", "run folder (or one .pth) whose checkpoints are sampled and measured"),
+    "data_dir": Field("", "images to measure instead: npy (NCHW in [-1, 1]), npz, folder or zip"),
+    "target_path": Field("", "what to compare with: npz of mu and sigma, or images as npy, npz, folder or zip (empty: "
+                         "CIFAR-10's published statistics; the training images for pixels)"),
+    "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
+    "force": Field(False, "compute again what results.jsonl has"),
+}
 
 BATCHES_AT_ONCE = 4  # handed to the sampler together, so that rk45's lanes seldom run empty
 PATIENCE = datetime.timedelta(days=7)  # of processes for one that waits for training or compares the features
@@ -321,4 +323,4 @@ def say(processes, message):
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, FLAGS)

@@ -19,10 +19,9 @@ import pathlib
 
 import numpy as np
 import torch
-from absl import flags
 
 from configs.command_line import config_to_dict, run_script
-from configs.default import get_field
+from configs.default import Field, get_field
 from datasets import pair_starts, pair_writer
 from datasets.pair_folder import PairFolder
 from flows.analytic import analytic_velocity
@@ -36,12 +35,14 @@ from runtime.pictures import save_grid
 from runtime.progress import progress_bar
 from training.update import autocast, set_precision
 
-flags.DEFINE_string("ckpt_path", "", "checkpoint (.pth, or hf://owner/repo/file) of from_z0 and from_z1; its EMA "
-                    "weights are used")
-flags.DEFINE_string("data_root", "", "folder of the pairs; they go to its sub-folder {seed}")
-flags.DEFINE_string("z0_path", "", "npy of noise (N, C, H, W) to start from instead of drawn noise")
-flags.DEFINE_string("z1_path", "", "npy of images (N, C, H, W) in [-1, 1] to start from instead of the data set")
-flags.DEFINE_string("label_path", "", "npy of the classes of --z1_path, numbers (N,) or one-hot (N, num_classes)")
+FLAGS = {
+    "ckpt_path": Field("", "checkpoint (.pth, or hf://owner/repo/file) of from_z0 and from_z1; its EMA weights are "
+                       "used"),
+    "data_root": Field("", "folder of the pairs; they go to its sub-folder {seed}"),
+    "z0_path": Field("", "npy of noise (N, C, H, W) to start from instead of drawn noise"),
+    "z1_path": Field("", "npy of images (N, C, H, W) in [-1, 1] to start from instead of the data set"),
+    "label_path": Field("", "npy of the classes of --z1_path, numbers (N,) or one-hot (N, num_classes)"),
+}
 
 WITH_NETWORK = ("from_z0", "from_z1")
 BLOCK_BATCHES = 4  # batches in a block: a stop loses little, and rk45's lanes are refilled for most of it
@@ -247,4 +248,4 @@ def save_picture(folder):
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, FLAGS)

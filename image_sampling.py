@@ -14,9 +14,9 @@ import pathlib
 import time
 
 import torch
-from absl import flags
 
 from configs.command_line import run_script
+from configs.default import Field
 from datasets.batch import one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import Trajectories, create_sampler, euler, straightness
@@ -30,9 +30,11 @@ from runtime.progress import progress_bar
 from runtime.seeds import index_labels, index_noise
 from training.update import in_precision, set_precision
 
-flags.DEFINE_string("sampling_dir", "", "run folder whose checkpoints are sampled, or one .pth (hf://… too)")
-flags.DEFINE_bool("use_ema", True, "sample with the EMA weights (false: the raw ones)")
-flags.DEFINE_string("classes", "", "class-conditional models: a grid row for each of these classes, as 0,3,7 or all")
+FLAGS = {
+    "sampling_dir": Field("", "run folder whose checkpoints are sampled, or one .pth (hf://… too)"),
+    "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
+    "classes": Field("", "class-conditional models: a grid row for each of these classes, as 0,3,7 or all"),
+}
 
 IMAGES = 64  # in a grid, unless eval.batch_size is given
 ROW = 10  # images in a row of the contact sheet, and of a class
@@ -225,4 +227,4 @@ def write_entries(path, entries):
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, FLAGS)

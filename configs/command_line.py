@@ -23,18 +23,36 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells use it
 
 
-def run_script(main, doc):
+def run_script(main, doc, script_flags=None):
     """Parse the command line and call `main(config, args, given)`; exit 2 with one sentence on a `UserError`.
 
-    config: the validated `ml_collections.ConfigDict`. args: absl's flags of the script. given: frozenset of
+    script_flags: {name: `Field`} of the script's own flags; args holds their values. config: the validated
+    `ml_collections.ConfigDict`. given: frozenset of
     the config fields ("sampling.sample_N") and flag names that stood on the command line.
     """
+    _run(main, lambda: parse_command_line(sys.argv, doc, script_flags))
+
+
+def run_program(main, doc, program_flags):
+    """As `run_script`, of a program without a config: call `main(args)`."""
+
+    def parse():
+        if asks_for_help(sys.argv):
+            print("\n".join([doc.strip(), "", "flags:", *flag_lines(program_flags)]))
+            return None
+        args = define_flags(program_flags)
+        _parse_flags(args, sys.argv)
+        return (args,)
+
+    _run(main, parse)
+
+
+def _run(main, parse):
     script = pathlib.Path(sys.argv[0]).name
     try:
-        parsed = parse_command_line(sys.argv, doc)
-        if parsed is None:
-            return
-        sys.exit(main(*parsed))
+        parsed = parse()
+        if parsed is not None:
+            sys.exit(main(*parsed))
     except UserError as error:
         _stop(f"{script}: {error}", 2)
     except KeyboardInterrupt:
@@ -52,17 +70,18 @@ def _stop(message, status):
     sys.exit(status)
 
 
-def parse_command_line(argv, doc=""):
+def parse_command_line(argv, doc="", script_flags=None):
     """Return (config, args, given) of the words `argv` (the first is the script), or None after `--help`.
 
     Raises UserError for an unknown field or flag, a value of the wrong type or outside its choices, a missing
     config file, and leftover words.
     """
-    if any(word in ("--help", "-h", "--helpfull", "--helpshort") for word in argv[1:]):
-        print(help_text(doc))
+    if asks_for_help(argv):
+        print(help_text(doc, script_flags or {}))
         return None
-    path, overrides, rest = _split_words(argv[1:])
-    args = _parse_flags([argv[0], *rest])
+    args = define_flags(script_flags or {})
+    path, overrides, rest = _split_words(argv[1:], args)
+    _parse_flags(args, [argv[0], *rest])
     if path is None:
         raise UserError("no config: name one with --config, for instance "
                         "--config configs/rectified_flow/cifar10_rf_gaussian.py")
@@ -82,7 +101,7 @@ def _use_dhariwal_dropout(config):
         config.model.dropout = 0.13
 
 
-def _split_words(words):
+def _split_words(words, args):
     """Return the config path, {field: text} of its overrides and the words that belong to the script's flags."""
     path, overrides, rest = None, {}, []
     words = list(words)
@@ -90,7 +109,7 @@ def _split_words(words):
         word = words.pop(0)
         name, equals, text = word.removeprefix("-").removeprefix("-").partition("=")
         if not word.startswith("-") or not (name == "config" or name.startswith("config.")):
-            rest.append(_join_boolean(word, words))
+            rest.append(_join_boolean(word, words, args))
             continue
         if not equals:
             text = _next_value(name, words)
@@ -115,10 +134,10 @@ def _next_value(name, words):
     raise UserError(f"--{name} needs a value")
 
 
-def _join_boolean(word, words):
+def _join_boolean(word, words, args):
     """Let `--use_ema false` mean `--use_ema=false` (absl would read true and leave `false` behind)."""
     name = word.lstrip("-")
-    if (word.startswith("-") and name in flags.FLAGS and flags.FLAGS[name].flag_type() == "bool"
+    if (word.startswith("-") and name in args and args[name].flag_type() == "bool"
             and words and not words[0].startswith("-")):
         value = words.pop(0)
         if value.lower() not in BOOLEANS:
@@ -127,9 +146,20 @@ def _join_boolean(word, words):
     return word
 
 
-def _parse_flags(words):
-    args = flags.FLAGS
-    args.unparse_flags()
+def define_flags(fields):
+    """Return absl's `FlagValues` with a flag for each {name: `Field`}."""
+    values = flags.FlagValues()
+    for name, field in fields.items():
+        if isinstance(field.default, bool):
+            flags.DEFINE_bool(name, field.default, field.meaning, flag_values=values)
+        elif isinstance(field.default, int):
+            flags.DEFINE_integer(name, field.default, field.meaning, field.low, field.high, flag_values=values)
+        else:
+            flags.DEFINE_string(name, field.default, field.meaning, flag_values=values)
+    return values
+
+
+def _parse_flags(args, words):
     try:
         leftover = args(words)[1:]
     except flags.Error as error:
@@ -137,7 +167,6 @@ def _parse_flags(words):
     if leftover:
         raise UserError(f"what is {leftover[0]!r} on the command line? Flags are written --name value, and a "
                         "value with spaces goes in quotes")
-    return args
 
 
 def _require_field(name):
@@ -261,12 +290,20 @@ def save_config(config, path):
     write_json(path, config_to_dict(config))
 
 
-def help_text(doc):
+def asks_for_help(argv):
+    """Whether the words ask for help."""
+    return any(word in ("--help", "-h", "--helpfull", "--helpshort") for word in argv[1:])
+
+
+def flag_lines(script_flags):
+    """Return what `--help` says of {name: `Field`}, a line each."""
+    return [f"  --{name}: {describe_field(field)}" for name, field in script_flags.items()]
+
+
+def help_text(doc, script_flags):
     """Return what `--help` prints: the script's purpose, its own flags and every field of the config."""
     lines = [doc.strip(), "", "flags:", "  --config FILE: Python config or a run's config.json (needed)"]
-    for module, found in sorted(flags.FLAGS.flags_by_module_dict().items()):
-        if not module.startswith(("absl.", "ml_collections")):
-            lines += [f"  --{f.name}: {f.help} (default: {f.default!r})" for f in found]
+    lines += flag_lines(script_flags)
     lines += ["", "config fields (--config.NAME value):"]
     lines += [f"  {name}: {describe_field(find_field(name))}" for name in field_names()]
     return "\n".join(lines)

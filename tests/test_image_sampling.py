@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from absl import flags
 from PIL import Image
 
+import image_sampling
 from configs.command_line import config_to_dict, parse_command_line, save_config
 from configs.default import get_default_config
 from models.checkpoint import write_checkpoint
@@ -24,16 +24,9 @@ CELL = 48 + GAP
 
 @pytest.fixture(scope="module")
 def script():
-    """The script as a module; its flags are undone afterwards, so that another script's tests can define theirs."""
-    before = set(flags.FLAGS)
-    import image_sampling
-
+    """The script as a module."""
     image_sampling.STRAIGHTNESS_STEPS = 4  # saves seconds
-
-    yield image_sampling
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-    del sys.modules["image_sampling"]
+    return image_sampling
 
 
 def tiny_config(**changes):
@@ -72,10 +65,7 @@ def sample(script, folder, *words, config=None):
     """Call the script as its command line does, in this process."""
     argv = ["image_sampling.py", "--config", str(config or folder / "config.json"), "--sampling_dir", str(folder),
             "--config.sampling.ode_tol", "0.01", "--config.eval.batch_size", "4", *words]
-    flags.FLAGS.unparse_flags()
-    for name in ("sampling_dir", "use_ema", "classes"):
-        flags.FLAGS[name].unparse()
-    script.main(*parse_command_line(argv))
+    script.main(*parse_command_line(argv, script_flags=script.FLAGS))
 
 
 def entries(folder, checkpoint="checkpoint_1"):

@@ -9,13 +9,15 @@ GMACs: 10⁹ multiply-accumulates of a forward pass. activations: what a float32
 for each image, with the config's dropout.
 """
 
-from absl import flags
 
 from configs.command_line import run_script
+from configs.default import Field
 from models.checkpoint import apply_architecture, read_checkpoint
 from models.describe import describe, table
 
-flags.DEFINE_string("ckpt_path", "", "checkpoint to describe")
+FLAGS = {
+    "ckpt_path": Field("", "checkpoint to describe"),
+}
 
 
 def main(config, args, given):
@@ -27,4 +29,4 @@ def main(config, args, given):
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, FLAGS)

@@ -7,16 +7,18 @@ with data.reflow_data_root for pairs, too.
 
 import numpy as np
 import torch
-from absl import flags
 
 from configs.command_line import run_script
+from configs.default import Field
 from datasets import create_batches
 from runtime.pictures import save_grid
 from runtime.progress import progress_bar
 
-flags.DEFINE_string("out", "look.png", "the picture to write")
-flags.DEFINE_integer("images", 100, "images in the picture", lower_bound=1)
-flags.DEFINE_integer("columns", 10, "images in a row of it", lower_bound=1)
+FLAGS = {
+    "out": Field("look.png", "the picture to write"),
+    "images": Field(100, "images in the picture", low=1),
+    "columns": Field(10, "images in a row of it", low=1),
+}
 
 CHUNK = 4096  # images whose pixels are counted at a time
 PAIRS = 10_000  # pairs, spread over all, whose values are looked at
@@ -116,4 +118,4 @@ def _numbers(values):
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, FLAGS)

@@ -7,9 +7,9 @@ what evaluation_fid.py takes as --target_path; its mu and sigma have the form of
 features let KID, precision and recall be computed, too. torchrun splits the images over its processes.
 """
 
-from absl import flags
 
 from configs.command_line import run_script
+from configs.default import Field
 from datasets.images import load_images
 from metrics.features import create_extractor
 from metrics.image_files import array_source, open_images
@@ -18,10 +18,11 @@ from metrics.statistics import MAX_FEATURES
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
 
-flags.DEFINE_string("output", "", "npz file to write")
-flags.DEFINE_string("data_dir", "", "images to measure instead of the data set: npy, npz, folder or zip")
-flags.DEFINE_integer("max_features", MAX_FEATURES, "features kept in the file, evenly spread over the images",
-                     lower_bound=0)
+FLAGS = {
+    "output": Field("", "npz file to write"),
+    "data_dir": Field("", "images to measure instead of the data set: npy, npz, folder or zip"),
+    "max_features": Field(MAX_FEATURES, "features kept in the file, evenly spread over the images", low=0),
+}
 
 
 def main(config, args, given):
@@ -47,4 +48,4 @@ def data_source(config):
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, FLAGS)

@@ -2,17 +2,15 @@
 
 import json
 import pathlib
-import sys
 import time
 
-from absl import flags
-
+from configs.command_line import run_program
+from configs.default import Field
 from models.checkpoint import numbered_checkpoints
-from runtime.programs import run_program
+from runtime.errors import UserError
 from training.record import read_log
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("work_dir", "logs", "folder of the runs, searched with its sub-folders")
+FLAGS = {"work_dir": Field("logs", "folder of the runs, searched with its sub-folders")}
 
 COLUMNS = ("run", "step", "of", "loss", "images/s", "skipped", "newest checkpoint", "last sample", "last written")
 
@@ -38,13 +36,12 @@ def find_runs(root):
                   key=lambda p: p.stat().st_mtime)
 
 
-def main(argv):
+def main(args):
     """Print the table."""
-    root = pathlib.Path(FLAGS.work_dir)
+    root = pathlib.Path(args.work_dir)
     runs = find_runs(root) if root.is_dir() else []
     if not runs:
-        print(f"tools.runs: no runs in {root}; name their folder with --work_dir", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"no runs in {root}; name their folder with --work_dir")
     rows = [COLUMNS, *(describe_run(run, root) for run in runs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     for row in rows:
@@ -52,4 +49,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_program(main, "tools.runs")
+    run_program(main, __doc__, FLAGS)

@@ -5,7 +5,6 @@ import pathlib
 import re
 
 import pytest
-from absl import flags
 
 from configs.command_line import (
     config_from_dict,
@@ -15,7 +14,7 @@ from configs.command_line import (
     parse_command_line,
     save_config,
 )
-from configs.default import FIELDS, field_names, find_field, get_default_config, get_field
+from configs.default import FIELDS, Field, field_names, find_field, get_default_config, get_field
 from configs.validation import check_fields, check_network, check_training
 from runtime.errors import UserError
 
@@ -24,18 +23,12 @@ CONFIG = str(FOLDER / "cifar10_rf_gaussian.py")
 CONFIGS = sorted(FOLDER.glob("*.py"))
 
 
-@pytest.fixture(autouse=True)
-def script_flags(monkeypatch):
-    """Flags as a script has them, and only they."""
-    values = flags.FlagValues()
-    flags.DEFINE_bool("use_ema", True, "use the EMA weights", flag_values=values)
-    flags.DEFINE_string("ckpt_dir", "", "run folder", flag_values=values)
-    monkeypatch.setattr(flags, "FLAGS", values)
+FLAGS = {"use_ema": Field(True, "use the EMA weights"), "ckpt_dir": Field("", "run folder")}
 
 
 def parse(*words):
     """Return (config, args, given) of a command line on the CIFAR-10 config."""
-    return parse_command_line(["script.py", "--config", CONFIG, *words])
+    return parse_command_line(["script.py", "--config", CONFIG, *words], "", FLAGS)
 
 
 @pytest.mark.parametrize("words, field, value", [
@@ -148,7 +141,7 @@ def test_dhariwal_unet_gets_its_own_dropout_unless_it_is_given():
 
 
 def test_help_lists_every_field_with_meaning_choices_and_default():
-    text = help_text("What the script does.")
+    text = help_text("What the script does.", FLAGS)
     for name in field_names():
         line = next(line for line in text.splitlines() if line.startswith(f"  {name}: "))
         field = find_field(name)

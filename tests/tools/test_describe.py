@@ -15,7 +15,7 @@ def run(monkeypatch, repository, *words):
     monkeypatch.chdir(repository)
     monkeypatch.setattr(sys, "argv", ["describe", *CIFAR, *words])
     with pytest.raises(SystemExit) as ended:
-        run_script(describe.main, describe.__doc__)
+        run_script(describe.main, describe.__doc__, describe.FLAGS)
     return ended.value.code
 
 
