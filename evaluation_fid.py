@@ -16,7 +16,7 @@ from configs.default import Field
 from datasets.batch import one_hot
 from datasets.images import ImageSet, load_images
 from flows.rectified_flow import velocity_from_network
-from flows.samplers import create_sampler
+from flows.samplers import create_sampler, sampler_values
 from metrics import results as results_file
 from metrics.compare import compare
 from metrics.cost import cost_line, cost_of
@@ -48,7 +48,7 @@ FLAGS = {
     "force": Field(False, "compute again what results.jsonl has"),
 }
 
-BATCHES_AT_ONCE = 4  # handed to the sampler together, so that rk45's lanes seldom run empty
+BATCHES_AT_ONCE = 4  # handed to the sampler together, so that rk45's slots seldom run empty
 PATIENCE = datetime.timedelta(days=7)  # of processes for one that waits for training or compares the features
 
 
@@ -155,14 +155,10 @@ def last_checkpoint(path):
 
 def sampling_identity(config):
     """Return what of the sampling makes a result another: rule, steps, tolerance, noise and class of sample i."""
-    sampling, name = config.sampling, config.sampling.use_ode_sampler
-    adaptive = name == "rk45"
+    sampling = config.sampling
     return {
-        "sampler": name,
-        "sample_N": None if adaptive or name == "one_step" else sampling.sample_N,
-        "ode_tol": sampling.ode_tol if adaptive else None,
-        "step_control": sampling.step_control if adaptive else None,
-        "rho": sampling.rho if name == "heun" else None,
+        "sampler": sampling.use_ode_sampler,
+        **sampler_values(config),
         "eps": config.flow.eps,
         "arithmetic": config.training.precision,
         "init_noise_scale": sampling.init_noise_scale,

@@ -27,6 +27,7 @@ from datasets.pair_folder import PairFolder
 from flows.analytic import analytic_velocity
 from flows.couplings import create_coupling
 from flows.rectified_flow import interpolate, velocity_from_network
+from flows.samplers import SAMPLERS, sampler_values
 from models.checkpoint import load_with_config, local_file
 from runtime import devices
 from runtime.errors import UserError
@@ -45,10 +46,8 @@ FLAGS = {
 }
 
 WITH_NETWORK = ("from_z0", "from_z1")
-BLOCK_BATCHES = 4  # batches in a block: a stop loses little, and rk45's lanes are refilled for most of it
+BLOCK_BATCHES = 4  # batches in a block: a stop loses little, and rk45's slots are refilled for most of it
 PICTURED = 10
-SAMPLER_FIELDS = {"rk45": ("ode_tol", "step_control"), "one_step": (), "euler": ("sample_N",),
-                  "cm_stochastic": ("sample_N",), "heun": ("sample_N", "rho")}
 
 
 def main(config, args, given):
@@ -147,7 +146,7 @@ def create_identity(config, args, starts, block_size):
              "sampling.pair_storage", "sampling.class_label", "sampling.init_noise_scale"]
     if config.sampling.direction != "random_paired":
         names += ["sampling.use_ode_sampler", "flow.eps", "training.batch_size"]
-        names += [f"sampling.{name}" for name in SAMPLER_FIELDS[config.sampling.use_ode_sampler]]
+        names += [f"sampling.{name}" for name in SAMPLERS[config.sampling.use_ode_sampler].fields]
     identity = {name: get_field(config, name) for name in names} | {"sampling.block_size": block_size}
     if args.ckpt_path:
         identity["checkpoint"] = file_digest(local_file(args.ckpt_path))
@@ -227,8 +226,7 @@ def complete(folder, task, config, args):
     solved = settings.direction != "random_paired"
     record = {"seed": config.seed, "shape": list(pair_starts.image_shape(config)), "direction": settings.direction,
               "sampler": settings.use_ode_sampler if solved else None,
-              "tolerance": settings.ode_tol if solved and settings.use_ode_sampler == "rk45" else None,
-              "steps": settings.sample_N if solved and "sample_N" in SAMPLER_FIELDS[settings.use_ode_sampler] else None,
+              "sampler_settings": sampler_values(config) if solved else None,
               "checkpoint": args.ckpt_path or None, "checkpoint_digest": task.identity.get("checkpoint"),
               "storage": settings.pair_storage, "noise_digest": task.identity.get("noise"),
               "software": {"torch": torch.__version__, "numpy": np.__version__},

@@ -19,7 +19,7 @@ from configs.command_line import run_script
 from configs.default import Field
 from datasets.batch import one_hot
 from flows.rectified_flow import velocity_from_network
-from flows.samplers import Trajectories, create_sampler, euler, straightness
+from flows.samplers import Trajectories, create_sampler, euler, sampler_values, straightness
 from metrics.sweep import checkpoint_folder, run_folder, sweep
 from models.checkpoint import HUB, load_with_config, numbered_checkpoints
 from runtime.devices import start_processes, stop_processes
@@ -92,7 +92,7 @@ def sample_checkpoint(path, config, args, given, device):
         grids = [sample_grid(velocity, z, label, choice, bar.update) for choice in choices]
     first = slice(0, min(len(z), config.sampling.batch_size))
     bend = straightness(velocity, z[first], None if label is None else label[first], steps=STRAIGHTNESS_STEPS,
-                        eps=config.flow.eps).mean().item()
+                        t_start=config.flow.eps).mean().item()
 
     folder = output_folder(path) / "eval_sample" / name
     columns = ROW if row_labels else math.isqrt(len(z) - 1) + 1
@@ -189,11 +189,7 @@ def sample_grid(velocity, z, label, config, finished):
         "sampler": name,
         "nfe": mean_nfe,
         "seconds": round(seconds, 4),
-        "sample_N": settings.sample_N if name in ("euler", "heun", "cm_stochastic") else None,
-        "rho": settings.rho if name == "heun" else None,
-        "ode_tol": settings.ode_tol if name == "rk45" else None,
-        "step_control": settings.step_control if name == "rk45" else None,
-    }
+    } | sampler_values(config)
     return images, entry
 
 
@@ -207,7 +203,7 @@ def draw_trajectories(path, velocity, z, label, eps, name):
     few, ways = slice(0, TRACED_SAMPLES), Trajectories()
     samples = torch.arange(len(z[few]))
     with torch.no_grad():
-        euler(velocity, z[few], None if label is None else label[few], steps=STRAIGHTNESS_STEPS, eps=eps,
+        euler(velocity, z[few], None if label is None else label[few], steps=STRAIGHTNESS_STEPS, t_start=eps,
               record=lambda t, x: ways(samples, t, x))
     curves = []
     for sample in samples.tolist():

@@ -1,8 +1,11 @@
 """Every field of every config, once: its default (the CIFAR-10 value), its meaning, unit and choices."""
 
 import dataclasses
+from collections.abc import Collection
 
 import ml_collections
+
+from flows.samplers import SAMPLERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,7 +14,7 @@ class Field:
 
     default: object
     meaning: str
-    choices: tuple = ()  # the values it may take; with a pattern, the words beside the pattern
+    choices: Collection = ()  # the values it may take (a table's are its keys); with a pattern, the words beside the pattern
     pattern: str = ""  # a regular expression that other values match, e.g. r"fix_<number>"
     low: float | None = None  # smallest and largest number
     high: float | None = None
@@ -69,14 +72,17 @@ FIELDS = {
                                  "found in data.real_pairs_root", low=0.0, high=1.0),
     },
     "sampling": {
-        "use_ode_sampler": Field("rk45", "sampler", choices=("one_step", "euler", "heun", "rk45", "cm_stochastic")),
+        "use_ode_sampler": Field("rk45", "sampler", choices=SAMPLERS),
         "ode_tol": Field(1e-5, "rtol = atol of rk45", low=1e-12, high=1.0),
         "step_control": Field("sample", "rk45: a step size per sample, or one per batch as in the released code",
                               choices=("sample", "batch")),
         "max_steps": Field(10000, "rk45: steps of one sample after which it is given up", low=1),
-        "sample_N": Field(1000, "number of steps N of euler, heun and cm_stochastic", low=1),
+        "sample_N": Field(1000, "number of steps N of all samplers but one_step and rk45", low=1),
         "rho": Field(1.0, "heun: curvature ρ of the time grid", low=0.01),
-        "batch_size": Field(64, "images sampled at a time; with rk45 per sample, the number of lanes", low=1),
+        "sigma_max": Field(80.0, "edm: noise level at the start (EDM's VE and VP networks: at most what they know)",
+                           low=0.01),
+        "sigma_min": Field(0.002, "edm: last noise level before 0", low=1e-5),
+        "batch_size": Field(64, "images sampled at a time; with rk45 per sample, the number of slots", low=1),
         "init_type": Field("gaussian", "distribution of z0", choices=("gaussian",)),
         "init_noise_scale": Field(1.0, "standard deviation of z0", low=0.0),
         "direction": Field("from_z0", "what generate_data.py makes pairs from",

@@ -48,7 +48,7 @@ def image_to_noise(starts, solve, start=lambda z1, indices: z1):
 def create_coupling(config, velocity, starts, device):
     """Return the coupling of `config.sampling.direction`, solved `config.training.batch_size` pairs at a time.
 
-    The rounding of a pair may depend on the others of its range (rk45's lanes shrink at the end of it), so the same
+    The rounding of a pair may depend on the others of its range (rk45 drops idle slots at the end of it), so the same
     pair is the same to the last bit only when made in the same range.
     The closed-form velocity (gt_v_…) ends at T - eps, since it is singular at T; backwards it starts there, on the
     path, at (1-eps)·z1 + eps·ξ with ξ = `starts.z0`: at z1 itself, a point between paths, z0 would come out wrong.
@@ -56,7 +56,7 @@ def create_coupling(config, velocity, starts, device):
     eps = config.flow.eps
 
     def solver(**options):
-        sample = create_sampler(config, shrink_lanes=True, **options)
+        sample = create_sampler(config, shrink_slots=True, **options)
 
         def solve(x, label, indices, finished):
             x, label = x.to(device), None if label is None else label.to(device)

@@ -32,12 +32,12 @@ SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
 ROOTS_OF_2 = (1.148698354997035, 1.3195079107728942, 1.515716566510398, 1.7411011265922482)  # 2^(r/5), r = 1..4
 SMALLEST_STEP = 10 * torch.finfo(torch.float64).eps
 
-# What a lane reports after a step.
+# What a slot reports after a step.
 RUNNING, FINISHED, VANISHED, NOT_FINITE = range(4)
 
 
 @dataclasses.dataclass
-class Lanes:
+class Slots:
     """B samples in integration, each at its own time: everything that one step hands to the next.
 
     x and slope (the velocity there) `(B, ...)` float64; t and h (size of the next step, positive) `(B,)` float64;
@@ -52,28 +52,28 @@ class Lanes:
     label: torch.Tensor | None
 
     def refill(self, places, source, rows):
-        """Put the samples in `rows` of the lanes `source` into the lanes `places` (int64 tensors on the device)."""
+        """Put the samples in `rows` of the slots `source` into the slots `places` (int64 tensors on the device)."""
         for name, tensor in vars(self).items():
             if tensor is not None:
                 tensor.index_copy_(0, places, getattr(source, name)[rows])
 
 
-def each_alone(mean_squares):
+def per_sample_norm(mean_squares):
     """Error norm per sample, `(B,)`, of mean squares per sample: every sample is stepped on its own."""
     return mean_squares.sqrt()
 
 
-def all_together(mean_squares):
+def joint_norm(mean_squares):
     """One error norm for all, `(B,)`: the batch is stepped as if it were one long vector."""
     return mean_squares.mean().sqrt().expand_as(mean_squares)
 
 
-def as_chosen(h, to_go):
+def chosen_step(h, to_go):
     """Take the step h `(B,)` as it was chosen; the last one is cut."""
     return h
 
 
-def in_two_parts(h, to_go):
+def split_last_step(h, to_go):
     """Return h `(B,)`, or 0.65 of what is left where that is less than h, so that no tiny step remains at the end.
 
     The longer part comes first: velocities of 1-flows change fastest near the data, where two halves would be refused
@@ -99,18 +99,18 @@ class StepControl:
     fit: Callable
 
 
-JOINT = StepControl(all_together, tolerated=1.0, safety=0.9, exponent=1 / 5, first=1.0, fit=as_chosen)  # scipy's
+JOINT = StepControl(joint_norm, tolerated=1.0, safety=0.9, exponent=1 / 5, first=1.0, fit=chosen_step)  # scipy's
 # Where the norm of a batch is below 1, that of many a sample in it is above: for the same mean error, a sample on its
 # own is allowed a little more. At coarse tolerances its error is a noisier guide than that of a batch, and velocities
 # of networks are rough on the scale of a step (their time embedding turns over within 1/999), so half of scipy's
 # exponent refuses fewer steps. Short steps see a smooth velocity: there the formula's own order is the better guide.
 # Measured by benchmarks/ode.py.
-COARSE = StepControl(each_alone, tolerated=1.2, safety=0.95, exponent=1 / 10, first=1.4, fit=in_two_parts)
-FINE = StepControl(each_alone, tolerated=1.05, safety=0.9, exponent=1 / 5, first=1.4, fit=in_two_parts)
+COARSE = StepControl(per_sample_norm, tolerated=1.2, safety=0.95, exponent=1 / 10, first=1.4, fit=split_last_step)
+FINE = StepControl(per_sample_norm, tolerated=1.05, safety=0.9, exponent=1 / 5, first=1.4, fit=split_last_step)
 FINE_TOLERANCE = 3e-5
 
 
-def own_control(tol):
+def default_control(tol):
     """Return the `StepControl` of samples on their own at the tolerance `tol`."""
     return COARSE if tol > FINE_TOLERANCE else FINE
 
@@ -127,7 +127,7 @@ def inverse_fifth_root(x):
     """Return `x ** (-1/5)` of a positive float64 `(B,)` tensor: the same bits in every place and on every processor.
 
     A vectorised `pow` treats the last few entries of a tensor differently, so a sample's step would depend on its
-    lane. Here only operations are used that IEEE 754 rounds correctly: with x = m·2^(5q - r), m in [0.5, 1), Newton's
+    slot. Here only operations are used that IEEE 754 rounds correctly: with x = m·2^(5q - r), m in [0.5, 1), Newton's
     iteration y ← y(6 - m·y⁵)/5 finds m^(-1/5). Relative error 3e-15; 0 and infinity are taken as 1e±300.
     """
     m, exponent = torch.frexp(x.clamp(1e-300, 1e300))
@@ -143,18 +143,18 @@ def inverse_fifth_root(x):
     return y * root_of_2 * ((1023 - q) << 52).view(torch.float64)
 
 
-def per_lane(values, like):
+def per_slot(values, like):
     """View `(B,)` values so that they multiply `(B, ...)` tensors."""
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 
 def mean_square(x):
-    """Mean over everything but the lanes: `(B, ...)` to `(B,)`."""
+    """Mean over everything but the slots: `(B, ...)` to `(B,)`."""
     return x.square().flatten(1).mean(1)
 
 
 def weighted_sum(weights, tensors):
-    """Sum of weight·tensor in the order given: each product and sum is rounded alike in every lane."""
+    """Sum of weight·tensor in the order given: each product and sum is rounded alike in every slot."""
     terms = [weight * tensor for weight, tensor in zip(weights, tensors, strict=True) if weight]
     total = terms[0]
     for term in terms[1:]:
@@ -162,8 +162,8 @@ def weighted_sum(weights, tensors):
     return total
 
 
-def start_lanes(velocity, z, label, t_start, t_end, tol, control):
-    """Return `Lanes` at `t_start` with slope and first step, for samples `z` `(B, ...)`: two evaluations.
+def start_slots(velocity, z, label, t_start, t_end, tol, control):
+    """Return `Slots` at `t_start` with slope and first step, for samples `z` `(B, ...)`: two evaluations.
 
     The first step is that of Hairer, Nørsett and Wanner: small enough that an explicit Euler step changes neither
     the state nor the slope by much.
@@ -179,30 +179,30 @@ def start_lanes(velocity, z, label, t_start, t_end, tol, control):
     scale = tol + x.abs() * tol
     d0, d1 = control.norm(mean_square(x / scale)), control.norm(mean_square(slope / scale))
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=abs(t_end - t_start))
-    slope_1 = slope_at(x + per_lane(direction * h0, x) * slope, t + direction * h0)
+    slope_1 = slope_at(x + per_slot(direction * h0, x) * slope, t + direction * h0)
     d2 = control.norm(mean_square((slope_1 - slope) / scale)) / h0
     steepest = torch.maximum(d1, d2)
     h1 = torch.where(steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), inverse_fifth_root(steepest / 0.01))
     h = (control.first * torch.minimum(100 * h0, h1)).clamp(max=abs(t_end - t_start))
-    return Lanes(x, slope, t, h, torch.zeros_like(t, dtype=torch.bool), label)
+    return Slots(x, slope, t, h, torch.zeros_like(t, dtype=torch.bool), label)
 
 
-def attempt_step(velocity, lanes, t_end, tol, control, dtype):
-    """Attempt one step of every lane towards `t_end`: six evaluations at `(B, ...)` in `dtype`.
+def attempt_step(velocity, slots, t_end, tol, control, dtype):
+    """Attempt one step of every slot towards `t_end`: six evaluations at `(B, ...)` in `dtype`.
 
-    Returns the new `Lanes` and an int8 tensor `(B,)` of RUNNING, FINISHED, VANISHED (a refused step that cannot
-    shrink) or NOT_FINITE (the same, because the velocity is not finite). Finished lanes stay as they are.
+    Returns the new `Slots` and an int8 tensor `(B,)` of RUNNING, FINISHED, VANISHED (a refused step that cannot
+    shrink) or NOT_FINITE (the same, because the velocity is not finite). Finished slots stay as they are.
     """
-    x, t = lanes.x, lanes.t
+    x, t = slots.x, slots.t
     to_go = t_end - t
-    h = control.fit(lanes.h, to_go.abs())
+    h = control.fit(slots.h, to_go.abs())
     last = h >= to_go.abs()
     h = torch.where(last, to_go, torch.copysign(h, to_go))
-    h_x = per_lane(h, x)
-    slopes = [lanes.slope]
+    h_x = per_slot(h, x)
+    slopes = [slots.slope]
     for time, weights in zip(STAGE_TIMES, STAGE_WEIGHTS, strict=True):
         x_new = x + h_x * weighted_sum(weights, slopes)
-        stage = velocity(x_new.to(dtype), (t + time * h).to(dtype), lanes.label)
+        stage = velocity(x_new.to(dtype), (t + time * h).to(dtype), slots.label)
         slopes.append(stage.to(torch.float64))
 
     scale = tol + torch.maximum(x.abs(), x_new.abs()) * tol
@@ -212,30 +212,30 @@ def attempt_step(velocity, lanes, t_end, tol, control, dtype):
     root = inverse_fifth_root(error)
     factor = torch.where(accepted, control.safety * (root if control.exponent == 1 / 5 else root.sqrt()), SAFETY * root)
     factor = factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
-    factor = torch.where(lanes.refused & accepted, factor.clamp(max=1), factor)
+    factor = torch.where(slots.refused & accepted, factor.clamp(max=1), factor)
     factor = torch.where(error.isfinite(), factor, SMALLEST_FACTOR)
 
-    keep_x = per_lane(accepted, x)
+    keep_x = per_slot(accepted, x)
     t_new = torch.where(accepted, torch.where(last, t_end, t + h), t)
     h_next = h.abs() * factor
     finished = t_new == t_end
     vanished = ~finished & ~(h_next >= SMALLEST_STEP) & ~(own_error < 1)  # negated: true of NaN, too
     status = FINISHED * finished + torch.where(own_error.isfinite(), VANISHED, NOT_FINITE) * vanished
-    return Lanes(
-        x=torch.where(keep_x, x_new, x), slope=torch.where(keep_x, slopes[-1], lanes.slope), t=t_new, h=h_next,
-        refused=~accepted, label=lanes.label,
+    return Slots(
+        x=torch.where(keep_x, x_new, x), slope=torch.where(keep_x, slopes[-1], slots.slope), t=t_new, h=h_next,
+        refused=~accepted, label=slots.label,
     ), status.to(torch.int8)
 
 
 def read_status(status):
-    """Return the lanes' status as a list: the one read from the device per step."""
+    """Return the slots' status as a list: the one read from the device per step."""
     return status.tolist()
 
 
-def check_status(statuses, samples, steps, max_steps, lanes):
-    """Raise `UserError` naming sample and time if a lane failed, or took `max_steps` steps without arriving.
+def check_status(statuses, samples, steps, max_steps, slots):
+    """Raise `UserError` naming sample and time if a slot failed, or took `max_steps` steps without arriving.
 
-    `samples` holds each lane's sample number (None: the lane is idle), `steps` the steps it has taken.
+    `samples` holds each slot's sample number (None: the slot is idle), `steps` the steps it has taken.
     """
     problems = (
         (NOT_FINITE, 0, "the velocity is not finite; check the checkpoint's weights"),
@@ -243,82 +243,82 @@ def check_status(statuses, samples, steps, max_steps, lanes):
         (RUNNING, max_steps, f"{max_steps} steps were not enough; raise sampling.max_steps or sampling.ode_tol"),
     )
     for problem, least_steps, words in problems:
-        for lane, sample in enumerate(samples):
-            if sample is not None and statuses[lane] == problem and steps[lane] >= least_steps:
-                raise UserError(f"rk45, sample {sample} at t = {lanes.t[lane].item():.6g}: {words}")
+        for slot, sample in enumerate(samples):
+            if sample is not None and statuses[slot] == problem and steps[slot] >= least_steps:
+                raise UserError(f"rk45, sample {sample} at t = {slots.t[slot].item():.6g}: {words}")
 
 
 class Queue:
-    """The samples that wait for a lane, in their order.
+    """The samples that wait for a slot, in their order.
 
-    They are prepared (first slope, first step) as many at a time as there are lanes, so that these evaluations are
+    They are prepared (first slope, first step) as many at a time as there are slots, so that these evaluations are
     as full as all others; behind the last sample its copies fill the rows.
     """
 
-    def __init__(self, velocity, z, label, t_start, t_end, tol, lanes, control):
+    def __init__(self, velocity, z, label, t_start, t_end, tol, slots, control):
         self.velocity, self.z, self.label = velocity, z, label
         self.start = (t_start, t_end, tol, control)
-        self.lanes, self.taken = lanes, 0
+        self.slots, self.taken = slots, 0
 
     def prepare(self):
-        """Return the next `lanes` samples as `Lanes`."""
+        """Return the next `slots` samples as `Slots`."""
         first = self.taken
-        rows = torch.arange(first, first + self.lanes, device=self.z.device).clamp(max=len(self.z) - 1)
+        rows = torch.arange(first, first + self.slots, device=self.z.device).clamp(max=len(self.z) - 1)
         label = None if self.label is None else self.label[rows]
-        return start_lanes(self.velocity, self.z[rows], label, *self.start)
+        return start_slots(self.velocity, self.z[rows], label, *self.start)
 
     def first(self):
-        """Return lanes with the first samples, and each lane's sample number (None where there is none)."""
+        """Return slots with the first samples, and each slot's sample number (None where there is none)."""
         self.block = self.prepare()
-        self.taken = min(self.lanes, len(self.z))
+        self.taken = min(self.slots, len(self.z))
         # Steps make new tensors, but carry the label on, and a refill writes into it.
         label = None if self.label is None else self.block.label.clone()
-        samples = [lane if lane < self.taken else None for lane in range(self.lanes)]
+        samples = [slot if slot < self.taken else None for slot in range(self.slots)]
         return dataclasses.replace(self.block, label=label), samples
 
     def refill(self, state, samples, free):
-        """Put the next samples, while there are any, into the lanes numbered in `free`; `samples` learns of it."""
+        """Put the next samples, while there are any, into the slots numbered in `free`; `samples` learns of it."""
         while free and self.taken < len(self.z):
-            row = self.taken % self.lanes
+            row = self.taken % self.slots
             if row == 0:
                 self.block = self.prepare()
-            now, free = free[: self.lanes - row], free[self.lanes - row :]
+            now, free = free[: self.slots - row], free[self.slots - row :]
             now = now[: len(self.z) - self.taken]
             rows = torch.arange(row, row + len(now), device=self.z.device)
             state.refill(on_device(now, self.z.device), self.block, rows)
-            for lane in now:
-                samples[lane], self.taken = self.taken, self.taken + 1
+            for slot in now:
+                samples[slot], self.taken = self.taken, self.taken + 1
 
 
-def without_idle(state, samples, steps, lanes):
-    """Return state, samples and steps with no more idle lanes than fill up an eighth of `lanes`.
+def drop_idle_slots(state, samples, steps, slots):
+    """Return state, samples and steps with no more idle slots than fill up an eighth of `slots`.
 
     In eighths, so that a network meets few batch sizes.
     """
-    busy = [lane for lane, sample in enumerate(samples) if sample is not None]
-    eighth = max(1, lanes // 8)
+    busy = [slot for slot, sample in enumerate(samples) if sample is not None]
+    eighth = max(1, slots // 8)
     width = -(-len(busy) // eighth) * eighth
     if not busy or width >= len(samples):
         return state, samples, steps
-    idle = [lane for lane, sample in enumerate(samples) if sample is None]
+    idle = [slot for slot, sample in enumerate(samples) if sample is None]
     kept = (busy + idle)[:width]
     places = on_device(kept, state.t.device)
     narrow = {name: None if tensor is None else tensor[places] for name, tensor in vars(state).items()}
-    return Lanes(**narrow), [samples[lane] for lane in kept], [steps[lane] for lane in kept]
+    return Slots(**narrow), [samples[slot] for slot in kept], [steps[slot] for slot in kept]
 
 
 @torch.no_grad()
-def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, lanes=64, max_steps=10000,
-                    control=None, record=None, finished=None, shrink_lanes=False):
+def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, slots=64, max_steps=10000,
+                    control=None, record=None, finished=None, shrink_slots=False):
     """Integrate dx/dt = velocity(x, t, label) from `z` `(N, ...)` at `t_start` to `t_end`, each sample on its own.
 
-    N samples flow through `lanes` lanes: a lane whose sample is finished takes the next one waiting, so that every
-    evaluation has exactly `lanes` rows (idle ones at the end are computed and ignored), and a sample's result does
-    not depend on N, on its neighbours or on the order. With `shrink_lanes` idle lanes are given up, in eighths of all,
+    N samples flow through `slots` slots: a slot whose sample is finished takes the next one waiting, so that every
+    evaluation has exactly `slots` rows (idle ones at the end are computed and ignored), and a sample's result does
+    not depend on N, on its neighbours or on the order. With `shrink_slots` idle slots are given up, in eighths of all,
     when no sample waits: fewer rows are computed, but the rounding of the last samples then depends on all of z.
 
-    velocity: takes x `(lanes, ...)`, t `(lanes,)` and label `(lanes, K)` or None, in the dtype of z; the state is
-    float64. tol is both rtol and atol, on the root mean square over a sample; control, that of `own_control(tol)`
+    velocity: takes x `(slots, ...)`, t `(slots,)` and label `(slots, K)` or None, in the dtype of z; the state is
+    float64. tol is both rtol and atol, on the root mean square over a sample; control, that of `default_control(tol)`
     where none is given, makes the steps of it. `record(samples, t, x)`, if given,
     sees sample numbers `(n,)`, times `(n,)` and states `(n, ...)` at the start and after every step.
     `finished(n)` is told how many more samples are done, for a progress bar.
@@ -329,54 +329,54 @@ def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-
     x, nfe = torch.empty_like(z), torch.zeros(len(z), dtype=torch.int64)
     if len(z) == 0:
         return x, nfe
-    control = control or own_control(tol)
-    queue = Queue(velocity, z, label, t_start, t_end, tol, lanes, control)
+    control = control or default_control(tol)
+    queue = Queue(velocity, z, label, t_start, t_end, tol, slots, control)
     state, samples = queue.first()
-    steps = [0] * lanes
+    steps = [0] * slots
 
-    def record_lanes(chosen):
+    def record_slots(chosen):
         places = on_device(chosen, z.device)
-        record(torch.tensor([samples[lane] for lane in chosen]), state.t[places], state.x[places])
+        record(torch.tensor([samples[slot] for slot in chosen]), state.t[places], state.x[places])
 
-    while busy := [lane for lane, sample in enumerate(samples) if sample is not None]:
+    while busy := [slot for slot, sample in enumerate(samples) if sample is not None]:
         if record:
-            record_lanes(busy)
+            record_slots(busy)
         state, status = attempt_step(velocity, state, t_end, tol, control, z.dtype)
         steps = [taken + 1 for taken in steps]
         statuses = read_status(status)
         check_status(statuses, samples, steps, max_steps, state)
-        done = [lane for lane in busy if statuses[lane] == FINISHED]
+        done = [slot for slot in busy if statuses[slot] == FINISHED]
         if not done:
             continue
         if record:
-            record_lanes(done)
-        numbers = [samples[lane] for lane in done]
+            record_slots(done)
+        numbers = [samples[slot] for slot in done]
         x[on_device(numbers, z.device)] = state.x[on_device(done, z.device)].to(x.dtype)
-        for lane, number in zip(done, numbers, strict=True):
-            nfe[number] = START_EVALUATIONS + STEP_EVALUATIONS * steps[lane]
-            samples[lane], steps[lane] = None, 0
+        for slot, number in zip(done, numbers, strict=True):
+            nfe[number] = START_EVALUATIONS + STEP_EVALUATIONS * steps[slot]
+            samples[slot], steps[slot] = None, 0
         queue.refill(state, samples, done)
-        if shrink_lanes and queue.taken == len(z):
-            state, samples, steps = without_idle(state, samples, steps, lanes)
+        if shrink_slots and queue.taken == len(z):
+            state, samples, steps = drop_idle_slots(state, samples, steps, slots)
         if finished:
             finished(len(done))
     return x, nfe
 
 
 @torch.no_grad()
-def rk45_joint(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, lanes=64, max_steps=10000,
+def rk45_joint(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, slots=64, max_steps=10000,
                control=JOINT, record=None, finished=None):
-    """Integrate as `rk45_per_sample` does, but with one step size for each batch of `lanes` samples.
+    """Integrate as `rk45_per_sample` does, but with one step size for each batch of `slots` samples.
 
     This is what scipy's RK45 does on the flattened batch, and what the released code uses; a sample's result
     depends on its batch.
     """
     x, nfe = torch.empty_like(z), torch.zeros(len(z), dtype=torch.int64)
-    for first in range(0, len(z), lanes):
-        part = slice(first, min(first + lanes, len(z)))
+    for first in range(0, len(z), slots):
+        part = slice(first, min(first + slots, len(z)))
         samples, rows = range(part.start, part.stop), torch.arange(part.start, part.stop)
         own_label = None if label is None else label[part]
-        state = start_lanes(velocity, z[part], own_label, t_start, t_end, tol, control)
+        state = start_slots(velocity, z[part], own_label, t_start, t_end, tol, control)
         statuses, steps = [RUNNING], 0
         while statuses[0] != FINISHED:
             if record:
@@ -392,3 +392,10 @@ def rk45_joint(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, la
         if finished:
             finished(len(samples))
     return x, nfe
+
+
+def rk45(velocity, z, label=None, *, step_control="sample", shrink_slots=False, **options):
+    """Integrate by `rk45_per_sample`, or with `step_control` "batch" by `rk45_joint`; `options` are those of both."""
+    if step_control == "batch":
+        return rk45_joint(velocity, z, label, **options)
+    return rk45_per_sample(velocity, z, label, shrink_slots=shrink_slots, **options)

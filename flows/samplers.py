@@ -1,22 +1,22 @@
 """From noise to images and back: samplers over a callable `velocity(x, t, label)`, all of one signature.
 
-A sampler takes z `(N, ...)` and returns `(x, nfe)`: x `(N, ...)`, and the number of function evaluations of each
-sample, int64 `(N,)` on the CPU. t is 0 at noise and 1 at data and stays in [eps, T]; velocity sees t `(N,)`.
-`record(t, x)`, if given, sees every point of the way, and costs nothing otherwise.
-Formulas: SlimFlow (arXiv 2407.12718) and the works named at each.
+A sampler integrates z `(N, ...)` from time `t_start` to `t_end` and returns `(x, nfe)`: x `(N, ...)`, and the number
+of function evaluations of each sample, int64 `(N,)` on the CPU. t is 0 at noise and 1 at data; velocity sees t `(N,)`.
+`record(t, x)`, if given, sees every point of the trajectory, and costs nothing otherwise.
+SAMPLERS is the one table of them. Formulas: SlimFlow (arXiv 2407.12718) and the works named at each.
 """
 
-import difflib
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 
-from flows.runge_kutta import rk45_joint, rk45_per_sample
+from flows.runge_kutta import rk45
 from runtime.errors import UserError
 from runtime.seeds import PATH_NOISE, index_generator
 
-SAMPLERS = ("one_step", "euler", "heun", "rk45", "cm_stochastic")
-REVERSIBLE = ("euler", "rk45")
+EDM_RHO = 7  # curvature of EDM's grid of noise levels; arXiv 2206.00364, table 1
 
 
 def times_like(t, x):
@@ -30,50 +30,39 @@ def evaluations(count, x):
 
 
 def note(record, t, x):
-    """Show a point of the way to `record`, if anybody records."""
+    """Pass a point of the trajectory to `record`, if there is one."""
     if record:
         record(times_like(t, x), x)
 
 
-def one_step(velocity, z, label=None, *, eps=1e-3, T=1.0, record=None):
-    """x = z + (T-eps)·v(z, eps): one evaluation."""
-    note(record, eps, z)
-    x = z + (T - eps) * velocity(z, times_like(eps, z), label)
-    note(record, T, x)
+def one_step(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, record=None):
+    """x = z + (t_end - t_start)·v(z, t_start): one evaluation."""
+    note(record, t_start, z)
+    x = z + (t_end - t_start) * velocity(z, times_like(t_start, z), label)
+    note(record, t_end, x)
     return x, evaluations(1, z)
 
 
-def euler(velocity, z, label=None, *, steps, eps=1e-3, T=1.0, record=None):
-    """Euler's rule with N = `steps`: t_i = eps + (i/N)(T-eps), x += v(x, t_i)/N.
+def euler(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0, record=None):
+    """Euler's rule with N = `steps`: t_i = t_start + (i/N)(t_end - t_start), x += ±v(x, t_i)/N, - towards noise.
 
-    The step is 1/N and not (T-eps)/N: the published figures of rectified flows were made so.
+    The step is 1/N and not (t_end - t_start)/N: the published figures of rectified flows were made so.
     """
-    x = z
+    x, signed_steps = z, steps if t_end > t_start else -steps
     for i in range(steps):
-        t = eps + i / steps * (T - eps)
+        t = t_start + i / steps * (t_end - t_start)
         note(record, t, x)
-        x = x + velocity(x, times_like(t, x), label) / steps
-    note(record, T, x)
+        x = x + velocity(x, times_like(t, x), label) / signed_steps
+    note(record, t_end, x)
     return x, evaluations(steps, z)
 
 
-def euler_reverse(velocity, z, label=None, *, steps, eps=1e-3, T=1.0, record=None):
-    """Euler's rule from data `z` at T to noise at eps: t_i = T - (i/N)(T-eps), x -= v(x, t_i)/N."""
-    x = z
-    for i in range(steps):
-        t = T - i / steps * (T - eps)
-        note(record, t, x)
-        x = x - velocity(x, times_like(t, x), label) / steps
-    note(record, eps, x)
-    return x, evaluations(steps, z)
+def heun(velocity, z, label=None, *, steps, rho=1.0, t_start=1e-3, t_end=1.0, record=None):
+    """Heun's rule on a curved grid of times: 2N-1 evaluations for N = `steps`.
 
-
-def heun(velocity, z, label=None, *, steps, rho=1.0, eps=1e-3, T=1.0, record=None):
-    """Heun's rule on the grid of EDM (Karras et al. 2022): 2N-1 evaluations for N = `steps`.
-
-    t_i = (eps^ρ + (i/N)(T^ρ - eps^ρ))^(1/ρ); trapezoid steps, and Euler's rule for the last one.
+    t_i = (t_start^ρ + (i/N)(t_end^ρ - t_start^ρ))^(1/ρ); trapezoid steps, and Euler's rule for the last one.
     """
-    grid = [(eps**rho + i / steps * (T**rho - eps**rho)) ** (1 / rho) for i in range(steps)] + [T]
+    grid = [(t_start**rho + i / steps * (t_end**rho - t_start**rho)) ** (1 / rho) for i in range(steps)] + [t_end]
     x = z
     for i in range(steps):
         t, h = grid[i], grid[i + 1] - grid[i]
@@ -82,32 +71,113 @@ def heun(velocity, z, label=None, *, steps, rho=1.0, eps=1e-3, T=1.0, record=Non
         if i < steps - 1:
             v = (v + velocity(x + h * v, times_like(t + h, x), label)) / 2
         x = x + h * v
-    note(record, T, x)
+    note(record, t_end, x)
     return x, evaluations(2 * steps - 1, z)
 
 
-def cm_stochastic(velocity, z, label=None, *, steps, noise, eps=1e-3, T=1.0, record=None):
+def edm(velocity, z, label=None, *, steps, sigma_max=80.0, sigma_min=0.002, t_start=1e-3, t_end=1.0, record=None):
+    """EDM's deterministic sampler (arXiv 2206.00364, algorithm 1): Heun's rule in σ, 2N-1 evaluations for N = `steps`.
+
+    It integrates x_t/t = z1 + σ·z0, σ = (1-t)/t, whose derivative is d(x_t/t)/dσ = x_t - t·v(x_t, t), from σ_max·z0
+    over σ_i = (σ_max^(1/7) + i/(N-1)·(σ_min^(1/7) - σ_max^(1/7)))^7 to σ = 0 with Euler's rule for the last step. The
+    times are 1/(1+σ); t_start and t_end play no part. The state is float64, as theirs is.
+    """
+    high, low = sigma_max ** (1 / EDM_RHO), sigma_min ** (1 / EDM_RHO)
+    sigmas = [(high + i / max(1, steps - 1) * (low - high)) ** EDM_RHO for i in range(steps)] + [0.0]
+
+    def slope(x, sigma):
+        t = 1 / (1 + sigma)
+        x_t = (x * t).to(z.dtype)
+        return x_t.double() - t * velocity(x_t, times_like(t, x_t), label).double()
+
+    x = sigma_max * z.double()
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        note(record, 1 / (1 + sigma), x / (1 + sigma))
+        d = slope(x, sigma)
+        if following:
+            d = (d + slope(x + (following - sigma) * d, following)) / 2
+        x = x + (following - sigma) * d
+    x = x.to(z.dtype)
+    note(record, 1.0, x)
+    return x, evaluations(2 * steps - 1, z)
+
+
+def cm_stochastic(velocity, z, label=None, *, steps, noise, t_start=1e-3, t_end=1.0, record=None):
     """Multistep sampling of consistency models (Song et al. 2023) on Euler's grid: jump to data, noise again.
 
     x1 = x + (1-t_i)·v(x, t_i); x = t_{i+1}·x1 + (1-t_{i+1})·ξ. `noise()` returns fresh ξ, standard normal like z.
     """
     x = z
     for i in range(steps):
-        t, t_next = (eps + j / steps * (T - eps) for j in (i, i + 1))
+        t, t_next = (t_start + j / steps * (t_end - t_start) for j in (i, i + 1))
         note(record, t, x)
         x = x + (1 - t) * velocity(x, times_like(t, x), label)
         if t_next < 1:  # at t = 1 the noise has weight 0
             x = t_next * x + (1 - t_next) * noise()
-    note(record, T, x)
+    note(record, t_end, x)
     return x, evaluations(steps, z)
 
 
-@torch.no_grad()
-def straightness(velocity, z0, label=None, *, steps=100, eps=1e-3, T=1.0):
-    """Return Σ_i (1/N)·‖v_i - (x_T - z0)‖₂ of each sample, `(B,)`: 0 for straight ways; the measure is its mean.
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A row of SAMPLERS.
 
-    The v_i are those of Euler's rule with N = `steps` (Liu et al. 2022). All of them are held at once:
-    `steps` times the memory of z0.
+    run: `run(velocity, z, label, *, t_start, t_end, record, **arguments) -> (x, nfe)`
+    fields: {field of config.sampling: argument of `run`}, all that its result depends on
+    reverse: whether it runs from data to noise, t_start above t_end
+    noise: whether it takes `noise()`, fresh standard normal noise like z, a function of (seed, index)
+    adaptive: whether it divides the samples itself: it then takes slots, max_steps, shrink_slots, and finished
+    """
+
+    run: Callable
+    fields: dict = dataclasses.field(default_factory=dict)
+    reverse: bool = False
+    noise: bool = False
+    adaptive: bool = False
+
+
+STEPS = {"sample_N": "steps"}
+# A new sampler is a function above and a row here: choices, --help, identities of pairs and of results, file names
+# and refusals follow.
+SAMPLERS = {
+    "one_step": Sampler(one_step),
+    "euler": Sampler(euler, STEPS, reverse=True),
+    "heun": Sampler(heun, STEPS | {"rho": "rho"}),
+    "edm": Sampler(edm, STEPS | {"sigma_max": "sigma_max", "sigma_min": "sigma_min"}),
+    "rk45": Sampler(rk45, {"ode_tol": "tol", "step_control": "step_control"}, reverse=True, adaptive=True),
+    "cm_stochastic": Sampler(cm_stochastic, STEPS, noise=True),
+}
+
+
+def sampler_fields():
+    """Return the names of all fields of config.sampling that any sampler of the table reads."""
+    return list(dict.fromkeys(field for row in SAMPLERS.values() for field in row.fields))
+
+
+def sampler_values(config):
+    """Return {field: value} of the fields that the config's sampler reads, None for those of other samplers."""
+    own = SAMPLERS[config.sampling.use_ode_sampler].fields
+    return {field: config.sampling[field] if field in own else None for field in sampler_fields()}
+
+
+def sampler_title(name, values):
+    """Return a sampler with its settings for people: `euler-2`, `rk45 (ode_tol 1e-05, step_control sample)`.
+
+    `values`: as `sampler_values` returns them; absent fields are left out.
+    """
+    known = {field: value for field, value in values.items() if field in sampler_fields() and value is not None}
+    steps = known.pop("sample_N", None)
+    others = ", ".join(f"{field} {value:g}" if isinstance(value, float) else f"{field} {value}"
+                       for field, value in known.items())
+    return name + (f"-{steps}" if steps else "") + (f" ({others})" if others else "")
+
+
+@torch.no_grad()
+def straightness(velocity, z0, label=None, *, steps=100, t_start=1e-3, t_end=1.0):
+    """Return Σ_i (1/N)·‖v_i - (x_T - z0)‖₂ of each sample, `(B,)`: 0 for straight trajectories.
+
+    The measure is its mean. The v_i are those of Euler's rule with N = `steps` (arXiv 2209.03003, S(Z)). All of them
+    are held at once: `steps` times the memory of z0.
     """
     velocities = []
 
@@ -115,12 +185,12 @@ def straightness(velocity, z0, label=None, *, steps=100, eps=1e-3, T=1.0):
         velocities.append(velocity(x, t, label))
         return velocities[-1]
 
-    x, _ = euler(remember, z0, label, steps=steps, eps=eps, T=T)
+    x, _ = euler(remember, z0, label, steps=steps, t_start=t_start, t_end=t_end)
     return sum((v - (x - z0)).flatten(1).norm(dim=1) for v in velocities) / steps
 
 
 class Trajectories:
-    """Points of the ways of samples: pass it as `record`, then read `of(sample)`."""
+    """Points of the trajectories of samples: pass it as `record`, then read `of(sample)`."""
 
     def __init__(self):
         self.points = []
@@ -130,12 +200,12 @@ class Trajectories:
         self.points.append((samples, t, x.clone()))
 
     def of(self, sample):
-        """Return times `(K,)` and states `(K, ...)` of one sample on the CPU, each time once, in order of the way."""
-        found = {}
+        """Return times `(K,)` and states `(K, ...)` of one sample on the CPU, each time once, in the order of time."""
+        states = {}
         for samples, t, x in self.points:
             for row in (samples == sample).nonzero()[:, 0].tolist():
-                found[t[row].item()] = x[row].cpu()
-        return torch.tensor(list(found), dtype=torch.float64), torch.stack(list(found.values()))
+                states[t[row].item()] = x[row].cpu()
+        return torch.tensor(list(states), dtype=torch.float64), torch.stack(list(states.values()))
 
 
 def path_noise(seed, indices, shape, device):
@@ -149,65 +219,39 @@ def path_noise(seed, indices, shape, device):
     return noise
 
 
-def create_sampler(config, reverse=False, T=1.0, shrink_lanes=False):
+def create_sampler(config, reverse=False, T=1.0, shrink_slots=False):
     """Return the sampler that `config.sampling` asks for: `sample(velocity, z, label=None, …) -> (x, nfe)`.
 
-    Forward it runs from noise at config.flow.eps to data at T; with `reverse`, from data to noise (euler and rk45).
-    T below 1 is for velocities that end before the data, as the closed form does. shrink_lanes: see `rk45_per_sample`.
+    Forward it runs from noise at config.flow.eps to data at T; with `reverse`, from data to noise.
+    T below 1 is for velocities that end before the data, as the closed form does. shrink_slots: see `rk45_per_sample`.
     `sample` takes any number of samples N, `batch_size` (default config.sampling.batch_size) at a time, and
     further keywords: `indices`, the samples' numbers, which the noise of cm_stochastic belongs to (default 0…N-1);
-    `record(rows, t, x)`, e.g. a `Trajectories`; `finished(n)`, told how many more samples are done.
-    Raises `UserError` for a sampler that does not exist or does not run in reverse, and for less than one step.
+    `record(rows, t, x)`, e.g. a `Trajectories`; `finished(n)`, called with how many more samples are done.
+    Raises `UserError` for a sampler that does not run in reverse.
     """
-    name, settings = config.sampling.use_ode_sampler, config.sampling
-    if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0)[0]
-        raise UserError(f"sampling.use_ode_sampler is '{name}', did you mean '{near}'? Choices: {', '.join(SAMPLERS)}")
-    if reverse and name not in REVERSIBLE:
-        raise UserError(f"sampling.use_ode_sampler '{name}' does not run from data to noise; "
-                        f"use {' or '.join(REVERSIBLE)}")
-    for field, value in (("sample_N", settings.sample_N), ("batch_size", settings.batch_size)):
-        if value < 1:
-            raise UserError(f"sampling.{field} is {value}; give 1 or more")
-    if name == "rk45":
-        return _create_rk45(settings, *(T, config.flow.eps) if reverse else (config.flow.eps, T), shrink_lanes)
-
-    steps, ends = settings.sample_N, {"eps": config.flow.eps, "T": T}
-    rule = {
-        "one_step": functools.partial(one_step, **ends),
-        "euler": functools.partial(euler_reverse if reverse else euler, steps=steps, **ends),
-        "heun": functools.partial(heun, steps=steps, rho=settings.rho, **ends),
-        "cm_stochastic": functools.partial(cm_stochastic, steps=steps, **ends),
-    }[name]
-    return _create_fixed(rule, settings.batch_size, config.seed if name == "cm_stochastic" else None)
-
-
-def _create_rk45(settings, t_start, t_end, shrink_lanes):
-    """Return `sample` for rk45 with the step control that the config asks for."""
-    per_sample = functools.partial(rk45_per_sample, shrink_lanes=shrink_lanes)
-    solver = {"sample": per_sample, "batch": rk45_joint}[settings.step_control]
-
-    def sample(velocity, z, label=None, *, indices=None, batch_size=settings.batch_size, record=None, finished=None):
-        return solver(velocity, z, label, t_start=t_start, t_end=t_end, tol=settings.ode_tol, lanes=batch_size,
-                      max_steps=settings.max_steps, record=record, finished=finished)
-
-    return sample
-
-
-def _create_fixed(rule, default_batch_size, noise_seed):
-    """Return `sample` for a rule with fixed steps, batch by batch; a rule that needs noise has a `noise_seed`."""
+    settings, seed = config.sampling, config.seed
+    row = SAMPLERS[settings.use_ode_sampler]
+    if reverse and not row.reverse:
+        able = " or ".join(name for name, other in SAMPLERS.items() if other.reverse)
+        raise UserError(f"config.sampling.use_ode_sampler {settings.use_ode_sampler} does not run from data to noise; "
+                        f"use {able}")
+    t_start, t_end = (T, config.flow.eps) if reverse else (config.flow.eps, T)
+    run = functools.partial(row.run, t_start=t_start, t_end=t_end,
+                            **{argument: settings[field] for field, argument in row.fields.items()})
 
     @torch.no_grad()
-    def sample(velocity, z, label=None, *, indices=None, batch_size=default_batch_size, record=None, finished=None):
+    def sample(velocity, z, label=None, *, indices=None, batch_size=settings.batch_size, record=None, finished=None):
+        if row.adaptive:
+            return run(velocity, z, label, slots=batch_size, max_steps=settings.max_steps, shrink_slots=shrink_slots,
+                       record=record, finished=finished)
         x, nfe = torch.empty_like(z), torch.zeros(len(z), dtype=torch.int64)
         indices = range(len(z)) if indices is None else indices
         for first in range(0, len(z), batch_size):
             part = slice(first, min(first + batch_size, len(z)))
-            extra = {} if noise_seed is None else {
-                "noise": path_noise(noise_seed, indices[part], z.shape[1:], z.device)}
+            extra = {"noise": path_noise(seed, indices[part], z.shape[1:], z.device)} if row.noise else {}
             if record:
                 extra["record"] = functools.partial(record, torch.arange(part.start, part.stop))
-            x[part], nfe[part] = rule(velocity, z[part], None if label is None else label[part], **extra)
+            x[part], nfe[part] = run(velocity, z[part], None if label is None else label[part], **extra)
             if finished:
                 finished(part.stop - part.start)
         return x, nfe

@@ -4,12 +4,12 @@ import json
 import os
 import pathlib
 
+from flows.samplers import sampler_fields, sampler_title
 from metrics.features import TITLES
 
-# What makes two evaluations the same: with all of these equal, the second is not computed.
-IDENTITY = ("checkpoint", "digest", "weights", "sampler", "sample_N", "ode_tol", "step_control", "rho", "eps",
-            "arithmetic", "init_noise_scale", "class_label", "seeds", "num_samples", "features", "inception_path",
-            "target", "target_state")
+# What makes two evaluations the same: with all of these equal, and the sampler's fields, the second is not computed.
+IDENTITY = ("checkpoint", "digest", "weights", "sampler", "eps", "arithmetic", "init_noise_scale", "class_label",
+            "seeds", "num_samples", "features", "inception_path", "target", "target_state")
 
 
 def results_path(folder):
@@ -47,13 +47,13 @@ def append_result(path, result):
 
 def find_result(results, wanted):
     """Return the newest of `results` that has the identity of `wanted`, or None."""
-    same = [r for r in results if all(r.get(key) == wanted.get(key) for key in IDENTITY)]
+    same = [r for r in results if all(r.get(key) == wanted.get(key) for key in (*IDENTITY, *sampler_fields()))]
     return same[-1] if same else None
 
 
 def newest_of_each(results):
     """Return `results` without those that a later line of the same identity replaced, in order."""
-    latest = {json.dumps([result.get(key) for key in IDENTITY]): result for result in results}
+    latest = {json.dumps([result.get(key) for key in (*IDENTITY, *sampler_fields())]): result for result in results}
     return list(latest.values())
 
 
@@ -79,13 +79,8 @@ def protocol_line(result):
 
 
 def sampler_name(result):
-    """Return the sampler of a result with what matters for it: `euler-2`, `rk45 (tol 1e-05, per sample)`."""
-    name = result["sampler"]
-    if name is None:
-        return "files"
-    if name == "rk45":
-        return f"rk45 (tol {result['ode_tol']:g}, per {result['step_control']})"
-    return name if name == "one_step" else f"{name}-{result['sample_N']}"
+    """Return the sampler of a result with what matters for it: `euler-2`, `rk45 (ode_tol 1e-05, …)`."""
+    return "files" if result["sampler"] is None else sampler_title(result["sampler"], result)
 
 
 def table(results):

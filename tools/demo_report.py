@@ -90,10 +90,10 @@ def draw(folder, config):
     adaptive = samplers.create_sampler(config)
     rows = {
         "data": pixels_to_float(torch.tensor(real)),
-        "1-flow, one step": samplers.one_step(velocities["1_flow"], z0, eps=eps)[0],
+        "1-flow, one step": samplers.one_step(velocities["1_flow"], z0, t_start=eps)[0],
         "1-flow, rk45": adaptive(velocities["1_flow"], z0)[0],
-        "2-flow, one step": samplers.one_step(velocities["2_flow"], z0, eps=eps)[0],
-        "distilled, one step": samplers.one_step(velocities["distilled"], z0, eps=eps)[0],
+        "2-flow, one step": samplers.one_step(velocities["2_flow"], z0, t_start=eps)[0],
+        "distilled, one step": samplers.one_step(velocities["distilled"], z0, t_start=eps)[0],
     }
     save_grid(folder / "demo.png", torch.cat(list(rows.values())), columns=COLUMNS, labels=list(rows))
 

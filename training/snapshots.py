@@ -28,8 +28,8 @@ def sample_grids(network, ema, velocity, config, shape, path):
     eps = config.flow.eps
     network.eval()
     with ema.average_parameters():
-        rows = [samplers.one_step(velocity, z0, label, eps=eps)[0]]
-        rows += [samplers.euler(velocity, z0, label, steps=steps, eps=eps)[0] for steps in STEPS]
+        rows = [samplers.one_step(velocity, z0, label, t_start=eps)[0]]
+        rows += [samplers.euler(velocity, z0, label, steps=steps, t_start=eps)[0] for steps in STEPS]
     network.train()
     save_grid(path, torch.cat(rows), columns=COLUMNS, labels=["one step", *(f"Euler {n}" for n in STEPS)])
     return path

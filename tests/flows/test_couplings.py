@@ -1,4 +1,4 @@
-"""Couplings: each direction pairs the right noise with the right image, and none waits on idle lanes."""
+"""Couplings: each direction pairs the right noise with the right image, and none waits on idle slots."""
 
 import types
 
@@ -78,7 +78,7 @@ def test_a_sample_that_needs_noise_on_the_way_gets_that_of_its_number():
     assert torch.equal(later[1], z1[8:])
 
 
-def test_idle_lanes_are_given_up_and_the_results_stay_within_the_tolerance():
+def test_idle_slots_are_given_up_and_the_results_stay_within_the_tolerance():
     network, rows = tiny_network(), []
 
     def velocity(x, t, label=None):
@@ -86,12 +86,12 @@ def test_idle_lanes_are_given_up_and_the_results_stay_within_the_tolerance():
         return network(x, t, label)
 
     z, label = index_noise(3, range(21), SHAPE), torch.arange(21.0)[:, None] / 10
-    wide, _ = rk45_per_sample(velocity, z, label, tol=1e-4, lanes=8)
+    wide, _ = rk45_per_sample(velocity, z, label, tol=1e-4, slots=8)
     wide_rows = sum(rows)
     rows.clear()
-    narrow, narrow_nfe = rk45_per_sample(velocity, z, label, tol=1e-4, lanes=8, shrink_lanes=True)
+    narrow, narrow_nfe = rk45_per_sample(velocity, z, label, tol=1e-4, slots=8, shrink_slots=True)
     assert set(rows[:5]) == {8} and rows == sorted(rows, reverse=True) and rows[-1] < 8
     assert int(narrow_nfe.sum()) <= sum(rows) < wide_rows
     np.testing.assert_allclose(narrow, wide, atol=1e-3, rtol=1e-3)
-    again, _ = rk45_per_sample(velocity, z, label, tol=1e-4, lanes=8, shrink_lanes=True)
+    again, _ = rk45_per_sample(velocity, z, label, tol=1e-4, slots=8, shrink_slots=True)
     assert torch.equal(again, narrow)

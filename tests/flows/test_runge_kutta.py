@@ -21,15 +21,15 @@ from flows.runge_kutta import (
     COARSE,
     FINE,
     JOINT,
-    all_together,
+    joint_norm,
     attempt_step,
-    each_alone,
-    in_two_parts,
+    per_sample_norm,
+    split_last_step,
     inverse_fifth_root,
-    own_control,
+    default_control,
     rk45_joint,
     rk45_per_sample,
-    start_lanes,
+    start_slots,
 )
 from flows.samplers import Trajectories
 from runtime.errors import UserError
@@ -46,7 +46,7 @@ def noise(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("tol", [1e-4, 1e-7])
 def test_end_point_is_right_within_the_tolerance(solver, tol):
     z = noise(5, 1, 2, 3, dtype=torch.float64)
-    x, nfe = solver(gaussian_velocity, z, t_start=0.0, tol=tol, lanes=2)
+    x, nfe = solver(gaussian_velocity, z, t_start=0.0, tol=tol, slots=2)
     assert (x - gaussian_flow(z)).abs().max() < 10 * tol
     assert nfe.dtype == torch.int64 and nfe.shape == (5,) and ((nfe - 2) % 6 == 0).all()
 
@@ -54,7 +54,7 @@ def test_end_point_is_right_within_the_tolerance(solver, tol):
 def test_formula_has_order_five():
     def error(steps):
         z = noise(3, 4, dtype=torch.float64)
-        state = start_lanes(gaussian_velocity, z, None, 0.0, 1.0, 1e6, JOINT)
+        state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, 1e6, JOINT)
         for _ in range(steps):
             state = dataclasses.replace(state, h=torch.full_like(state.h, 1 / steps))
             state, _ = attempt_step(gaussian_velocity, state, 1.0, 1e6, JOINT, z.dtype)
@@ -66,8 +66,8 @@ def test_formula_has_order_five():
 @BOTH
 def test_reverse_returns_to_the_start(solver):
     z = noise(3, 2, 4, 4, dtype=torch.float64)
-    x, _ = solver(in_float32, z, tol=1e-5, lanes=3)
-    back, _ = solver(in_float32, x, t_start=1.0, t_end=1e-3, tol=1e-5, lanes=3)
+    x, _ = solver(in_float32, z, tol=1e-5, slots=3)
+    back, _ = solver(in_float32, x, t_start=1.0, t_end=1e-3, tol=1e-5, slots=3)
     assert (x - z).abs().max() > 0.3
     assert (back - z).abs().max() < 3e-3
 
@@ -81,16 +81,16 @@ def test_joint_steps_are_scipys(tol):
         return network(x, torch.full((6,), t)).double().numpy().reshape(-1)
 
     expected = solve_ivp(right_side, (1e-3, 1), z.double().numpy().reshape(-1), rtol=tol, atol=tol)
-    x, nfe = rk45_joint(network, z, tol=tol, lanes=6)
+    x, nfe = rk45_joint(network, z, tol=tol, slots=6)
     assert abs(nfe[0].item() - expected.nfev) <= 0.1 * expected.nfev
     np.testing.assert_allclose(x.numpy().reshape(-1), expected.y[:, -1], atol=tol)
 
 
-LANE_COUNT = 5  # odd: the last lanes of a row are computed by other machine instructions than the first
+LANE_COUNT = 5  # odd: the last slots of a row are computed by other machine instructions than the first
 NETWORK = tiny_network()
 SAMPLES = noise(23, 2, 4, 4, seed=1) * torch.linspace(0.2, 3, 23).view(-1, 1, 1, 1)
 LABELS = torch.linspace(-1, 1, 46).view(23, 2)
-ALL_X, ALL_NFE = rk45_per_sample(NETWORK, SAMPLES, LABELS, tol=1e-4, lanes=LANE_COUNT)
+ALL_X, ALL_NFE = rk45_per_sample(NETWORK, SAMPLES, LABELS, tol=1e-4, slots=LANE_COUNT)
 
 
 def in_float32(x, t, label=None):
@@ -98,30 +98,30 @@ def in_float32(x, t, label=None):
     return NETWORK(x.float(), t.float(), label).double()
 
 
-EXACT = {tol: rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=tol, lanes=LANE_COUNT) for tol in (1e-4, 1e-5)}
+EXACT = {tol: rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=tol, slots=LANE_COUNT) for tol in (1e-4, 1e-5)}
 
 
 @pytest.mark.parametrize("tol", EXACT)
 @settings(max_examples=15, deadline=None)
 @given(chosen=st.lists(st.integers(0, 22), min_size=1, max_size=23, unique=True))
 def test_a_sample_is_the_same_bits_in_any_company_and_order(tol, chosen):
-    x, nfe = rk45_per_sample(in_float32, SAMPLES.double()[chosen], LABELS[chosen], tol=tol, lanes=LANE_COUNT)
+    x, nfe = rk45_per_sample(in_float32, SAMPLES.double()[chosen], LABELS[chosen], tol=tol, slots=LANE_COUNT)
     assert torch.equal(x, EXACT[tol][0][chosen])
     assert torch.equal(nfe, EXACT[tol][1][chosen])
 
 
-def test_coarse_and_fine_tolerances_have_their_own_control():
-    assert own_control(1e-4) is COARSE and own_control(1e-5) is FINE and own_control(1e-9) is FINE
-    x, nfe = rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=1e-5, lanes=LANE_COUNT, control=COARSE)
+def test_coarse_and_fine_tolerances_have_their_default_control():
+    assert default_control(1e-4) is COARSE and default_control(1e-5) is FINE and default_control(1e-9) is FINE
+    x, nfe = rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=1e-5, slots=LANE_COUNT, control=COARSE)
     assert not torch.equal(nfe, EXACT[1e-5][1])
-    assert torch.equal(rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=1e-5, lanes=LANE_COUNT,
+    assert torch.equal(rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=1e-5, slots=LANE_COUNT,
                                        control=FINE)[0], EXACT[1e-5][0])
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 40))
-def test_a_sample_is_the_same_within_the_tolerance_for_any_number_of_lanes(lanes):
-    x, _ = rk45_per_sample(NETWORK, SAMPLES, LABELS, tol=1e-4, lanes=lanes)
+def test_a_sample_is_the_same_within_the_tolerance_for_any_number_of_slots(slots):
+    x, _ = rk45_per_sample(NETWORK, SAMPLES, LABELS, tol=1e-4, slots=slots)
     assert (x - ALL_X).abs().max() < 10 * 1e-4
 
 
@@ -136,10 +136,10 @@ def test_every_evaluation_is_full_and_no_sample_waits_for_another():
         sizes.append(len(x))
         return NETWORK(x, t, label)
 
-    rk45_per_sample(velocity, SAMPLES, LABELS, tol=1e-4, lanes=LANE_COUNT)
+    rk45_per_sample(velocity, SAMPLES, LABELS, tol=1e-4, slots=LANE_COUNT)
     assert set(sizes) == {LANE_COUNT}
     work, longest = int(ALL_NFE.sum()), int(ALL_NFE.max())
-    # All the work spread over the lanes, the slopes of the padding, and one sample's way at the end.
+    # All the work spread over the slots, the slopes of the padding, and one sample's way at the end.
     assert len(sizes) * LANE_COUNT <= work + 2 * LANE_COUNT + (LANE_COUNT - 1) * longest
 
 
@@ -152,7 +152,7 @@ def test_no_samples_give_no_samples(solver):
 @BOTH
 def test_recorded_ways_run_from_start_to_end(solver):
     ways = Trajectories()
-    x, _ = solver(NETWORK, SAMPLES[:7], tol=1e-3, lanes=3, record=ways)
+    x, _ = solver(NETWORK, SAMPLES[:7], tol=1e-3, slots=3, record=ways)
     for sample in range(7):
         t, states = ways.of(sample)
         assert t[0] == 1e-3 and t[-1] == 1 and (t.diff() > 0).all()
@@ -162,7 +162,7 @@ def test_recorded_ways_run_from_start_to_end(solver):
 @BOTH
 def test_finished_samples_are_counted(solver):
     counts = []
-    solver(NETWORK, SAMPLES, tol=1e-2, lanes=4, finished=counts.append)
+    solver(NETWORK, SAMPLES, tol=1e-2, slots=4, finished=counts.append)
     assert sum(counts) == 23 and min(counts) > 0
 
 
@@ -177,13 +177,13 @@ def test_a_velocity_that_becomes_nan_is_named_with_sample_and_time(solver):
     z = noise(7, 3)
     z[4] += 20
     with pytest.raises(UserError, match=r"sample 4 at t = 0\.(49999|5\b).*not finite"):
-        solver(nan_after_a_while, z, lanes=3)
+        solver(nan_after_a_while, z, slots=3)
 
 
 @BOTH
 def test_a_velocity_that_is_nan_at_once_is_named(solver):
     with pytest.raises(UserError, match=r"sample 0 at t = 0\.001: the velocity is not finite"):
-        solver(lambda x, t, label: x * torch.nan, noise(4, 3), lanes=3)
+        solver(lambda x, t, label: x * torch.nan, noise(4, 3), slots=3)
 
 
 @BOTH
@@ -191,13 +191,13 @@ def test_a_step_that_shrinks_to_nothing_is_named(solver):
     z = torch.full((5, 1), 0.1, dtype=torch.float64)
     z[3] = 2  # dx/dt = x² goes to infinity at t = 0.5
     with pytest.raises(UserError, match=r"sample 3 at t = 0\.(49999|5\b).*shrank to nothing"):
-        solver(lambda x, t, label: x**2, z, t_start=0.0, tol=1e-6, lanes=2)
+        solver(lambda x, t, label: x**2, z, t_start=0.0, tol=1e-6, slots=2)
 
 
 @BOTH
 def test_a_way_of_too_many_steps_is_given_up(solver):
     with pytest.raises(UserError, match=r"sample 0 at t = 0\.\d+: 4 steps were not enough.*max_steps"):
-        solver(NETWORK, SAMPLES[:3], tol=1e-6, max_steps=4, lanes=2)
+        solver(NETWORK, SAMPLES[:3], tol=1e-6, max_steps=4, slots=2)
 
 
 class ReadsBack(TorchDispatchMode):
@@ -240,7 +240,7 @@ def test_the_device_is_read_once_per_step_and_never_else(solver, status_reads):
         return NETWORK(x, t, label)
 
     with ReadsBack() as reads:
-        solver(velocity, SAMPLES, LABELS, tol=1e-3, lanes=LANE_COUNT)
+        solver(velocity, SAMPLES, LABELS, tol=1e-3, slots=LANE_COUNT)
     assert reads.found == []
     starts = -(-len(SAMPLES) // LANE_COUNT)
     assert len(status_reads) == (len(evaluations) - 2 * starts) // 6
@@ -249,7 +249,7 @@ def test_the_device_is_read_once_per_step_and_never_else(solver, status_reads):
 @BOTH
 @pytest.mark.parametrize("device", ["cuda", "meta"])
 def test_steps_and_refills_stay_on_the_device(solver, device, status_reads, monkeypatch):
-    solver(NETWORK, SAMPLES, LABELS, tol=1e-3, lanes=LANE_COUNT)
+    solver(NETWORK, SAMPLES, LABELS, tol=1e-3, slots=LANE_COUNT)
     recorded = iter(list(status_reads))
     monkeypatch.setattr(runge_kutta, "read_status", lambda status: next(recorded))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # fake tensors cannot be pinned
@@ -259,7 +259,7 @@ def test_steps_and_refills_stay_on_the_device(solver, device, status_reads, monk
 
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext(), ReadsBack() as reads:
         z, label = torch.empty(SAMPLES.shape, device=device), torch.empty(LABELS.shape, device=device)
-        x, nfe = solver(velocity, z, label, tol=1e-3, lanes=LANE_COUNT)
+        x, nfe = solver(velocity, z, label, tol=1e-3, slots=LANE_COUNT)
     assert x.device.type == device and x.shape == z.shape and x.dtype == torch.float32
     assert reads.found == []
     assert next(recorded, None) is None
@@ -267,8 +267,8 @@ def test_steps_and_refills_stay_on_the_device(solver, device, status_reads, monk
 
 def test_norms_say_who_is_stepped_with_whom():
     squares = torch.tensor([4.0, 16.0, 1.0])
-    assert torch.equal(each_alone(squares), torch.tensor([2.0, 4.0, 1.0]))
-    assert torch.equal(all_together(squares), torch.full((3,), 7.0).sqrt())
+    assert torch.equal(per_sample_norm(squares), torch.tensor([2.0, 4.0, 1.0]))
+    assert torch.equal(joint_norm(squares), torch.full((3,), 7.0).sqrt())
 
 
 def test_fifth_root_is_accurate_and_the_same_bits_wherever_in_the_tensor_it_stands():
@@ -287,9 +287,9 @@ values = torch.arange(1, 1004, dtype=torch.float64) / 7
 print(torch.backends.cpu.get_cpu_capability(), hashlib.sha256(inverse_fifth_root(values).numpy().tobytes()).hexdigest())
 z = torch.randn(23, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 velocity = lambda x, t, label=None: (x * x - 1) * (t * t).view(-1, 1, 1, 1) - x
-x, nfe = rk45_per_sample(velocity, z, tol=1e-5, lanes=5)
+x, nfe = rk45_per_sample(velocity, z, tol=1e-5, slots=5)
 chosen = [7, 22, 3]
-alone, alone_nfe = rk45_per_sample(velocity, z[chosen], tol=1e-5, lanes=5)
+alone, alone_nfe = rk45_per_sample(velocity, z[chosen], tol=1e-5, slots=5)
 assert torch.equal(alone, x[chosen]) and torch.equal(alone_nfe, nfe[chosen])
 """
 
@@ -309,4 +309,4 @@ def test_steps_are_the_same_bits_in_any_place_on_every_instruction_set(repositor
 def test_what_is_left_is_shared_by_two_steps_rather_than_leaving_a_tiny_one():
     h = torch.tensor([0.3, 0.3, 0.3, 0.3, 0.3])
     to_go = torch.tensor([0.7, 0.47, 0.4, 0.3, 0.1])
-    torch.testing.assert_close(in_two_parts(h, to_go), torch.tensor([0.3, 0.3, 0.26, 0.3, 0.3]))
+    torch.testing.assert_close(split_last_step(h, to_go), torch.tensor([0.3, 0.3, 0.26, 0.3, 0.3]))

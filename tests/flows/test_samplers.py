@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs.default import get_default_config
+from configs.validation import check_fields
 from flows import samplers
 from flows.samplers import (
     Trajectories,
     cm_stochastic,
     create_sampler,
+    edm,
     euler,
-    euler_reverse,
     heun,
     one_step,
     straightness,
@@ -24,8 +25,7 @@ from flows.samplers import (
 from runtime.errors import UserError
 from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 
-NAMES = ("one_step", "euler", "heun", "rk45", "cm_stochastic")
-ALL = pytest.mark.parametrize("name", NAMES)
+ALL = pytest.mark.parametrize("name", samplers.SAMPLERS)
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -46,9 +46,9 @@ def constant(x, t, label=None):
 
 
 def order_of(sampler, **options):
-    """Order of convergence between 64 and 128 steps, at eps = 0."""
+    """Order of convergence between 64 and 128 steps, from t = 0."""
     z = noise(5, 3, dtype=torch.float64)
-    errors = [(sampler(gaussian_velocity, z, steps=n, eps=0.0, **options)[0] - gaussian_flow(z)).abs().max().item()
+    errors = [(sampler(gaussian_velocity, z, steps=n, t_start=0.0, **options)[0] - gaussian_flow(z)).abs().max().item()
               for n in (64, 128)]
     return math.log2(errors[0] / errors[1])
 
@@ -76,39 +76,57 @@ def times_seen(sampler, **options):
 
 def test_one_step_looks_once_at_eps_and_goes_the_whole_way():
     z = noise(2, 3, dtype=torch.float64)
-    assert times_seen(one_step, eps=0.01) == [0.01]
-    torch.testing.assert_close(one_step(constant, z, eps=0.01)[0], z + 2 * 0.99)
+    assert times_seen(one_step, t_start=0.01) == [0.01]
+    torch.testing.assert_close(one_step(constant, z, t_start=0.01)[0], z + 2 * 0.99)
 
 
 def test_euler_steps_are_one_over_n_at_the_times_of_the_paper():
     z = noise(2, 3, dtype=torch.float64)
-    assert times_seen(euler, steps=4, eps=0.2) == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    torch.testing.assert_close(euler(constant, z, steps=4, eps=0.2)[0], z + 2)
+    assert times_seen(euler, steps=4, t_start=0.2) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    torch.testing.assert_close(euler(constant, z, steps=4, t_start=0.2)[0], z + 2)
 
 
 def test_reverse_euler_steps_back_from_data():
     z = noise(2, 3, dtype=torch.float64)
-    assert times_seen(euler_reverse, steps=4, eps=0.2) == pytest.approx([1, 0.8, 0.6, 0.4])
-    torch.testing.assert_close(euler_reverse(constant, z, steps=4, eps=0.2)[0], z - 2)
+    assert times_seen(euler, steps=4, t_start=1.0, t_end=0.2) == pytest.approx([1, 0.8, 0.6, 0.4])
+    torch.testing.assert_close(euler(constant, z, steps=4, t_start=1.0, t_end=0.2)[0], z - 2)
 
 
 def test_heun_grid_is_curved_by_rho_and_ends_with_euler():
     eps, rho = 0.04, 0.5  # t = (0.2 + 0.8·i/N)²
-    assert times_seen(heun, steps=2, eps=eps, rho=rho) == pytest.approx([0.04, 0.36, 0.36])
-    assert times_seen(heun, steps=1, eps=eps) == pytest.approx([0.04])
+    assert times_seen(heun, steps=2, t_start=eps, rho=rho) == pytest.approx([0.04, 0.36, 0.36])
+    assert times_seen(heun, steps=1, t_start=eps) == pytest.approx([0.04])
+
+
+def test_edm_steps_over_its_noise_levels_and_ends_with_euler_at_noise_level_zero():
+    """Table 1 of arXiv 2206.00364: σ_i = (80^(1/7) + i/2·(0.002^(1/7) - 80^(1/7)))^7, and t = 1/(1+σ)."""
+    middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
+    levels = [80, middle, middle, 0.002, 0.002]
+    assert times_seen(edm, steps=3) == pytest.approx([1 / (1 + level) for level in levels])
+    assert times_seen(edm, steps=1) == pytest.approx([1 / 81])
+
+
+def test_edm_starts_at_its_noise_and_reaches_the_data_of_the_flow():
+    z = noise(50, 3, dtype=torch.float64)
+    x, nfe = edm(gaussian_velocity, z, steps=200)
+    # Starting at σ_max·z0 misses the mean/σ_max of the data there, and no more.
+    assert (x - gaussian_flow(z)).abs().max() < 3e-3 and (nfe == 399).all()
+    errors = [(edm(gaussian_velocity, z, steps=n)[0] - edm(gaussian_velocity, z, steps=4000)[0]).abs().max()
+              for n in (100, 200)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.3)
 
 
 def test_euler_forward_then_reverse_returns_to_the_start():
     z = noise(4, 3, dtype=torch.float64)
-    x, _ = euler(gaussian_velocity, z, steps=2000, eps=0.0)
-    back, _ = euler_reverse(gaussian_velocity, x, steps=2000, eps=0.0)
+    x, _ = euler(gaussian_velocity, z, steps=2000, t_start=0.0)
+    back, _ = euler(gaussian_velocity, x, steps=2000, t_start=1.0, t_end=0.0)
     assert (x - z).abs().max() > 0.1
     assert (back - z).abs().max() < 5e-3
 
 
 def test_cm_stochastic_jumps_to_data_and_noises_again():
     z, xi = noise(2, 3, dtype=torch.float64), noise(2, 3, seed=5, dtype=torch.float64)
-    x, _ = cm_stochastic(constant, z, steps=2, eps=0.2, noise=lambda: xi)
+    x, _ = cm_stochastic(constant, z, steps=2, t_start=0.2, noise=lambda: xi)
     middle = 0.6 * (z + 0.8 * 2) + 0.4 * xi
     torch.testing.assert_close(x, middle + 0.4 * 2)
 
@@ -124,7 +142,7 @@ def test_evaluations_are_counted_as_made(name):
 
     _, nfe = create_sampler(config_of(name))(velocity, noise(4, 1, 4, 4))
     assert nfe.tolist() == [counted] * 4
-    assert counted == {"one_step": 1, "euler": 3, "heun": 5, "cm_stochastic": 3}.get(name, counted)
+    assert counted == {"one_step": 1, "euler": 3, "heun": 5, "edm": 5, "cm_stochastic": 3}.get(name, counted)
 
 
 @ALL
@@ -134,7 +152,8 @@ def test_a_sample_does_not_depend_on_batch_size_or_order(name, batch_size, order
     z, label, network = noise(9, 2, 4, 4), noise(9, 2, seed=1), tiny_network()
     expected, _ = create_sampler(config_of(name, batch_size=9))(network, z, label)
     x, _ = create_sampler(config_of(name))(network, z[order], label[order], indices=order, batch_size=batch_size)
-    torch.testing.assert_close(x, expected[order], rtol=0, atol=1e-2 if name == "rk45" else 1e-5)
+    tolerance = {"rk45": 1e-2, "edm": 80 * 1e-5}.get(name, 1e-5)  # edm multiplies slopes by steps of σ, up to 80
+    torch.testing.assert_close(x, expected[order], rtol=0, atol=tolerance)
 
 
 def test_fresh_noise_of_cm_stochastic_belongs_to_seed_and_sample():
@@ -164,8 +183,9 @@ def test_recorded_ways_run_from_start_to_end(name):
     x, _ = create_sampler(config_of(name, batch_size=2))(gaussian_velocity, z, record=ways)
     for row in range(5):
         t, states = ways.of(row)
-        assert t[0] == pytest.approx(1e-3) and t[-1] == 1 and (t.diff() > 0).all()
-        assert torch.equal(states[0].float(), z[row]) and torch.equal(states[-1].float(), x[row])
+        assert t[0] == pytest.approx(1 / 81 if name == "edm" else 1e-3) and t[-1] == 1 and (t.diff() > 0).all()
+        assert name == "edm" or torch.equal(states[0].float(), z[row])
+        assert torch.equal(states[-1].float(), x[row])
 
 
 @ALL
@@ -221,30 +241,28 @@ def test_straight_ways_have_straightness_zero_and_bent_ways_the_integral():
     z = noise(6, 1, 2, 2, dtype=torch.float64)
     assert straightness(constant, z).abs().max() < 1e-12
     # v = (t, 1): the way ends at z + (1/2, 1), and ‖v - (1/2, 1)‖ = |t - 1/2| has the mean 1/4.
-    values = straightness(lambda x, t, label: torch.stack([t, torch.ones_like(t)], 1), z[:, 0, 0], eps=0.0)
+    values = straightness(lambda x, t, label: torch.stack([t, torch.ones_like(t)], 1), z[:, 0, 0], t_start=0.0)
     assert values.shape == (6,)
     torch.testing.assert_close(values, torch.full((6,), 0.25, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("rk54", "rk45"), ("Euler", "euler"), ("one-step", "one_step")])
-def test_a_misspelt_sampler_gets_the_nearest_name(name, nearest):
-    with pytest.raises(UserError, match=f"'{name}', did you mean '{nearest}'"):
-        create_sampler(config_of(name))
-
-
-@pytest.mark.parametrize("name", ["one_step", "heun", "cm_stochastic"])
+@pytest.mark.parametrize("name", ["one_step", "heun", "edm", "cm_stochastic"])
 def test_a_sampler_that_only_runs_forward_says_so(name):
-    with pytest.raises(UserError, match=f"'{name}' does not run from data to noise; use euler or rk45"):
+    with pytest.raises(UserError, match=f"use_ode_sampler {name} does not run from data to noise; use euler or rk45"):
         create_sampler(config_of(name), reverse=True)
 
 
-@pytest.mark.parametrize("field", ["sample_N", "batch_size"])
-def test_nothing_to_do_is_refused(field):
-    with pytest.raises(UserError, match=f"sampling.{field} is 0; give 1 or more"):
-        create_sampler(config_of("euler", **{field: 0}))
+def test_an_unknown_sampler_is_refused_with_those_of_the_table():
+    config = config_of("rk54")
+    with pytest.raises(UserError, match="config.sampling.use_ode_sampler must be one of one_step, euler, .*rk45"):
+        check_fields(config)
 
 
-def test_config_knows_the_same_samplers():
-    from configs.default import find_field
-
-    assert find_field("sampling.use_ode_sampler").choices == samplers.SAMPLERS
+def test_values_and_titles_have_just_the_fields_that_a_sampler_reads():
+    values = {name: {k: v for k, v in samplers.sampler_values(config_of(name)).items() if v is not None}
+              for name in samplers.SAMPLERS}
+    assert values == {"one_step": {}, "euler": {"sample_N": 3}, "heun": {"sample_N": 3, "rho": 1.0},
+                      "edm": {"sample_N": 3, "sigma_max": 80.0, "sigma_min": 0.002},
+                      "rk45": {"ode_tol": 1e-3, "step_control": "sample"}, "cm_stochastic": {"sample_N": 3}}
+    assert [samplers.sampler_title(name, values[name]) for name in ("one_step", "euler", "heun", "rk45")] == [
+        "one_step", "euler-3", "heun-3 (rho 1)", "rk45 (ode_tol 0.001, step_control sample)"]

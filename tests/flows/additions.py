@@ -1,0 +1,18 @@
+"""What a user adds to the tables of flows/ from outside: `prepare` of tests.processes runs it before a script."""
+
+from flows import samplers
+
+
+def midpoint(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0, record=None):
+    """The midpoint rule."""
+    x, h = z, (t_end - t_start) / steps
+    for i in range(steps):
+        t = t_start + i * h
+        half = x + h / 2 * velocity(x, samplers.times_like(t, x), label)
+        x = x + h * velocity(half, samplers.times_like(t + h / 2, x), label)
+    return x, samplers.evaluations(2 * steps, z)
+
+
+def add_midpoint():
+    """Add a sampler."""
+    samplers.SAMPLERS["midpoint"] = samplers.Sampler(midpoint, {"sample_N": "steps"})
