@@ -14,7 +14,7 @@ class Field:
 
     default: object
     meaning: str
-    choices: Collection = ()  # the values it may take (a table's are its keys); with a pattern, the words beside the pattern
+    choices: Collection = ()  # the values it may take, or a table of them; with a pattern, the words beside it
     pattern: str = ""  # a regular expression that other values match, e.g. r"fix_<number>"
     low: float | None = None  # smallest and largest number
     high: float | None = None

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from configs.command_line import config_to_dict, load_config
 from models import create_model

@@ -21,14 +21,14 @@ from flows.runge_kutta import (
     COARSE,
     FINE,
     JOINT,
-    joint_norm,
     attempt_step,
-    per_sample_norm,
-    split_last_step,
-    inverse_fifth_root,
     default_control,
+    inverse_fifth_root,
+    joint_norm,
+    per_sample_norm,
     rk45_joint,
     rk45_per_sample,
+    split_last_step,
     start_slots,
 )
 from flows.samplers import Trajectories
