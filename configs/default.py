@@ -155,7 +155,9 @@ FIELDS = {
         "num_res_blocks": Field(4, "residual blocks per level", low=1),
         "attn_resolutions": Field((16,), "image sizes at which levels have self-attention"),
         "dropout": Field(0.15, "dropout probability (DhariwalUNet: 0.13 unless given)", low=0.0, high=1.0),
-        "label_dropout": Field(0.0, "DhariwalUNet: probability of hiding a sample's class in training",
+        "preconditioning": Field("none", "the velocity follows in closed form from a denoiser of EDM's (edm, vp or "
+                                 "ve), or is the network's output (none)", choices=("none", "edm", "vp", "ve")),
+        "label_dropout": Field(0.0, "probability of hiding a sample's class in training",
                                low=0.0, high=1.0),
         "ema_rate": Field(0.999999, "largest decay of the EMA of the weights", low=0.0, high=1.0),
         "conditional": Field(True, "the network sees the time"),

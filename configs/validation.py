@@ -87,9 +87,6 @@ def check_network(config):
         raise UserError(f"config.data.num_channels must be 1 or 3 for custom images, not {config.data.num_channels}")
     if not config.data.centered:
         raise UserError("config.data.centered must be true: images live in [-1, 1]")
-    if config.model.name == "ncsnpp" and config.data.num_classes > 0:
-        raise UserError(f"config.data.num_classes is {config.data.num_classes}, but ncsnpp takes no class labels: "
-                        "use --config.model.name DhariwalUNet, or 0 classes")
 
 
 def check_training(config):

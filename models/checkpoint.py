@@ -14,7 +14,7 @@ import zipfile
 import torch
 
 from configs.provenance import take_run_fields
-from models import infer, released
+from models import edm, edm_pickle, infer, released
 from models.create import create_from_fields, create_model, tuple_of
 from models.safe_pickle import SAFE_GLOBALS
 from runtime.errors import UserError
@@ -52,6 +52,9 @@ def read_checkpoint(path):
     from the file, not read, so entries that are not used cost nothing. Raises UserError for a file that is missing,
     damaged, no checkpoint, or holds more than tensors and numbers.
     """
+    file = local_file(path)
+    if pathlib.Path(file).is_file() and edm_pickle.is_snapshot(file):
+        return edm.read_checkpoint(file, path, create_from_fields)
     checkpoint = load_safely(path)
     check_entries(checkpoint, path)
     if not infer.is_released(checkpoint["model"]):
@@ -59,7 +62,7 @@ def read_checkpoint(path):
     if "config" in checkpoint:  # one of ours, exported in the released layout
         fields = saved_fields(checkpoint, path)
     else:
-        fields = infer.released_fields(checkpoint["model"], path)
+        fields = {"model.preconditioning": "none"} | infer.released_fields(checkpoint["model"], path)
     with torch.device("meta"):
         net = create_from_fields(infer.with_image_size(fields))
     checkpoint = dict(checkpoint, model=infer.with_usual_prefix(checkpoint["model"]))
@@ -175,6 +178,7 @@ def load_weights(net, checkpoint, use_ema, path):
     """Copy a checkpoint's weights into a network of the same architecture; `path` is for the error's sentence."""
     check_same_network(net, checkpoint, path)
     net.load_state_dict(checkpoint["model"])
+    net.licence_note = checkpoint.get("licence_note", "")
     if use_ema:
         trained = [p for p in net.parameters() if p.requires_grad]
         with torch.no_grad():

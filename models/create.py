@@ -3,6 +3,7 @@
 import inspect
 
 from models.dhariwal_unet import DhariwalUNet
+from models.edm import PRECONDITIONING, Preconditioned
 from models.ncsnpp import ACTIVATIONS, NCSNpp
 from runtime.errors import UserError
 
@@ -39,19 +40,28 @@ def create_from_fields(fields):
     name = fields.get("model.name", "ncsnpp")
     if name not in NETWORKS:
         raise UserError(f"model.name is {name!r}; it must be one of {', '.join(NETWORKS)}")
+    preconditioning = fields.get("model.preconditioning", "none")
+    if preconditioning not in PRECONDITIONING:
+        raise UserError(f"model.preconditioning is {preconditioning!r}; it must be one of {', '.join(PRECONDITIONING)}")
     refuse_foreign_fields(name, fields)
     arguments = {argument: tuple_of(fields.get(field, default)) for argument, field, default in argument_fields(name)}
     check_levels(arguments)
-    CHECKS[name](arguments)
+    if arguments["label_dropout"] > 0 and not arguments["num_classes"]:
+        raise UserError("model.label_dropout hides class labels, but data.num_classes is 0; set one of them")
+    if preconditioning != "none" and arguments.get("scale_by_sigma"):
+        raise UserError(f"model.preconditioning is {preconditioning}, which scales the output itself; set "
+                        "model.scale_by_sigma to false")
+    if name == "ncsnpp":
+        check_ncsnpp(arguments)
 
     net = NETWORKS[name](**arguments)
-    net.config_fields = {"model.name": name} | {
+    if preconditioning != "none":
+        net = Preconditioned(net, preconditioning)
+    net.config_fields = {"model.name": name, "model.preconditioning": preconditioning} | {
         field: list(arguments[argument]) if isinstance(arguments[argument], tuple) else arguments[argument]
         for argument, field, _ in argument_fields(name)
         if argument not in FREE_ARGUMENTS
     }
-    if name == "ncsnpp":
-        net.config_fields["data.num_classes"] = 0
     return net
 
 
@@ -63,9 +73,6 @@ def argument_fields(name):
 
 def refuse_foreign_fields(name, fields):
     """Raise UserError if a field that only the other network has differs from its default."""
-    if name == "ncsnpp" and fields.get("data.num_classes", 0):
-        raise UserError(f"data.num_classes is {fields['data.num_classes']}, but ncsnpp takes no class labels; set it "
-                        "to 0 or model.name to DhariwalUNet")
     own = {field for _, field, _ in argument_fields(name)}
     foreign = {field: default for other in NETWORKS for _, field, default in argument_fields(other) if field not in own}
     for field, default in foreign.items():
@@ -117,12 +124,6 @@ def check_ncsnpp(arguments):
                         "level of the times 0 to 999; it must be at least 1000")
     if min(arguments["sigma_min"], arguments["sigma_max"]) <= 0:
         raise UserError("model.sigma_min and model.sigma_max must be positive")
-
-
-def check_dhariwal(arguments):
-    """Raise UserError for options of DhariwalUNet that do not go together."""
-    if arguments["label_dropout"] > 0 and not arguments["num_classes"]:
-        raise UserError("model.label_dropout hides class labels, but data.num_classes is 0; set one of them")
-
-
-CHECKS = {"ncsnpp": check_ncsnpp, "DhariwalUNet": check_dhariwal}
+    if arguments["num_classes"] and not arguments["conditional"]:
+        raise UserError(f"data.num_classes is {arguments['num_classes']}, but with model.conditional false ncsnpp has "
+                        "no embedding that a class could join; set one of them")

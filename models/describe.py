@@ -62,7 +62,7 @@ def measure(net, batch):
 
 def part_of(name):
     """Return the part that a module or parameter belongs to, told from its name."""
-    first, *rest = name.split(".")
+    first, *rest = name.removeprefix("net.").split(".")  # net: inside EDM's preconditioning
     if first in ("encoder", "decoder") and rest:
         return f"{first} {int(rest[0]) + 1}"
     if first == "middle" or first.startswith(("input", "output")):

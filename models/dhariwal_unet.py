@@ -86,9 +86,7 @@ class DhariwalUNet(nn.Module):
 
         `label` is one-hot (N, num_classes), all zeros for an unknown class, or None if the network has no classes.
         """
-        if (label is not None) != (self.num_classes > 0):
-            given = "none were given" if label is None else "some were given"
-            raise ValueError(f"this DhariwalUNet has {self.num_classes} classes; of class labels, {given}")
+        layers.check_label(self, label)
         affine = self.scales_and_shifts(t999, label)
 
         h = self.input_conv(x)
@@ -136,9 +134,7 @@ class Embedding(nn.Module):
         sine, cosine = layers.sinusoid(t999, self.frequencies)
         emb = self.linear1(F.silu(self.linear0(torch.cat([cosine, sine], dim=1))))
         if self.label is not None:
-            if self.training and self.label_dropout > 0:
-                label = label * (torch.rand_like(label[:, :1]) >= self.label_dropout)
-            emb = emb + self.label(label)
+            emb = emb + self.label(layers.hide_labels(label, self.label_dropout if self.training else 0.0))
         return F.silu(emb)
 
 

@@ -22,7 +22,7 @@ EPS = 1e-6  # of every group normalisation
 
 
 class NCSNpp(nn.Module):
-    """Velocity network `net(x, t999)`; the arguments are the config's `model.*` and `data.*` fields of the same name.
+    """Velocity network `net(x, t999, label)`; the arguments are the config fields of the same name.
 
     Built from top to bottom as data flows: time embedding, input convolution, encoder (one level a resolution, from
     fine to coarse), middle, decoder (from coarse to fine), output head. Use `models.create_model`, which checks that
@@ -33,11 +33,13 @@ class NCSNpp(nn.Module):
         self,
         image_size=32,
         num_channels=3,
+        num_classes=0,
         nf=128,
         ch_mult=(1, 2, 2, 2),
         num_res_blocks=4,
         attn_resolutions=(16,),
         dropout=0.0,
+        label_dropout=0.0,
         conditional=True,
         embedding_type="positional",
         fourier_scale=16.0,
@@ -60,7 +62,8 @@ class NCSNpp(nn.Module):
         self.scale_by_sigma = scale_by_sigma
         self.fourier = embedding_type == "fourier"
         # Noise level of step i; only scale_by_sigma reads it, but it is part of every released state dict.
-        self.register_buffer("sigmas", torch.tensor(np.geomspace(sigma_max, sigma_min, num_scales)))
+        self.register_buffer("sigmas", noise_levels(sigma_max, sigma_min, num_scales))
+        self.num_classes = num_classes
         make = Maker(
             time_channels=4 * nf,
             activation=ACTIVATIONS[nonlinearity],
@@ -77,6 +80,8 @@ class NCSNpp(nn.Module):
         self.time_embedding = None
         if conditional:
             self.time_embedding = TimeEmbedding(2 * nf if self.fourier else nf, 4 * nf, make.activation)
+        self.class_features = ClassFeatures(num_classes, 2 * nf if self.fourier else nf, label_dropout) if (
+            num_classes) else None
         self.input_conv = init_uniform(nn.Conv2d(num_channels, nf, 3, padding=1))
         self.encoder, skips = make_encoder(make, levels, num_res_blocks, nf, num_channels, progressive_input,
                                            progressive_combine)
@@ -90,11 +95,14 @@ class NCSNpp(nn.Module):
         # In the order in which the blocks run. A plain list: the blocks own these layers.
         self.time_linears = [module.time for module in self.modules() if isinstance(module, ResidualBlock)]
 
-    def time_shifts(self, t999):
+    def time_shifts(self, t999, label):
         """Return an iterator over what the blocks add to their features, each (N, channels), in their order."""
         if self.time_embedding is None:
             return itertools.repeat(None)
-        return layers.parallel_linears(self.time_linears, self.time_embedding(self.time_features(t999)))
+        features = self.time_features(t999)
+        if self.class_features is not None:
+            features = features + self.class_features(label)
+        return layers.parallel_linears(self.time_linears, self.time_embedding(features))
 
     def idle_parameters(self):
         """Return the parameters that no output depends on: the blocks' projections of a time that they do not see.
@@ -106,10 +114,12 @@ class NCSNpp(nn.Module):
         return [parameter for linear in self.time_linears for parameter in linear.parameters()]
 
     def forward(self, x, t999, label=None):
-        """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,); `label` must be None."""
-        if label is not None:
-            raise ValueError("ncsnpp takes no class labels, but some were given")
-        shifts = self.time_shifts(t999)
+        """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,).
+
+        `label` is one-hot (N, num_classes), all zeros for an unknown class, or None if the network has no classes.
+        """
+        layers.check_label(self, label)
+        shifts = self.time_shifts(t999, label)
 
         h = self.input_conv(x)
         skips, pyramid = [h], x
@@ -265,6 +275,20 @@ class FourierFeatures(nn.Module):
     def forward(self, t999):
         """Return the features (N, 2·channels) of t999 (N,) > 0."""
         return torch.cat(layers.sinusoid(t999.float().log(), 2 * math.pi * self.frequencies), dim=1)
+
+
+class ClassFeatures(nn.Module):
+    """What a class adds to the time features, as in EDM's networks (Karras et al. 2022, arXiv 2206.00364)."""
+
+    def __init__(self, num_classes, channels, label_dropout):
+        super().__init__()
+        self.linear = init_uniform(nn.Linear(num_classes, channels))
+        self.label_dropout = label_dropout
+
+    def forward(self, label):
+        """Return the features (N, channels) of one-hot labels (N, num_classes)."""
+        label = layers.hide_labels(label, self.label_dropout if self.training else 0.0)
+        return self.linear(label * math.sqrt(label.shape[1]))
 
 
 class TimeEmbedding(nn.Module):
@@ -452,6 +476,11 @@ class OutputResidual(nn.Module):
         """Return (pyramid, features), which are the same tensor."""
         pyramid = rescaled_sum(self.up(pyramid), h, self.rescale)
         return pyramid, pyramid
+
+
+def noise_levels(sigma_max, sigma_min, num_scales):
+    """Return the buffer `sigmas`, float64 (num_scales,)."""
+    return torch.tensor(np.geomspace(sigma_max, sigma_min, num_scales))
 
 
 def rescaled_sum(x, h, rescale):

@@ -12,6 +12,7 @@ import torch
 from models import layers
 from models.dhariwal_unet import head_count
 from models.ncsnpp import AttentionBlock, OutputHead, ResidualBlock
+from runtime.errors import UserError
 
 PREFIX = "module."  # the released NCSN++ was saved from inside DataParallel
 BOX_FILTER = "resample_filter"  # constant buffers of the released DhariwalUNet: the 2×2 mean
@@ -49,7 +50,10 @@ class Released:
 def released_tensors(net):
     """Return the released layout of a network, a list of `Released` in the released order."""
     names = {module: name for name, module in net.named_modules()}
-    if net.config_fields["model.name"] == "ncsnpp":
+    is_ncsnpp = net.config_fields["model.name"] == "ncsnpp"
+    if net.config_fields["model.preconditioning"] != "none" or (is_ncsnpp and net.config_fields["data.num_classes"]):
+        raise UserError("a network with model.preconditioning, or an ncsnpp with classes, has no released layout")
+    if is_ncsnpp:
         return list(_ncsnpp_tensors(net, names))
     return list(_dhariwal_tensors(net, names))
 

@@ -162,7 +162,6 @@ def test_every_field_has_a_meaning():
     ({"model.attn_resolutions": (7,)}, "config.model.attn_resolutions has 7"),
     ({"data.num_channels": 1}, "config.data.num_channels is 1, but CIFAR10 has 3"),
     ({"data.image_size": 36, "model.attn_resolutions": ()}, "cannot be halved 3 times"),
-    ({"data.num_classes": 10}, "ncsnpp takes no class labels"),
     ({"data.centered": False}, "config.data.centered must be true"),
     ({"expr": ""}, "config.expr is empty: name the run, for instance"),
     ({"expr": "../x"}, "must be a name inside config.work_dir"),

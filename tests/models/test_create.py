@@ -32,7 +32,9 @@ def test_arguments_have_the_configs_defaults(name):
 
 @pytest.mark.parametrize("base, changes, sentence", [
     (SMALL, {"model.name": "unet"}, "model.name is 'unet'"),
-    (SMALL, {"data.num_classes": 10}, "data.num_classes is 10, but ncsnpp takes no class labels"),
+    (SMALL, {"data.num_classes": 10, "model.conditional": False}, "data.num_classes is 10, but with model.conditional"),
+    (SMALL, {"model.preconditioning": "iddpm"}, "model.preconditioning is 'iddpm'; it must be one of none, edm"),
+    (SMALL, {"model.preconditioning": "edm", "model.scale_by_sigma": True}, "set model.scale_by_sigma to false"),
     (SMALL, {"data.image_size": 9}, "data.image_size is 9, but the 2 levels of model.ch_mult halve it 1 times"),
     (SMALL, {"model.ch_mult": ()}, "model.ch_mult is"),
     (SMALL, {"model.ch_mult": (1, 0)}, "model.ch_mult is"),
@@ -47,7 +49,6 @@ def test_arguments_have_the_configs_defaults(name):
     (SMALL, {"model.fir": True, "model.fir_kernel": (1,)}, "model.fir_kernel is"),
     (SMALL, {"model.scale_by_sigma": True, "model.num_scales": 10}, "model.num_scales is 10"),
     (SMALL, {"model.sigma_min": 0.0}, "model.sigma_min and model.sigma_max"),
-    (SMALL, {"model.label_dropout": 0.1}, "model.label_dropout is 0.1, but ncsnpp has no such option"),
     (WIDE, {"model.fir": True}, "model.fir is True, but DhariwalUNet has no such option"),
     (WIDE, {"model.progressive": "residual"}, "model.progressive is residual, but DhariwalUNet"),
     (WIDE, {"model.label_dropout": 0.1}, "model.label_dropout hides class labels, but data.num_classes is 0"),

@@ -245,14 +245,15 @@ def test_labels_are_asked_for_and_refused():
         lively(DHARIWAL)(x, t999)
     with pytest.raises(ValueError, match="has 0 classes; of class labels, some were given"):
         lively(DHARIWAL | {"data.num_classes": 0})(x, t999, label)
-    with pytest.raises(ValueError, match="ncsnpp takes no class labels"):
+    with pytest.raises(ValueError, match="this NCSNpp has 0 classes; of class labels, some were given"):
         lively(NCSNPP)(x, t999, label)
 
 
-def test_label_dropout_hides_whole_labels_in_training_only():
+@pytest.mark.parametrize("fields", [NCSNPP | {"data.num_classes": 3}, DHARIWAL], ids=["ncsnpp", "DhariwalUNet"])
+def test_label_dropout_hides_whole_labels_in_training_only(fields):
     """With probability 1 every sample looks like the unknown class; in evaluation none does."""
-    net = lively(DHARIWAL | {"model.label_dropout": 1.0})
-    x, t999, label = batch(DHARIWAL)
+    net = lively(fields | {"model.label_dropout": 1.0})
+    x, t999, label = batch(fields | {"data.num_classes": 3})
     unknown = torch.zeros_like(label)
     assert torch.equal(net.train()(x, t999, label), net(x, t999, unknown))
     assert not torch.equal(net.eval()(x, t999, label), net(x, t999, unknown))

@@ -1,0 +1,230 @@
+"""EDM's networks (Karras et al. 2022, arXiv 2206.00364) as velocities, and their snapshots as checkpoints of ours.
+
+A denoiser D(x; σ) of images plus σ times noise gives the velocity of the straight path: with x_t = t·z1 + (1-t)·z0 and
+σ = (1-t)/t the noisy image is x_t/t, and v = (D(x_t/t; σ) - x_t)/(1-t).
+"""
+
+import re
+
+import torch
+from torch import nn
+
+from models import edm_pickle
+from models.ncsnpp import noise_levels
+from runtime.errors import UserError
+
+TIME_SCALE = 999.0
+SIGMA_DATA = 0.5
+BETA_D, BETA_MIN = 19.9, 0.1  # of the VP noise schedule (Song et al. 2021)
+# Noise levels that networks of each preconditioning know: those EDM trains or samples with.
+SIGMA_RANGE = {"edm": (0.002, 80.0), "vp": (0.001, 152.0), "ve": (0.02, 100.0)}
+PRECONDITIONING = ("none", *SIGMA_RANGE)
+LICENCE_NOTE = ("EDM's published networks are licensed CC BY-NC-SA 4.0 (non-commercial), which may extend to pairs "
+                "made with them and to networks trained on such pairs; see NOTICE")
+
+
+class Preconditioned(nn.Module):
+    """Velocity network `net(x, t999, label)` that computes with a denoiser of EDM's: F = `net` in their notation.
+
+    The closed forms below have no division by 1-t, which would lose digits near the data: with s = 1-t, σd = 0.5 and
+    w = s² + σd²·t²
+      edm  v = (σd²·t - s)/w · x_t + σd/√w · F(x_t/√w; ln(σ)/4)
+      vp   v = (x_t - F(x_t/√(s² + t²); 999·σ⁻¹(σ)))/t
+      ve   v = (x_t + F(x_t/t; ln(σ/2)))/t
+    In F's noise input alone σ is clamped to what such networks know; so v exists up to both ends (vp, ve: t > 0).
+    """
+
+    def __init__(self, net, kind):
+        super().__init__()
+        self.net, self.kind = net, kind
+
+    def idle_parameters(self):
+        """Return the parameters that no output depends on."""
+        return self.net.idle_parameters()
+
+    def noise_input(self, t):
+        """Return what F takes in the place of 999·t, (N,), for t (N,)."""
+        sigma = ((1 - t) / t).clamp(*SIGMA_RANGE[self.kind])
+        if self.kind == "edm":
+            c_noise = sigma.log() / 4
+        elif self.kind == "vp":
+            c_noise = TIME_SCALE * (((BETA_MIN**2 + 2 * BETA_D * (1 + sigma**2).log()).sqrt() - BETA_MIN) / BETA_D)
+        else:
+            c_noise = (sigma / 2).log()
+        return c_noise.exp() if getattr(self.net, "fourier", False) else c_noise  # Fourier features take the logarithm
+
+    def forward(self, x, t999, label=None):
+        """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,); `label` as the network's."""
+        t = t999 / TIME_SCALE
+        noise_input = self.noise_input(t)
+        t = t.to(x.dtype)[:, None, None, None]
+        s = 1 - t
+        if self.kind == "edm":
+            w = s**2 + (SIGMA_DATA * t) ** 2
+            return (SIGMA_DATA**2 * t - s) / w * x + SIGMA_DATA / w.sqrt() * self.net(x / w.sqrt(), noise_input, label)
+        if self.kind == "vp":
+            return (x - self.net(x / (s**2 + t**2).sqrt(), noise_input, label)) / t
+        return (x + self.net(x / t, noise_input, label)) / t
+
+
+# Snapshots: arguments as config fields, names and order of rows as ours.
+
+CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}
+# Attributes of the outer module that the closed forms take for granted.
+CONSTANTS = {"sigma_data": SIGMA_DATA, "beta_d": BETA_D, "beta_min": BETA_MIN, "M": 1000, "epsilon_t": 1e-5}
+DEFAULTS = {  # of arguments that EDM's training script does not pass
+    "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4,
+                 "attn_resolutions": [16], "embedding_type": "positional", "channel_mult_noise": 1,
+                 "encoder_type": "standard", "decoder_type": "standard", "resample_filter": [1, 1]},
+    "DhariwalUNet": {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "channel_mult_emb": 4, "num_blocks": 3,
+                     "attn_resolutions": [32, 16, 8]},
+}
+OTHERS = {"img_resolution", "img_channels", "label_dim", "model_type", "augment_dim", "dropout", "label_dropout",
+          "use_fp16", "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "M", "epsilon_t"}
+LAYERS = {"conv": "input_conv", "aux_norm": "output_head.norm", "aux_conv": "output_head.conv"}
+TOP = {"ncsnpp": {"map_noise.freqs": "time_features.frequencies", "map_layer0": "time_embedding.linear0",
+                  "map_layer1": "time_embedding.linear1", "map_label": "class_features.linear"},
+       "DhariwalUNet": {"map_layer0": "embedding.linear0", "map_layer1": "embedding.linear1",
+                        "map_label": "embedding.label", "out_norm": "output_norm", "out_conv": "output_conv"}}
+IN_BLOCK = {"ncsnpp": {"affine": "time", "skip": "shortcut"}, "DhariwalUNet": {"skip": "shortcut"}}
+
+
+def read_checkpoint(file, path, create):
+    """Return the EDM snapshot `file` as a checkpoint of ours, with `fields` and `licence_note`.
+
+    create: `models.create.create_from_fields`. Raises UserError, naming `path`, for what is no such snapshot, and for
+    networks that ours cannot be.
+    """
+    snapshot = edm_pickle.read_snapshot(file, path)
+    try:
+        fields, taps = config_fields(snapshot)
+        if fields["model.num_res_blocks"] * len(fields["model.ch_mult"]) > len(snapshot.tensors):
+            raise UserError("it has fewer tensors than blocks")
+        with torch.device("meta"):
+            net = create(fields)
+        state = our_state(snapshot.tensors, net.config_fields, taps)
+        if "net.sigmas" in (expected := net.state_dict()):
+            state["net.sigmas"] = noise_levels(*(
+                net.config_fields[f"model.{name}"] for name in ("sigma_max", "sigma_min", "num_scales")))
+        different = [name for name in [*expected, *state] if name not in state or name not in expected
+                     or state[name].shape != expected[name].shape]
+        if different:
+            raise UserError(f"{different[0]} is missing, or its shape is not that of the arguments")
+    except UserError as error:
+        raise UserError(f"{path} is no network that can be used here: {error}") from None
+    shadow = [state[name] for name, _ in net.named_parameters()]
+    return {"model": {name: state[name] for name in expected}, "ema": {"num_updates": 0, "shadow_params": shadow},
+            "step": 0, "fields": net.config_fields, "licence_note": LICENCE_NOTE}
+
+
+def config_fields(snapshot):
+    """Return (dotted config fields, taps of the resampling filter) of a snapshot's arguments."""
+    if snapshot.class_name not in CLASSES:
+        raise UserError(f"its preconditioning is {snapshot.class_name}; known are {', '.join(CLASSES)}")
+    for name, value in CONSTANTS.items():
+        if snapshot.attributes.get(name, value) != value:
+            raise UserError(f"its {name} is {snapshot.attributes[name]}, and {value} is the only one known")
+    arguments, usual = snapshot.arguments, "DhariwalUNet" if snapshot.class_name == "EDMPrecond" else "SongUNet"
+    kind = arguments.get("model_type", usual)
+    if kind not in DEFAULTS:
+        raise UserError(f"its model_type is {kind!r}; known are {', '.join(DEFAULTS)}")
+    if unknown := arguments.keys() - OTHERS - DEFAULTS[kind].keys():
+        raise UserError(f"it has the argument {min(unknown)!r}, which is not known")
+    given = DEFAULTS[kind] | arguments
+    check_options(kind, given)
+    size = given["img_resolution"]
+    sizes = [size >> level for level in range(len(given["channel_mult"]))]
+    fields = {"model.preconditioning": CLASSES[snapshot.class_name], "model.nf": given["model_channels"],
+              "model.ch_mult": given["channel_mult"], "model.num_res_blocks": given["num_blocks"],
+              "model.attn_resolutions": [size for size in given["attn_resolutions"] if size in sizes],
+              "data.image_size": size, "data.num_channels": given["img_channels"],
+              "data.num_classes": given.get("label_dim", 0)}
+    if kind == "DhariwalUNet":
+        return fields | {"model.name": "DhariwalUNet"}, [1, 1]
+    taps = given["resample_filter"]
+    fields |= {"model.name": "ncsnpp", "model.embedding_type": given["embedding_type"], "model.fir": taps != [1, 1],
+               "model.progressive_input": {"standard": "none"}.get(given["encoder_type"], given["encoder_type"])}
+    return fields | ({"model.fir_kernel": taps} if taps != [1, 1] else {}), taps
+
+
+def check_options(kind, given):
+    """Raise UserError for arguments of a U-Net that ours lacks, or that no U-Net has."""
+    for name in ("img_resolution", "img_channels", "model_channels", "num_blocks"):
+        if type(given[name]) is not int or not 1 <= given[name] <= 2**14:
+            raise UserError(f"its {name} is {given[name]!r}, not a number from 1 to {2**14}")
+    for name in ("channel_mult", "attn_resolutions"):
+        if type(given[name]) is not list or len(given[name]) > 12 or any(
+                type(number) is not int or not 1 <= number <= 2**14 for number in given[name]):
+            raise UserError(f"its {name} is not a list of a few whole numbers")
+    if type(given.get("label_dim", 0)) is not int or not 0 <= given.get("label_dim", 0) <= 2**20:
+        raise UserError(f"its label_dim is {given['label_dim']!r}")
+    allowed = {"channel_mult_emb": (4,)}
+    if kind == "SongUNet":
+        noise = {"positional": 1, "fourier": 2}
+        allowed |= {"embedding_type": tuple(noise), "encoder_type": ("standard", "residual"),
+                    "decoder_type": ("standard",), "channel_mult_noise": (noise.get(given["embedding_type"]),)}
+        taps = given["resample_filter"]
+        if type(taps) is not list or not 2 <= len(taps) <= 16 or sum(taps) == 0:
+            raise UserError("its resample_filter is no list of taps")
+    for name, values in allowed.items():
+        if given[name] not in values:
+            raise UserError(f"its {name} is {given[name]!r}; known: {', '.join(map(str, values))}")
+
+
+def our_state(tensors, fields, taps):
+    """Return {our name: tensor} of {EDM's name: tensor}, with the rows of attention's projections in our order."""
+    state = {}
+    for name, tensor in tensors.items():
+        bare = name.removeprefix("model.")
+        if bare == "map_augment.weight":  # acts on the parameters of augmentation, which sampling does not have
+            continue
+        if bare.endswith("resample_filter"):
+            kernel = torch.tensor([[a * b / sum(taps) ** 2 for a in taps] for b in taps])
+            if tensor.shape[-2:] != kernel.shape or not torch.allclose(tensor, kernel, atol=1e-6):
+                raise UserError(f"{name} is not the filter of its resample_filter")
+            continue
+        ours = our_name(bare, fields)
+        if ".attention." in ours and tensor.dim() == 4:
+            tensor = tensor[:, :, 0, 0]
+        if ".qkv." in ours:  # EDM's rows: head, channel, (q, k, v); ours: (q, k, v), head, channel
+            channels = tensor.shape[0] // 3
+            heads = max(1, channels // 64) if fields["model.name"] == "DhariwalUNet" else 1
+            tensor = tensor.reshape(heads, channels // heads, 3, *tensor.shape[1:]).movedim(2, 0).reshape(tensor.shape)
+        state[f"net.{ours}"] = tensor
+    return state
+
+
+def our_name(name, fields):
+    """Return our name of EDM's tensor `name` (without its `model.`), or raise UserError."""
+    net, size, last = fields["model.name"], fields["data.image_size"], len(fields["model.ch_mult"]) - 1
+    for theirs, ours in TOP[net].items():
+        if name == theirs or name.startswith(f"{theirs}."):
+            return ours + name.removeprefix(theirs)
+    sizes = [size >> level for level in range(last + 1)]
+    match = re.fullmatch(r"(enc|dec)\.(\d{1,5})x\2_([a-z]+(?:_[a-z]+)?)(\d{0,3})\.((\w+\.)?\w+)", name)
+    if not match or int(match[2]) not in sizes:
+        raise UserError(f"it has the tensor {name[:80]!r}, which no such network has")
+    side, level, part, number, rest = match[1], sizes.index(int(match[2])), match[3], match[4], match[5]
+    if part in LAYERS:
+        return f"{LAYERS[part]}.{rest}"
+    if part == "aux_residual":
+        return f"encoder.{level - 1}.pyramid.down.conv.{rest}"
+    song, attends = net == "ncsnpp", rest.startswith(("norm2.", "qkv.", "proj."))
+    if attends:
+        rest = rest.replace("norm2.", "norm.")
+    else:
+        layer, dot, end = rest.partition(".")
+        rest = IN_BLOCK[net].get(layer, layer) + dot + end
+    if part == "in":
+        block = f"middle.block{number}" if song else f"middle.{number}"
+        attention = "middle.attention.attention" if song else f"{block}.attention"
+    elif part == "block":
+        place = level if side == "enc" else last - level
+        block = f"{side}oder.{place}.blocks.{number}"
+        attention = f"{side}oder.{place}.attention" + (f"s.{number}" if side == "enc" else "") + ".attention"
+        attention = attention if song else f"{block}.attention"
+    else:  # down, up: ours belongs to the level that it leaves, DhariwalUNet's to the one that it enters
+        place = level - song if side == "enc" else last - level - song
+        block = f"{side}oder.{place}.{part if song else 'resample'}"
+        attention = f"{block}.attention"
+    return f"{attention if attends else block}.{rest}"
