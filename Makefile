@@ -13,7 +13,7 @@ setup:
 	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" sh tools/setup_env.sh "$(VENV)"
 
 demo: setup
-	@$(VPY) -m tools.demo
+	@$(VPY) -m experiments.run --study demo
 
 lint: setup
 	@$(VPY) -m ruff check .
@@ -22,4 +22,4 @@ test: lint
 	@$(VPY) -m pytest
 
 clean-demo:
-	rm -rf logs/demo reflow_data/demo
+	rm -rf logs/demo

@@ -1,309 +1,238 @@
-"""Write the report of the studies from results.csv: `python -m experiments.report` makes docs/miniature.md."""
+"""Tables, comparisons and plots of the table of results: `python -m experiments.report [--steps cifar]`.
 
+    python -m experiments.report                                                  tables; docs/miniature_*.png
+    python -m experiments.report --compare A:B                                    step A against step B, seed by seed
+
+In names of steps {seed} stands for every seed. A comparison says no more than its figures: a claim needs seeds that
+agree and a mean difference beyond both their spread and what another processor changes (docs/miniature.md).
+"""
+
+import csv
 import pathlib
+import re
 import statistics
 import sys
 
+import numpy as np
+import torch
 from absl import flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from experiments import plots
-from experiments.findings import (
-    ABLATION_CLAIMS,
-    MAIN_CLAIMS,
-    RECIPE_CLAIMS,
-    by_seed,
-    earlier_run_sentence,
-    judge,
-    second_set_sentence,
-    seeds_text,
-    summary,
-)
-from experiments.images import find_fashion
-from experiments.measure import Yardstick
-from experiments.steps import DIGITS, FASHION, config_changes
-from experiments.steps import flags as config_flags
-from experiments.studies import ABLATION_SEEDS, MAIN_SEEDS, RECIPE_SEEDS, RECIPES, SOLVERS
-from experiments.table import read_table
 from runtime.errors import UserError
-from runtime.files import write_text
+from runtime.files import atomic_path, write_text
 from runtime.programs import run_program
 
+COLUMNS = ("step", "kind", "seed", "digest", "commit", "processor", "seconds", "nfe", "feature_distance",
+           "pixel_distance", "precision", "recall", "recognised", "nearest", "straightness", "loss", "parameters",
+           "gmacs", "latency_ms")
+NUMBERS = COLUMNS[6:]
 FIGURES = {"NFE": "nfe", "feature distance": "feature_distance", "pixel distance": "pixel_distance",
-           "nearest training image": "nearest"}
-MAIN_RUNS = {
-    "1_flow": "1-flow", "2_flow_from_nothing": "small 2-flow, from nothing",
-    "2_flow_annealed": "small 2-flow, annealed",
-    "2_flow_wide_from_nothing": "2-flow of the 1-flow's width, from nothing",
-    "2_flow_wide_annealed": "2-flow of the 1-flow's width, annealed",
-    "2_flow_wide_from_1_flow": "2-flow of the 1-flow's width, from the 1-flow",
-    "distilled_naive": "distilled, naive", "distilled_guided_student": "distilled, guided, student's first step",
-    "distilled_guided_teacher": "distilled, guided, teacher's first step",
-}
-INTRODUCTION = """\
-# The paper in miniature
-
-Which of SlimFlow's claims hold on small real images, on a laptop's processor? This page is written by
-`python -m experiments.report` from `experiments/results.csv`, which has a row for each run of the four scripts;
-`python -m experiments.run` runs what the table lacks (`--quick`: the main line with one seed, minutes on two cores;
-`--again STEP`: one row once more).
-
-**How it is measured.** Networks train on one half of the images. Samples are held against images that nobody trained
-on, by the Fréchet distance in the 64 features of a small classifier, trained on the same half, and in the pixels; at
-equal counts, the mean of two groups of samples. Smaller is better. `real against real` is the distance between
-training images and those held out: no model should be expected below it. `training images replayed` draws training
-images again and again, as a model would that has learned them by heart; what tells such a model is the nearest
-training image (the median distance of samples to it, pixels in [-1, 1]), which would be 0. Figures are mean ±
-standard deviation over the seeds; a seed changes weights, batches, pairs and noise. A claim is told only where all
-seeds agree and the mean difference exceeds the standard deviation of the differences, three seeds at least.
-"""
+           "precision": "precision", "recall": "recall", "recognised": "recognised", "nearest": "nearest",
+           "straightness": "straightness", "parameters": "parameters", "seconds": "seconds"}
+SAMPLED = {"1_flow": "1-flow", "2_flow_annealed": "small 2-flow", "distilled_guided_student": "distilled, guided"}
+SAMPLERS = ("euler-1", "euler-2", "euler-4", "euler-8", "euler-16", "rk45")
 
 
-def figure_rows(rows, prefix, runs, samplers=plots.SAMPLERS):
-    """Return a table line for each run and sampler that has rows."""
-    lines = []
-    for run, title in runs.items():
-        for sampler in samplers:
-            name = f"{prefix}{run}/{sampler}"
-            found = {head: by_seed(rows, name, column) for head, column in FIGURES.items()}
-            if found["NFE"]:
-                cells = [f"{statistics.mean(found['NFE'].values()):.3g}"]
-                cells += [summary(list(found[head].values())) for head in list(FIGURES)[1:]]
-                lines.append(f"| {title} | {sampler} | {' | '.join(cells)} | {len(found['NFE'])} |")
-    return lines
-
-
-def table(heads, lines):
-    """Return a markdown table."""
-    return "\n".join([f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *lines])
-
-
-def reference_lines(yardstick):
-    """Return the lines of the real images."""
-    return [f"| {name} | | | {f['feature_distance']:.3g} | {f['pixel_distance']:.3g} | {f['nearest']:.3g} | |"
-            for name, f in yardstick.references().items()]
-
-
-HEADS = ("run", "sampler", *FIGURES, "seeds")
-
-
-def main_section(rows, images, yardstick):
-    """Return the section of an image set's main line."""
-    prefix = f"{images.name}/seed{{seed}}/"
-    straight = {title: by_seed(rows, f"{prefix}{run}/straightness", "straightness") for run, title in MAIN_RUNS.items()}
-    lines = [f"| {title} | {summary(list(found.values()))} |" for title, found in straight.items() if found]
-    count, size = len(yardstick.halves.held_out), images.size
-    return "\n\n".join([
-        f"{len(yardstick.halves.train):,} images of {size}×{size} to train on, {count} held out; the classifier is "
-        f"right on {yardstick.classifier.accuracy:.1%} of those.",
-        table(HEADS, reference_lines(yardstick) + figure_rows(rows, prefix, MAIN_RUNS)),
-        "Straightness (0: straight), over 100 Euler steps:", table(("run", "straightness"), lines)])
-
-
-def seconds_of(rows, prefix):
-    """Return {kind of step: processor seconds} of all rows whose name starts with `prefix`."""
-    found = {}
-    for name, row in rows.items():
-        if name.startswith(prefix):
-            found[row["kind"]] = found.get(row["kind"], 0.0) + row["seconds"]
-    return found
-
-
-def cost_sentence(rows):
-    """Return what the rows of the table cost."""
-    found = seconds_of(rows, "")
-    commits = len({row["commit"] for row in rows.values()})
-    return ("Processor time of all rows: " + ", ".join(f"{kind} {s / 60:.0f} min" for kind, s in found.items()) +
-            f". The rows were made at {commits} commits, which the table names: a change of the code between two rows "
-            "is part of their difference.")
-
-
-def ablation_section(rows):
-    """Return the tables of the ablations, a line a changed factor."""
-    prefix = "digits/seed{seed}/"
-    base = f"{prefix}2_flow_annealed/euler-1"
-    groups = {
-        "Annealing (of 1,000 updates)": [("none", f"{prefix}2_flow_from_nothing/euler-1"), ("250, line", base),
-                                         ("500, line", f"{prefix}ablation/annealing_500/euler-1"),
-                                         ("1,000, line", f"{prefix}ablation/annealing_1000/euler-1"),
-                                         ("250, cosine", f"{prefix}ablation/shape_cos/euler-1"),
-                                         ("250, exponential", f"{prefix}ablation/shape_exp/euler-1")],
-        "Number of pairs": [*((f"{n:,}", f"{prefix}ablation/count_{n}/euler-1") for n in (500, 1000, 2000)),
-                            ("4,000", base), ("8,000", f"{prefix}ablation/count_8000/euler-1")],
-        "Time, distance and both": [("uniform, square", base), ("U-shaped", f"{prefix}ablation/time_u_shaped/euler-1"),
-                              ("pseudo-Huber", f"{prefix}ablation/loss_huber/euler-1"),
-                              ("pseudo-Huber, cosine", f"{prefix}ablation/huber_cos/euler-1"),
-                              ("pseudo-Huber, U-shaped", f"{prefix}ablation/huber_u_shaped/euler-1"),
-                              ("all three", f"{prefix}ablation/huber_u_shaped_cos/euler-1")],
-    }
-    sections = [change_table(rows, title, entries, base) for title, entries in groups.items()]
-    guided = f"{prefix}distilled_guided_student/euler-1"
-    sections.append(change_table(rows, "Distillation (guided, student's first step)", [
-        ("the main line's, square", guided),
-        ("of the 2-flow with pseudo-Huber and U-shaped times, square", f"{prefix}ablation/distilled_l2/euler-1"),
-        ("the same, pseudo-Huber", f"{prefix}ablation/distilled_huber/euler-1")], guided))
-    return "\n\n".join([*sections, solver_table(rows, base), width_table(rows, base)])
-
-
-CHANGE_HEADS = ("feature distance", "main line's, same seeds", "seeds")
-
-
-def change_table(rows, title, entries, base):
-    """Return the table of one factor: entries (text, step name), each beside the step `base` on the same seeds."""
-    lines = [f"| {text} | {change_cells(rows, name, base)} |" for text, name in entries
-             if by_seed(rows, name, "feature_distance")]
-    return f"**{title}**\n\n" + table(("", *CHANGE_HEADS), lines)
-
-
-def change_cells(rows, name, base):
-    """Return the cells of CHANGE_HEADS for the step `name`: means over different seeds cannot be compared."""
-    found, usual = (by_seed(rows, step, "feature_distance") for step in (name, base))
-    same = [usual[seed] for seed in found if seed in usual]
-    return f"{summary(list(found.values()))} | {summary(same) if same else ''} | {len(found)}"
-
-
-def solver_table(rows, base):
-    """Return the table of what solves the pairs."""
-    prefix = "digits/seed{seed}/"
-    names = {"rk45_0.01": (f"{prefix}pairs", base)}
-    names |= {name: (f"{prefix}ablation/pairs_{name}", f"{prefix}ablation/solver_{name}/euler-1")
-              for _, name in SOLVERS}
-    lines = []
-    for name, (made, student) in names.items():
-        nfe = by_seed(rows, made, "nfe")
-        if nfe and by_seed(rows, student, "feature_distance"):
-            mean = statistics.mean(nfe.values())
-            lines.append((mean, f"| {name.replace('_', ', ')} | {mean:.3g} | {change_cells(rows, student, base)} |"))
-    lines = [line for _, line in sorted(lines)]
-    return "**What solves the 4,000 pairs**\n\n" + table(("solver", "evaluations a pair", *CHANGE_HEADS), lines)
-
-
-def width_table(rows, base):
-    """Return the table of student widths."""
-    prefix = "digits/seed{seed}/"
-    names = {8: "ablation/width_8", 12: "2_flow_annealed", 16: "ablation/width_16", 24: "2_flow_wide_annealed"}
-    lines = []
-    for width, run in names.items():
-        found = {column: list(by_seed(rows, f"{prefix}{run}/euler-1", column).values())
-                 for column in ("parameters", "gmacs", "latency_ms")}
-        if found["parameters"]:
-            lines.append(f"| {width} | {found['parameters'][0]:,.0f} | {1000 * found['gmacs'][0]:.2f} | "
-                         f"{statistics.median(found['latency_ms']):.2f} | "
-                         f"{change_cells(rows, f'{prefix}{run}/euler-1', base)} |")
-    return "**Width of the student**\n\n" + table(
-        ("nf", "parameters", "MMACs", "ms for one image, one thread", *CHANGE_HEADS), lines)
-
-
-RECIPE_RUNS = {"1_flow/rk45-0.001": "1-flow, rk45 at 1e-3", "2_flow/euler-1": "small 2-flow, one step",
-               "distilled/euler-1": "distilled, one step"}
-RECIPE_TEXT = """\
-`configs/rectified_flow/digits_recommended.py` against the released code's hyper-parameters,
-`configs/rectified_flow/digits_released.py` (its learning rate, dropout, EMA and tolerance; warm-up and annealing scaled
-to short runs), both in our code, with equal numbers of updates (1,000, 1,000 and 600) and about equal numbers of
-network evaluations for the pairs. The recommended one was chosen when the ablations of seed 0 were there; those of
-seeds 1 and 2, run later, agree about the pseudo-Huber distance and not about U-shaped times. Both were then run on
-seeds that nothing was chosen on. At equal evaluations a tight tolerance buys few pairs; what few pairs cost is a table
-above. The chain, in the recommended form:
-"""
-RECIPE_COMMANDS = """\
-```bash
-config=configs/rectified_flow/digits_recommended.py
-small="--config.model.nf 12 --config.data.reflow_data_root reflow_data/digits"
-python train.py --config $config --config.expr digits_1_flow --config.model.nf 24
-python generate_data.py --config $config --ckpt_path logs/digits_1_flow/checkpoints/checkpoint_2.pth \\
-    --data_root reflow_data/digits
-python train.py --config $config --config.expr digits_2_flow $small \\
-    {reflow}
-python train.py --config $config --config.expr digits_one_step $small \\
-    {distil} \\
-    --config.training.n_iters 600 --config.training.snapshot_freq 600 --config.flow.flow_t_schedule t0 \\
-    --config.flow.pre_train_model logs/digits_2_flow/checkpoints/checkpoint_2.pth
-```
-"""
-
-
-def wrapped(words):
-    """Return pairs of flag and value as text, two pairs a line of a shell command."""
-    pairs = [" ".join(pair) for pair in zip(words[::2], words[1::2], strict=True)]
-    return " \\\n    ".join(" ".join(pairs[i : i + 2]) for i in range(0, len(pairs), 2))
-
-
-def recipe_section(rows):
-    """Return the section that holds the recommended recipe against the released hyper-parameters."""
-    lines = []
-    for name in RECIPES:
-        prefix = f"digits/seed{{seed}}/recipe_{name}/"
-        config = config_changes(f"configs/rectified_flow/digits_{name}.py")
-        nfe = by_seed(rows, f"{prefix}pairs", "nfe")
-        for run, title in RECIPE_RUNS.items():
-            found = [list(by_seed(rows, prefix + run, column).values())
-                     for column in ("feature_distance", "pixel_distance")]
-            if found[0]:
-                count = config["sampling.total_number_of_samples"]
-                cost = f"{count:,} × {statistics.mean(nfe.values()):.1f}" if nfe else ""
-                lines.append(f"| {name} | {title} | {cost} | {summary(found[0])} | {summary(found[1])} | "
-                             f"{len(found[0])} |")
-    heads = ("hyper-parameters", "run", "pairs × evaluations", "feature distance", "pixel distance", "seeds")
-    words = {stage: wrapped(config_flags(**fields)) for stage, fields in RECIPES["recommended"].items()}
-    return "\n\n".join([RECIPE_TEXT.strip(), RECIPE_COMMANDS.strip().format(**words), findings(RECIPE_CLAIMS, rows),
-                        table(heads, lines)])
-
-
-def findings(claims, rows):
-    """Return the findings as a list."""
-    return "\n".join(f"- {judge(claim, rows).sentence()}" for claim in claims)
-
-
-def write_report(results, path, seeds=MAIN_SEEDS):
-    """Write the report of the table `results` to `path`, its plots beside it, and say where it is."""
-    rows = read_table(results)
-    if not rows:
-        raise UserError(f"{results} has no rows: run python -m experiments.run first")
+def read_table(path):
+    """Return {step name: row} of a results file, numbers as floats (None where a step has no such figure)."""
     path = pathlib.Path(path)
-    yardsticks = {DIGITS: Yardstick(DIGITS)}
-    if any(name.startswith("fashion/") for name in rows) and find_fashion():
-        yardsticks[FASHION] = Yardstick(FASHION)
-    levels = {i: y.references()["real against real"]["feature_distance"] for i, y in yardsticks.items()}
-    titles = {DIGITS: "Digits", FASHION: "Fashion-MNIST"}
-    quality = path.with_name(f"{path.stem}_quality.png")
-    plots.draw(quality, [plots.quality_panel(rows, i.name, titles[i], levels[i]) for i in yardsticks])
-    text = [INTRODUCTION, f"## Findings, digits ({seeds_text(len(seeds))})", findings(MAIN_CLAIMS, rows),
-            earlier_run_sentence(rows)]
-    text += [second_set_sentence(rows, titles[i], i.name) or "" for i in yardsticks if i != DIGITS]
-    with_ablations = any("/ablation/" in name for name in rows)
-    if with_ablations:
-        text += [findings(ABLATION_CLAIMS, rows)]
-    text += [f"![distance against network evaluations]({quality.name})"]
-    for images, yardstick in yardsticks.items():
-        text += [f"## Main line, {titles[images]}", main_section(rows, images, yardstick)]
-    if with_ablations:
-        solvers = path.with_name(f"{path.stem}_pairs.png")
-        plots.draw(solvers, [plots.solver_panel(rows, [name for _, name in SOLVERS], levels[DIGITS])])
-        text += [f"## Ablations, digits ({seeds_text(len(ABLATION_SEEDS))} planned)", "One factor changed at a time, "
-                 "on the main line's 1-flow and, where they are not the factor, pairs; the small annealed 2-flow in "
-                 "one step. Beside each figure is that of the main line on the same seeds.", ablation_section(rows),
-                 f"![student against evaluations a pair]({solvers.name})"]
-    if any("/recipe_" in name for name in rows):
-        text += [f"## A recommended recipe ({seeds_text(len(RECIPE_SEEDS))} planned)", recipe_section(rows)]
-    text += ["## Cost", cost_sentence(rows)]
-    write_text(path, "\n\n".join(part.strip() for part in text) + "\n")
-    print(f"report: {path}")
+    if not path.exists():
+        return {}
+    with open(path, newline="") as opened:
+        reader = csv.DictReader(opened)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{path} has the columns {', '.join(reader.fieldnames or ())}; wanted are "
+                            f"{', '.join(COLUMNS)}: restore it with git, or move it away")
+        rows = list(reader)
+    for line, row in enumerate(rows, 2):
+        if None in row or None in row.values():  # too many fields, or too few
+            raise UserError(f"{path}, line {line}, does not have {len(COLUMNS)} fields: restore the file with git")
+        try:
+            row.update({name: float(row[name]) if row[name] else None for name in NUMBERS})
+        except ValueError as error:
+            raise UserError(f"{path}, line {line}: {error}: restore the file with git") from None
+    return {row["step"]: row for row in rows}
+
+
+def write_table(path, rows):
+    """Write {step name: row} sorted by name, six digits a figure; the file appears whole."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for name in sorted(rows):
+            values = {column: rows[name].get(column) for column in COLUMNS}
+            writer.writerow({column: f"{value:.6g}" if isinstance(value, float) else value
+                             for column, value in values.items()})
+
+
+def by_seed(rows, name, figure):
+    """Return {seed: figure} of the rows whose name is `name` with {seed} filled in."""
+    seeds = sorted({int(row["seed"]) for row in rows.values()})
+    found = {seed: rows.get(name.format(seed=seed)) for seed in seeds}
+    return {seed: row[figure] for seed, row in found.items() if row and row[figure] is not None}
+
+
+def summary(values):
+    """Return `mean ± standard deviation` of the values, or the one value."""
+    values = list(values)
+    mean = f"{statistics.mean(values):.4g}" if values else ""
+    return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
+
+
+def table(rows, heads=FIGURES):
+    """Return a markdown table, a line a step, its seeds together; figures that no step has are left out."""
+    names = dict.fromkeys(re.sub(r"seed\d+", "seed{seed}", name) for name in rows)
+    found = {name: {head: by_seed(rows, name, column) for head, column in heads.items()} for name in names}
+    shown = [head for head in heads if any(cells[head] for cells in found.values())]
+    lines = [f"| step | {' | '.join(shown)} | seeds |", "|" + "---|" * (len(shown) + 2)]
+    for name, cells in found.items():
+        count = max((len(cell) for cell in cells.values()), default=0)
+        lines.append(f"| {name} | {' | '.join(summary(cells[head].values()) for head in shown)} | {count} |")
+    return "\n".join(lines)
+
+
+def compare(rows, first, second, figure="feature_distance"):
+    """Return one line: two steps' figures on the seeds that both have, and the differences, which share much."""
+    a, b = (by_seed(rows, name, figure) for name in (first, second))
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        raise UserError(f"{first} and {second} have no seed in common; the names are those of the table, with {{seed}}")
+    differences = [b[seed] - a[seed] for seed in seeds]
+    agree = max(sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+    return (f"{first} {summary(a[s] for s in seeds)}, {second} {summary(b[s] for s in seeds)}, difference "
+            f"{summary(differences)}, the same sign in {agree} of {len(seeds)} seeds")
+
+
+def points(rows, names):
+    """Return sorted (evaluations, distance, its spread) over the seeds of (row with the NFE, row with the distance)."""
+    found = []
+    for nfe_name, name in names:
+        nfe, distance = by_seed(rows, nfe_name, "nfe"), by_seed(rows, name, "feature_distance")
+        if nfe and distance:
+            spread = statistics.stdev(distance.values()) if len(distance) > 1 else 0.0
+            found.append((statistics.mean(nfe.values()), statistics.mean(distance.values()), spread))
+    return sorted(found)
+
+
+def draw(path, panels):
+    """Draw panels side by side: (title, x label, {curve: points}), both axes logarithmic."""
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, x_label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for label, found in curves.items():
+            x, y, spread = np.array(found or [(np.nan,) * 3]).T
+            axes.errorbar(x, y, spread, label=label, marker="o", markersize=4, capsize=2, linewidth=1)
+        axes.set(title=title, xlabel=x_label, ylabel="Fréchet distance, classifier features", xscale="log",
+                 yscale="log")
+        for axis, places in ((axes.xaxis, [2**k for k in range(9)]),
+                             (axes.yaxis, [digit * 10.0**k for k in range(-3, 4) for digit in (1, 2, 5)])):
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(FixedLocator([place for place in places if low <= place <= high]))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def draw_miniature(rows, folder):
+    """Write the plots of docs/miniature.md: distance against evaluations, and against what the pairs cost."""
+    panels = []
+    for images, title in (("digits", "Digits"), ("fashion", "Fashion-MNIST")):
+        prefix = f"{images}/seed{{seed}}/"
+        curves = {label: points(rows, [(f"{prefix}{run}/{sampler}",) * 2 for sampler in SAMPLERS])
+                  for run, label in SAMPLED.items()}
+        panels += [(title, "network evaluations a sample", curves)] if any(curves.values()) else []
+    if not panels:
+        return
+    draw(folder / "miniature_quality.png", panels)
+    prefix, curves = "digits/seed{seed}/", {}
+    for kind in ("euler", "heun", "rk45"):
+        solvers = {match[1] for name in rows if (match := re.fullmatch(rf".*/ablation/pairs_({kind}_.*)", name))}
+        names = [(f"{prefix}ablation/pairs_{name}", f"{prefix}ablation/solver_{name}/euler-1") for name in solvers]
+        curves[kind] = points(rows, names + [(f"{prefix}pairs", f"{prefix}2_flow_annealed/euler-1")] * (kind == "rk45"))
+    draw(folder / "miniature_pairs.png", [("Digits: the student by the solver of its pairs",
+                                           "network evaluations a pair", curves)])
+
+
+def write_demo(root, rows, thresholds, largest_student):
+    """Write report.md and demo.png of the demo into `root`; return whether all thresholds are met."""
+    checks = [(f"{name}: pixel Fréchet distance {rows[name]['pixel_distance']:.3f}, at most {limit} wanted",
+               rows[name]["pixel_distance"] <= limit) for name, limit in thresholds.items()]
+    share = rows["distilled/one_step"]["parameters"] / rows["1_flow/rk45"]["parameters"]
+    checks.append((f"student's share of the teacher's parameters: {share:.1%}, at most {largest_student:.0%} wanted",
+                   share <= largest_student))
+    text = "\n".join([
+        "# SlimFlow on handwritten digits", "",
+        "Fréchet distance of the pixels themselves ([-1, 1]): not FID; two random halves of the data are about 0.3 "
+        "apart. `nearest` is the median distance to the nearest training image.", "", table(rows), "",
+        f"{sum(row['seconds'] for row in rows.values()):.0f} seconds in all.", "",
+        *(f"- {'met' if holds else 'MISSED'}: {sentence}" for sentence, holds in checks), "",
+        "![data, 1-flow, 2-flow and distilled samples from the same noise](demo.png)", ""])
+    draw_samples(root / "demo.png", {name: root / name for name in ("1_flow", "2_flow", "distilled")})
+    write_text(root / "report.md", text)
+    print(f"\n{text}\nreport: {root}/report.md, demo.png")
+    return all(holds for _, holds in checks)
+
+
+@torch.no_grad()
+def draw_samples(path, runs, columns=16):
+    """Write labelled rows: data, then the first run by rk45 and every run in one step, from the same noise."""
+    from configs.command_line import load_config
+    from datasets import load_images, pixels_to_float
+    from flows import samplers
+    from flows.rectified_flow import velocity_from_network
+    from models import load_model
+    from runtime.pictures import save_grid
+    from runtime.seeds import index_noise
+
+    config = load_config(next(iter(runs.values())) / "config.json")
+    images = load_images(config).images
+    real = images[np.arange(columns) * len(images) // columns]
+    z0 = index_noise(config.seed, range(columns), real.shape[1:])
+    rows = {"data": pixels_to_float(torch.from_numpy(np.array(real)))}
+    for number, (name, run) in enumerate(runs.items()):
+        velocity = velocity_from_network(load_model(run / "checkpoints" / "checkpoint_1.pth"))
+        label = name.replace("_", "-")
+        if number == 0:
+            rows[f"{label}, rk45"] = samplers.create_sampler(config)(velocity, z0)[0]
+        rows[f"{label}, one step"] = samplers.one_step(velocity, z0, eps=config.flow.eps)[0]
+    save_grid(path, torch.cat(list(rows.values())), columns=columns, labels=list(rows))
 
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("table", "experiments/results.csv", "table of finished steps, to report")
-flags.DEFINE_string("report", "docs/miniature.md", "the report to write; its plots go beside it")
+flags.DEFINE_string("table", "experiments/results.csv", "table of finished steps")
+flags.DEFINE_list("show", [], "only the steps whose names contain one of these")
+flags.DEFINE_string("compare", "", "two steps, A:B, with {seed} for the seed")
+flags.DEFINE_string("figure", "feature_distance", "what is compared")
+flags.DEFINE_string("plots", "docs", "folder of the plots")
+flags.DEFINE_string("samples", "", "a picture to write instead: rows of samples of the runs named after --runs")
+flags.DEFINE_list("runs", [], "folders of runs for --samples, the 1-flow first")
 
 
 def main(argv):
-    """Write the report."""
+    """Print the tables and draw the plots; end with one sentence when something is wrong."""
     try:
-        write_report(FLAGS.table, FLAGS.report)
+        if FLAGS.samples:
+            draw_samples(pathlib.Path(FLAGS.samples), {pathlib.Path(run).name: pathlib.Path(run) for run in FLAGS.runs})
+            return
+        rows = read_table(FLAGS.table)
+        rows = {name: row for name, row in rows.items() if any(text in name for text in FLAGS.show or [""])}
+        if not rows:
+            raise UserError(f"{FLAGS.table} has no such rows: run python -m experiments.run first")
+        if FLAGS.compare:
+            print(compare(rows, *FLAGS.compare.split(":", 1), FLAGS.figure))
+            return
+        print(table(rows))
+        draw_miniature(rows, pathlib.Path(FLAGS.plots))
     except UserError as error:
         print(f"experiments.report: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"experiments.report: cannot write {error.filename or ''}: {error.strerror}; name another place with "
-              "--report", file=sys.stderr)
+        print(f"experiments.report: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 

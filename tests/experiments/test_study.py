@@ -1,0 +1,181 @@
+"""A tiny study through the four scripts: rows, a second start, a step again, a failing step, tables and plots."""
+
+import dataclasses
+import fcntl
+import json
+import re
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import report
+from experiments.report import COLUMNS, read_table, write_table
+from experiments.runner import Study
+from experiments.studies import DIGITS, DISTILLATIONS, ONE_STEP, STUDIES, cifar, euler, miniature
+from runtime.errors import UserError
+from runtime.locks import file_lock
+from tests.processes import launch_step, run_script
+
+TINY = dataclasses.replace(DIGITS, measured=40)
+
+
+def tiny_study():
+    setting = miniature(TINY, 0)
+    flow = setting.train("1_flow", 3, model__nf=8)
+    made = setting.pairs("pairs", flow, 64, **euler(2))
+    small = setting.train("2_flow_annealed", 3, made, model__nf=4, training__x0_randomness="warmup_2")
+    distilled = setting.train("distilled_guided_student", 3, made, small, model__nf=4, flow__flow_t_schedule="t0",
+                              **DISTILLATIONS["guided_student"])
+    return [flow, made, small, distilled, setting.evaluate(flow, **ONE_STEP), setting.evaluate(distilled, **ONE_STEP),
+            setting.look(small)]
+
+
+def run(study, steps, rows, again=()):
+    with file_lock(study.root / "study.lock", "running a study") as lock:
+        study.run(study.missing(steps, rows, again), lock, again)
+
+
+def launch_from_server():
+    Study.launch = launch_step
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder, `Study` and steps of a finished tiny study."""
+    folder = tmp_path_factory.mktemp("study")
+    launch_from_server()
+    study, steps = Study(folder / "runs", folder / "results.csv", jobs=2), tiny_study()
+    run(study, steps, {})
+    return folder, study, steps
+
+
+def test_every_step_leaves_a_row_with_its_figures_and_its_processor(finished):
+    folder, _, steps = finished
+    rows = read_table(folder / "results.csv")
+    assert {row["digest"] for row in rows.values()} == {step.digest for step in steps}
+    assert all(row["seconds"] > 0 and row["processor"] for row in rows.values())
+    assert rows["digits/seed0/1_flow"]["loss"] > 0 and rows["digits/seed0/pairs"]["nfe"] == 2
+    assert rows["digits/seed0/2_flow_annealed/straightness"]["straightness"] > 0
+    row = rows["digits/seed0/distilled_guided_student/euler-1"]
+    assert row["nfe"] == 1 and row["feature_distance"] > 0 and row["pixel_distance"] > 0 and row["nearest"] > 0
+    assert 0 <= row["precision"] <= 1 and 0 <= row["recall"] <= 1 and 0 <= row["recognised"] <= 1
+    assert row["parameters"] < rows["digits/seed0/1_flow/euler-1"]["parameters"]
+
+
+def test_a_second_start_finds_nothing_to_run_and_a_lost_row_is_measured_without_its_script(finished):
+    folder, study, steps = finished
+    rows = read_table(folder / "results.csv")
+    assert study.missing(steps, rows) == []
+    before = rows.pop(steps[4].name)
+    assert study.missing(steps, rows) == [steps[4]]
+    assert study.run_step(steps[4], "", None, ()) == pytest.approx(before["seconds"], abs=0.06)
+
+
+def test_a_step_run_again_gives_the_same_figures(finished, capfd):
+    folder, study, steps = finished
+    before, name = read_table(folder / "results.csv"), tiny_study()[2].name
+    run(study, [steps[2]], before, {name})
+    after = read_table(folder / "results.csv")
+    assert after[name]["loss"] == before[name]["loss"] and after.keys() == before.keys()
+    assert "before, at commit" in capfd.readouterr().err
+
+
+def test_a_step_of_other_words_does_not_continue_the_old_one(finished):
+    _, study, steps = finished
+    other = dataclasses.replace(steps[0], words=(*steps[0].words, "--config.optim.lr", "1e-3"))
+    assert study.state(steps[0])["finished"] and study.state(other) is None
+
+
+def test_a_failing_step_is_named_with_what_its_script_printed(finished, tmp_path):
+    _, _, steps = finished
+    wrong = dataclasses.replace(steps[0], words=(*steps[0].words, "--config.optim.lr", "fast"))
+    study = Study(tmp_path, tmp_path / "results.csv", jobs=2)
+    with pytest.raises(UserError, match=r"1_flow: train\.py ended with status 2.*optim\.lr"):
+        run(study, [wrong], {})
+    assert read_table(tmp_path / "results.csv") == {}
+    assert study.state(wrong)["seconds"] > 0 and not study.state(wrong)["finished"]
+
+
+def test_scripts_of_a_killed_study_hold_its_lock(tmp_path):
+    with file_lock(tmp_path / "study.lock", "running a study") as lock:
+        script = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+    with open(tmp_path / "study.lock", "a") as opened:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        script.communicate(b"\n")
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_tables_show_each_step_once_and_comparisons_only_common_seeds(finished, tmp_path):
+    folder, _, _ = finished
+    rows = read_table(folder / "results.csv")
+    text = report.table(rows)
+    assert len(re.findall(r"^\| digits/seed\{seed\}/1_flow/euler-1 \| 1 \|", text, re.M)) == 1
+    report.draw_miniature(rows, tmp_path)
+    assert (tmp_path / "miniature_quality.png").read_bytes().startswith(b"\x89PNG")
+
+    def entry(run, seed, distance):
+        return {f"d/seed{seed}/{run}": {"seed": str(seed), "feature_distance": distance}}
+
+    rows = {}
+    for run, distances in {"a": (1.0, 2.0), "b": (2.0, 4.0, 9.0)}.items():
+        for seed, distance in enumerate(distances):
+            rows |= entry(run, seed, distance)
+    line = report.compare(rows, "d/seed{seed}/a", "d/seed{seed}/b")
+    assert "b 3 ± 1.4, difference 1.5 ± 0.71, the same sign in 2 of 2 seeds" in line
+    with pytest.raises(UserError, match="no seed in common"):
+        report.compare(rows, "d/seed{seed}/a", "d/seed{seed}/c")
+
+
+def test_the_committed_table_is_whole_and_a_table_that_was_cut_is_refused(repository, tmp_path):
+    rows = read_table(repository / "experiments" / "results.csv")
+    write_table(tmp_path / "results.csv", rows)
+    assert read_table(tmp_path / "results.csv") == rows
+    text = (tmp_path / "results.csv").read_text()
+    (tmp_path / "results.csv").write_text(text[: text.rindex(",", 0, -8)])
+    with pytest.raises(UserError, match=f"does not have {len(COLUMNS)} fields: restore the file with git"):
+        read_table(tmp_path / "results.csv")
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--study", "digit"], "there is no such study; choose of demo, digits"),
+    (["--again", "digits/seed9"], "no step is called digits/seed9"),
+    (["--study", "cifar", "--cifar_root", "nowhere"], "nowhere/cifar10-jpeg-train.zip"),
+    (["--wrok_dir", "x"], "wrok_dir"),
+])
+def test_a_wrong_name_gets_one_sentence(tmp_path, words, said):
+    status, printed = run_script(tmp_path, "experiments.run", *words, "--root", tmp_path / "root")
+    assert status == 2 and said in printed and printed.count("\n") == 1, printed
+
+
+def test_every_step_of_every_study_has_a_name_of_its_own_and_comes_after_its_needs():
+    for study in STUDIES.values():
+        seen = {}
+        for step in study():
+            assert all(need.name in seen for _, need in step.needs), step.name
+            assert seen.setdefault(step.name, step) == step
+        assert seen
+
+
+def test_cifar_runs_end_to_end_from_zips_of_class_folders(tmp_path):
+    random = np.random.default_rng(0)
+    for part, count in (("train", 80), ("test", 40)):
+        with zipfile.ZipFile(tmp_path / f"cifar10-jpeg-{part}.zip", "w") as archive:
+            for number in range(count):
+                with archive.open(f"{part}/{number % 10}/{number:03}.jpg", "w") as opened:
+                    pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(opened, "JPEG")
+    status, printed = run_script(tmp_path, "experiments.run", "--study", "cifar", "--size", "tiny", "--jobs", 2,
+                                 "--cifar_root", tmp_path, "--root", tmp_path / "runs",
+                                 "--results", tmp_path / "results.csv", prepare=launch_from_server)
+    assert status == 0, printed
+    rows = read_table(tmp_path / "results.csv")
+    assert rows.keys() == {step.name for step in cifar("tiny")}
+    distilled = rows["cifar_tiny/seed0/distilled/euler-1"]
+    assert distilled["feature_distance"] > 0 and distilled["nfe"] == 1
+    about = json.loads((tmp_path / "runs/cifar_tiny/seed0/2_flow_pairs/0/pairs.json").read_text())
+    assert about["nfe_mean"] > 1
