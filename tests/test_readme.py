@@ -22,7 +22,7 @@ TINY = {
     "generate_data.py": "--config.sampling.total_number_of_samples 8 --config.training.batch_size 4 "
                         "--config.sampling.ode_tol 0.3",
     "experiments.run": "--dry_run",
-    "experiments.report": "--report report/miniature.md",
+    "experiments.report": "--plots plots",
 }
 LPIPS = "--config.training.n_iters 1 --config.training.batch_size 1"  # VGG16 at 64×64 takes a second an image
 
