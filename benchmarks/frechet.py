@@ -29,7 +29,7 @@ import torch  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from metrics.frechet import frechet_distance  # noqa: E402
+from metrics.scores import frechet_distance  # noqa: E402
 
 DIMENSION = 2048
 

@@ -101,7 +101,7 @@ FIELDS = {
     },
     "eval": {
         "batch_size": Field(1024, "images sampled at a time", low=1),
-        "num_samples": Field(50000, "number of samples", low=1),
+        "num_samples": Field(50000, "number of samples", low=2),
         "begin_ckpt": Field(9, "first checkpoint number of a sweep", low=0),
         "end_ckpt": Field(26, "last checkpoint number of a sweep (0: to the newest)", low=0),
         "wait": Field(False, "wait for checkpoints of the sweep that training is still writing"),
@@ -110,6 +110,7 @@ FIELDS = {
                                    "the pixels themselves (small images; not an FID)", choices=("inception", "pixels")),
         "inception_path": Field("", "file of clean-fid's inception-2015-12-05.pt (empty: the user's cache)"),
         "nearest": Field(2000, "samples whose distance to the nearest training image is measured (0: none)", low=0),
+        "precision_recall": Field(True, "measure precision and recall, which compare every feature with every other"),
         "save_samples": Field(False, "keep the samples that were measured, uint8 (N, C, H, W), as an npy in eval/"),
     },
     "data": {

@@ -16,9 +16,7 @@ from torch import nn
 
 from configs.default import get_default_config
 from datasets import load_images
-from metrics.frechet import frechet_distance
-from metrics.neighbours import nearest_distances
-from metrics.scores import precision_recall
+from metrics.scores import frechet_distance, nearest_distances, precision_recall
 from runtime.errors import UserError
 from runtime.files import atomic_path
 from runtime.progress import progress_bar

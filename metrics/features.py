@@ -4,19 +4,22 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable
 
 import torch
 
-from metrics.downloads import cached_file
 from runtime.errors import UserError
-from runtime.files import file_digest
+from runtime.files import atomic_path, file_digest
+from runtime.progress import progress_bar
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_DIMENSION = 2048
 INCEPTION_BATCH = 128  # images that go through it at a time: 1 GB of activations
-LARGEST_PIXEL_DIMENSION = 4096  # beyond it the covariance has more entries than samples can tell
+LARGEST_PIXEL_DIMENSION = 4096  # beyond it the covariance has more entries than samples can estimate
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,7 @@ class FeatureExtractor:
     features: uint8 (N, C, H, W) on the device → float32 (N, dimension). probabilities: features → class
     probabilities (N, classes), or None where there are no classes (then there is no Inception score).
     names: of the metrics in results, by what they are. protocol: what a reader must know beside the number.
+    digest: of the file with its weights, None where there are none.
     """
 
     name: str
@@ -34,16 +38,13 @@ class FeatureExtractor:
     probabilities: Callable | None
     names: dict
     protocol: str
+    digest: str | None = None
 
 
 INCEPTION_NAMES = {"frechet": "fid", "kernel": "kid", "precision": "precision", "recall": "recall",
                    "inception": "inception_score", "inception_std": "inception_score_std"}
 PIXEL_NAMES = {"frechet": "pixel_frechet_distance", "kernel": "pixel_kernel_distance",
                "precision": "pixel_precision", "recall": "pixel_recall"}
-TITLES = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recall",
-          "inception_score": "Inception score", "pixel_frechet_distance": "pixel Fréchet distance",
-          "pixel_kernel_distance": "pixel kernel distance", "pixel_precision": "pixel precision",
-          "pixel_recall": "pixel recall"}
 
 
 def check_finite(images, numbers, name, advice):
@@ -101,7 +102,7 @@ def inception_extractor(path, device):
                         f"{INCEPTION_URL}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer torch would rather have torch.export's files
+            warnings.simplefilter("ignore")  # torch would rather have torch.export's files; there is none of this one
             network = torch.jit.load(str(path), map_location=device).eval()
         classifier = _classifier_weight(network)
     except (RuntimeError, ValueError) as error:
@@ -121,10 +122,11 @@ def inception_extractor(path, device):
         with full_float32():
             return (features @ classifier.T).softmax(1)
 
+    digest = file_digest(path)
     return FeatureExtractor(
         "inception", INCEPTION_DIMENSION, features, probabilities if classifier is not None else None,
         INCEPTION_NAMES, "uint8 by truncation, clean-fid legacy_tensorflow Inception "
-        f"({path.name} {file_digest(path)}) in float32",
+        f"({path.name} {digest}) in float32", digest,
     )
 
 
@@ -140,11 +142,45 @@ def _classifier_weight(network):
 
 @contextlib.contextmanager
 def full_float32():
-    """Switch TF32 off inside: with it, features differ in the third digit from those of the literature."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """Switch TF32 off inside: with it, features differ in the third digit from those of the literature.
+
+    `torch.backends.cudnn.flags` would set its other flags to their defaults, too, and with them cuDNN itself off.
+    """
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
     try:
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            yield
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
+def cached_file(url, setting):
+    """Return the path of the copy of `url` in the user's torch.hub cache, fetching it the first time.
+
+    `setting` names the flag or field with which the user can name a file of his own. Raises UserError, saying
+    which file to put where, if the fetching fails.
+    """
+    path = pathlib.Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if path.is_file():
+        return path
+    try:
+        with atomic_path(path) as temporary:
+            _fetch(url, temporary)
+    except (urllib.error.URLError, OSError, TimeoutError) as error:
+        raise UserError(f"{path.name} could not be fetched ({getattr(error, 'reason', error)}): download {url} on "
+                        f"another machine and put it at {path}, or name it with {setting}") from None
+    return path
+
+
+def _fetch(url, path):
+    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer, open(path, "wb") as written:
+        size = int(answer.headers.get("Content-Length") or 0) or None
+        with progress_bar(None, total=size, desc=f"fetching {path.name}", unit="B") as bar:
+            while block := answer.read(1 << 20):
+                written.write(block)
+                bar.update(len(block))
+        if size is not None and written.tell() < size:
+            raise OSError(f"only {written.tell()} of {size} bytes came")

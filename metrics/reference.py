@@ -1,82 +1,166 @@
-"""What samples are compared with: statistics of real images, from a file or measured here."""
+"""What samples are compared with: statistics of real images, from a file or measured here, and the training images."""
 
+import functools
 import pathlib
 import zipfile
+import zlib
 
 import numpy as np
 import torch
 
-from metrics.downloads import cached_file
-from metrics.features import check_shape
-from metrics.gather import share_of
+from datasets.images import load_images
+from metrics.features import cached_file, check_shape, create_extractor
 from metrics.image_files import array_source, open_images
-from metrics.statistics import MAX_FEATURES, Statistics, measure
+from metrics.scores import check_gaussian, kept_radii, leave_one_out_distances
+from metrics.statistics import Statistics, evenly_spread, measure_source
 from runtime.errors import UserError
-from runtime.files import atomic_path
-from runtime.progress import progress_bar
+from runtime.files import atomic_path, state_digest
 
 CIFAR10_URL = "https://www.cs.cmu.edu/~clean-fid/stats/cifar10_legacy_tensorflow_train_32.npz"
 CIFAR10_NAME = "CIFAR-10 train (clean-fid's statistics)"
+NPZ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError,
+              KeyError, MemoryError, SyntaxError, OverflowError)  # what damaged archives make numpy and zipfile raise
 
 
-def load_reference(target_path, config, extractor, processes, image_set=None):
-    """Return the `Statistics` that samples of `config` are compared with.
+class Reference:
+    """What samples are compared with. `identity` is known at once; the rest is measured when first asked for.
 
-    `target_path`: an npz of statistics, or images as npy, npz, folder or zip. When it is empty: for `pixels` the
-    training images `image_set`, for `inception` clean-fid's statistics of CIFAR-10's training images.
+    Every process must ask for `statistics` at the same place of the program.
     """
-    if target_path and _is_statistics(pathlib.Path(target_path)):
-        return read_statistics(target_path, extractor)
-    if target_path:
-        source = open_images(target_path, config.data.num_channels)
-    elif extractor.name == "pixels":
-        source = array_source(image_set.images, image_set.source)
-    elif config.data.dataset == "CIFAR10" and config.data.image_size == 32:
-        return read_statistics(cached_file(CIFAR10_URL, "--target_path"), extractor, CIFAR10_NAME)
-    else:
-        raise UserError(
-            f"no published statistics are known for config.data.dataset {config.data.dataset} at "
-            f"{config.data.image_size}×{config.data.image_size}: name some with --target_path (make them with "
-            "python -m tools.reference_statistics)"
-        )
-    return measure_source(source, extractor, config.eval.batch_size, processes)
+
+    def __init__(self, config, target_path, processes, say):
+        """Take what config.eval, config.data and --target_path ask for; say(sentence) tells what cannot be had.
+
+        Raises UserError where there is nothing to compare with.
+        """
+        self.config, self.processes = config, processes
+        self.extractor = create_extractor(config, processes.device)
+        pixels = self.extractor.name == "pixels" and not target_path
+        self.training_images = self._training_images(say, needed=pixels)
+        path = target_path or (None if pixels else published_statistics(config))
+        if path and not pathlib.Path(path).exists():
+            raise UserError(f"--target_path {path} does not exist")
+        self.path = path and pathlib.Path(path)
+        self.name = (str(target_path) or CIFAR10_NAME) if path else self.training_images.source
+        data, trained = config.data, self.training_images
+        trained = trained and [trained.source, list(trained.images.shape), pathlib.Path(trained.cache or "").name]
+        self.identity = {
+            "features": self.extractor.name, "extractor_digest": self.extractor.digest, "target": self.name,
+            "target_state": state_digest(self.path) if path else None, "training_images": trained,
+            "image_shape": [data.num_channels, data.image_size, data.image_size], "nearest": config.eval.nearest,
+            "precision_recall": config.eval.precision_recall,
+        }
+
+    def _training_images(self, say, needed):
+        """Return the `ImageSet` of config.data, or None where it is not there and only its nearest images are lost."""
+        if not (needed or self.config.eval.nearest):
+            return None
+        try:
+            return load_images(self.config)
+        except UserError as error:
+            if needed:
+                raise
+            say(f"no distance to the nearest training image: {error}")
+            return None
+
+    @functools.cached_property
+    def statistics(self):
+        """The `Statistics` of the reference."""
+        if self.path and is_statistics(self.path):
+            return read_statistics(self.path, self.extractor, self.name)
+        if self.path:
+            source = open_images(self.path, self.config.data.num_channels)
+        else:
+            source = array_source(self.training_images.images, self.training_images.source)
+        check_shape(source, self.extractor)
+        return measure_source(source, self.extractor, self.config.eval.batch_size, self.processes)
+
+    @functools.cached_property
+    def radii(self):
+        """The radii that precision and recall need, or None without features or where config.eval leaves them out."""
+        features = self.statistics.features
+        if features is None or not self.config.eval.precision_recall:
+            return None
+        return kept_radii(features.to(self.processes.device), self.config.data.cache_dir, self.config.training.progress)
+
+    @functools.cached_property
+    def nn_distance_real(self):
+        """The median distance of config.eval.nearest training images to the nearest other one, or None."""
+        images, count = self.training_images, self.config.eval.nearest
+        if images is None or not count:
+            return None
+        places = evenly_spread(min(count, len(images)), len(images))
+        return leave_one_out_distances(images.images, places, self.processes.device,
+                                       self.config.training.progress).median().item()
 
 
-def _is_statistics(path):
-    if path.suffix != ".npz" or not path.is_file():
-        return False
+def published_statistics(config):
+    """Return the path of the statistics that are published for config.data; raise UserError where none are."""
+    data = config.data
+    if data.dataset == "CIFAR10" and (data.image_size, data.num_channels) == (32, 3):
+        return cached_file(CIFAR10_URL, "--target_path")
+    raise UserError(f"no published statistics are known for config.data.dataset {data.dataset} at "
+                    f"{data.image_size}×{data.image_size}: name some with --target_path (make them with "
+                    "python -m tools.reference_statistics)")
+
+
+def read_npz(path):
+    """Return {name: array} of an npz. Raises UserError, naming the file, for one that is damaged or no npz."""
+    path = pathlib.Path(path)
+    if not path.is_file():  # opening a named pipe would wait for ever
+        raise UserError(f"{path} is not a file")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return bool({"mu", "sigma"} & set(arrays.files))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an npz: {error}") from None
+            return {key: arrays[key] for key in arrays.files}
+    except (*NPZ_ERRORS, AttributeError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as an npz ({error}): make it again") from None
+
+
+def is_statistics(path):
+    """Return whether `path` is an npz of statistics rather than of images; UserError for one that cannot be read."""
+    if path.suffix != ".npz" or path.is_dir():
+        return False
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return bool({"mu.npy", "sigma.npy"} & set(archive.namelist()))
+    except NPZ_ERRORS as error:
+        raise UserError(f"{path} cannot be read as an npz ({error}): make it again") from None
 
 
 def read_statistics(path, extractor, name=""):
     """Return the `Statistics` in an npz with `mu` and `sigma` (EDM's form) and perhaps our `features`.
 
-    Raises UserError if the file has other arrays, or another dimension or extractor than `extractor`.
+    Raises UserError if the file has other arrays, other values than a mean, a covariance and features have, or
+    another dimension or extractor than `extractor`.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {key: arrays[key] for key in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an npz of statistics: {error}") from None
+    found = read_npz(path)
     if not {"mu", "sigma"} <= found.keys():
         raise UserError(f"{path} holds {', '.join(found)}; statistics are the arrays mu and sigma")
-    mu, sigma, features = found["mu"], found["sigma"], found.get("features")
+    numbers = {key: found[key] for key in ("mu", "sigma", "features") if key in found}
+    for key, array in numbers.items():
+        if array.dtype.kind not in "fiu":
+            raise UserError(f"{path}: {key} holds {array.dtype}, not real numbers")
+    mu, sigma = (torch.from_numpy(numbers[key].astype(np.float64)) for key in ("mu", "sigma"))
+    check_gaussian(mu, sigma, path)
     maker = str(found.get("extractor", ""))  # only our own files name it
-    shape = (extractor.dimension,)
-    if maker not in ("", extractor.name) or mu.shape != shape or sigma.shape != shape * 2:
+    if maker not in ("", extractor.name) or len(mu) != extractor.dimension:
         raise UserError(
-            f"{path} holds statistics of {'×'.join(map(str, mu.shape))} numbers{maker and f' by {maker}'}, but "
+            f"{path} holds statistics of {len(mu)} numbers{maker and f' by {maker}'}, but "
             f"config.eval.feature_extractor {extractor.name} gives {extractor.dimension}: name statistics that belong"
         )
-    count = int(found["count"]) if "count" in found else None
-    return Statistics(
-        torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64)),
-        None if features is None else torch.from_numpy(features.astype(np.float32)), count, name or str(path),
-    )
+    features = None
+    if "features" in numbers:
+        features = torch.from_numpy(numbers["features"].astype(np.float32))
+        if features.ndim != 2 or features.shape[1] != len(mu) or not features.isfinite().all():
+            raise UserError(f"{path}: features has shape {tuple(features.shape)} or holds NaN or infinite numbers; it "
+                            f"must be (M, {len(mu)}), finite")
+    count = found.get("count")
+    if count is not None and (count.shape != () or count.dtype.kind not in "iu" or count < 2):
+        raise UserError(f"{path}: count is {count}; it must be the number of images, at least 2")
+    return Statistics(mu, sigma, features if features is not None and len(features) > 1 else None,
+                      count if count is None else int(count), name or str(path))
 
 
 def write_statistics(path, statistics, extractor):
@@ -85,22 +169,3 @@ def write_statistics(path, statistics, extractor):
     arrays = {name: value.cpu().numpy() for name, value in arrays.items()}
     with atomic_path(path) as temporary:
         np.savez(temporary, **arrays, count=statistics.count, extractor=extractor.name, source=statistics.name)
-
-
-def measure_source(source, extractor, batch_size, processes, max_features=MAX_FEATURES):
-    """Return the `Statistics` of all images of an `ImageSource`, split over the processes."""
-    check_shape(source, extractor)
-    first, last = share_of(processes.rank, processes.world_size, len(source))
-    name = f"{source.name}, {len(source)} images"
-    batches = read_batches(source, first, last, batch_size, processes, f"reference {source.name}")
-    return measure(batches, extractor, first, len(source), processes.device, name, max_features=max_features)
-
-
-def read_batches(source, first, last, batch_size, processes, title):
-    """Yield images first ≤ i < last of an `ImageSource`, uint8 on the device, `batch_size` at a time."""
-    with progress_bar(total=last - first, desc=title, unit="images",
-                      enabled="auto" if processes.is_main else "false") as bar:
-        for low in range(first, last, batch_size):
-            images = source.read(low, min(low + batch_size, last)).to(processes.device)
-            yield images
-            bar.update(len(images))

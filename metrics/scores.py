@@ -1,12 +1,106 @@
-"""Kernel distance, precision and recall, Inception score: what needs the features themselves."""
+"""The numbers: Fréchet and kernel distance, precision and recall, Inception score, nearest images."""
 
+import hashlib
+import pathlib
+import sys
+
+import numpy as np
 import torch
+
+from metrics.features import full_float32, pixel_features
+from runtime.errors import UserError
+from runtime.files import atomic_path
+from runtime.progress import progress_bar
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as clean-fid and its predecessors
 NEIGHBOURS = 3  # of precision and recall
 SPLITS = 10  # of the Inception score
+INDEFINITE = 1e-4  # share of its largest variance by which a covariance may miss being positive, by float32's rounding
 
 
+def compare(samples, reference, extractor, device, seed, radii=None, progress="auto"):
+    """Return {metric name: value}, names as in `extractor.names`, of two `Statistics`.
+
+    None stands for what the reference does not allow: kernel distance, precision and recall need its features,
+    the Inception score an extractor with classes. `seed` draws the subsets of the kernel distance and the splits of
+    the score. radii: of the reference (`neighbour_radii`); None leaves precision and recall out.
+    """
+    warn_of_few(samples, extractor)
+    values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
+    features = samples.features.to(device)
+    if reference.features is not None:
+        real = reference.features.to(device)
+        values["kernel"] = kernel_distance(features, real, torch.Generator().manual_seed(seed))
+        if radii is not None:
+            values["precision"], values["recall"] = precision_recall(features, real, radii.to(device), progress)
+    if extractor.probabilities is not None:
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(device)
+        values["inception"], values["inception_std"] = inception_score(extractor.probabilities(features)[order])
+    return {name: values.get(key) for key, name in extractor.names.items()}
+
+
+def warn_of_few(samples, extractor):
+    """Say on stderr that a covariance of fewer samples than features is singular and the distance too large."""
+    if samples.count <= extractor.dimension:
+        print(
+            f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is singular and "
+            "the Fréchet distance comes out too large (its bias falls as 1 / samples); compare it only with "
+            "distances of equally many samples, and quote none below 50,000",
+            file=sys.stderr,
+        )
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Return ‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½), a float, never negative.
+
+    `mu*` (D,) and `sigma*` (D, D): tensors or arrays, taken in float64 on the device of `mu1`. With Σ₁ = AAᵀ the
+    eigenvalues of Σ₁Σ₂, other than 0, are those of the symmetric AᵀΣ₂A, and the trace of the root is the sum of
+    their roots: real and non-negative whatever the rank, where `scipy.linalg.sqrtm` of the non-symmetric Σ₁Σ₂ can
+    come out complex. Raises UserError when dimensions differ, and as `check_gaussian`.
+    Source: Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+    """
+    device = mu1.device if torch.is_tensor(mu1) else "cpu"
+    mu1, sigma1, mu2, sigma2 = (
+        torch.as_tensor(value, dtype=torch.float64, device=device) for value in (mu1, sigma1, mu2, sigma2)
+    )
+    if mu1.shape != mu2.shape:
+        raise UserError(f"the two sets of statistics have different dimensions, mu {tuple(mu1.shape)} and "
+                        f"{tuple(mu2.shape)}; both must come from the same feature extractor")
+    check_gaussian(mu1, sigma1)
+    check_gaussian(mu2, sigma2)
+    factor = _factor(sigma1)
+    eigenvalues = torch.linalg.eigvalsh(factor.T @ sigma2 @ factor)
+    root_trace = eigenvalues.clamp(min=0).sqrt().sum()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
+    return max(0.0, distance.item())  # rounding leaves about -1e-12 between equal Gaussians
+
+
+def check_gaussian(mu, sigma, name="statistics for the Fréchet distance"):
+    """Raise UserError unless mu (D,) and sigma (D, D), float64 tensors, are a mean and a covariance, up to rounding."""
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"{name}: mu has shape {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; they must be (D,) and "
+                        "(D, D), the mean and the covariance of D features")
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise UserError(f"{name}: mu or sigma holds NaN or infinite numbers")
+    allowed = INDEFINITE * sigma.abs().max()
+    if (sigma - sigma.T).abs().max() > allowed:
+        raise UserError(f"{name}: sigma is not symmetric, so it is no covariance")
+    if torch.linalg.cholesky_ex(sigma + allowed * torch.eye(len(mu)).to(sigma)).info and sigma.any():
+        raise UserError(f"{name}: sigma has negative eigenvalues, so it is no covariance")
+
+
+def _factor(sigma):
+    """Return A (D, rank) with A Aᵀ = Σ: Cholesky's factor, or scaled eigenvectors where Σ is not of full rank."""
+    sigma = (sigma + sigma.T) / 2
+    lower, failed = torch.linalg.cholesky_ex(sigma)
+    if not failed:
+        return lower
+    eigenvalues, vectors = torch.linalg.eigh(sigma)
+    kept = eigenvalues > len(sigma) * torch.finfo(sigma.dtype).eps * eigenvalues[-1]  # the others are rounding
+    return vectors[:, kept] * eigenvalues[kept].sqrt()
+
+
+@full_float32()
 def kernel_distance(features1, features2, generator, subsets=SUBSETS, subset_size=SUBSET_SIZE):
     """Return the unbiased squared MMD with the kernel (x·y/D + 1)³, the mean over random subsets, a float.
 
@@ -14,18 +108,14 @@ def kernel_distance(features1, features2, generator, subsets=SUBSETS, subset_siz
     `subset_size` from each). It is KID on Inception features. Source: Bińkowski et al. 2018 (arXiv 1801.01401).
     """
     size = min(len(features1), len(features2), subset_size)
-    scaled1, scaled2 = _with_one(features1), _with_one(features2)
+    # rows whose products are x·y/D + 1
+    scaled = [torch.nn.functional.pad(f / f.shape[1] ** 0.5, (0, 1), value=1.0) for f in (features1, features2)]
     total = torch.zeros((), dtype=torch.float64, device=features1.device)
     for _ in range(subsets):
-        x, y = (f[torch.randperm(len(f), generator=generator)[:size].to(f.device)] for f in (scaled1, scaled2))
+        x, y = (f[torch.randperm(len(f), generator=generator)[:size].to(f.device)] for f in scaled)
         within = _sum_of_cubes(x, x) + _sum_of_cubes(y, y) - _sum_of_own(x) - _sum_of_own(y)
         total += within / (size * (size - 1)) - 2 * _sum_of_cubes(x, y) / size**2
     return (total / subsets).item()
-
-
-def _with_one(features):
-    """Return rows whose products are x·y/D + 1."""
-    return torch.nn.functional.pad(features / features.shape[1] ** 0.5, (0, 1), value=1.0)
 
 
 def _sum_of_cubes(x, y):
@@ -39,35 +129,67 @@ def _sum_of_own(x):
     return (x.square().sum(1).double() ** 3).sum()
 
 
-def precision_recall(samples, reference, neighbours=NEIGHBOURS, chunk=2048):
+@full_float32()
+def precision_recall(samples, reference, reference_radii=None, progress="auto", chunk=2048):
     """Return (precision, recall): the share of samples inside the reference's manifold, and the reverse.
 
     `samples` (N, D) and `reference` (M, D). A manifold is the union of balls around its points, each reaching to
-    the point's k-th nearest other point. Rows are compared `chunk` at a time.
-    Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1 and 2.
+    the point's k-th nearest other point; `reference_radii` (M,) are those of `neighbour_radii` (None: computed here).
+    Rows are compared `chunk` at a time. Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1 and 2.
     """
-    radii = _radii(reference, neighbours, chunk)
-    precision = _share_inside(samples, reference, radii, chunk)
-    recall = _share_inside(reference, samples, _radii(samples, neighbours, chunk), chunk)
-    return precision, recall
+    if reference_radii is None:
+        reference_radii = neighbour_radii(reference, "neighbours in the reference", progress, chunk)
+    radii = neighbour_radii(samples, "precision and recall 1/2", progress, chunk)
+    inside = 0
+    covered = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
+    with progress_bar(total=len(samples), desc="precision and recall 2/2", unit="rows", enabled=progress) as bar:
+        for part, reach in zip(samples.split(chunk), radii.split(chunk), strict=True):
+            distances = torch.cdist(part, reference)
+            inside += (distances <= reference_radii).any(1).sum()
+            covered |= (distances <= reach[:, None]).any(0)
+            bar.update(len(part))
+    return (inside / len(samples)).item(), covered.double().mean().item()
 
 
-def _radii(points, neighbours, chunk):
-    """Return the distance of each point to its k-th nearest other point (itself is the nearest of all)."""
-    return torch.cat([
-        torch.cdist(part, points).kthvalue(min(neighbours + 1, len(points))).values for part in points.split(chunk)
-    ])
+@full_float32()
+def neighbour_radii(points, title, progress="auto", chunk=2048):
+    """Return the distance of each of `points` (M, D) to its k-th nearest other point (itself is the nearest of all)."""
+    k, found = min(NEIGHBOURS + 1, len(points)), []
+    with progress_bar(total=len(points), desc=title, unit="rows", enabled=progress) as bar:
+        for part in points.split(chunk):
+            found.append(torch.cdist(part, points).kthvalue(k).values)
+            bar.update(len(part))
+    return torch.cat(found)
 
 
-def _share_inside(queries, points, radii, chunk):
-    inside = [(torch.cdist(part, points) <= radii).any(1) for part in queries.split(chunk)]
-    return torch.cat(inside).double().mean().item()
+def kept_radii(features, folder, progress="auto"):
+    """Return `neighbour_radii` of reference features (M, D), from a file in `folder` where they were computed before.
+
+    The file's name has the digest of the features, so that it never belongs to others.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(features.cpu().numpy())).hexdigest()[:16]
+    path = pathlib.Path(folder) / f"neighbour_radii_{NEIGHBOURS}_{digest}.npy"
+    if path.is_file():
+        try:
+            radii = torch.from_numpy(np.load(path, allow_pickle=False))
+            if radii.shape == (len(features),) and radii.dtype == torch.float32:
+                return radii
+        except (OSError, ValueError, EOFError):
+            pass  # damaged: computed and written again
+    radii = neighbour_radii(features, "neighbours in the reference (once)", progress).cpu()
+    try:
+        with atomic_path(path) as temporary:
+            np.save(temporary, radii.numpy())
+    except OSError as error:
+        print(f"{path} cannot be written ({error.strerror}): the next evaluation computes it again", file=sys.stderr)
+    return radii
 
 
 def inception_score(probabilities, splits=SPLITS):
     """Return (mean, standard deviation) over `splits` stretches of exp(E KL(p(y|x) ‖ p(y))).
 
-    `probabilities` (N, classes), in the order of the samples. Source: Salimans et al. 2016 (arXiv 1606.03498).
+    `probabilities` (N, classes), shuffled: stretches of one class each would score 1.
+    Source: Salimans et al. 2016 (arXiv 1606.03498).
     """
     splits = min(splits, len(probabilities))
     scores = []
@@ -76,3 +198,43 @@ def inception_score(probabilities, splits=SPLITS):
         scores.append(divergence.mean().exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(unbiased=False).item()
+
+
+@full_float32()
+def nearest_distances(queries, images, own=None, chunk=8192, finished=None):
+    """Return the Euclidean distance of each query to its nearest image, float32 (N,): 0 for a copy.
+
+    `queries` (N, …), a tensor, and `images` (M, …), an array, are uint8; distances are of their values in [-1, 1].
+    `own` (N,): the place in `images` of each query itself, which is left out. Images go through `chunk` at a time;
+    `finished(n)`, if given, is told of them. The search uses products in float32; the distance of what it finds is
+    computed from the difference, so that a copy has distance 0 exactly.
+    """
+    queries = pixel_features(queries)
+    best = torch.full((len(queries),), torch.inf, device=queries.device)
+    nearest = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    for low in range(0, len(images), chunk):
+        part = _take(images, slice(low, low + chunk), queries.device)
+        squared = part.square().sum(1) - 2 * queries @ part.T  # ‖q‖² does not change which is nearest
+        if own is not None:
+            here = (own >= low) & (own < low + len(part))
+            squared[here, own[here] - low] = torch.inf
+        least, place = squared.min(1)
+        better = least < best
+        best = torch.where(better, least, best)
+        nearest = torch.where(better, place + low, nearest)
+        if finished:
+            finished(len(part))
+    return (queries - _take(images, nearest.cpu().numpy(), queries.device)).norm(dim=1)
+
+
+def leave_one_out_distances(images, places, device, progress="auto"):
+    """Return the distance of the images at `places`, int64 (N,), to the nearest other image of the data set."""
+    queries = torch.from_numpy(np.array(images[places])).to(device)
+    with progress_bar(total=len(images), desc="distances among training images", unit="images",
+                      enabled=progress) as bar:
+        return nearest_distances(queries, images, torch.from_numpy(places).to(device), finished=bar.update)
+
+
+def _take(images, places, device):
+    """Copy some images of a (perhaps read-only, memory-mapped) array to the device, as rows in [-1, 1]."""
+    return pixel_features(torch.from_numpy(np.array(images[places])).to(device))

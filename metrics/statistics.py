@@ -1,12 +1,13 @@
-"""Mean, covariance and a store of features of images that arrive in batches, on one process or on many."""
+"""Mean, covariance and features of images that arrive in batches, on one process or on many."""
 
 import dataclasses
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from metrics.gather import gather_rows, raise_everywhere, sum_over_processes
 from runtime.errors import UserError
+from runtime.progress import progress_bar
 
 MAX_FEATURES = 50000  # features kept of one set, evenly spread: 400 MB at 2048 numbers
 
@@ -54,7 +55,10 @@ def measure(batches, extractor, first, count, device, name, observers=(), max_fe
     `batches` yields uint8 (N, C, H, W) on `device`. Each image goes through the extractor once. At most
     `max_features` features, evenly spread over the images, are kept. Each of `observers` is called with the
     number of a batch's first image and the batch. Every process must call it; a UserError in one is raised in all.
+    Raises UserError for fewer than two images.
     """
+    if count < 2:
+        raise UserError(f"{name}: there is {count} image to measure; a covariance needs at least two")
     moments = Moments(extractor.dimension, device)
     kept = [torch.empty(0, extractor.dimension)]
     wanted = evenly_spread(min(max_features, count), count)
@@ -75,6 +79,83 @@ def measure(batches, extractor, first, count, device, name, observers=(), max_fe
     return Statistics(mu, sigma, gather_rows(torch.cat(kept), device), count, name)
 
 
+def measure_source(source, extractor, batch_size, processes, count=None, observers=(), max_features=MAX_FEATURES):
+    """Return the `Statistics` of an `ImageSource`, split over the processes.
+
+    count: how many of its images, evenly spread (None: all). observers, max_features: as of `measure`; the images are
+    numbered from 0 to count - 1.
+    """
+    count = len(source) if count is None else count
+    first, last = share_of(processes.rank, processes.world_size, count)
+    chosen = evenly_spread(count, len(source))[first:last]
+    batches = read_batches(source, chosen, batch_size, processes)
+    part = "" if count == len(source) else f"{count} of "
+    return measure(batches, extractor, first, count, processes.device, f"{source.name}, {part}{len(source)} images",
+                   observers, max_features)
+
+
+def read_batches(source, chosen, batch_size, processes):
+    """Yield the images of an `ImageSource` at the ascending places `chosen`, uint8 on the device."""
+    with progress_bar(total=len(chosen), desc=f"reading {source.name}", unit="images",
+                      enabled="auto" if processes.is_main else "false") as bar:
+        for low in range(0, len(chosen), batch_size):
+            part = chosen[low : low + batch_size]
+            if part[-1] - part[0] == len(part) - 1:
+                images = source.read(part[0], part[-1] + 1)
+            else:
+                images = torch.cat([source.read(place, place + 1) for place in part])
+            yield images.to(processes.device)
+            bar.update(len(part))
+
+
 def evenly_spread(chosen, count):
     """Return `chosen` places out of `count`, int64, ascending and evenly spread."""
     return np.arange(chosen) * count // max(1, chosen)
+
+
+# Bringing together what the processes of torchrun measured.
+
+
+def share_of(rank, world_size, count):
+    """Return (first, last): process `rank` takes the samples first ≤ i < last of `count`, in one stretch."""
+    return rank * count // world_size, (rank + 1) * count // world_size
+
+
+def sum_over_processes(tensor):
+    """Return the sum of `tensor` over all processes, in every process."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def raise_everywhere(error):
+    """Raise in every process the first error that any of them has (None: this one has none).
+
+    Every process must call it: one that stopped alone would leave the others to fail for want of it.
+    """
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        error = next((one for one in errors if one is not None), None)
+    if error is not None:
+        raise error
+
+
+def gather_rows(rows, device):
+    """Return the rows of all processes in the order of rank, on the CPU, in every process.
+
+    `rows` (N, …) lies on the CPU; N may differ by process. `device` is where the process group moves data.
+    """
+    if not dist.is_initialized():
+        return rows
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    counts[dist.get_rank()] = len(rows)
+    dist.all_reduce(counts)
+    counts = counts.tolist()
+    padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])

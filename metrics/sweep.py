@@ -1,7 +1,6 @@
 """Which checkpoints an evaluation sweeps over, and waiting for those that training has yet to write."""
 
 import pathlib
-import re
 import time
 
 from models.checkpoint import numbered_checkpoints
@@ -26,8 +25,8 @@ def checkpoint_folder(ckpt_dir):
 def sweep(folder, begin, end, skipped):
     """Yield the paths of the checkpoints begin ≤ k ≤ end (end 0: to the newest) that are there now.
 
-    `skipped(k)` is told of each missing number in between, also of one that training has deleted in the meantime.
-    Raises UserError if there is none at all.
+    `skipped(first, last)` is called with each stretch of missing numbers in between, also of one that training has
+    deleted in the meantime. Raises UserError if there is none at all.
     """
     found = numbered_checkpoints(folder)
     chosen = [k for k in found if k >= begin and (end == 0 or k <= end)]
@@ -36,57 +35,63 @@ def sweep(folder, begin, end, skipped):
         raise UserError(f"{there} in {folder}, none between config.eval.begin_ckpt {begin} and "
                         f"config.eval.end_ckpt {end}; choose others, or wait for training to write them "
                         "(evaluation_fid.py does, with --config.eval.wait true)")
-    for k in range(begin, (end or chosen[-1]) + 1):
-        if k in found and found[k].exists():
-            yield found[k]
-        else:
-            skipped(k)
+    awaited = begin
+    for k in chosen:
+        if not found[k].exists():
+            continue
+        if k > awaited:
+            skipped(awaited, k - 1)
+        awaited = k + 1
+        yield found[k]
+    if end >= awaited:
+        skipped(awaited, end)
 
 
-def sweep_and_wait(folder, begin, end, limit, why_incomplete, last_of):
-    """Yield the paths of the checkpoints from `begin` to `end`, waiting at most `limit` seconds for each.
+def sweep_and_wait(folder, begin, end, limit, read, last_of):
+    """Yield (path, read(path)) of the checkpoints from `begin` to `end`, waiting at most `limit` seconds for each.
 
-    `why_incomplete(path)` returns None, or a sentence that says what is wrong with the file; it is asked again when
-    the file has changed. With `end` 0, `last_of(path)` says which number training will write last (None: it does
-    not say; then the sweep ends when no new one comes within the limit). A number that was passed over, because
-    newer ones are there and it is not (training keeps only some), is left out.
+    `read(path)` raises UserError for a file that is not complete; it is called again when the file has changed. With
+    `end` 0, `last_of(content)` says which number training will write last (None: it does not say; then the sweep ends
+    when no new one comes within the limit). A number that was passed over, because newer ones are there and it is
+    not (training keeps only some), is left out.
     Raises UserError, naming the file, when an awaited checkpoint does not come or does not complete.
     """
     k, open_end = begin, end == 0
     while not end or k <= end:
-        path = _wait_for(pathlib.Path(folder) / f"checkpoint_{k}.pth", limit, why_incomplete)
-        if path is None and open_end and not end and k > begin:
+        found = _wait_for(pathlib.Path(folder), k, limit, read)
+        if found is None and open_end and not end and k > begin:
             return
-        if path is None:
+        if found is None:
             raise UserError(f"{folder}/checkpoint_{k}.pth did not come within config.eval.wait_limit; is training "
                             "still running?")
-        k = int(re.search(r"(\d+)\.pth$", path.name)[1]) + 1
+        k, path, content = found
+        k += 1
         if open_end:
-            end = last_of(path) or 0
-        yield path
+            end = last_of(content) or 0
+        yield path, content
 
 
-def _wait_for(path, limit, why_incomplete):
-    """Return `path`, or the next newer checkpoint if `path` was passed over, once it is complete; None: none came."""
-    started = time.monotonic()
-    seen, why = None, None
-    number = int(re.search(r"(\d+)\.pth$", path.name)[1])
+def _wait_for(folder, number, limit, read):
+    """Return (k, path, content) of checkpoint `number`, or the next newer one, once it is complete; None: none came."""
+    deadline = time.monotonic() + limit
+    pause, seen, wrong = 0.05, None, None
     while True:
-        newer = [k for k in numbered_checkpoints(path.parent) if k >= number]
+        newer = [(k, path) for k, path in numbered_checkpoints(folder).items() if k >= number]
         if newer:
-            path = path.with_name(f"checkpoint_{newer[0]}.pth")
+            k, path = newer[0]
             try:
                 state = path.stat()
+                if (path, state.st_size, state.st_mtime_ns) != seen:
+                    seen = path, state.st_size, state.st_mtime_ns
+                    return k, path, read(path)
             except FileNotFoundError:  # training keeps only the newest ones and has just deleted it
                 continue
-            if (path, state.st_size, state.st_mtime_ns) != seen:
-                seen, why = (path, state.st_size, state.st_mtime_ns), why_incomplete(path)
-            if why is None:
-                return path
-        if time.monotonic() >= started + limit:
+            except UserError as error:
+                wrong = f"{path} was there but did not become complete within config.eval.wait_limit: {error}"
+        if time.monotonic() >= deadline:
             break
-        waited = time.monotonic() - started
-        time.sleep(min(POLL, 0.05 + waited / 10, max(0.0, started + limit - time.monotonic())))
-    if why is not None:
-        raise UserError(f"{path} was there but did not become complete within config.eval.wait_limit: {why}")
+        time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+        pause = min(POLL, pause * 1.2)
+    if wrong is not None:
+        raise UserError(wrong)
     return None

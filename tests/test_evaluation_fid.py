@@ -14,8 +14,9 @@ from configs.validation import check_fields
 from datasets.images import load_images
 from metrics.features import inception_extractor
 from metrics.image_files import array_source
-from metrics.reference import measure_source, write_statistics
+from metrics.reference import write_statistics
 from metrics.results import read_results
+from metrics.statistics import measure_source
 from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage

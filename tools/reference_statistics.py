@@ -11,10 +11,10 @@ features let KID, precision and recall be computed, too. torchrun splits the ima
 from configs.command_line import run_script
 from configs.default import Field
 from datasets.images import load_images
-from metrics.features import create_extractor
+from metrics.features import check_shape, create_extractor
 from metrics.image_files import array_source, open_images
-from metrics.reference import measure_source, write_statistics
-from metrics.statistics import MAX_FEATURES
+from metrics.reference import write_statistics
+from metrics.statistics import MAX_FEATURES, measure_source
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
 
@@ -33,7 +33,9 @@ def main(config, args, given):
     try:
         extractor = create_extractor(config, processes.device)
         source = open_images(args.data_dir, config.data.num_channels) if args.data_dir else data_source(config)
-        statistics = measure_source(source, extractor, config.eval.batch_size, processes, args.max_features)
+        check_shape(source, extractor)
+        statistics = measure_source(source, extractor, config.eval.batch_size, processes,
+                                    max_features=args.max_features)
         if processes.is_main:
             write_statistics(args.output, statistics, extractor)
             print(f"{args.output}: {extractor.name} of {statistics.name}, {len(statistics.features)} features kept")

@@ -1,5 +1,7 @@
 """A TorchScript file with the interface of clean-fid's Inception and random weights: the tests' stand-in for it."""
 
+import warnings
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -34,5 +36,7 @@ def write_stand_in(folder):
         network = StandIn()
         nn.init.normal_(network.output.weight, std=1.0)
     path = folder / FILE_NAME
-    torch.jit.script(network.eval()).save(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would rather have torch.export's files
+        torch.jit.script(network.eval()).save(str(path))
     return path

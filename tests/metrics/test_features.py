@@ -1,5 +1,9 @@
 """Quantisation and features: equal to clean-fid's own path over the same images and the same TorchScript."""
 
+import pathlib
+import stat
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metrics.features import (
+    cached_file,
     check_finite,
     check_shape,
     create_extractor,
@@ -18,9 +23,8 @@ from metrics.features import (
     pixel_extractor,
     quantise,
 )
-from metrics.frechet import frechet_distance
 from metrics.image_files import open_images
-from metrics.scores import inception_score
+from metrics.scores import frechet_distance, inception_score
 from metrics.statistics import measure
 from runtime.errors import UserError
 from tests.metrics.inception_stand_in import CLASSES, write_stand_in
@@ -139,17 +143,28 @@ def test_pixels_of_large_images_are_refused():
         pixel_extractor(3 * 64 * 64)
 
 
-def test_tf32_is_off_for_features_and_comes_back_afterwards():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+def test_tf32_is_off_for_features_cudnn_stays_on_and_all_comes_back_after_an_error():
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    enabled = torch.backends.cudnn.enabled
     try:
-        with full_float32():
-            assert not torch.backends.cuda.matmul.allow_tf32
-            assert not torch.backends.cudnn.allow_tf32
-        assert torch.backends.cuda.matmul.allow_tf32
-        assert torch.backends.cudnn.allow_tf32
+        for backend in backends:
+            backend.allow_tf32 = True
+        with pytest.raises(ZeroDivisionError), full_float32():
+            assert not any(backend.allow_tf32 for backend in backends)
+            assert torch.backends.cudnn.enabled is enabled
+            raise ZeroDivisionError
+        assert all(backend.allow_tf32 for backend in backends)
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
+def test_reading_inception_shows_no_warnings(inception_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extractor = inception_extractor(inception_path, "cpu")
+        extractor.features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 def test_a_file_that_is_no_inception_is_named(tmp_path):
@@ -168,3 +183,36 @@ def test_without_a_path_inception_is_looked_for_in_the_users_own_cache(tmp_path,
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     path = write_stand_in(tmp_path / "hub" / "checkpoints")
     assert path.name in create_extractor(get_default_config(), "cpu").protocol
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hub" / "checkpoints"
+
+
+def test_a_file_is_fetched_once(cache, tmp_path):
+    original = tmp_path / "weights.pt"
+    original.write_bytes(b"weights")
+    assert cached_file(original.as_uri(), "--x").read_bytes() == b"weights"
+    original.unlink()
+    assert cached_file(original.as_uri(), "--x") == cache / "weights.pt"
+
+
+def test_a_failed_download_says_which_file_to_put_where_and_leaves_nothing(cache):
+    with pytest.raises(UserError) as caught:
+        cached_file("http://127.0.0.1:9/inception.pt", "config.eval.inception_path")
+    message = str(caught.value)
+    assert str(cache / "inception.pt") in message
+    assert "http://127.0.0.1:9/inception.pt" in message
+    assert "config.eval.inception_path" in message
+    assert not list(cache.glob("*"))
+
+
+def test_the_cache_belongs_to_the_user_and_is_no_folder_that_anybody_can_write(monkeypatch):
+    monkeypatch.delenv("TORCH_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    folder = pathlib.Path(torch.hub.get_dir(), "checkpoints")
+    assert folder.is_relative_to(pathlib.Path.home())
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    assert not existing.stat().st_mode & stat.S_IWOTH

@@ -1,5 +1,6 @@
 """Reference statistics: our file, EDM's form, clean-fid's file, images; and what does not belong is refused."""
 
+import os
 import pathlib
 import shutil
 import types
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from configs.default import get_default_config
+from metrics import reference as reference_module
 from metrics.features import pixel_extractor
 from metrics.image_files import array_source
-from metrics.reference import CIFAR10_NAME, load_reference, measure_source, read_statistics, write_statistics
+from metrics.reference import CIFAR10_NAME, Reference, read_statistics, write_statistics
+from metrics.statistics import measure_source
 from runtime.devices import Processes
 from runtime.errors import UserError
 
@@ -27,7 +30,23 @@ def images(count=30):
 def small_config():
     config = get_default_config()
     config.data.num_channels, config.data.image_size = 1, 4
-    config.eval.batch_size = 8
+    config.eval.batch_size, config.eval.nearest = 8, 0
+    config.eval.feature_extractor = "pixels"
+    return config
+
+
+def reference(target, config=None):
+    return Reference(config or small_config(), str(target), ALONE, print)
+
+
+@pytest.fixture
+def inception(tmp_path, monkeypatch):
+    """An Inception of 16 numbers, and an empty cache of the user."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    extractor = types.SimpleNamespace(name="inception", dimension=16, digest="12")
+    monkeypatch.setattr(reference_module, "create_extractor", lambda config, device: extractor)
+    config = get_default_config()
+    config.eval.nearest = 0
     return config
 
 
@@ -48,7 +67,7 @@ def test_a_written_reference_is_read_back_with_its_features(tmp_path):
 
 def test_edms_file_with_mu_and_sigma_alone_is_a_reference_without_features(tmp_path):
     np.savez(tmp_path / "edm.npz", mu=np.zeros(16), sigma=np.eye(16))
-    found = load_reference(str(tmp_path / "edm.npz"), small_config(), EXTRACTOR, ALONE)
+    found = reference(tmp_path / "edm.npz").statistics
     assert found.features is None
     assert torch.equal(found.sigma, torch.eye(16, dtype=torch.float64))
 
@@ -70,34 +89,45 @@ def test_images_as_target_are_measured(tmp_path, form):
     if form == "zip":
         path = pathlib.Path(shutil.make_archive(tmp_path / "x", "zip", tmp_path, "."))
         assert zipfile.is_zipfile(path)
-    found = load_reference(str(path), small_config(), EXTRACTOR, ALONE)
+    found = reference(path).statistics
     np.testing.assert_allclose(found.mu, features_of(images()).mean(0), atol=1e-6)
     assert found.count == 30
 
 
-def test_without_a_target_pixels_are_compared_with_the_training_images():
-    training = types.SimpleNamespace(images=images(), source="training images")
-    found = load_reference("", small_config(), EXTRACTOR, ALONE, training)
-    np.testing.assert_allclose(found.mu, features_of(images()).mean(0), atol=1e-6)
+def test_without_a_target_pixels_are_compared_with_the_training_images(monkeypatch):
+    training = types.SimpleNamespace(images=images(), source="training images", cache=None)
+    monkeypatch.setattr(reference_module, "load_images", lambda config: training)
+    found = reference("")
+    np.testing.assert_allclose(found.statistics.mu, features_of(images()).mean(0), atol=1e-6)
+    assert found.identity["target"] == "training images"
 
 
-def test_without_a_target_cifar10_is_compared_with_clean_fids_train_statistics(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+def test_without_a_target_cifar10_is_compared_with_clean_fids_train_statistics(tmp_path, inception):
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     np.savez(cache / "cifar10_legacy_tensorflow_train_32.npz", mu=np.full(16, 0.5), sigma=np.eye(16))
-    inception = types.SimpleNamespace(name="inception", dimension=16)
-    found = load_reference("", get_default_config(), inception, ALONE)
+    found = reference("", inception).statistics
     assert found.mu[0] == 0.5
     assert found.name == CIFAR10_NAME
 
 
-def test_data_sets_without_published_statistics_and_other_sizes_of_cifar10_need_a_target():
-    inception = types.SimpleNamespace(name="inception", dimension=16)
-    config = get_default_config()
-    config.data.image_size = 64
+@pytest.mark.parametrize("change", [{"image_size": 64}, {"num_channels": 1}, {"dataset": "custom"}])
+def test_data_sets_without_published_statistics_and_other_forms_of_cifar10_need_a_target(inception, change):
+    inception.data.update(change)
     with pytest.raises(UserError, match="--target_path"):
-        load_reference("", config, inception, ALONE)
+        reference("", inception)
+
+
+@pytest.mark.parametrize("change", [{"image_size": 2, "num_channels": 4}, {"dataset": "digits"}])
+def test_a_reference_to_other_data_is_another_reference(monkeypatch, change):
+    """Its identity decides whether a result is computed again."""
+    monkeypatch.setattr(reference_module, "load_images", lambda config: types.SimpleNamespace(
+        images=images(), source=config.data.dataset, cache=None))
+    config, other = small_config(), small_config()
+    config.eval.nearest = other.eval.nearest = 3
+    other.data.update(change)
+    assert reference("", config).identity == reference("", config).identity
+    assert reference("", config).identity != reference("", other).identity
 
 
 def test_statistics_of_another_dimension_or_extractor_are_refused(tmp_path):
@@ -108,9 +138,50 @@ def test_statistics_of_another_dimension_or_extractor_are_refused(tmp_path):
             read_statistics(tmp_path / name, EXTRACTOR)
 
 
-def test_files_that_are_no_statistics_are_refused(tmp_path):
-    np.savez(tmp_path / "half.npz", mu=np.zeros(16))
-    (tmp_path / "text.npz").write_text("no npz")
-    for name in ("half.npz", "text.npz"):
-        with pytest.raises(UserError, match=name):
-            load_reference(str(tmp_path / name), small_config(), EXTRACTOR, ALONE)
+def write_npz(path, damage):
+    """Write statistics of 16 numbers, damaged in one way."""
+    arrays = {"mu": np.zeros(16), "sigma": np.eye(16), "features": np.zeros((9, 16)), "count": np.array(9)}
+    save = np.savez_compressed if damage == "deflate" else np.savez
+    change = {"no mu": {"mu": None}, "vector": {"sigma": np.ones(16)}, "negative": {"sigma": -np.eye(16)},
+              "asymmetric": {"sigma": np.eye(16) + np.eye(16, k=1)}, "NaN": {"features": np.full((9, 16), np.nan)},
+              "narrow": {"features": np.zeros((9, 4))}, "count": {"count": np.array(-9)},
+              "counts": {"count": np.ones(2)}, "words": {"mu": np.array(["a"] * 16)},
+              "objects": {"mu": np.array([None] * 16)}}.get(damage, {})
+    arrays = {name: array for name, array in (arrays | change).items() if array is not None}
+    save(path, **arrays)
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "deflate":
+        content[60:80] = bytes(20)
+    elif damage == "encrypted":  # the flag in the headers, local and central
+        for signature, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+            for at in range(len(content)):
+                if content[at : at + 4] == signature:
+                    content[at + place] |= 1
+    elif damage == "text":
+        content = b"no npz"
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["no mu", "vector", "negative", "asymmetric", "NaN", "narrow", "count", "counts",
+                                    "words", "objects", "cut", "deflate", "encrypted", "text"])
+def test_files_that_are_no_statistics_are_refused_by_name(tmp_path, damage):
+    write_npz(tmp_path / "x.npz", damage)
+    with pytest.raises(UserError, match=r"x\.npz"):
+        _ = reference(tmp_path / "x.npz").statistics
+
+
+def test_what_is_only_written_otherwise_is_read(tmp_path):
+    write_npz(tmp_path / "x.npz", "nothing")
+    np.savez(tmp_path / "big.npz", mu=np.full(16, 3, ">f4"), sigma=np.eye(16).astype(np.longdouble))
+    assert reference(tmp_path / "x.npz").statistics.count == 9
+    assert reference(tmp_path / "big.npz").statistics.mu[0] == 3
+
+
+def test_a_named_pipe_is_no_reference(tmp_path):
+    os.mkfifo(tmp_path / "x.npz")
+    with pytest.raises(UserError, match=r"x\.npz is not a file"):
+        _ = reference(tmp_path / "x.npz").statistics
+    with pytest.raises(UserError, match=r"absent\.npz does not exist"):
+        reference(tmp_path / "absent.npz")

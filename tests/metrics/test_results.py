@@ -1,20 +1,34 @@
 """The results file: what is finished, what is torn, what is best, and what to quote."""
 
+import errno
 import json
+import os
+import types
 
+import numpy as np
 import pytest
+import torch
 
-from metrics.figure import draw_figure
+from metrics import results as results_module
 from metrics.results import (
     append_result,
     best_of,
+    cost_line,
+    cost_of,
+    draw_figure,
     find_result,
+    median_ms,
     newest_of_each,
     protocol_line,
     read_results,
     results_path,
+    sample_store,
     table,
 )
+from runtime.devices import Processes
+from runtime.errors import UserError
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def result(**changes):
@@ -50,7 +64,9 @@ def test_a_line_torn_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path
 @pytest.mark.parametrize("change", [
     {"digest": "cd"}, {"weights": "raw"}, {"sampler": "heun"}, {"sample_N": 3}, {"num_samples": 50},
     {"seeds": {"samples": 1, "subsets": 1}}, {"features": "pixels"}, {"target": "x.npz"}, {"class_label": 3},
-    {"target_state": "12"}, {"inception_path": "other.pt"}, {"eps": 1e-2},
+    {"target_state": "12"}, {"extractor_digest": "12"}, {"eps": 1e-2}, {"image_shape": [3, 8, 8]}, {"batch_size": 7},
+    {"training_images": ["CIFAR-10", [50000, 3, 32, 32], ""]}, {"nearest": 0}, {"precision_recall": False},
+    {"num_classes": 10},
 ])
 def test_another_checkpoint_sampler_seed_or_reference_is_another_evaluation(change):
     assert find_result([result()], result(**change)) is None
@@ -71,7 +87,7 @@ def test_the_protocol_line_says_what_a_reader_asks_for():
     line = protocol_line(result())
     assert "\n" not in line
     for part in ("FID 4.532", "100 samples", "euler-2 (NFE 2)", "EMA weights of checkpoint_1.pth", "step 500",
-                 "seed 42", "truncation", "against CIFAR-10", "torch 2"):
+                 "seed 42", "truncation", "compared with CIFAR-10", "torch 2"):
         assert part in line
 
 
@@ -94,12 +110,95 @@ def test_the_figure_is_drawn_for_checkpoints_and_left_out_for_files(tmp_path):
     assert (tmp_path / "fid.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_figure_leaves_out_what_cannot_be_compared_with_the_newest_result(tmp_path):
-    changes = ({"num_samples": 50}, {"target": "x.npz"}, {"features": "pixels"}, {"target_state": "12"},
-               {"inception_path": "other.pt"})
-    others = [result(fid=100.0, **change) for change in changes]
-    draw_figure(tmp_path / "alone.png", [result(), result(step=900)])
-    draw_figure(tmp_path / "beside.png", [*others, result(), result(step=900)])
-    draw_figure(tmp_path / "more.png", [result(fid=100.0), result(), result(step=900)])
-    alone, beside, more = ((tmp_path / name).read_bytes() for name in ("alone.png", "beside.png", "more.png"))
-    assert alone == beside != more
+def test_the_figure_holds_every_target_and_names_it_with_the_number_of_samples(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(results_module, "FigureCanvasAgg", lambda figure: (
+        drawn.append(figure), types.SimpleNamespace(print_png=lambda path: path.write_bytes(b"")))[1])
+    others = [{"num_samples": 5000}, {"target": "x.npz", "reference": "x.npz"}, {"target_state": "12"}]
+    draw_figure(tmp_path / "fid.png", [result(), *(result(fid=400.0, **change) for change in others),
+                                       result(fid=5.0, step=900), result(fid=0.5, step=1000)])
+    titles = [axes.get_title(loc="left") for axes in drawn[0].axes[::2]]
+    assert titles == ["compared with CIFAR-10\n100 samples", "compared with CIFAR-10\n5,000 samples",
+                      "compared with x.npz\n100 samples", "compared with CIFAR-10\n100 samples"]
+    assert [len(axes.lines[0].get_xdata()) for axes in drawn[0].axes[::2]] == [3, 1, 1, 1]
+    assert [axes.get_yscale() for axes in drawn[0].axes[::2]] == ["log", "linear", "linear", "linear"]
+
+
+@pytest.mark.parametrize("line", ['{"checkpoint": 3}', "[1]", "\x00\xff", json.dumps(result(fid="4.5")), "[" * 100_000,
+                                  json.dumps(result(num_samples=None)), json.dumps(result(versions=[]))])
+def test_a_line_that_is_no_result_is_left_out_and_named(tmp_path, capsys, line):
+    (tmp_path / "r.jsonl").write_text("\n".join([json.dumps(result()), line, json.dumps(result(fid=2.0))]))
+    assert [r["fid"] for r in read_results(tmp_path / "r.jsonl")] == [4.5321, 2.0]
+    assert "r.jsonl, line 2 is no result" in capsys.readouterr().err
+
+
+def test_a_results_file_that_is_a_named_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "r.jsonl")
+    with pytest.raises(UserError, match="not a file"):
+        read_results(tmp_path / "r.jsonl")
+
+
+def test_a_disk_too_small_for_the_samples_is_known_before_they_are_made_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(descriptor, start, size):
+        assert size == 3 * 12
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="no space"), sample_store(tmp_path / "s.npy", 3, (3, 2, 2), ALONE):
+        raise AssertionError("sampled")
+    assert not list(tmp_path.iterdir())
+
+
+def test_kept_samples_are_an_npy_of_all_that_were_kept_and_appear_when_complete(tmp_path):
+    images = torch.arange(24, dtype=torch.uint8).reshape(4, 1, 2, 3)
+    with sample_store(tmp_path / "eval" / "s.npy", 4, (1, 2, 3), ALONE) as keep:
+        keep(3, images[3:])
+        keep(0, images[:3])
+        assert not (tmp_path / "eval" / "s.npy").exists()
+    assert np.array_equal(np.load(tmp_path / "eval" / "s.npy"), images)
+    with pytest.raises(ZeroDivisionError), sample_store(tmp_path / "t.npy", 4, (1, 2, 3), ALONE):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["eval"]
+
+
+CPU = torch.device("cpu")
+
+
+class Counted(torch.nn.Module):
+    """A network that notes what it is called with."""
+
+    config_fields = {"data.image_size": 4, "data.num_channels": 2, "data.num_classes": 3}
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 7)
+        self.calls = []
+
+    def forward(self, x, t, label=None):
+        self.calls.append((tuple(x.shape), tuple(t.shape), None if label is None else tuple(label.shape)))
+        return x
+
+
+def test_the_cost_counts_parameters_and_two_operations_a_multiplication_and_evaluates_one_image_and_a_batch():
+    net = Counted()
+    cost = cost_of(net, 1.75, CPU)
+    assert cost["parameters"] == 42
+    assert (cost["gmacs"], cost["gflops"]) == (1.75, 3.5)
+    assert set(net.calls) == {((1, 2, 4, 4), (1,), (1, 3)), ((8, 2, 4, 4), (8,), (8, 3))}
+    assert cost["latency_ms"] > 0
+    assert cost["batch_latency_ms"] > 0
+    assert cost["peak_memory_mib"] > 10
+    assert "42 parameters" in cost_line(cost)
+
+
+def test_unconditional_networks_are_evaluated_without_labels():
+    net = Counted()
+    net.config_fields = net.config_fields | {"data.num_classes": 0}
+    cost_of(net, 1.0, CPU)
+    assert {label for _, _, label in net.calls} == {None}
+
+
+def test_the_first_call_is_not_counted(monkeypatch):
+    clock = iter([0.0, 0.0, 9.0, 9.0, 9.1, 9.1])
+    monkeypatch.setattr("metrics.results.time.perf_counter", lambda: next(clock))
+    assert median_ms(Counted(), 1, CPU) == pytest.approx(100)

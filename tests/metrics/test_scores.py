@@ -1,15 +1,112 @@
-"""Kernel distance, precision, recall and Inception score against clean-fid, brute force and closed forms."""
+"""Every metric against clean-fid, brute force and closed forms; and all of them together."""
 
 import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from cleanfid.fid import kernel_distance as clean_fid_kernel_distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics.scores import inception_score, kernel_distance, precision_recall
+from metrics import scores
+from metrics.features import INCEPTION_NAMES, FeatureExtractor, pixel_extractor
+from metrics.scores import (
+    compare,
+    frechet_distance,
+    inception_score,
+    kept_radii,
+    kernel_distance,
+    leave_one_out_distances,
+    nearest_distances,
+    neighbour_radii,
+    precision_recall,
+)
+from metrics.statistics import Statistics, measure
+from runtime.errors import UserError
+
+
+def gaussian(generator, dimension, samples, scale=1.0):
+    """Mean and covariance of random correlated features."""
+    mixing = generator.standard_normal((dimension, dimension))
+    features = generator.standard_normal((samples, dimension)) @ mixing * scale + generator.standard_normal(dimension)
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def distance_by_matrix_root(mu1, sigma1, mu2, sigma2):
+    """The formula as clean-fid and others compute it: scipy's root of the product, its imaginary part dropped."""
+    root = np.real(scipy.linalg.sqrtm(sigma1 @ sigma2))
+    return np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), dimension=st.integers(2, 60), scale=st.floats(1e-2, 1e2))
+def test_the_distance_is_that_of_the_matrix_root_on_well_conditioned_statistics(seed, dimension, scale):
+    generator = np.random.default_rng(seed)
+    one, two = (gaussian(generator, dimension, 20 * dimension, scale) for _ in range(2))
+    assert frechet_distance(*one, *two) == pytest.approx(distance_by_matrix_root(*one, *two), rel=1e-6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), dimension=st.integers(4, 60), samples=st.integers(2, 12))
+def test_the_distance_stays_real_and_non_negative_when_there_are_fewer_samples_than_features(seed, dimension, samples):
+    generator = np.random.default_rng(seed)
+    one, two = (gaussian(generator, dimension, samples) for _ in range(2))
+    distance = frechet_distance(*one, *two)
+    assert isinstance(distance, float)
+    assert 0 <= distance < np.inf
+    # it lies between the distance of the means and what independent Gaussians would have
+    gap = np.square(one[0] - two[0]).sum()
+    assert gap * (1 - 1e-9) <= distance <= (gap + np.trace(one[1]) + np.trace(two[1])) * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), dimension=st.integers(1, 40), samples=st.integers(2, 60))
+def test_statistics_have_no_distance_to_themselves_and_the_same_both_ways(seed, dimension, samples):
+    generator = np.random.default_rng(seed)
+    one, two = (gaussian(generator, dimension, samples) for _ in range(2))
+    assert frechet_distance(*one, *one) <= 1e-7 * np.trace(one[1])
+    assert frechet_distance(*one, *two) == pytest.approx(frechet_distance(*two, *one), rel=1e-9)
+
+
+def test_a_singular_product_on_which_sqrtm_gives_complex_numbers_or_a_failure_gives_the_exact_distance():
+    """Σ₁ and Σ₂ share half of their directions; the shared part has a distance in closed form."""
+    dimension, shared = 400, 100
+    spread1 = np.r_[np.full(shared, 4.0), np.full(150, 1.0), np.zeros(150)]
+    spread2 = np.r_[np.full(shared, 9.0), np.zeros(150), np.full(150, 1.0)]
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((dimension, dimension)))[0]
+    sigma1, sigma2 = (rotation * spread @ rotation.T for spread in (spread1, spread2))
+    mean = np.zeros(dimension)
+    exact = np.square(np.sqrt(spread1) - np.sqrt(spread2)).sum()
+    assert frechet_distance(mean, sigma1, mean, sigma2) == pytest.approx(exact, rel=1e-6)
+
+
+def test_diagonal_gaussians_have_the_distance_of_their_roots():
+    mu1, mu2 = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 1.0])
+    sigma1, sigma2 = torch.diag(torch.tensor([1.0, 4.0])), torch.diag(torch.tensor([9.0, 0.0]))
+    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(4 + (1 - 3) ** 2 + 2**2)
+
+
+def test_statistics_of_different_dimensions_are_refused():
+    with pytest.raises(UserError, match="different dimensions"):
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
+
+
+@pytest.mark.parametrize(("sigma", "says"), [
+    (np.diag([1.0, np.nan]), "NaN"), (-np.eye(2), "negative eigenvalues"), (np.ones(2), r"sigma \(2,\)"),
+    (np.array([[1.0, 0.5], [0.0, 1.0]]), "not symmetric"), (np.array([[1.0, 2.0], [2.0, 1.0]]), "negative eigenvalues"),
+])
+def test_what_is_no_covariance_is_refused_on_either_side(sigma, says):
+    for pair in ((sigma, np.eye(2)), (np.eye(2), sigma)):
+        with pytest.raises(UserError, match=says):
+            frechet_distance(np.zeros(2), pair[0], np.zeros(2), pair[1])
+
+
+def test_a_covariance_that_was_rounded_to_float32_is_accepted():
+    sigma = gaussian(np.random.default_rng(0), 60, 20)[1].astype(np.float32)
+    sigma[3, 5] *= 1 + 2e-7
+    assert frechet_distance(np.zeros(60), sigma, np.zeros(60), sigma) < 1e-4 * np.trace(sigma)
 
 
 def features(seed, count, dimension=12, offset=0.0):
@@ -46,14 +143,40 @@ def brute_force_share(queries, points, k):
 @given(seed=st.integers(0, 1000), m=st.integers(5, 40), n=st.integers(5, 40), offset=st.floats(0, 3))
 def test_precision_and_recall_are_shares_inside_balls_to_the_third_neighbour(seed, m, n, offset):
     samples, reference = features(seed, m, 3, offset).double(), features(seed + 1, n, 3).double()
-    precision, recall = precision_recall(samples, reference, chunk=7)
+    radii = neighbour_radii(reference, "radii", "false", chunk=7)
+    precision, recall = precision_recall(samples, reference, radii, "false", chunk=7)
     assert precision == pytest.approx(brute_force_share(samples.numpy(), reference.numpy(), 3))
     assert recall == pytest.approx(brute_force_share(reference.numpy(), samples.numpy(), 3))
 
 
 def test_samples_far_from_the_data_have_no_precision_and_no_recall():
-    assert precision_recall(features(0, 50), features(1, 50, offset=100.0)) == (0.0, 0.0)
-    assert precision_recall(features(0, 50), features(0, 50)) == (1.0, 1.0)
+    far, real = features(1, 50, offset=100.0), features(0, 50)
+    assert precision_recall(real, far) == (0.0, 0.0)
+    assert precision_recall(real, real) == (1.0, 1.0)
+
+
+def test_radii_of_a_reference_are_computed_once_and_belong_to_its_features(tmp_path, monkeypatch):
+    first, other = features(0, 30), features(1, 30)
+    radii = kept_radii(first, tmp_path / "cache")
+    assert torch.equal(radii, neighbour_radii(first, "radii"))
+    assert torch.equal(kept_radii(other, tmp_path / "cache"), neighbour_radii(other, "radii"))
+    monkeypatch.setattr(scores, "neighbour_radii", None)
+    assert torch.equal(kept_radii(first, tmp_path / "cache"), radii)
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", np.zeros(7, np.float32)])
+def test_radii_in_a_damaged_file_are_computed_again(tmp_path, content):
+    radii = kept_radii(features(0, 30), tmp_path)
+    path = next(tmp_path.iterdir())
+    np.save(path, content) if isinstance(content, np.ndarray) else path.write_bytes(content)
+    assert torch.equal(kept_radii(features(0, 30), tmp_path), radii)
+    assert torch.equal(torch.from_numpy(np.load(path)), radii)
+
+
+def test_radii_that_cannot_be_kept_are_used_and_the_file_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert len(kept_radii(features(0, 30), tmp_path / "file")) == 30
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_the_inception_score_is_one_for_equal_predictions_and_the_class_count_for_certain_ones():
@@ -70,3 +193,105 @@ def test_the_inception_score_is_the_mean_over_stretches_of_the_definition():
         marginal = part.mean(0)
         expected.append(math.exp(np.mean(np.sum(part * (np.log(part) - np.log(marginal)), axis=1))))
     assert inception_score(p, splits=4) == pytest.approx((np.mean(expected), np.std(expected)))
+
+
+def images(seed, count):
+    return np.random.default_rng(seed).integers(0, 256, (count, 1, 5, 5), dtype=np.uint8)
+
+
+def brute_force(queries, data):
+    flat = [a.reshape(len(a), -1) / 127.5 - 1 for a in (queries, data)]
+    return np.linalg.norm(flat[0][:, None] - flat[1][None], axis=2)
+
+
+def test_the_nearest_image_is_found_across_chunks():
+    queries, data = images(0, 9), images(1, 50)
+    found = nearest_distances(torch.from_numpy(queries), data, chunk=7)
+    np.testing.assert_allclose(found, brute_force(queries, data).min(1), rtol=1e-5)
+
+
+def test_a_copied_image_has_distance_zero_exactly():
+    data = images(2, 30)
+    assert nearest_distances(torch.from_numpy(data[[3, 17]]), data, chunk=8).tolist() == [0.0, 0.0]
+
+
+def test_real_images_are_compared_with_every_other_image_but_not_with_themselves():
+    data = images(3, 40)
+    distance = brute_force(data, data)
+    np.fill_diagonal(distance, np.inf)
+    found = leave_one_out_distances(data, np.arange(40), "cpu")
+    np.testing.assert_allclose(found, distance.min(1), rtol=1e-5)
+    some = leave_one_out_distances(data, np.array([0, 10, 20, 30]), "cpu")
+    np.testing.assert_allclose(some, distance.min(1)[[0, 10, 20, 30]], rtol=1e-5)
+
+
+def test_a_repeated_real_image_counts_as_a_neighbour_of_its_twin():
+    data = np.concatenate([images(4, 10), images(4, 10)[:1]])
+    assert leave_one_out_distances(data, np.arange(11), "cpu")[0] == 0
+
+
+DIMENSION = 6
+
+
+def statistics_of(seed, count, with_features=True):
+    images = torch.randint(0, 256, (count, 1, 2, 3), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    found = measure([images], pixel_extractor(DIMENSION), 0, count, "cpu", "random")
+    return found if with_features else Statistics(found.mu, found.sigma, None, None, "mu and sigma")
+
+
+def radii_of(seed, count):
+    return neighbour_radii(statistics_of(seed, count).features, "radii")
+
+
+def inception_like():
+    weight = torch.randn(4, DIMENSION, generator=torch.Generator().manual_seed(0))
+    return FeatureExtractor("inception", DIMENSION, lambda images: images, lambda f: (f @ weight.T).softmax(1),
+                            INCEPTION_NAMES, "a stand-in")
+
+
+def test_every_metric_has_its_value_when_the_reference_has_features():
+    found = compare(statistics_of(0, 50), statistics_of(1, 40), inception_like(), "cpu", 1, radii_of(1, 40))
+    assert set(found) == {"fid", "kid", "precision", "recall", "inception_score", "inception_score_std"}
+    assert all(value is not None for value in found.values())
+
+
+def test_metrics_that_need_reference_features_are_none_without_them():
+    found = compare(statistics_of(0, 50), statistics_of(1, 40, with_features=False), inception_like(), "cpu", seed=1)
+    assert found["kid"] is found["precision"] is found["recall"] is None
+    assert found["fid"] > 0
+    assert found["inception_score"] > 1
+
+
+def test_pixel_metrics_carry_pixel_names_and_no_inception_score():
+    found = compare(statistics_of(0, 50), statistics_of(1, 40), pixel_extractor(DIMENSION), "cpu", 1, radii_of(1, 40))
+    assert all(name.startswith("pixel_") for name in found)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(("count", "warned"), [(DIMENSION, True), (DIMENSION + 1, False)])
+def test_fewer_samples_than_the_covariance_needs_are_warned_of_with_the_bias(capsys, count, warned):
+    compare(statistics_of(0, count), statistics_of(1, 40), pixel_extractor(DIMENSION), "cpu", seed=1)
+    assert ("comes out too large" in capsys.readouterr().err) is warned
+
+
+def test_the_inception_score_does_not_depend_on_the_order_of_the_samples():
+    """In order of their classes each split would hold one class and score 1."""
+    certain = 50 * torch.eye(DIMENSION)[:4].repeat_interleave(50, 0)
+    given = Statistics(torch.zeros(DIMENSION, dtype=torch.float64), torch.eye(DIMENSION, dtype=torch.float64),
+                       certain, 200, "by class")
+    extractor = FeatureExtractor("inception", DIMENSION, None, lambda f: f[:, :4].softmax(1), INCEPTION_NAMES, "")
+    assert compare(given, given, extractor, "cpu", seed=1)["inception_score"] > 3.5
+
+
+def test_nearest_images_are_searched_in_float32_also_where_the_network_uses_tf32(monkeypatch):
+    seen, matmul = [], torch.backends.cuda.matmul
+    monkeypatch.setattr(scores, "pixel_features", lambda images: (
+        seen.append(matmul.allow_tf32), images.flatten(1).float())[1])
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        nearest_distances(torch.from_numpy(images(0, 3)), images(1, 5))
+    finally:
+        matmul.allow_tf32 = before
+    assert seen
+    assert not any(seen)

@@ -20,26 +20,43 @@ def names(paths):
     return [int(path.stem.split("_")[1]) for path in paths]
 
 
-def incomplete(path):
-    return None if path.read_bytes() == b"complete" else "it is cut short"
+def read(path):
+    if not path.exists() or path.read_bytes() != b"complete":
+        raise UserError("it is cut short")
+    return path.name
+
+
+def awaited(*arguments):
+    """The numbers that a waiting sweep visits; the content goes with each path."""
+    found = list(sweep_and_wait(*arguments))
+    assert all(path.name == content for path, content in found)
+    return names(path for path, _ in found)
 
 
 def test_an_open_sweep_goes_to_the_newest_and_tells_of_gaps(tmp_path):
     touch(tmp_path, 1, 2, 4, 5)
     skipped = []
-    assert names(sweep(tmp_path, 2, 0, skipped.append)) == [2, 4, 5]
-    assert skipped == [3]
-    assert names(sweep(tmp_path, 1, 2, skipped.append)) == [1, 2]
+    assert names(sweep(tmp_path, 2, 0, lambda *gap: skipped.append(gap))) == [2, 4, 5]
+    assert skipped == [(3, 3)]
+    assert names(sweep(tmp_path, 1, 2, lambda *gap: skipped.append(gap))) == [1, 2]
+
+
+def test_a_checkpoint_of_a_huge_number_is_reached_without_counting(tmp_path):
+    touch(tmp_path, 1, 99999999)
+    skipped = []
+    assert names(sweep(tmp_path, 1, 0, lambda *gap: skipped.append(gap))) == [1, 99999999]
+    assert names(sweep(tmp_path, 1, 10**9, lambda *gap: skipped.append(gap))) == [1, 99999999]
+    assert skipped == [(2, 99999998), (2, 99999998), (100000000, 10**9)]
 
 
 def test_a_checkpoint_that_training_deletes_during_the_sweep_is_told_of_and_left_out(tmp_path):
     touch(tmp_path, 1, 2, 3)
     skipped = []
-    paths = sweep(tmp_path, 1, 0, skipped.append)
+    paths = sweep(tmp_path, 1, 0, lambda *gap: skipped.append(gap))
     assert names([next(paths)]) == [1]
     (tmp_path / "checkpoint_2.pth").unlink()
     assert names(paths) == [3]
-    assert skipped == [2]
+    assert skipped == [(2, 2)]
 
 
 def test_a_sweep_without_any_checkpoint_says_what_is_there(tmp_path):
@@ -64,24 +81,24 @@ def test_waiting_goes_on_when_the_awaited_checkpoint_is_complete(tmp_path):
     started = time.monotonic()
     threading.Timer(0.3, lambda: (tmp_path / "checkpoint_2.pth").write_bytes(b"complete")).start()
     threading.Timer(0.6, lambda: touch(tmp_path, 3)).start()
-    assert names(sweep_and_wait(tmp_path, 1, 3, 30, incomplete, lambda path: None)) == [1, 2, 3]
+    assert awaited(tmp_path, 1, 3, 30, read, lambda content: None) == [1, 2, 3]
     assert time.monotonic() - started >= 0.6
 
 
 def test_an_open_sweep_that_waits_ends_with_the_last_checkpoint_of_the_run(tmp_path):
     touch(tmp_path, 1)
     threading.Timer(0.2, lambda: touch(tmp_path, 2)).start()
-    assert names(sweep_and_wait(tmp_path, 1, 0, 30, incomplete, lambda path: 2)) == [1, 2]
+    assert awaited(tmp_path, 1, 0, 30, read, lambda content: 2) == [1, 2]
 
 
 def test_an_open_sweep_of_a_run_that_does_not_say_its_end_stops_at_the_limit(tmp_path):
     touch(tmp_path, 1, 2)
-    assert names(sweep_and_wait(tmp_path, 1, 0, 0.1, incomplete, lambda path: None)) == [1, 2]
+    assert awaited(tmp_path, 1, 0, 0.1, read, lambda content: None) == [1, 2]
 
 
 def test_checkpoints_that_training_has_deleted_are_not_waited_for(tmp_path):
     touch(tmp_path, 3, 5)
-    assert names(sweep_and_wait(tmp_path, 1, 5, 0.1, incomplete, lambda path: None)) == [3, 5]
+    assert awaited(tmp_path, 1, 5, 0.1, read, lambda content: None) == [3, 5]
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_passed_over(tmp_path, monkeypatch):
@@ -94,13 +111,13 @@ def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_passed_over(tmp_p
         return found
 
     monkeypatch.setattr(sweep_module, "numbered_checkpoints", delete_after_listing)
-    assert names(sweep_and_wait(tmp_path, 1, 2, 30, incomplete, lambda path: None)) == [2]
+    assert awaited(tmp_path, 1, 2, 30, read, lambda content: None) == [2]
 
 
 def test_a_checkpoint_that_never_comes_or_never_completes_is_named(tmp_path):
     touch(tmp_path, 1)
     with pytest.raises(UserError, match=r"checkpoint_2\.pth did not come"):
-        list(sweep_and_wait(tmp_path, 1, 2, 0.1, incomplete, lambda path: None))
+        awaited(tmp_path, 1, 2, 0.1, read, lambda content: None)
     (tmp_path / "checkpoint_2.pth").write_bytes(b"comp")
     with pytest.raises(UserError, match=r"checkpoint_2\.pth was there but did not become complete.*cut short"):
-        list(sweep_and_wait(tmp_path, 1, 2, 0.1, incomplete, lambda path: None))
+        awaited(tmp_path, 1, 2, 0.1, read, lambda content: None)
