@@ -31,7 +31,7 @@ from metrics.statistics import (
     sum_over_processes,
 )
 from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
-from models.checkpoint import HUB, config_of_run, local_file, network_of, read_checkpoint
+from models.checkpoint import config_of_run, is_remote, local_file, network_of, read_checkpoint
 from models.describe import measure as count_operations
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
@@ -41,7 +41,7 @@ from runtime.seeds import EVALUATION, index_labels, index_noise
 from training.update import in_precision, set_precision
 
 FLAGS = {
-    "ckpt_dir": Field("", "run folder (or one checkpoint file) whose checkpoints are sampled and measured"),
+    "ckpt_dir": Field("", "run folder (or one checkpoint, .pth or .pkl) whose checkpoints are sampled and measured"),
     "data_dir": Field("", "images to measure instead: npy (NCHW in [-1, 1]), npz, folder or zip"),
     "target_path": Field("", "what to compare with: npz of mu and sigma, or images as npy, npz, folder or zip (empty: "
                          "CIFAR-10's published statistics; the training images for pixels)"),
@@ -109,7 +109,7 @@ def read_checkpoints(config, ckpt_dir, processes):
 
     if pathlib.Path(ckpt_dir).is_dir() or (config.eval.wait and not ckpt_dir.endswith(".pth")):
         paths = sweep_paths(config.eval, checkpoint_folder(ckpt_dir), processes, read)
-    elif ckpt_dir.startswith(HUB) or pathlib.Path(ckpt_dir).is_file():
+    elif is_remote(ckpt_dir) or pathlib.Path(ckpt_dir).is_file():
         paths = iter([(ckpt_dir, None)])
     else:
         raise UserError(f"--ckpt_dir {ckpt_dir} is neither a run folder nor a checkpoint file")
@@ -146,9 +146,9 @@ def sweep_paths(settings, folder, processes, read):
 def results_folder(ckpt_dir, work_dir):
     """Return the folder whose eval/ takes the results: the run folder, also of a single checkpoint file.
 
-    What comes from Hugging Face has none: its results go to a folder of its name in config.work_dir.
+    What comes from Hugging Face or another address has none: its results go to a folder of its name in config.work_dir.
     """
-    if ckpt_dir.startswith(HUB):
+    if is_remote(ckpt_dir):
         return pathlib.Path(work_dir, pathlib.Path(ckpt_dir).stem)
     return run_folder(ckpt_dir) if pathlib.Path(ckpt_dir).is_file() else pathlib.Path(ckpt_dir)
 

@@ -37,8 +37,8 @@ from runtime.progress import progress_bar
 from training.update import autocast, set_precision
 
 FLAGS = {
-    "ckpt_path": Field("", "checkpoint (.pth, or hf://owner/repo/file) of from_z0 and from_z1; its EMA weights are "
-                       "used"),
+    "ckpt_path": Field("", "checkpoint (.pth, EDM's .pkl, hf://…, https://…) of from_z0 and from_z1; its EMA "
+                       "weights are used"),
     "data_root": Field("", "folder of the pairs; they go to its sub-folder {seed}"),
     "z0_path": Field("", "npy of noise (N, C, H, W) to start from instead of drawn noise"),
     "z1_path": Field("", "npy of images (N, C, H, W) in [-1, 1] to start from instead of the data set"),

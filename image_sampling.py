@@ -21,7 +21,7 @@ from datasets.batch import one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import Trajectories, create_sampler, euler, sampler_values, straightness
 from metrics.sweep import checkpoint_folder, run_folder, sweep
-from models.checkpoint import HUB, load_with_config, numbered_checkpoints
+from models.checkpoint import is_remote, load_with_config, local_file, numbered_checkpoints
 from runtime.devices import start_processes, stop_processes
 from runtime.errors import UserError
 from runtime.files import file_digest, write_json
@@ -31,7 +31,7 @@ from runtime.seeds import index_labels, index_noise
 from training.update import in_precision, set_precision
 
 FLAGS = {
-    "sampling_dir": Field("", "run folder whose checkpoints are sampled, or one .pth (hf://… too)"),
+    "sampling_dir": Field("", "run folder whose checkpoints are sampled, or one .pth or .pkl (hf:// and https:// too)"),
     "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
     "classes": Field("", "class-conditional models: a grid row for each of these classes, as 0,3,7 or all"),
 }
@@ -63,11 +63,11 @@ def checkpoint_paths(place, settings, given):
     eval.begin_ckpt and end_ckpt count only where they were given: their defaults are for FID sweeps.
     """
     if not place:
-        raise UserError("name a run folder or a .pth file with --sampling_dir")
-    if place.startswith(HUB) or (place.endswith(".pth") and pathlib.Path(place).is_file()):
+        raise UserError("name a run folder or a .pth or .pkl file with --sampling_dir")
+    if is_remote(place) or (place.endswith((".pth", ".pkl")) and pathlib.Path(place).is_file()):
         return [place]
     if not pathlib.Path(place).is_dir():
-        raise UserError(f"--sampling_dir {place} is neither a run folder nor a .pth file")
+        raise UserError(f"--sampling_dir {place} is neither a run folder nor a .pth or .pkl file")
     folder = checkpoint_folder(place)
     begin = settings.begin_ckpt if "eval.begin_ckpt" in given else 0
     end = settings.end_ckpt if "eval.end_ckpt" in given else 0
@@ -83,7 +83,7 @@ def sample_checkpoint(path, config, args, given, device):
     velocity = velocity_from_network(in_precision(net, config.training.precision, device))
     z, label, row_labels = start_of_samples(config, args.classes, given, device)
     name = pathlib.Path(path).stem + ("" if args.use_ema else "_raw")
-    about = {"checkpoint": str(path), "digest": None if path_is_remote(path) else file_digest(path),
+    about = {"checkpoint": str(path), "digest": file_digest(local_file(path)),
              "weights": "EMA" if args.use_ema else "raw", "seed": config.seed, "images": len(z)}
 
     choices = chosen_samplers(config, given)
@@ -106,14 +106,9 @@ def sample_checkpoint(path, config, args, given, device):
     print(f"{folder}: {', '.join(title_of(entry) for _, entry in grids)}; straightness {bend:.4g}", flush=True)
 
 
-def path_is_remote(path):
-    """Whether a checkpoint is fetched from the hub."""
-    return str(path).startswith(HUB)
-
-
 def output_folder(path):
-    """Return the folder that gets eval_sample/: the run's, or the current one for a checkpoint of the hub."""
-    return pathlib.Path() if path_is_remote(path) else run_folder(path)
+    """Return the folder that gets eval_sample/: the run's, or the current one for a checkpoint from elsewhere."""
+    return pathlib.Path() if is_remote(path) else run_folder(path)
 
 
 def start_of_samples(config, classes, given, device):

@@ -4,22 +4,19 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Callable
 
 import torch
 
+from runtime.downloads import cached_file
 from runtime.errors import UserError
-from runtime.files import atomic_path, file_digest
-from runtime.progress import progress_bar
+from runtime.files import file_digest
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_DIMENSION = 2048
 INCEPTION_BATCH = 128  # images that go through it at a time: 1 GB of activations
 LARGEST_PIXEL_DIMENSION = 4096  # beyond it the covariance has more entries than samples can estimate
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,32 +152,3 @@ def full_float32():
     finally:
         for backend, allowed in zip(backends, before, strict=True):
             backend.allow_tf32 = allowed
-
-
-def cached_file(url, setting):
-    """Return the path of the copy of `url` in the user's torch.hub cache, fetching it the first time.
-
-    `setting` names the flag or field with which the user can name a file of his own. Raises UserError, saying
-    which file to put where, if the fetching fails.
-    """
-    path = pathlib.Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    if path.is_file():
-        return path
-    try:
-        with atomic_path(path) as temporary:
-            _fetch(url, temporary)
-    except (urllib.error.URLError, OSError, TimeoutError) as error:
-        raise UserError(f"{path.name} could not be fetched ({getattr(error, 'reason', error)}): download {url} on "
-                        f"another machine and put it at {path}, or name it with {setting}") from None
-    return path
-
-
-def _fetch(url, path):
-    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer, open(path, "wb") as written:
-        size = int(answer.headers.get("Content-Length") or 0) or None
-        with progress_bar(None, total=size, desc=f"fetching {path.name}", unit="B") as bar:
-            while block := answer.read(1 << 20):
-                written.write(block)
-                bar.update(len(block))
-        if size is not None and written.tell() < size:
-            raise OSError(f"only {written.tell()} of {size} bytes came")

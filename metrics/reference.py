@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from datasets.images import load_images
-from metrics.features import cached_file, check_shape, create_extractor
+from metrics.features import check_shape, create_extractor
 from metrics.image_files import array_source, open_images
 from metrics.scores import check_gaussian, kept_radii, leave_one_out_distances
 from metrics.statistics import Statistics, evenly_spread, measure_source
+from runtime.downloads import cached_file
 from runtime.errors import UserError
 from runtime.files import atomic_path, state_digest
 

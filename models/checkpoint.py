@@ -5,9 +5,11 @@ config of the run as a nested dict. A file of the released layout is translated 
 the program knows one layout only.
 """
 
+import hashlib
 import pathlib
 import pickle
 import re
+import urllib.parse
 import warnings
 import zipfile
 
@@ -17,10 +19,11 @@ from configs.provenance import take_run_fields
 from models import edm, edm_pickle, infer, released
 from models.create import create_from_fields, create_model, tuple_of
 from models.safe_pickle import SAFE_GLOBALS
+from runtime.downloads import cached_file
 from runtime.errors import UserError
 from runtime.files import atomic_path
 
-HUB = "hf://"
+REMOTE = ("hf://", "https://")
 
 
 def write_checkpoint(path, state):
@@ -93,8 +96,8 @@ def load_safely(path):
             warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read is an error below
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} cannot be opened ({error.strerror}); name a checkpoint file or "
-                        "hf://owner/repo/file") from error
+        raise UserError(f"{path} cannot be opened ({error.strerror}); name a checkpoint file, "
+                        "hf://owner/repo/file or https://…/file") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ArithmeticError, LookupError, TypeError,
             ValueError, AttributeError) as error:
         raise UserError(f"{path} {why_unreadable(error)}") from error
@@ -112,15 +115,26 @@ def why_unreadable(error):
     return "cannot be read as a checkpoint; it is cut short, damaged or another kind of file"
 
 
+def is_remote(path):
+    """Whether `path` is an address: hf://owner/repo/file or https://…/file."""
+    return str(path).startswith(REMOTE)
+
+
 def local_file(path):
-    """Return the file that `path` means; hf://owner/repo/file is fetched into the user's Hugging Face cache.
+    """Return the file that `path` means; hf://owner/repo/file and https://…/file are fetched into the user's caches.
 
     Raises UserError if it cannot be fetched.
     """
     path = str(path)
-    if not path.startswith(HUB):
+    if not is_remote(path):
         return path
-    owner, _, rest = path.removeprefix(HUB).partition("/")
+    if path.startswith("https://"):
+        name = urllib.parse.unquote(urllib.parse.urlsplit(path).path).rpartition("/")[2]
+        if not name:
+            raise UserError(f"{path} is incomplete; it must be https://host/…/file")
+        address = hashlib.sha256(path.encode()).hexdigest()[:8]  # files of one name are not mixed up
+        return str(cached_file(path, "a path in its place", f"{address}-{name}"))
+    owner, _, rest = path.removeprefix("hf://").partition("/")
     repository, _, file = rest.partition("/")
     if not (owner and repository and file):
         raise UserError(f"{path} is incomplete; it must be hf://owner/repo/file")

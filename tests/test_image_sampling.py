@@ -196,8 +196,8 @@ def test_a_class_that_does_not_exist_is_refused(script, conditional_folder, word
     (["--classes", "1"], "has no classes"),
     (["--config.sampling.class_label", "1"], "class"),
     (["--config.eval.begin_ckpt", "5"], "checkpoints 1 to 4 are in .*none between"),
-    (["--sampling_dir", "/nowhere"], "/nowhere is neither a run folder nor a .pth file"),
-    (["--sampling_dir", ""], "name a run folder or a .pth file with --sampling_dir"),
+    (["--sampling_dir", "/nowhere"], "/nowhere is neither a run folder nor a .pth or .pkl file"),
+    (["--sampling_dir", ""], "name a run folder or a .pth or .pkl file with --sampling_dir"),
     (["--config.sampling.use_ode_sampler", "rk54"], "rk54.*rk45"),
     (["--config.sampling.sample_N", "0"], "sample_N must be at least 1, not 0"),
 ])

@@ -4,7 +4,7 @@
     python -m tools.describe --config configs/rectified_flow/cifar10_rf_gaussian.py \
         --ckpt_path logs/1_rectified_flow/checkpoints/checkpoint_14.pth
 
-With --ckpt_path (a file, ours or released, or hf://owner/repo/file) the architecture is the checkpoint's.
+With --ckpt_path (a file, ours, released or EDM's, hf:// or https://) the architecture is the checkpoint's.
 GMACs: 10⁹ multiply-accumulates of a forward pass. activations: what a float32 forward pass keeps for the backward pass
 for each image, with the config's dropout.
 """

@@ -31,7 +31,7 @@ from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
 from metrics.sweep import run_folder
 from models import load_model
-from models.checkpoint import HUB, read_checkpoint
+from models.checkpoint import is_remote, read_checkpoint
 from runtime.errors import UserError
 from runtime.files import atomic_path, write_json
 from runtime.seeds import EVALUATION, index_labels, index_noise
@@ -143,8 +143,8 @@ def require_packages():
 
 
 def default_folder(checkpoint):
-    """Return {run}/export; a checkpoint from Hugging Face has no run, its files go to ./export."""
-    return pathlib.Path("export") if checkpoint.startswith(HUB) else run_folder(checkpoint) / "export"
+    """Return {run}/export; a checkpoint from elsewhere has no run, its files go to ./export."""
+    return pathlib.Path("export") if is_remote(checkpoint) else run_folder(checkpoint) / "export"
 
 
 def draw_inputs(model, count, first=0):

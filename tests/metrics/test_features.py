@@ -1,7 +1,5 @@
 """Quantisation and features: equal to clean-fid's own path over the same images and the same TorchScript."""
 
-import pathlib
-import stat
 import warnings
 
 import numpy as np
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metrics.features import (
-    cached_file,
     check_finite,
     check_shape,
     create_extractor,
@@ -183,36 +180,3 @@ def test_without_a_path_inception_is_looked_for_in_the_users_own_cache(tmp_path,
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     path = write_stand_in(tmp_path / "hub" / "checkpoints")
     assert path.name in create_extractor(get_default_config(), "cpu").protocol
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "hub" / "checkpoints"
-
-
-def test_a_file_is_fetched_once(cache, tmp_path):
-    original = tmp_path / "weights.pt"
-    original.write_bytes(b"weights")
-    assert cached_file(original.as_uri(), "--x").read_bytes() == b"weights"
-    original.unlink()
-    assert cached_file(original.as_uri(), "--x") == cache / "weights.pt"
-
-
-def test_a_failed_download_says_which_file_to_put_where_and_leaves_nothing(cache):
-    with pytest.raises(UserError) as caught:
-        cached_file("http://127.0.0.1:9/inception.pt", "config.eval.inception_path")
-    message = str(caught.value)
-    assert str(cache / "inception.pt") in message
-    assert "http://127.0.0.1:9/inception.pt" in message
-    assert "config.eval.inception_path" in message
-    assert not list(cache.glob("*"))
-
-
-def test_the_cache_belongs_to_the_user_and_is_no_folder_that_anybody_can_write(monkeypatch):
-    monkeypatch.delenv("TORCH_HOME", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    folder = pathlib.Path(torch.hub.get_dir(), "checkpoints")
-    assert folder.is_relative_to(pathlib.Path.home())
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    assert not existing.stat().st_mode & stat.S_IWOTH
