@@ -33,12 +33,11 @@ from metrics.statistics import (
 from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
 from models.checkpoint import config_of_run, is_remote, local_file, network_of, read_checkpoint
 from models.describe import measure as count_operations
-from runtime.devices import start_processes, stop_processes
+from runtime.devices import in_precision, set_precision, start_processes, stop_processes
 from runtime.errors import UserError
 from runtime.files import file_digest, state_digest
 from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise
-from training.update import in_precision, set_precision
 
 FLAGS = {
     "ckpt_dir": Field("", "run folder (or one checkpoint, .pth or .pkl) whose checkpoints are sampled and measured"),

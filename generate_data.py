@@ -30,11 +30,11 @@ from flows.rectified_flow import interpolate, velocity_from_network
 from flows.samplers import SAMPLERS, sampler_values
 from models.checkpoint import load_with_config, local_file
 from runtime import devices
+from runtime.devices import autocast, set_precision
 from runtime.errors import UserError
 from runtime.files import file_digest
 from runtime.pictures import save_grid
 from runtime.progress import progress_bar
-from training.update import autocast, set_precision
 
 FLAGS = {
     "ckpt_path": Field("", "checkpoint (.pth, EDM's .pkl, hf://…, https://…) of from_z0 and from_z1; its EMA "

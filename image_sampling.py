@@ -22,13 +22,12 @@ from flows.rectified_flow import velocity_from_network
 from flows.samplers import Trajectories, create_sampler, euler, sampler_values, straightness
 from metrics.sweep import checkpoint_folder, run_folder, sweep
 from models.checkpoint import is_remote, load_with_config, local_file, numbered_checkpoints
-from runtime.devices import start_processes, stop_processes
+from runtime.devices import in_precision, set_precision, start_processes, stop_processes
 from runtime.errors import UserError
 from runtime.files import file_digest, write_json
 from runtime.pictures import save_grid, save_lines
 from runtime.progress import progress_bar
 from runtime.seeds import index_labels, index_noise
-from training.update import in_precision, set_precision
 
 FLAGS = {
     "sampling_dir": Field("", "run folder whose checkpoints are sampled, or one .pth or .pkl (hf:// and https:// too)"),

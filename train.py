@@ -7,7 +7,10 @@ The run lives in logs/{expr}/: checkpoints/, samples/, log.jsonl, loss.png, tens
 where a stopped run ended. Ctrl-C and SIGTERM finish the update, write the state and exit with status 130 and 143.
 """
 
+from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
+
 import contextlib
+import time
 
 import torch
 import torch.distributed as dist
@@ -20,122 +23,158 @@ from flows.objectives import create_objective
 from flows.rectified_flow import velocity_from_network
 from models import create_model
 from models.ema import ExponentialMovingAverage
-from runtime.devices import start_processes, stop_processes
-from runtime.errors import UserError
-from runtime.seeds import DRAWS, step_generator
-from training import networks, run_folder, snapshots
-from training.record import Record
-from training.state import STATE, Writer, keep_newest
-from training.stopping import StopRequest
-from training.update import (
-    Guard,
-    apply_update,
-    check_skipped,
-    create_optimizer,
+from runtime.devices import (
     in_precision,
+    memory_errors,
+    set_deterministic,
     set_precision,
-    warmup_factor,
+    start_processes,
+    stop_processes,
 )
+from runtime.seeds import DRAWS, seed_dropout, step_generator
+from training import run, state
+from training.update import UpdateStats, apply_update, check_finite, create_optimizer, warmup_factor
 
 
 def main(config, args, given):
     """Train the run that the config names; return the exit status."""
+    config, messages = state.take_architecture(config, given)
     check_training(config)
     processes = start_processes()
     try:
-        return Training(config, processes).run()
+        with contextlib.ExitStack() as held:
+            processes.from_main(lambda: held.enter_context(run.lock_run(run.run_path(config))))
+            return train(config, processes, messages)
     finally:
         stop_processes()
 
 
-class Training:
-    """A run: what it is made of (the constructor) and what it does (the other methods, in order of use)."""
+def train(config, processes, messages):
+    """Update until training.n_iters or a signal; log, sample and write checkpoints; return the exit status."""
+    path, options = run.run_path(config), config.training
+    check_batch(config, processes.world_size)
+    changed = run.check_same_run(config, path)
+    found, found_path = state.find_state(config, messages.append)
+    step = found["step"] if found else 0
+    if step != processes.share(step):
+        raise UserError(f"process {processes.rank} finds {step} updates done, process 0 another number: "
+                        "config.work_dir must be one folder that all processes see")
+    if step >= options.n_iters:
+        print(f"{found_path} has {step} of config.training.n_iters {options.n_iters} updates: the run is finished; "
+              "raise config.training.n_iters to train on")
+        return 0
 
-    def __init__(self, config, processes):
+    training = Training(config, processes, found)
+    data_changed = processes.from_main(lambda: run.open_run(config))
+    logger = run.RunLogger(path, start=step, total=options.n_iters, progress=options.progress,
+                           active=processes.is_main)
+    if found:
+        messages.append(f"continuing from {found_path}, {step} updates done")
+    messages += [f"from update {step} on: {phrase}" for phrase in changed] + training.messages + data_changed
+    for message in [*messages, *run.endless_schedules(config), training.describe()]:
+        logger.say(message)
+
+    writer, signal, first, started = state.Writer(), 0, step, time.monotonic()
+    checkpoint = grid = None
+    with (run.StopRequest(processes.world_size) as stop, compiler_failures(options.compile),
+          memory_errors(f"raise config.training.accumulation_steps ({options.accumulation_steps}), which splits the "
+                        f"batch, or lower config.training.batch_size ({options.batch_size})")):
+        while step < options.n_iters and not signal:
+            training.update(step)
+            step += 1
+            logger.tick()
+            signal = stop.agreed(step - first)
+            ended = step == options.n_iters
+
+            if step % options.record_iters == 0 or ended:
+                stats = training.stats.read()  # the one regular read from the device
+                check_finite(stats, options.max_skipped)
+                training.stats.restart()
+                logger.write(step, stats, lr=training.learning_rate(step - 1), beta=training.objective.beta(step - 1),
+                             batch_size=options.batch_size, device=processes.device)
+
+            if options.snapshot_sampling and (step % options.snapshot_sampling == 0 or ended) and processes.is_main:
+                grid = training.sample(path / "samples" / f"step_{step}.png")
+                logger.image("samples", grid, step)
+                logger.draw()
+
+            paths = [path / "checkpoints" / f"checkpoint_{k}.pth"
+                     for k in state.checkpoint_numbers(step, options.snapshot_freq, ended)]
+            if paths:
+                checkpoint = paths[-1]
+                logger.draw()
+            if ended or signal or (step > 1 and (step - 1) % options.snapshot_freq_for_preemption == 0):
+                paths.append(path / "checkpoints-meta" / state.STATE)  # last: it marks the others as written
+            if paths:
+                check_finite(training.stats.read(), options.max_skipped)
+                if processes.is_main:
+                    writer.submit(training.state(step), paths,
+                                  keep=lambda: state.keep_newest(path / "checkpoints", options.keep_checkpoints))
+        writer.wait()
+
+    logger.draw()
+    if signal and step < options.n_iters:
+        logger.say(f"stopped by signal {signal} after update {step}; the same command goes on from here")
+    else:
+        logger.say(f"finished: {step} updates, {step - first} of them in {time.monotonic() - started:.0f} s; "
+                   f"{checkpoint}{f' and {grid}' if grid else ''}")
+    logger.close()
+    return 128 + signal if signal else 0
+
+
+class Training:
+    """What the updates change and need: network, EMA, optimizer, statistics; data, objective, teacher."""
+
+    def __init__(self, config, processes, found=None):
+        """Make everything as the config says, and put the state `found` in place, if there is one."""
         self.config, self.processes, self.device = config, processes, processes.device
-        check_batch(config, processes.world_size)
-        run_folder.check_same_run(config, run_folder.run_path(config))
         set_precision(config.training.precision)
-        torch.backends.cudnn.benchmark = True  # a run has one shape: time cuDNN's algorithms once, take the fastest
-        torch.manual_seed(config.seed)
+        set_deterministic(config.training.deterministic)
         self.source = create_batches(config, self.device)
+        torch.manual_seed(config.seed)
         self.network = create_model(config).to(self.device, memory_format=torch.channels_last)
+        self.messages = [] if found else state.load_pretrained(self.network, config)
         parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.ema = ExponentialMovingAverage(parameters, config.model.ema_rate)
         self.optimizer = create_optimizer(
             parameters, name=config.optim.optimizer, lr=config.optim.lr, beta1=config.optim.beta1,
-            eps=config.optim.eps, weight_decay=config.optim.weight_decay, device=self.device)
-        self.guard = Guard(self.device, scaled=config.training.precision == "fp16" and self.device.type == "cuda")
-        self.step, messages = self.start_weights(parameters)
-        teacher = networks.load_teacher(config, self.device)
-        self.objective = create_objective(config, teacher and self.velocity_of(teacher), self.device)
-        self.velocity = self.velocity_of(self.trained_network())
-        if self.step >= config.training.n_iters:
-            raise UserError(f"{run_folder.run_path(config)} has its {self.step} updates already: raise "
-                            f"config.training.n_iters ({config.training.n_iters}) to train on")
-        self.path = processes.from_main(lambda: run_folder.open_run(config))
-        self.record = Record(self.path, start=self.step, total=config.training.n_iters,
-                             progress=config.training.progress, active=processes.is_main)
-        if config.training.compile:
-            messages.append("compiling the network in the first update, which takes a minute or more")
-        for message in messages:
-            self.record.say(message)
-        self.writer = Writer()
-
-    def start_weights(self, parameters):
-        """Continue this run, another (resume_from) or start from pre_train_model or from nothing.
-
-        Returns the number of updates done and what to tell about it.
-        """
-        state, messages = networks.find_state(self.config)
-        if state is None:
-            messages += networks.load_pretrained(self.network, self.config)
-        self.ema = ExponentialMovingAverage(parameters, self.config.model.ema_rate)
-        step = 0
-        if state is not None:
-            networks.restore(state, self.network, self.ema, self.optimizer, self.guard)
-            step = state["step"]
-        if step != self.processes.share(step):
-            raise UserError(f"process {self.processes.rank} finds {step} updates done, process 0 another number: "
-                            "config.work_dir must be one folder that all processes see")
-        return step, messages
-
-    def trained_network(self):
-        """Return the network as it is called in training: compiled, and averaging gradients over processes.
-
-        Processes would wait for the gradients of parameters that have none; optimizer and EMA hold these by now.
-        """
-        for parameter in self.network.idle_parameters():
+            eps=config.optim.eps, weight_decay=config.optim.weight_decay)
+        self.stats = UpdateStats(self.device,
+                                 scaled=config.training.precision == "fp16" and self.device.type == "cuda")
+        if found:
+            state.restore(found, self.network, self.ema, self.optimizer, self.stats)
+        for parameter in self.network.idle_parameters():  # processes would wait for their gradients
             parameter.requires_grad_(False)
-        network = torch.compile(self.network) if self.config.training.compile else self.network
+        teacher = state.load_teacher(config, self.device)
+        self.objective = create_objective(config, teacher and self.velocity_of(teacher), self.device)
+        self.velocity = self.velocity_of(self.parallel_network())
+        self.network.train()
+
+    def parallel_network(self):
+        """Return the network as it is called in training: averaging gradients over processes, and compiled."""
+        self.parallel = self.network
         if self.processes.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            network = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
-            network.broadcast_buffers = False  # constants; the constructor's word for it depends on torch's version
-        self.parallel = network
-        return network
+            self.parallel = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
+            self.parallel.broadcast_buffers = False  # constants; the constructor's word depends on torch's version
+        if not self.config.training.compile:
+            return self.parallel
+        self.messages.append("compiling the network in the first update, which takes a minute or more")
+        return torch.compile(self.parallel, mode=self.config.training.compile_mode)
 
     def velocity_of(self, network):
         """Return the velocity of a network that computes in config.training.precision."""
         return velocity_from_network(in_precision(network, self.config.training.precision, self.device))
 
-    def run(self):
-        """Update until n_iters, or until told to stop; return the exit status."""
-        self.network.train()
-        signal = 0
-        compiling = networks.compiler_failures(self.config.training.compile)
-        with StopRequest(self.processes.world_size) as stop, compiling:
-            while self.step < self.config.training.n_iters and not signal:
-                self.update(self.step)
-                self.step += 1
-                self.record.tick()
-                signal = stop.agreed(self.step)
-                self.after_update(last=bool(signal) or self.step == self.config.training.n_iters)
-            self.writer.wait()
-        self.record.draw()
-        if signal:
-            self.record.say(f"stopped by signal {signal} after update {self.step}; the same command goes on from here")
-        self.record.close()
-        return 128 + signal if signal else 0
+    def describe(self):
+        """Return a line about what is trained, on what and where."""
+        config, device = self.config, self.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        count = sum(p.numel() for p in self.network.parameters())
+        return (f"training {run.run_path(config)}: {config.model.name} of {count:,} parameters on {name} "
+                f"({self.processes.world_size} process{'es' * (self.processes.world_size > 1)}), {len(self.source):,} "
+                f"{'pairs' if config.data.reflow_data_root else 'images'} of {'×'.join(map(str, self.source.shape))}, "
+                f"batch {config.training.batch_size}, {config.training.n_iters} updates")
 
     def update(self, update):
         """Do update number `update`: its randomness comes from (seed, update, place in the global batch)."""
@@ -144,7 +183,7 @@ class Training:
             group["lr"] = self.learning_rate(update)
         generator = step_generator(config.seed, update, DRAWS, device)
         draws = self.objective.draw(generator, config.training.batch_size, self.source.shape, device)
-        networks.seed_dropout(config.seed, update, self.processes.rank)
+        seed_dropout(config.seed, update, self.processes.rank)
         loss = torch.zeros((), device=device)
         parts = self.parts()
         for low, high in parts:
@@ -152,11 +191,11 @@ class Training:
                 batch = self.source.batch(update, low, high)
                 own = {name: draw[low:high] for name, draw in draws.items()}
                 part = self.objective(self.velocity, batch, own, update).mean() / len(parts)
-                (part * self.guard.scale.float() if self.guard.scaled else part).backward()
+                (part * self.stats.scale.float() if self.stats.scaled else part).backward()
             loss += part.detach()
         if self.processes.world_size > 1:
             dist.all_reduce(loss.div_(self.processes.world_size))
-        apply_update(update, self.optimizer, self.ema, self.guard, loss, grad_clip=config.optim.grad_clip)
+        apply_update(update, self.optimizer, self.ema, self.stats, loss, grad_clip=config.optim.grad_clip)
         self.optimizer.zero_grad(set_to_none=True)
 
     def learning_rate(self, update):
@@ -175,62 +214,19 @@ class Training:
         """Keep gradients to this process: they are averaged once an update, after the last accumulation step."""
         return self.parallel.no_sync() if self.processes.world_size > 1 else contextlib.nullcontext()
 
-    def after_update(self, last):
-        """Record, sample and write checkpoints where the config says so after `self.step` updates."""
-        training, done = self.config.training, self.step - 1
-        if self.step % training.record_iters == 0 or self.step == training.n_iters:
-            self.write_record()
-        if training.snapshot_sampling and (self.step % training.snapshot_sampling == 0):
-            self.sample()
-        paths, number = [], self.checkpoint_number(last)
-        if number:
-            paths.append(self.path / "checkpoints" / f"checkpoint_{number}.pth")
-            self.record.draw()
-        if last or (done and done % training.snapshot_freq_for_preemption == 0):  # at the end: it marks both as written
-            paths.append(self.path / "checkpoints-meta" / STATE)
-        if paths:
-            check_skipped(self.guard.read(), training.max_skipped)
-            if self.processes.is_main:
-                self.writer.submit(self.state(), paths, keep=lambda: keep_newest(
-                    self.path / "checkpoints", training.keep_checkpoints))
+    def sample(self, path):
+        """Write the grid of one-step and few-step samples of the EMA weights from fixed noise; return its path."""
+        return run.sample_grids(self.network, self.ema, velocity_from_network(self.network), self.config,
+                                self.source.shape, path)
 
-    def checkpoint_number(self, last):
-        """Return k where checkpoint_k is due, otherwise 0: after update k·snapshot_freq, the first being update 0.
-
-        A run that ends after exactly k·snapshot_freq updates gets its checkpoint_k then.
-        """
-        frequency = self.config.training.snapshot_freq
-        if (self.step - 1) % frequency == 0:
-            return (self.step - 1) // frequency
-        ended = last and self.step == self.config.training.n_iters
-        return self.step // frequency if ended and self.step % frequency == 0 else 0
-
-    def write_record(self):
-        """Log the means since the last record: the one regular read from the device."""
-        found = self.guard.read()
-        check_skipped(found, self.config.training.max_skipped)
-        self.guard.restart()
-        self.record.write(self.step, found, lr=self.learning_rate(self.step - 1),
-                          beta=self.objective.beta(self.step - 1), batch_size=self.config.training.batch_size,
-                          device=self.device)
-
-    def sample(self):
-        """Write the grids of this step: one-step and few-step samples of the EMA weights from fixed noise."""
-        if self.processes.is_main:
-            velocity = velocity_from_network(self.network)
-            picture = snapshots.sample_grids(self.network, self.ema, velocity, self.config, self.source.shape,
-                                             self.path / "samples" / f"step_{self.step}.png")
-            self.record.picture("samples", picture, self.step)
-            self.record.draw()
-
-    def state(self):
-        """Return the checkpoint: all that the next update depends on."""
+    def state(self, step):
+        """Return the checkpoint after `step` updates: all that the next one depends on."""
         return {
             "model": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "guard": self.guard.state_dict(),
+            "step": step,
+            "stats": self.stats.state_dict(),
             "config": config_to_dict(self.config),
         }
 
@@ -241,6 +237,20 @@ def check_batch(config, world_size):
     if config.training.batch_size % parts:
         raise UserError(f"config.training.batch_size {config.training.batch_size} cannot be split into "
                         f"{world_size} processes × {config.training.accumulation_steps} accumulation steps")
+
+
+@contextlib.contextmanager
+def compiler_failures(compiling):
+    """Raise a UserError for what torch.compile cannot do here, for instance without a C++ compiler."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (compiling and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
+            raise
+        cause = getattr(error, "inner_exception", error)
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        raise UserError(f"config.training.compile is true, but torch.compile fails: {reason}; set it to false, or "
+                        "install the compiler that it needs") from error
 
 
 if __name__ == "__main__":

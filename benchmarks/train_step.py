@@ -29,8 +29,9 @@ from flows.rectified_flow import velocity_from_network  # noqa: E402
 from models import create_model  # noqa: E402
 from models.describe import describe  # noqa: E402
 from models.ema import ExponentialMovingAverage  # noqa: E402
+from runtime.devices import autocast, set_precision  # noqa: E402
 from runtime.seeds import DRAWS, step_generator  # noqa: E402
-from training.update import Guard, apply_update, autocast, create_optimizer, set_precision  # noqa: E402
+from training.update import UpdateStats, apply_update, create_optimizer  # noqa: E402
 
 SHAPE = (3, 32, 32)
 
@@ -42,9 +43,8 @@ class OurStep:
         self.config, self.device = config, device
         self.network = network.to(memory_format=torch.channels_last)
         parameters = list(network.parameters())
-        self.optimizer = create_optimizer(parameters, name="Adam", lr=2e-4, beta1=0.9, eps=1e-8, weight_decay=0.0,
-                                          device=device)
-        self.ema, self.guard = ExponentialMovingAverage(parameters, 0.999999), Guard(device)
+        self.optimizer = create_optimizer(parameters, name="Adam", lr=2e-4, beta1=0.9, eps=1e-8, weight_decay=0.0)
+        self.ema, self.stats = ExponentialMovingAverage(parameters, 0.999999), UpdateStats(device)
         self.objective = create_objective(config, device=device)
 
     def velocity(self, x, t, label=None):
@@ -57,7 +57,7 @@ class OurStep:
         draws = self.objective.draw(step_generator(0, update, DRAWS, self.device), len(batch.z1), SHAPE, self.device)
         loss = self.objective(self.velocity, batch, draws, update).mean()
         loss.backward()
-        apply_update(update, self.optimizer, self.ema, self.guard, loss.detach(), grad_clip=1.0)
+        apply_update(update, self.optimizer, self.ema, self.stats, loss.detach(), grad_clip=1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
 

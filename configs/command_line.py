@@ -5,7 +5,6 @@ A mistake ends the script with one sentence on stderr and status 2, before anyth
 
 import ast
 import difflib
-import errno
 import importlib.util
 import json
 import pathlib
@@ -16,11 +15,10 @@ from absl import flags
 
 from configs.default import FIELDS, Field, field_names, find_field, get_default_config, set_field
 from configs.validation import check_fields
-from runtime.errors import UserError
+from runtime.errors import UserError, one_sentence
 from runtime.files import write_json
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells use it
 
 
 def run_script(main, doc, script_flags=None):
@@ -48,26 +46,10 @@ def run_program(main, doc, program_flags):
 
 
 def _run(main, parse):
-    script = pathlib.Path(sys.argv[0]).name
-    try:
+    with one_sentence(pathlib.Path(sys.argv[0]).name):
         parsed = parse()
         if parsed is not None:
             sys.exit(main(*parsed))
-    except UserError as error:
-        _stop(f"{script}: {error}", 2)
-    except KeyboardInterrupt:
-        _stop(f"{script}: interrupted; the same command goes on from what is finished", INTERRUPTED)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        place = f" ({error.filename})" if error.filename else ""
-        _stop(f"{script}: cannot write{place}: {error.strerror}; make room or choose another folder, "
-              "then run the same command again", 2)
-
-
-def _stop(message, status):
-    print(" ".join(message.split()), file=sys.stderr)
-    sys.exit(status)
 
 
 def parse_command_line(argv, doc="", script_flags=None):

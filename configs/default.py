@@ -22,7 +22,7 @@ class Field:
 
 # In a pattern, <number> stands for a decimal number and <int> for a positive whole one.
 FIELDS = {
-    "seed": Field(42, "seed of all randomness: of training, of sample i, of pair i", low=0),
+    "seed": Field(42, "seed of all randomness: of training, of sample i, of pair i", low=0, high=2**63 - 1),
     "work_dir": Field("./logs/", "folder of all runs; a run lives in {work_dir}/{expr}/"),
     "expr": Field("", "name of this run (its folder); needed for training"),
     "training": {
@@ -51,6 +51,10 @@ FIELDS = {
         "precision": Field("tf32", "arithmetic of the network (tf32 and fp16 need CUDA and are fp32 on a CPU)",
                            choices=("fp32", "tf32", "bf16", "fp16")),
         "compile": Field(False, "compile the network with torch.compile"),
+        "compile_mode": Field("default", "mode of torch.compile; reduce-overhead replays CUDA graphs, for small "
+                              "networks", choices=("default", "reduce-overhead", "max-autotune")),
+        "deterministic": Field(False, "only operations that give the same bits every time on one machine (slower on "
+                               "a GPU)"),
         "max_skipped": Field(100, "non-finite updates in a row after which training stops", low=1),
         "keep_checkpoints": Field(0, "how many of the newest checkpoint_{k}.pth to keep (0: all)", low=0),
     },
@@ -63,6 +67,8 @@ FIELDS = {
         "flow_alpha_t": Field("uniform", "place on the path, x_t = a·z1 + (1-a)·z0: a = t, eps (t0) or 1 (t1)",
                               choices=("uniform", "t0", "t1")),
         "pre_train_model": Field("", "checkpoint whose raw weights the network starts from (hf://owner/repo/file too)"),
+        "pre_train_partial": Field(False, "start from those tensors of pre_train_model that fit this network; "
+                                   "otherwise its architecture is taken and every tensor must fit"),
         "use_teacher": Field(False, "flow-guided distillation: add the two-step term"),
         "guidance_first_step": Field("student", "who takes the first of the two guiding steps: the student (released "
                                      "code) or the teacher (the paper's equation)", choices=("student", "teacher")),

@@ -18,7 +18,7 @@ import time
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.locks import file_lock
+from runtime.files import file_lock
 from runtime.progress import progress_bar
 
 VERSION = 1  # of what decoding does; a change makes old entries unused

@@ -10,7 +10,7 @@ import numpy as np
 from datasets.pickles import load_array_file, load_arrays
 from datasets.source import Contents, Source, check_labels, fit_block, identify
 from runtime.errors import UserError
-from runtime.locks import file_lock
+from runtime.files import file_lock
 
 ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"

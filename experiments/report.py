@@ -20,9 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from runtime.errors import UserError
+from runtime.errors import UserError, run_program
 from runtime.files import atomic_path, write_text
-from runtime.programs import run_program
 
 COLUMNS = ("step", "kind", "seed", "digest", "commit", "processor", "seconds", "nfe", "feature_distance",
            "pixel_distance", "precision", "recall", "recognised", "nearest", "straightness", "loss", "parameters",

@@ -13,9 +13,8 @@ from experiments.images import find_fashion
 from experiments.report import read_table, write_demo
 from experiments.runner import Study
 from experiments.studies import LARGEST_STUDENT, STUDIES, THRESHOLDS
-from runtime.errors import UserError
-from runtime.locks import file_lock
-from runtime.programs import run_program
+from runtime.errors import UserError, run_program
+from runtime.files import file_lock
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("study", ["digits"], f"studies to run, of {', '.join(STUDIES)}")

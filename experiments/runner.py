@@ -22,8 +22,7 @@ from experiments.report import NUMBERS, read_table, write_table
 from experiments.studies import ROOT
 from metrics.results import read_results
 from runtime.errors import UserError
-from runtime.files import write_json
-from runtime.locks import file_lock
+from runtime.files import file_lock, write_json
 from runtime.progress import progress_bar
 
 KINDS = {"train.py": "train", "generate_data.py": "pairs", "evaluation_fid.py": "evaluate", "image_sampling.py": "look"}

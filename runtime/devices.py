@@ -1,5 +1,6 @@
-"""Devices and processes: CUDA where there is one, the CPU otherwise; torchrun or a single process."""
+"""Devices and processes: CUDA where there is one, the CPU otherwise; torchrun or a single process; precision."""
 
+import contextlib
 import dataclasses
 import os
 
@@ -57,9 +58,14 @@ def start_processes(patience=None):
 
     Each process takes the GPU of its local rank with NCCL; without GPUs all take the CPU with gloo.
     patience: the longest that one waits for another, a `datetime.timedelta` (None: torch's 10 or 30 minutes).
+    Raises UserError for more processes than GPUs.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"there are more processes than the {gpus} GPUs of this machine: start torchrun with "
+                            f"--nproc_per_node={gpus} or fewer")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -68,7 +74,8 @@ def start_processes(patience=None):
     if world_size == 1:
         return Processes(0, 1, device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        own = {"device_id": device} if device.type == "cuda" else {}  # NCCL need not guess which GPU is whose
+        dist.init_process_group("nccl" if own else "gloo", timeout=patience, **own)
     return Processes(dist.get_rank(), world_size, device)
 
 
@@ -76,3 +83,49 @@ def stop_processes():
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def memory_errors(advice):
+    """Raise a UserError with `advice` (which field to lower) where memory runs out in the `with` block."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"out of memory: {advice}") from error
+
+
+def set_precision(precision):
+    """Let float32 products of the network use TF32 for "tf32", and nothing but float32 for the others."""
+    allowed = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def set_deterministic(deterministic):
+    """Choose between operations with the same bits every time on one GPU and the fastest that cuDNN finds."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic  # a run has one shape: time cuDNN's algorithms once
+
+
+def autocast(precision, device):
+    """Return the context in which the network computes: bfloat16, float16 (CUDA only) or as it is."""
+    kind = torch.device(device).type
+    if precision == "bf16":
+        return torch.autocast(kind, torch.bfloat16)
+    if precision == "fp16" and kind == "cuda":
+        return torch.autocast(kind, torch.float16)
+    return contextlib.nullcontext()
+
+
+def in_precision(network, precision, device):
+    """Return `network(x, t, label)` computing in `precision`, its output in float32."""
+
+    def call(x, t, label=None):
+        with autocast(precision, device):
+            return network(x, t, label).float()
+
+    return call

@@ -1,4 +1,16 @@
-"""The one error that a user is meant to read."""
+"""What a user reads when something is wrong: one sentence and an exit status, no traceback."""
+
+import contextlib
+import errno
+import signal
+import sys
+
+# A script imports this module first: Ctrl-C while torch is imported, which takes seconds, ends it without a traceback.
+if "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells use it
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
@@ -6,3 +18,45 @@ class UserError(ValueError):
 
     The scripts print the message on stderr and exit with status 2, without a traceback.
     """
+
+
+@contextlib.contextmanager
+def one_sentence(name):
+    """End the program with one line on stderr for a UserError, a full disk, a place without permission, or Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except UserError as error:
+        stop(f"{name}: {error}", 2)
+    except KeyboardInterrupt:
+        stop(f"{name}: interrupted; the same command goes on from what is finished", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        stop(f"{name}: cannot write{place}: {error.strerror}; make room or choose another folder, then run the same "
+             "command again", 2)
+
+
+def stop(message, status):
+    """Print one line on stderr and exit."""
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def run_program(main, name):
+    """Call `main(argv)` with absl's flags of the command line; exit 2 with one sentence when these are wrong."""
+    from absl import app, flags
+
+    def parse(argv):
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            stop(f"{name}: {error} (--help lists the flags)", 2)
+
+    def run(argv):
+        with one_sentence(name):
+            sys.exit(main(argv))
+
+    app.run(run, flags_parser=parse)

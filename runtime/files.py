@@ -1,29 +1,78 @@
-"""Writing files so that a crash never leaves half of one."""
+"""Files: written whole or not at all, locked between processes, and told apart by digests."""
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import pathlib
+import secrets
+import sys
+import time
+
+from runtime.errors import CANNOT_WRITE, UserError
+
+STALE_AFTER = 60.0  # seconds; a temporary file this old that no process holds was left by one that was killed
 
 
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
 
-    After an exception (a full disk, Ctrl-C) the temporary file is removed and `path` is as it was before.
-    The suffix of `path` is kept, since savers such as `np.save` and matplotlib look at it.
+    After an exception (a full disk, Ctrl-C) the temporary file is removed and `path` is as it was before; what a
+    killed process left is removed by the next one that writes `path`. The suffix of `path` is kept, since savers such
+    as `np.save` and matplotlib look at it. An OSError of a full or read-only disk names `path`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    _remove_stale(path)
+    temporary = path.with_name(f".{path.stem[:200]}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with open(temporary, "xb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the system's word
+        if (not isinstance(cause, OSError) or cause.errno not in CANNOT_WRITE
+                or cause.filename not in (None, str(temporary))):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(path):
+    """Remove temporary files of `path` whose writers are gone: a living one holds its file locked."""
+    for left in path.parent.glob(f".{glob.escape(path.stem[:200])}.*.tmp{glob.escape(path.suffix)}"):
+        with contextlib.suppress(OSError), open(left, "rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - os.fstat(opened.fileno()).st_mtime > STALE_AFTER:
+                left.unlink()
+
+
+@contextlib.contextmanager
+def file_lock(path, doing, refusal=None):
+    """Hold the lock file `path` inside the `with` block and yield its descriptor; wait while another process holds it.
+
+    `doing` says what the other process is doing, for the line that a waiting user reads; with `refusal` nobody waits:
+    a UserError says that. The system frees the lock when its process ends, however it ends; children that get the
+    descriptor hold it, too. The empty file stays: removing it would let two in.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if refusal:
+                raise UserError(refusal) from None
+            print(f"waiting for another process that is {doing} ({path})", file=sys.stderr, flush=True)
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield opened.fileno()
 
 
 def write_text(path, text):
@@ -35,6 +84,15 @@ def write_text(path, text):
 def write_json(path, value):
     """Write `value` to `path` atomically as indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json_lines(path):
+    """Return the JSON objects of a file with one a line, [] without the file; a line cut off by a crash is left out."""
+    path, found = pathlib.Path(path), []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)]
 
 
 def state_digest(path):

@@ -37,3 +37,9 @@ def step_generator(seed, update, stream, device):
     generator = torch.Generator(device)
     generator.manual_seed(int(words[0]) << 31 ^ int(words[1]))
     return generator
+
+
+def seed_dropout(seed, update, rank):
+    """Seed torch's global generators, which dropout draws from, by (seed, update, rank)."""
+    words = np.random.SeedSequence([seed, update, rank, DROPOUT]).generate_state(2, np.uint32)
+    torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from models.checkpoint import write_checkpoint
+from runtime.files import read_json_lines
 from tests.processes import Script, run_ranks, run_script
 from training import state
-from training.record import read_log
 
 DIGITS = "configs/rectified_flow/digits_rf_gaussian.py"
 TINY = ["--config.model.nf", 8, "--config.model.ch_mult", "(1, 2)", "--config.training.batch_size", 16,
@@ -81,7 +81,7 @@ def load(path):
 def losses(run):
     """Return what of the log must not depend on interruptions."""
     names = ("step", "loss", "grad_norm", "lr", "beta", "skipped")
-    return [[entry[name] for name in names] for entry in read_log(run / "log.jsonl")]
+    return [[entry[name] for name in names] for entry in read_json_lines(run / "log.jsonl")]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -93,7 +93,7 @@ def test_killed_and_resumed_run_ends_bit_identical(objective, tmp_path, pairs, p
     moments = random.Random(objective)
     for records in sorted(moments.sample(range(1, 5), 2)):  # kill after this many records, at any moment
         script = Script(tmp_path, "train.py", words(tmp_path / "killed", "run", *chosen))
-        script.kill_when(lambda n=records: len(read_log(run / "log.jsonl")) >= n)
+        script.kill_when(lambda n=records: len(read_json_lines(run / "log.jsonl")) >= n)
     status, log = run_script(tmp_path, "train.py", *words(tmp_path / "killed", "run", *chosen))
     assert status == 0, log
     whole = tmp_path / "whole" / "run"
@@ -109,7 +109,7 @@ def test_two_processes_train_to_the_losses_of_one(tmp_path):
     status, log = run_script(tmp_path, "train.py", *words(tmp_path / "one", "run", *chosen))
     assert status == 0, log
     assert [s for s, _ in run_ranks(tmp_path, "train.py", *words(tmp_path / "two", "run", *chosen))] == [0, 0]
-    one, two = (read_log(tmp_path / n / "run" / "log.jsonl") for n in ("one", "two"))
+    one, two = (read_json_lines(tmp_path / n / "run" / "log.jsonl") for n in ("one", "two"))
     assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-5)
     assert [e["grad_norm"] for e in two] == pytest.approx([e["grad_norm"] for e in one], rel=1e-4)
     # the run of two goes on with one
@@ -117,7 +117,7 @@ def test_two_processes_train_to_the_losses_of_one(tmp_path):
     for n in ("one", "two"):
         status, log = run_script(tmp_path, "train.py", *words(tmp_path / n, "run", *more))
         assert status == 0, log
-    one, two = (read_log(tmp_path / n / "run" / "log.jsonl")[-1]["loss"] for n in ("one", "two"))
+    one, two = (read_json_lines(tmp_path / n / "run" / "log.jsonl")[-1]["loss"] for n in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-5)
 
 
@@ -143,12 +143,12 @@ def test_signal_finishes_the_update_writes_the_state_and_exits_with_its_status(n
     chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 100000)
     script = Script(tmp_path, "train.py", chosen)
     log = tmp_path / "run" / "log.jsonl"
-    while not read_log(log):
+    while not read_json_lines(log):
         assert script.process.is_alive(), script.log
     script.send(number)
     assert script.wait() == status
     done = load(tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth")["step"]
-    assert done >= read_log(log)[-1]["step"]
+    assert done >= read_json_lines(log)[-1]["step"]
     assert f"after update {done}" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -160,7 +160,7 @@ def test_corrupt_state_falls_back_to_the_one_before_and_says_so(tmp_path):
     more = words(tmp_path, "run", *TINY, "--config.training.n_iters", 14)
     status, log = run_script(tmp_path, "train.py", *more)
     assert status == 0, log
-    assert "passed over a broken checkpoint" in log and "11 updates done" in log
+    assert "passed over a broken checkpoint" in log and "checkpoint_2.pth, 12 updates done" in log
     for path in (tmp_path / "run").glob("checkpoints*/*.pth"):
         path.write_bytes(b"nothing")
     status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, "--config.training.n_iters", 16))
@@ -179,7 +179,7 @@ def without_room_for_checkpoint_1():
 def test_numbered_checkpoint_that_found_no_space_is_written_after_the_next_start(tmp_path):
     chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 11)
     status, log = run_script(tmp_path, "train.py", *chosen, prepare=without_room_for_checkpoint_1)
-    assert status == 2 and "No space left" in log and log.count("\n") == 1, log
+    assert status == 2 and "No space left" in log and log.count("\n") == 2, log  # after the line of the start
     status, log = run_script(tmp_path, "train.py", *chosen)
     assert status == 0 and "6 updates done" in log, log
     assert load(tmp_path / "run" / "checkpoints" / "checkpoint_1.pth")["step"] == 11
@@ -199,23 +199,33 @@ def test_run_folder_says_how_the_run_was_made(tmp_path):
     assert (run / "loss.png").stat().st_size > 1000
     assert list((run / "tensorboard").iterdir())
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"checkpoint_3.pth"}  # the newest alone is kept
-    assert [e["step"] for e in read_log(run / "log.jsonl")] == [4, 8, 12]
-    record = read_log(run / "log.jsonl")[-1]
+    assert [e["step"] for e in read_json_lines(run / "log.jsonl")] == [4, 8, 12]
+    record = read_json_lines(run / "log.jsonl")[-1]
     assert {"loss", "lr", "grad_norm", "images_per_second", "memory_mb", "beta", "skipped"} <= record.keys()
 
 
-@pytest.mark.parametrize("more, sentence", [
-    (["--config.model.nf", 12], "model.nf (8 there, 12 here)"),
-    (["--config.optim.lr", 0.5], "optim.lr (0.001 there, 0.5 here)"),
-    ([], "raise config.training.n_iters"),
+@pytest.mark.parametrize("more, status, sentence", [
+    (["--config.model.nf", 12], 2, "model.nf (8 there, 12 here)"),
+    (["--config.optim.beta1", 0.5], 2, "--config.training.resume_from"),
+    (["--config.expr", "run/"], 0, "the run is finished; raise config.training.n_iters"),
 ])
-def test_second_start_in_a_run_folder_is_refused_where_it_contradicts(more, sentence, tmp_path):
+def test_second_start_of_a_run_is_refused_where_it_contradicts_and_said_where_it_is_finished(
+        more, status, sentence, tmp_path):
     chosen = [*TINY, "--config.training.n_iters", 5]
     assert run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))[0] == 0
     before = (tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth").read_bytes()
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen, *more))
-    assert status == 2 and sentence in log and log.count("\n") == 1
+    found, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen, *more))
+    assert found == status and sentence in log and log.count("\n") == 1
     assert (tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth").read_bytes() == before
+
+
+def test_what_does_not_change_the_result_may_change_and_a_new_learning_rate_is_said(tmp_path):
+    assert run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, "--config.training.n_iters", 5))[0] == 0
+    status, log = run_script(tmp_path, "train.py", *words(
+        tmp_path, "run", *TINY, "--config.training.n_iters", 6, "--config.training.accumulation_steps", 4,
+        "--config.optim.lr", 0.5))
+    assert status == 0 and "from update 5 on: optim.lr (0.001 there, 0.5 here)" in log, log
+    assert read_json_lines(tmp_path / "run" / "log.jsonl")[-1]["lr"] == 0.5
 
 
 @pytest.mark.parametrize("more, sentence", [
@@ -270,7 +280,7 @@ def test_diverging_run_stops_with_its_skipped_updates_named_and_its_checkpoints_
               "--config.training.n_iters", 100]
     status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))
     assert status == 2 and "was not finite for" in log and "config.training.max_skipped" in log, log
-    record = read_log(tmp_path / "run" / "log.jsonl")[0]
+    record = read_json_lines(tmp_path / "run" / "log.jsonl")[0]
     assert record["skipped"] == 3 and record["skipped_steps"] == [1, 2, 3]
     state = load(tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth")
     assert all(torch.isfinite(value).all() for value in state["model"].values())
@@ -279,7 +289,7 @@ def test_diverging_run_stops_with_its_skipped_updates_named_and_its_checkpoints_
 def test_processes_agree_on_what_is_skipped(tmp_path):
     chosen = [*TINY, "--config.optim.warmup", 0, "--config.optim.lr", 1e25, "--config.training.n_iters", 8]
     assert [s for s, _ in run_ranks(tmp_path, "train.py", *words(tmp_path, "run", *chosen))] == [0, 0]
-    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["skipped"] == 7
+    assert read_json_lines(tmp_path / "run" / "log.jsonl")[-1]["skipped"] == 7
 
 
 def compile_quickly(graphs):
@@ -302,7 +312,7 @@ def test_compiled_run_is_one_graph_with_the_losses_and_the_names_of_an_eager_one
                              prepare=functools.partial(compile_quickly, tmp_path / "graphs.txt"))
     assert status == 0, log
     assert (tmp_path / "graphs.txt").read_text() == "graph\n"  # no break, no compilation at a later update
-    eager, compiled = (read_log(tmp_path / n / "run" / "log.jsonl") for n in ("eager", "compiled"))
+    eager, compiled = (read_json_lines(tmp_path / n / "run" / "log.jsonl") for n in ("eager", "compiled"))
     assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in eager], rel=1e-5)
     assert [e["grad_norm"] for e in compiled] == pytest.approx([e["grad_norm"] for e in eager], rel=1e-4)
     eager, compiled = (load(tmp_path / n / "run" / "checkpoints-meta" / "checkpoint.pth")["model"]
@@ -329,5 +339,5 @@ def test_bf16_radam_and_accumulation_train(tmp_path):
               "--config.training.accumulation_steps", 4, "--config.optim.optimizer", "RAdam"]
     status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))
     assert status == 0, log
-    records = read_log(tmp_path / "run" / "log.jsonl")
+    records = read_json_lines(tmp_path / "run" / "log.jsonl")
     assert records[-1]["skipped"] == 0 and 0 < records[-1]["loss"] < 5

@@ -8,7 +8,7 @@ from configs.command_line import run_program
 from configs.default import Field
 from models.checkpoint import numbered_checkpoints
 from runtime.errors import UserError
-from training.record import read_log
+from runtime.files import read_json_lines
 
 FLAGS = {"work_dir": Field("logs", "folder of the runs, searched with its sub-folders")}
 
@@ -17,7 +17,7 @@ COLUMNS = ("run", "step", "of", "loss", "images/s", "skipped", "newest checkpoin
 
 def describe_run(path, root):
     """Return the texts of one row for the run folder `path` below `root`."""
-    entries = read_log(path / "log.jsonl")
+    entries = read_json_lines(path / "log.jsonl")
     last = entries[-1] if entries else {}
     config = json.loads((path / "config.json").read_text())
     samples = sorted((path / "samples").glob("*.png"), key=lambda p: p.stat().st_mtime)

@@ -1,1 +1,1 @@
-"""What train.py calls: the guarded update, the state on disk, the run folder, the records and the snapshots."""
+"""What train.py calls: one update, the state that it goes on from, and the folder of the run."""

@@ -1,6 +1,4 @@
-"""One update of the weights: precision, clipping, the non-finite guard, optimizer and EMA, without a host read."""
-
-import contextlib
+"""One update of the weights: clipping, the optimizer, the EMA and its statistics, without a host read."""
 
 import torch
 
@@ -10,16 +8,60 @@ STEPS_KEPT = 16  # how many of the last skipped updates are named
 GROWTH_INTERVAL = 2000  # finite updates after which the fp16 loss scale doubles
 
 
-def create_optimizer(parameters, *, name, lr, beta1, eps, weight_decay, device):
-    """Return Adam, AdamW (fused) or RAdam (foreach) over `parameters`, betas (beta1, 0.999).
+class RAdam(torch.optim.Optimizer):
+    """Rectified Adam (arXiv 1908.03265), its state laid out as torch.optim.RAdam's: a skipped step costs no copies.
 
-    The fused kernels skip a step on the device when told `found_inf`; RAdam has none and is guarded by copies.
+    `found_inf`: 0-dimensional tensor, 1 to leave parameters and moments as they are; weight decay is L2 as there.
+    """
+
+    def __init__(self, parameters, *, lr, betas, eps, weight_decay):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        """Do one step: about forty operations, and one for each parameter."""
+        skip = self.found_inf > 0
+        keep = 1 - self.found_inf
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                p.grad.masked_fill_(skip, 0.0)
+                if not self.state[p]:
+                    self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                         exp_avg_sq=torch.zeros_like(p))
+            steps, m, v = ([self.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq"))
+            beta1, beta2 = group["betas"]
+            g = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
+            torch._foreach_add_(steps, [keep] * len(steps))
+            for moment, value, beta in ((m, g, beta1), (v, torch._foreach_mul(g, g), beta2)):
+                change = torch._foreach_sub(value, moment)
+                torch._foreach_mul_(change, keep * (1 - beta))
+                torch._foreach_add_(moment, change)
+            n = steps[0].double().clamp(min=1)
+            unbias1, unbias2 = 1 - beta1**n, 1 - beta2**n
+            rho_inf = 2 / (1 - beta2) - 1
+            rho = rho_inf - 2 * n * beta2**n / unbias2
+            rectified = (rho > 5).double()
+            rectify = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).clamp(min=0).sqrt()
+            # p ← p - lr·m/(1-β1^n)·(r·sqrt(1-β2^n)/(sqrt(v)+eps) where rectified, 1 elsewhere)
+            rate = -group["lr"] * keep / unbias1
+            denominator = torch._foreach_sqrt(v)
+            torch._foreach_add_(denominator, group["eps"])
+            adaptive = torch._foreach_div(m, denominator)
+            torch._foreach_mul_(adaptive, (rate * rectified * rectify * unbias2.sqrt()).float())
+            torch._foreach_add_(parameters, adaptive)
+            torch._foreach_add_(parameters, torch._foreach_mul(m, (rate * (1 - rectified)).float()))
+
+
+def create_optimizer(parameters, *, name, lr, beta1, eps, weight_decay):
+    """Return Adam, AdamW (torch's fused kernels) or RAdam over `parameters`, betas (beta1, 0.999).
+
+    All three leave a step out on the device where their `found_inf` is 1.
     """
     options = {"lr": lr, "betas": (beta1, 0.999), "eps": eps, "weight_decay": weight_decay}
     if name == "RAdam":
-        return torch.optim.RAdam(parameters, foreach=True, capturable=torch.device(device).type == "cuda", **options)
-    kinds = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
-    return kinds[name](parameters, fused=True, **options)
+        return RAdam(parameters, **options)
+    return {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name](parameters, fused=True, **options)
 
 
 def warmup_factor(update, warmup):
@@ -27,42 +69,16 @@ def warmup_factor(update, warmup):
     return min(1.0, update / warmup) if warmup > 0 else 1.0
 
 
-def set_precision(precision):
-    """Let float32 products of the network use TF32 for "tf32", and nothing but float32 for the others."""
-    allowed = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
+class UpdateStats:
+    """What the updates came to, counted on the device: nothing is read back until `read`.
 
-
-def autocast(precision, device):
-    """Return the context in which the network computes: bfloat16, float16 (CUDA only) or as it is."""
-    kind = torch.device(device).type
-    if precision == "bf16":
-        return torch.autocast(kind, torch.bfloat16)
-    if precision == "fp16" and kind == "cuda":
-        return torch.autocast(kind, torch.float16)
-    return contextlib.nullcontext()
-
-
-def in_precision(network, precision, device):
-    """Return `network(x, t, label)` computing in `precision`, its output in float32."""
-
-    def call(x, t, label=None):
-        with autocast(precision, device):
-            return network(x, t, label).float()
-
-    return call
-
-
-class Guard:
-    """The counters of the training loop, on the device: nothing is read back until `read`.
-
-    loss_sum, norm_sum, count: over the finite updates since `restart`; skipped: updates left out in all; in_row,
-    worst_row: left out one after the other now, and at most since `restart`; scale, good: the fp16 loss scale and
-    the finite updates since it last changed. `steps` holds the numbers of the last updates left out.
+    loss_sum, norm_sum, finite: over the finite updates since `restart`; nonfinite: updates left out in all;
+    consecutive, most_consecutive: left out one after the other now, and at most since `restart`; scale, since_overflow:
+    the fp16 loss scale and the finite updates since it last changed. `steps`: numbers of the last updates left out.
     """
 
-    NAMES = ("loss_sum", "norm_sum", "count", "skipped", "in_row", "worst_row", "scale", "good")
+    NAMES = ("loss_sum", "norm_sum", "finite", "nonfinite", "consecutive", "most_consecutive", "scale",
+             "since_overflow")
 
     def __init__(self, device, scaled=False):
         initial = 2.0**16 if scaled else 1.0
@@ -76,36 +92,36 @@ class Guard:
         """The factor of the loss before the backward pass, a 0-dimensional tensor (1 without fp16)."""
         return self.values[6]
 
-    def count(self, update, loss, norm, bad):
-        """Add update number `update`: its loss and gradient norm, and whether it is left out (`bad` 0 or 1).
+    def count(self, update, loss, norm, nonfinite):
+        """Add update number `update`: its loss and gradient norm, and whether it is left out (`nonfinite` 0 or 1).
 
-        loss, norm and bad are 0-dimensional tensors.
+        loss, norm and nonfinite are 0-dimensional tensors.
         """
-        bad = bad.to(torch.float64)
-        sums = torch.stack([loss.to(torch.float64), norm.to(torch.float64), torch.ones_like(bad)])
-        self.values[:3] += torch.where(bad > 0, torch.zeros_like(sums), sums)
-        skipped, in_row, worst = self.values[3], self.values[4], self.values[5]
-        here = (self._places == skipped % STEPS_KEPT) & (bad > 0)
+        nonfinite = nonfinite.to(torch.float64)
+        sums = torch.stack([loss.to(torch.float64), norm.to(torch.float64), torch.ones_like(nonfinite)])
+        self.values[:3] += torch.where(nonfinite > 0, torch.zeros_like(sums), sums)
+        total, consecutive, most = self.values[3], self.values[4], self.values[5]
+        here = (self._places == total % STEPS_KEPT) & (nonfinite > 0)
         self.steps.masked_fill_(here, update)
-        skipped += bad
-        in_row.add_(1.0).mul_(bad)
-        torch.maximum(worst, in_row, out=worst)
+        total += nonfinite
+        consecutive.add_(1.0).mul_(nonfinite)
+        torch.maximum(most, consecutive, out=most)
         if self.scaled:
-            self._rescale(bad)
+            self._rescale(nonfinite)
 
-    def _rescale(self, bad):
+    def _rescale(self, overflow):
         """Halve the scale after an overflow, double it after GROWTH_INTERVAL finite updates (as torch.amp does)."""
-        scale, good = self.values[6], self.values[7]
-        good.add_(1.0).mul_(1.0 - bad)
-        grown = (good >= GROWTH_INTERVAL).to(torch.float64)
-        scale.mul_(1.0 - 0.5 * bad).mul_(1.0 + grown)
-        good.mul_(1.0 - grown)
+        scale, finite = self.values[6], self.values[7]
+        finite.add_(1.0).mul_(1.0 - overflow)
+        grown = (finite >= GROWTH_INTERVAL).to(torch.float64)
+        scale.mul_(1.0 - 0.5 * overflow).mul_(1.0 + grown)
+        finite.mul_(1.0 - grown)
 
     def read(self):
         """Return the counters as a dict of floats, and `steps` as a sorted list: the one read from the device."""
-        found = dict(zip(self.NAMES, self.values.tolist(), strict=True))
-        found["steps"] = sorted(step for step in self.steps.tolist() if step >= 0) if found["skipped"] else []
-        return found
+        stats = dict(zip(self.NAMES, self.values.tolist(), strict=True))
+        stats["steps"] = sorted(step for step in self.steps.tolist() if step >= 0) if stats["nonfinite"] else []
+        return stats
 
     def restart(self):
         """Start the sums anew, after a record."""
@@ -125,46 +141,31 @@ class Guard:
             self.values[6] = scale
 
 
-def check_skipped(found, limit):
-    """Raise UserError if more than `limit` updates in a row were non-finite."""
-    if found["worst_row"] > limit:
-        raise UserError(f"the loss or its gradient was not finite for {found['worst_row']:.0f} updates in a row, more "
-                        "than config.training.max_skipped; the last checkpoint is intact: lower config.optim.lr, or "
-                        "use config.training.precision fp32")
+def check_finite(stats, limit):
+    """Raise UserError if more than `limit` updates in a row were non-finite (`stats` is what `UpdateStats` read)."""
+    if stats["most_consecutive"] > limit:
+        raise UserError(f"the loss or its gradient was not finite for {stats['most_consecutive']:.0f} updates in a "
+                        "row, more than config.training.max_skipped; the last checkpoint is intact: start the same "
+                        "run again with a lower config.optim.lr or config.training.precision fp32, or a new "
+                        "config.expr with this run's folder as config.training.resume_from")
 
 
 @torch.no_grad()
-def apply_update(update, optimizer, ema, guard, loss, *, grad_clip):
+def apply_update(update, optimizer, ema, stats, loss, *, grad_clip):
     """Clip the gradients, step the optimizer and the EMA, and count; leave all as it was if anything is not finite.
 
     update: its number. loss: 0-dimensional tensor of the whole update. grad_clip: largest norm (negative: off).
     With several processes loss and gradients are those averaged over all of them, so that all come to one verdict.
     Nothing is read from the device.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    gradients = [p.grad for p in parameters]
-    if guard.scaled:
-        torch._foreach_mul_(gradients, (1.0 / guard.scale).to(torch.float32))
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if stats.scaled:
+        torch._foreach_mul_(gradients, (1.0 / stats.scale).to(torch.float32))
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    bad = torch.isfinite(loss + norm).logical_not().to(torch.float32)
+    nonfinite = torch.isfinite(loss + norm).logical_not().to(torch.float32)
     if grad_clip >= 0:
         torch._foreach_mul_(gradients, torch.clamp(grad_clip / (norm + 1e-6), max=1.0))
-    if optimizer.defaults.get("fused"):
-        optimizer.grad_scale, optimizer.found_inf = None, bad
-        optimizer.step()
-    else:
-        _step_or_restore(optimizer, parameters, bad)
-    ema.update(keep=1.0 - bad)
-    guard.count(update, loss, norm, bad)
-
-
-def _step_or_restore(optimizer, parameters, bad):
-    """Step, then take back every parameter and moment where `bad`: for optimizers whose kernel cannot skip."""
-    before = [p.clone() for p in parameters]
-    states = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in parameters]
+    optimizer.grad_scale, optimizer.found_inf = None, nonfinite
     optimizer.step()
-    for p, old, state in zip(parameters, before, states, strict=True):
-        p.copy_(torch.where(bad > 0, old, p))
-        for key, value in optimizer.state[p].items():
-            old_value = state.get(key, torch.zeros_like(value))
-            value.copy_(torch.where(bad.to(value.device) > 0, old_value, value))
+    ema.update(keep=1.0 - nonfinite)
+    stats.count(update, loss, norm, nonfinite)

@@ -17,7 +17,7 @@ from experiments.report import COLUMNS, read_table, write_table
 from experiments.runner import Study
 from experiments.studies import DIGITS, DISTILLATIONS, ONE_STEP, STUDIES, cifar, euler, miniature
 from runtime.errors import UserError
-from runtime.locks import file_lock
+from runtime.files import file_lock
 from tests.processes import launch_step, run_script
 
 TINY = dataclasses.replace(DIGITS, measured=40)

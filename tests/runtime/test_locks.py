@@ -3,7 +3,7 @@
 import multiprocessing
 import time
 
-from runtime.locks import file_lock
+from runtime.files import file_lock
 
 FORKED = multiprocessing.get_context("fork")
 

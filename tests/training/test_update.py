@@ -8,27 +8,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.ema import ExponentialMovingAverage
 from runtime.errors import UserError
-from training.update import STEPS_KEPT, Guard, apply_update, check_skipped, create_optimizer, warmup_factor
+from training.update import STEPS_KEPT, UpdateStats, apply_update, check_finite, create_optimizer, warmup_factor
 
 OPTIMIZERS = ("Adam", "AdamW", "RAdam")
 
 
 def make(name="Adam", lr=0.1, **options):
-    """Return a small network, its optimizer, EMA and guard."""
+    """Return a small network, its optimizer, EMA and stats."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
     parameters = list(network.parameters())
-    optimizer = create_optimizer(parameters, name=name, lr=lr, beta1=0.9, eps=1e-8, weight_decay=0.0, device="cpu",
-                                 **options)
-    return network, optimizer, ExponentialMovingAverage(parameters, 0.9), Guard("cpu")
+    optimizer = create_optimizer(parameters, name=name, lr=lr, beta1=0.9, eps=1e-8, weight_decay=0.0, **options)
+    return network, optimizer, ExponentialMovingAverage(parameters, 0.9), UpdateStats("cpu")
 
 
-def step(update, network, optimizer, ema, guard, factor=1.0, grad_clip=1.0):
+def step(update, network, optimizer, ema, stats, factor=1.0, grad_clip=1.0):
     """Do one update on fixed data; `factor` scales the loss (nan spoils it)."""
     x = torch.linspace(-1, 1, 6).view(2, 3)
     loss = network(x).square().mean() * factor
     loss.backward()
-    apply_update(update, optimizer, ema, guard, loss.detach(), grad_clip=grad_clip)
+    apply_update(update, optimizer, ema, stats, loss.detach(), grad_clip=grad_clip)
     optimizer.zero_grad()
     return loss
 
@@ -42,48 +41,48 @@ def tensors(network, optimizer, ema):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
 def test_non_finite_update_leaves_weights_moments_and_ema_as_they_were(name, spoilt):
-    network, optimizer, ema, guard = make(name)
+    network, optimizer, ema, stats = make(name)
     for update in range(7):
-        step(update, network, optimizer, ema, guard)
+        step(update, network, optimizer, ema, stats)
     before = tensors(network, optimizer, ema)
-    step(7, network, optimizer, ema, guard, factor=spoilt)
+    step(7, network, optimizer, ema, stats, factor=spoilt)
     after = tensors(network, optimizer, ema)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    step(8, network, optimizer, ema, guard)
+    step(8, network, optimizer, ema, stats)
     assert not torch.equal(tensors(network, optimizer, ema)[0], before[0])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_very_first_update_can_be_skipped(name):
-    network, optimizer, ema, guard = make(name)
+    network, optimizer, ema, stats = make(name)
     fresh = [p.detach().clone() for p in network.parameters()]
-    step(0, network, optimizer, ema, guard, factor=float("nan"))
+    step(0, network, optimizer, ema, stats, factor=float("nan"))
     assert all(torch.equal(a, b) for a, b in zip(fresh, network.parameters(), strict=True))
     other, other_optimizer, other_ema, other_guard = make(name)
     for update in range(3):
-        step(update, network, optimizer, ema, guard)
+        step(update, network, optimizer, ema, stats)
         step(update, other, other_optimizer, other_ema, other_guard)
     for a, b in zip(network.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_finite_loss_with_a_non_finite_gradient_is_skipped():
-    network, optimizer, ema, guard = make()
+    network, optimizer, ema, stats = make()
     before = [p.detach().clone() for p in network.parameters()]
     (network[0].weight.sum() * 0 + network[1].bias.sum() * 0).sqrt().sum().backward()  # 0·inf: gradient nan, loss 0
-    apply_update(0, optimizer, ema, guard, torch.tensor(0.0), grad_clip=1.0)
-    assert guard.read()["skipped"] == 1
+    apply_update(0, optimizer, ema, stats, torch.tensor(0.0), grad_clip=1.0)
+    assert stats.read()["nonfinite"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam"])
 def test_update_equals_torchs_own_clip_and_step(name):
-    network, optimizer, ema, guard = make(name)
+    network, optimizer, ema, stats = make(name)
     reference = copy.deepcopy(network)
     plain = getattr(torch.optim, name)(reference.parameters(), lr=0.1, weight_decay=0.0)
     shadow = [p.detach().clone() for p in reference.parameters()]
     for update in range(1, 6):
-        step(update, network, optimizer, ema, guard, factor=30.0, grad_clip=0.5)
+        step(update, network, optimizer, ema, stats, factor=30.0, grad_clip=0.5)
         plain.zero_grad()
         (reference(torch.linspace(-1, 1, 6).view(2, 3)).square().mean() * 30).backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
@@ -99,64 +98,64 @@ def test_update_equals_torchs_own_clip_and_step(name):
 def test_negative_clip_leaves_the_gradient_alone():
     changes = []
     for grad_clip in (-1.0, 1e-3):
-        network, optimizer, ema, guard = make(lr=0.1)
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        network, optimizer, ema, stats = make(lr=0.1)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, fused=True)
         before = network[0].weight.detach().clone()
-        step(0, network, optimizer, ema, guard, factor=10.0, grad_clip=grad_clip)
+        step(0, network, optimizer, ema, stats, factor=10.0, grad_clip=grad_clip)
         changes.append((network[0].weight - before).norm().item())
     assert changes[0] > 100 * changes[1]
 
 
 def test_guard_counts_sums_rows_and_steps():
-    network, optimizer, ema, guard = make()
+    network, optimizer, ema, stats = make()
     losses = []
     for update, factor in enumerate([1.0, float("nan"), float("nan"), 1.0, float("inf")]):
-        loss = step(update, network, optimizer, ema, guard, factor=factor)
+        loss = step(update, network, optimizer, ema, stats, factor=factor)
         losses += [loss.item()] if factor == 1.0 else []
-    found = guard.read()
-    assert (found["count"], found["skipped"], found["in_row"], found["worst_row"]) == (2, 3, 1, 2)
+    found = stats.read()
+    assert (found["finite"], found["nonfinite"], found["consecutive"], found["most_consecutive"]) == (2, 3, 1, 2)
     assert found["steps"] == [1, 2, 4]
     assert found["loss_sum"] == pytest.approx(sum(losses), rel=1e-6)
-    guard.restart()
-    step(5, network, optimizer, ema, guard, factor=float("nan"))
-    found = guard.read()
-    assert (found["count"], found["loss_sum"], found["skipped"], found["worst_row"]) == (0, 0, 4, 2)
+    stats.restart()
+    step(5, network, optimizer, ema, stats, factor=float("nan"))
+    found = stats.read()
+    assert (found["finite"], found["loss_sum"], found["nonfinite"], found["most_consecutive"]) == (0, 0, 4, 2)
 
 
 def test_guard_names_the_last_skipped_steps_only():
-    guard = Guard("cpu")
+    stats = UpdateStats("cpu")
     for update in range(40):
-        guard.count(update, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0))
-    assert guard.read()["steps"] == list(range(40 - STEPS_KEPT, 40))
+        stats.count(update, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0))
+    assert stats.read()["steps"] == list(range(40 - STEPS_KEPT, 40))
 
 
 def test_too_many_skipped_in_a_row_stop_training():
-    guard = Guard("cpu")
+    stats = UpdateStats("cpu")
     for update in range(4):
-        guard.count(update, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0))
-    check_skipped(guard.read(), 4)
+        stats.count(update, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0))
+    check_finite(stats.read(), 4)
     with pytest.raises(UserError, match="4 updates in a row"):
-        check_skipped(guard.read(), 3)
+        check_finite(stats.read(), 3)
 
 
 def test_fp16_scale_halves_on_overflow_and_doubles_after_a_long_good_run():
-    guard = Guard("cpu", scaled=True)
+    stats = UpdateStats("cpu", scaled=True)
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    start = float(guard.scale)
-    guard.count(0, one, one, one)
-    assert float(guard.scale) == start / 2
+    start = float(stats.scale)
+    stats.count(0, one, one, one)
+    assert float(stats.scale) == start / 2
     for update in range(2000):
-        guard.count(update, one, one, zero)
-    assert float(guard.scale) == start
+        stats.count(update, one, one, zero)
+    assert float(stats.scale) == start
 
 
 def test_guard_survives_a_checkpoint():
-    guard = Guard("cpu")
+    stats = UpdateStats("cpu")
     for update in range(5):
-        guard.count(update, torch.tensor(2.0), torch.tensor(1.0), torch.tensor(float(update == 3)))
-    other = Guard("cpu")
-    other.load_state_dict(guard.state_dict())
-    assert other.read() == guard.read()
+        stats.count(update, torch.tensor(2.0), torch.tensor(1.0), torch.tensor(float(update == 3)))
+    other = UpdateStats("cpu")
+    other.load_state_dict(stats.state_dict())
+    assert other.read() == stats.read()
 
 
 class Reads(TorchDispatchMode):
@@ -173,12 +172,12 @@ class Reads(TorchDispatchMode):
 
 
 def test_update_reads_nothing_from_the_device_and_is_a_handful_of_operations():
-    network, optimizer, ema, guard = make()
-    step(0, network, optimizer, ema, guard)
+    network, optimizer, ema, stats = make()
+    step(0, network, optimizer, ema, stats)
     loss = network(torch.ones(2, 3)).square().mean()
     loss.backward()
     with Reads() as seen:
-        apply_update(1, optimizer, ema, guard, loss.detach(), grad_clip=1.0)
+        apply_update(1, optimizer, ema, stats, loss.detach(), grad_clip=1.0)
     assert seen.reads == 0
     assert seen.operations < 80
 

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from training import run_folder
+from runtime import versions
 
 
 def git(folder, *words):
@@ -23,30 +23,26 @@ def checkout(tmp_path, monkeypatch):
     (folder / ".gitignore").write_text("logs/\n")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "start")
-    monkeypatch.setattr(run_folder, "CHECKOUT", folder)
+    monkeypatch.setattr(versions, "CHECKOUT", folder)
     return folder
 
 
-def test_patch_leads_from_the_commit_to_the_code_that_ran(checkout, tmp_path):
-    """Also a new file, bytes that are no UTF-8 and names with spaces; not what is ignored, nor large new files."""
-    assert run_folder.uncommitted_changes() == b""
+def test_patch_has_tracked_changes_alone_and_names_what_is_untracked(checkout, tmp_path):
+    """An untracked file may be a private key: its content must not enter the folder of a run."""
+    assert versions.uncommitted_changes() == (b"", [])
     (checkout / "train.py").write_bytes(b"a\nb\xe4\n")
-    (checkout / "new config.py").write_text("nf = 8\n")
-    (checkout / "noise.bin").write_bytes(bytes(range(256)))
-    (checkout / "data.npy").write_bytes(b"0" * (run_folder.LARGEST_NEW_FILE + 1))
-    (checkout / "dead").symlink_to("nowhere")
+    (checkout / "new key.pem").write_text("SECRET")
     (checkout / "logs").mkdir()
     (checkout / "logs" / "log.txt").write_text("ignored")
-    patch = run_folder.uncommitted_changes()
+    patch, untracked = versions.uncommitted_changes()
+    assert untracked == ["new key.pem"] and b"SECRET" not in patch and versions.git_commit().endswith("+")
     git(tmp_path, "clone", "-q", checkout, "clone")
     (tmp_path / "run.patch").write_bytes(patch)
     git(tmp_path / "clone", "apply", tmp_path / "run.patch")
-    for name in ("train.py", "new config.py", "noise.bin"):
-        assert (tmp_path / "clone" / name).read_bytes() == (checkout / name).read_bytes()
-    assert not (tmp_path / "clone" / "data.npy").exists() and b"ignored" not in patch
+    assert (tmp_path / "clone" / "train.py").read_bytes() == b"a\nb\xe4\n"
 
 
 def test_code_outside_git_has_neither_commit_nor_patch(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(versions, "CHECKOUT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert run_folder.git_commit() is None and run_folder.uncommitted_changes() == b""
+    assert versions.git_commit() is None and versions.uncommitted_changes() == (b"", [])

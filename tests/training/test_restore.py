@@ -10,8 +10,8 @@ from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
 from runtime.errors import UserError
-from training import networks
-from training.update import Guard, apply_update, create_optimizer
+from training.state import load_pretrained, load_teacher, restore
+from training.update import UpdateStats, apply_update, create_optimizer
 
 
 def small_config(**model):
@@ -25,25 +25,25 @@ def small_config(**model):
 
 
 def training_parts(network):
-    """Return optimizer, EMA and guard of a network."""
+    """Return optimizer, EMA and stats of a network."""
     parameters = list(network.parameters())
-    optimizer = create_optimizer(parameters, name="Adam", lr=1e-2, beta1=0.9, eps=1e-8, weight_decay=0, device="cpu")
-    return optimizer, ExponentialMovingAverage(parameters, 0.9), Guard("cpu")
+    optimizer = create_optimizer(parameters, name="Adam", lr=1e-2, beta1=0.9, eps=1e-8, weight_decay=0)
+    return optimizer, ExponentialMovingAverage(parameters, 0.9), UpdateStats("cpu")
 
 
-def do_update(network, optimizer, ema, guard, update):
+def do_update(network, optimizer, ema, stats, update):
     """Train one update on fixed data."""
     x = torch.linspace(-1, 1, 128).view(2, 1, 8, 8)
     loss = (network(x, torch.ones(2)) - x).square().mean()
     loss.backward()
-    apply_update(update, optimizer, ema, guard, loss.detach(), grad_clip=1.0)
+    apply_update(update, optimizer, ema, stats, loss.detach(), grad_clip=1.0)
     optimizer.zero_grad()
 
 
-def state_of(network, optimizer, ema, guard):
+def state_of(network, optimizer, ema, stats):
     """Return a checkpoint whose tensors are all contiguous, as another program may write it."""
     state = {"model": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": 3,
-             "guard": guard.state_dict()}
+             "stats": stats.state_dict()}
 
     def contiguous(value):
         if isinstance(value, torch.Tensor):
@@ -64,7 +64,7 @@ def test_moments_saved_in_another_memory_layout_meet_their_own_parameters():
     state = state_of(network, *parts)
     other = create_model(small_config()).to(memory_format=torch.channels_last)
     other_parts = training_parts(other)
-    networks.restore(state, other, other_parts[1], other_parts[0], other_parts[2])
+    restore(state, other, other_parts[1], other_parts[0], other_parts[2])
     do_update(network, *parts, 3)
     do_update(other, *other_parts, 3)
     for a, b in zip(network.parameters(), other.parameters(), strict=True):
@@ -78,15 +78,15 @@ def test_state_of_another_network_is_refused_in_one_sentence():
     parts, wider_parts = training_parts(network), training_parts(wider)
     do_update(wider, *wider_parts, 0)
     with pytest.raises(UserError, match="does not fit config.model and config.optim"):
-        networks.restore(state_of(wider, *wider_parts), network, parts[1], parts[0], parts[2])
+        restore(state_of(wider, *wider_parts), network, parts[1], parts[0], parts[2])
 
 
 def save(network, config, path):
     """Write a network's checkpoint."""
     from configs.command_line import config_to_dict
 
-    optimizer, ema, guard = training_parts(network)
-    write_checkpoint(path, {**state_of(network, optimizer, ema, guard), "config": config_to_dict(config)})
+    optimizer, ema, stats = training_parts(network)
+    write_checkpoint(path, {**state_of(network, optimizer, ema, stats), "config": config_to_dict(config)})
 
 
 def test_pretrained_weights_of_another_width_are_counted(tmp_path):
@@ -94,14 +94,17 @@ def test_pretrained_weights_of_another_width_are_counted(tmp_path):
     save(create_model(config), config, tmp_path / "wide.pth")
     narrow_config = small_config()
     narrow_config.flow.pre_train_model = str(tmp_path / "wide.pth")
+    with pytest.raises(UserError, match=r"only \d+ of \d+ tensors fit this network.*flow.pre_train_partial"):
+        load_pretrained(create_model(narrow_config), narrow_config)
+    narrow_config.flow.pre_train_partial = True
     narrow = create_model(narrow_config)
     before = copy.deepcopy(narrow.state_dict())
-    (message,) = networks.load_pretrained(narrow, narrow_config)
+    (message,) = load_pretrained(narrow, narrow_config)
     matched = int(message.split(": ")[1].split(" ")[0])
     assert 0 < matched < len(before) and f"{len(before) - matched} did not" in message
     same_config = small_config(nf=16)
     same_config.flow.pre_train_model = str(tmp_path / "wide.pth")
-    assert networks.load_pretrained(create_model(same_config), same_config)[0].endswith(", 0 did not")
+    assert load_pretrained(create_model(same_config), same_config)[0].endswith(", 0 did not")
 
 
 def test_teacher_of_other_images_is_refused(tmp_path):
@@ -109,10 +112,10 @@ def test_teacher_of_other_images_is_refused(tmp_path):
     save(create_model(config), config, tmp_path / "teacher.pth")
     student = small_config()
     student.flow.use_teacher, student.flow.pre_train_model = True, str(tmp_path / "teacher.pth")
-    teacher = networks.load_teacher(student, torch.device("cpu"))
+    teacher = load_teacher(student, torch.device("cpu"))
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     student.data.image_size = 16
     with pytest.raises(UserError, match="the teacher .* has data.image_size 8, this run 16"):
-        networks.load_teacher(student, torch.device("cpu"))
+        load_teacher(student, torch.device("cpu"))
     student.flow.use_teacher = False
-    assert networks.load_teacher(student, torch.device("cpu")) is None
+    assert load_teacher(student, torch.device("cpu")) is None
