@@ -14,7 +14,7 @@ import torch
 
 from configs.command_line import run_script
 from configs.default import Field
-from datasets.batch import one_hot
+from datasets import one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler, sampler_values
 from metrics import results as results_file

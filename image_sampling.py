@@ -17,7 +17,7 @@ import torch
 
 from configs.command_line import run_script
 from configs.default import Field
-from datasets.batch import one_hot
+from datasets import one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import Trajectories, create_sampler, euler, sampler_values, straightness
 from metrics.sweep import checkpoint_folder, run_folder, sweep

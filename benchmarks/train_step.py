@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from networks import Count, mm_peak, released_way  # noqa: E402
 
 from configs.default import get_default_config  # noqa: E402
-from datasets.batch import Batch  # noqa: E402
+from datasets import Batch  # noqa: E402
 from flows.objectives import create_objective  # noqa: E402
 from flows.rectified_flow import velocity_from_network  # noqa: E402
 from models import create_model  # noqa: E402

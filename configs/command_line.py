@@ -15,6 +15,7 @@ from absl import flags
 
 from configs.default import FIELDS, Field, field_names, find_field, get_default_config, set_field
 from configs.validation import check_fields
+from datasets.sources import DATASETS
 from runtime.errors import UserError, one_sentence
 from runtime.files import write_json
 
@@ -72,6 +73,10 @@ def parse_command_line(argv, doc="", script_flags=None):
         set_field(config, name, parse_value(name, text))
     if config.model.name == "DhariwalUNet" and "model.dropout" not in overrides and not path.endswith(".json"):
         _use_dhariwal_dropout(config)
+    if "data.random_flip" not in overrides and not path.endswith(".json"):
+        # A mirrored digit is no digit. An unknown data set is refused below.
+        known = DATASETS.get(config.data.dataset)
+        config.data.random_flip = config.data.random_flip and (known is None or known.mirror)
     check_fields(config)
     given = set(overrides) | {name for name in args if args[name].present}
     return config, args, frozenset(given)
@@ -230,6 +235,8 @@ def config_from_dict(values, source="config"):
             raise UserError(f"{source}: {prefix.rstrip('.') or 'a config'} must be a group of fields")
         for key, value in values.items():
             name = prefix + key
+            if name == "augment":  # a group of fields that runs before data.use_aug became two flips have saved
+                continue
             if isinstance(value, dict) and isinstance(_group(name), dict):
                 fill(value, name + ".")
             elif find_field(name) is None:

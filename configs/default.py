@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 import ml_collections
 
+from datasets.sources import DATASETS
 from flows.samplers import SAMPLERS
 
 
@@ -94,8 +95,7 @@ FIELDS = {
         "direction": Field("from_z0", "what generate_data.py makes pairs from",
                            choices=("from_z0", "from_z1", "random_paired", "gt_v_from_z0", "gt_v_from_z1")),
         "total_number_of_samples": Field(50000, "number of pairs", low=1),
-        "train_subset": Field("all", "images that pairs start at, or that the closed-form velocity has: all, a class "
-                              "name, or random_N of them"),
+        "train_subset": Field("all", "older name of data.train_subset"),
         "class_label": Field(-1, "class of conditional samples (-1: drawn)", low=-1),
         "block_size": Field(0, "generate_data.py: pairs per block, the unit that is finished or redone after a stop "
                             "(0: four times training.batch_size)", low=0),
@@ -120,40 +120,24 @@ FIELDS = {
         "save_samples": Field(False, "keep the samples that were measured, uint8 (N, C, H, W), as an npy in eval/"),
     },
     "data": {
-        "dataset": Field("CIFAR10", "data set", choices=("CIFAR10", "FFHQ64", "ImageNet64", "MNIST", "FashionMNIST",
-                                                       "digits", "custom")),
+        "dataset": Field("CIFAR10", "data set", choices=DATASETS),
         "data_root": Field("", "file or folder of the data set (empty: data/{dataset})"),
         "custom_data_root": Field("", "older name of data_root"),
+        "train_subset": Field("all", "images to train on, to start pairs at and to compare with: all, a class name, or "
+                              "random_N of them"),
         "cache_dir": Field("data/cache", "folder of the decoded uint8 arrays"),
         "image_size": Field(32, "height and width of the images", low=1),
         "num_channels": Field(3, "colour channels", low=1),
         "num_classes": Field(0, "classes of a class-conditional model (0: unconditional)", low=0),
         "centered": Field(True, "images in [-1, 1] (the only form there is)"),
-        "random_flip": Field(True, "flip images left-right with probability 1/2"),
-        "use_aug": Field(False, "EDM's augmentation pipeline, with the probabilities in augment"),
+        "random_flip": Field(True, "flip images left-right with probability 1/2 (unless given, not digits and MNIST)"),
+        "use_aug": Field(False, "flip images, or z0 and z1 of pairs together, left-right with probability 1/2 and "
+                         "upside down with probability 0.06"),
         "on_device": Field("auto", "keep the decoded images on the device: auto does when they fit",
                            choices=("auto", "true", "false")),
         "skip_corrupt": Field(False, "skip and count corrupt images instead of stopping"),
         "reflow_data_root": Field("", "folder of noise-image pairs; set: train on pairs"),
         "real_pairs_root": Field("", "folder of pairs that start at real images, for flow.real_data_share"),
-    },
-    # With data.use_aug: the probability that a sample undergoes each transform of EDM's pipeline. The defaults of the
-    # geometric ones are EDM's for CIFAR-10 (FFHQ: 0.15); colours are off there, too.
-    "augment": {
-        "x_flip": Field(1.0, "flip left-right or not, by a coin", low=0.0, high=1.0),
-        "y_flip": Field(0.12, "flip up-down or not, by a coin", low=0.0, high=1.0),
-        "quarter_turn": Field(0.0, "turn by 0, 90, 180 or 270 degrees", low=0.0, high=1.0),
-        "shift": Field(0.0, "translate by whole pixels, up to 1/8 of the width", low=0.0, high=1.0),
-        "scale": Field(0.12, "scale by 2^(0.2·N(0,1))", low=0.0, high=1.0),
-        "rotate": Field(0.12, "rotate by any angle", low=0.0, high=1.0),
-        "stretch": Field(0.12, "stretch along a random direction by 2^(0.2·N(0,1)), across it by the inverse",
-                         low=0.0, high=1.0),
-        "translate": Field(0.12, "translate by N(0,1)/8 of the width, fractions of pixels included", low=0.0, high=1.0),
-        "brightness": Field(0.0, "add 0.2·N(0,1)", low=0.0, high=1.0),
-        "contrast": Field(0.0, "multiply by 2^(0.5·N(0,1))", low=0.0, high=1.0),
-        "luma_flip": Field(0.0, "invert the luma or not, by a coin", low=0.0, high=1.0),
-        "hue": Field(0.0, "turn the hue by any angle", low=0.0, high=1.0),
-        "saturation": Field(0.0, "multiply the saturation by 2^N(0,1)", low=0.0, high=1.0),
     },
     "model": {
         "name": Field("ncsnpp", "network", choices=("ncsnpp", "DhariwalUNet")),

@@ -5,10 +5,10 @@ import math
 import re
 
 from configs.default import field_names, find_field, get_field
+from datasets.sources import DATASETS
 from runtime.errors import UserError
 
 NUMBER, WHOLE = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", r"[1-9]\d*"
-CHANNELS = {"CIFAR10": 3, "FFHQ64": 3, "ImageNet64": 3, "MNIST": 1, "FashionMNIST": 1, "digits": 1}
 
 
 def check_fields(config):
@@ -79,7 +79,7 @@ def check_network(config):
     if absent:
         raise UserError(f"config.model.attn_resolutions has {absent[0]}, but the levels of config.model.ch_mult at "
                         f"config.data.image_size {size} have sizes {', '.join(map(str, sizes))}")
-    channels = CHANNELS.get(config.data.dataset)
+    channels = DATASETS[config.data.dataset].channels
     if channels is not None and config.data.num_channels != channels:
         raise UserError(f"config.data.num_channels is {config.data.num_channels}, but {config.data.dataset} has "
                         f"{channels}")

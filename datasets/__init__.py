@@ -1,14 +1,14 @@
 """Data sets: from files to uint8 arrays, and from those to batches on the device."""
 
-import torch
+import os
+import sys
 
-from datasets.augment import create_augmentation
-from datasets.batch import Batch, one_hot, pixels_to_float
-from datasets.images import ImageSet, load_images, subset
-from datasets.loading import ImageBatches, create_rows
+from datasets.batches import Batch, Flips, ImageBatches, one_hot, pixels_to_float
+from datasets.sources import DATASETS, DataSet, ImageSet, array_set, load_images, subset
 from runtime.errors import UserError
 
-__all__ = ["Batch", "ImageSet", "create_batches", "load_images", "one_hot", "pixels_to_float", "subset"]
+__all__ = ["DATASETS", "Batch", "DataSet", "ImageSet", "array_set", "create_batches", "load_images", "one_hot",
+           "pixels_to_float", "subset"]
 
 
 def create_batches(config, device):
@@ -21,10 +21,14 @@ def create_batches(config, device):
         from datasets.pairs import create_pair_batches
 
         return create_pair_batches(config, device)
+    data, size = config.data, config.training.batch_size
     image_set = load_images(config)
-    if len(image_set) < config.training.batch_size:
-        raise UserError(f"{image_set.source} has {len(image_set)} images, fewer than training.batch_size "
-                        f"{config.training.batch_size}: lower it or add images")
-    rows = create_rows(image_set.images, torch.device(device), config.data.on_device)
-    return ImageBatches(image_set, rows, config.training.batch_size, config.seed, config.data.num_classes,
-                        config.data.random_flip, create_augmentation(config))
+    if len(image_set) < size:
+        raise UserError(f"{image_set.source} has {len(image_set)} images, fewer than training.batch_size {size}: lower "
+                        "it or add images")
+    if not DATASETS[data.dataset].mirror and os.environ.get("RANK", "0") == "0":
+        said = "mirrored at random: data.random_flip false leaves" if data.random_flip or data.use_aug else (
+            "not mirrored: data.random_flip true mirrors")
+        print(f"images of {image_set.source} are {said} them", file=sys.stderr, flush=True)
+    return ImageBatches(image_set, size, config.seed, device, on_device=data.on_device, num_classes=data.num_classes,
+                        flips=Flips(config.seed, size, data.random_flip, data.use_aug))

@@ -1,7 +1,7 @@
 """Decoded data sets on disk: each source once, as arrays that are mapped into memory.
 
 An entry is a folder `{cache_dir}/{name}-{C}x{H}x{W}-{key}/` with `images.npy`, `labels.npy` and `about.json`. The key
-is a digest of the source's files (path, size, time) and of the form that they are brought to. An entry is written
+is a digest of the source's files (paths, sizes and times, not content) and of the `ImageSpec`. An entry is written
 as a hidden folder beside its place and renamed when it is complete, so an entry that exists is whole.
 """
 
@@ -21,33 +21,32 @@ from runtime.errors import UserError
 from runtime.files import file_lock
 from runtime.progress import progress_bar
 
-VERSION = 1  # of what decoding does; a change makes old entries unused
+VERSION = 2  # of what decoding does; a change makes old entries unused
 
 
-def open_cached(source, cache_dir, progress):
-    """Return the decoded source as `(images, labels, about)`, decoding it on first use.
+def open_cached(source, spec, cache_dir, progress):
+    """Return the decoded `Source` as `(images, labels, about)`, decoding it on first use.
 
     images: uint8 `(N, C, H, W)`, mapped read-only. labels: int64 `(N,)` or None. about: dict of `about.json`:
     source, count, shape, class_names, skipped, notes, folder. progress: config field `training.progress`.
     """
-    entry = entry_folder(source, cache_dir)
+    entry = entry_folder(source, spec, cache_dir)
     found = _open_entry(entry)
     if found is None:
         lock = entry.with_name(f".{entry.name}.lock")
         with _explain_failures(cache_dir), file_lock(lock, f"decoding {source.title}"):
             found = _open_entry(entry)  # the process that held the lock may have made it
             if found is None:
-                _write_entry(source, entry, progress)
+                _write_entry(source, spec, entry, progress)
                 found = _open_entry(entry)
     return found
 
 
-def entry_folder(source, cache_dir):
+def entry_folder(source, spec, cache_dir):
     """Return the folder of the source's entry."""
-    form = source.form
-    words = [VERSION, source.identity, form.size, form.channels, form.resample]
-    key = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
-    return pathlib.Path(cache_dir) / f"{source.name}-{form.channels}x{form.size}x{form.size}-{key}"
+    identity = [VERSION, source.identity, spec.size, spec.channels, spec.resample]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    return pathlib.Path(cache_dir) / f"{source.name}-{spec.channels}x{spec.size}x{spec.size}-{key}"
 
 
 def _open_entry(entry):
@@ -60,25 +59,25 @@ def _open_entry(entry):
         labels = np.load(entry / "labels.npy") if about["labelled"] else None
         if images.shape != (about["count"], *about["shape"]) or (about["labelled"] and len(labels) != about["count"]):
             raise ValueError("its parts do not fit together")
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         print(f"the cache entry {entry} is damaged ({error}): decoding again", file=sys.stderr, flush=True)
         return None
     return images, labels, about | {"folder": str(entry)}
 
 
-def _write_entry(source, entry, progress):
+def _write_entry(source, spec, entry, progress):
     """Decode the source into `entry`; whatever stops it leaves only a hidden folder that the next one removes."""
     partial = entry.with_name(f".{entry.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    form, contents = source.form, source.open()
+    contents = source.open()
     if contents.count is not None:
-        needed, free = contents.count * form.channels * form.size**2, shutil.disk_usage(entry.parent).free
+        needed, free = contents.count * spec.channels * spec.size**2, shutil.disk_usage(entry.parent).free
         if needed > free:
             raise UserError(f"data.cache_dir {entry.parent}: {source.title} needs {_megabytes(needed)} there, "
                             f"{_megabytes(free)} are free: free some or choose another folder")
     partial.mkdir()
     try:
-        about = _decode(source, contents, partial, progress)
+        about = _decode(source, contents, (spec.channels, spec.size, spec.size), partial, progress)
         (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
         for path in [*partial.iterdir(), partial]:
             _flush(path)
@@ -87,27 +86,32 @@ def _write_entry(source, entry, progress):
         _flush(entry.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _report(about, entry)
+    size = _megabytes((entry / "images.npy").stat().st_size)
+    lines = [f"cached {about['source']}: {about['count']} images in {entry} ({size})"]
+    lines += [f"  {count} images: {note}" for note, count in about["notes"].items()]
+    if about["skipped"]:
+        lines.append(f"  {len(about['skipped'])} corrupt images skipped, the first {about['skipped'][0]}; all are "
+                     f"listed in {entry / 'about.json'}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _decode(source, contents, folder, progress):
-    """Write `images.npy` and `labels.npy` block by block; return what `about.json` says of them.
+def _decode(source, contents, shape, folder, progress):
+    """Write `images.npy` and `labels.npy` chunk by chunk; return what `about.json` says of them.
 
     Plain writes, since a memory map ends the process when the disk is full.
     """
-    form, count, labels, skipped, notes = source.form, 0, [], [], collections.Counter()
-    shape = (form.channels, form.size, form.size)
+    count, labels, skipped, notes = 0, [], [], collections.Counter()
     bar = progress_bar(total=contents.count, desc=f"decoding {source.name}", unit="images", enabled=progress)
     with bar, open(folder / "images.npy", "wb") as written:
         _write_header(written, (0, *shape))
-        for block in contents.blocks:
-            written.write(np.ascontiguousarray(block.images))
-            if block.labels is not None:
-                labels.append(block.labels)
-            count += len(block.images)
-            skipped += block.skipped
-            notes += block.notes
-            bar.update(len(block.images) + len(block.skipped))
+        for chunk in contents.chunks:
+            written.write(np.ascontiguousarray(chunk.images))
+            if chunk.labels is not None:
+                labels.append(chunk.labels)
+            count += len(chunk.images)
+            skipped += chunk.skipped
+            notes += chunk.notes
+            bar.update(len(chunk.images) + len(chunk.skipped))
         written.seek(0)
         _write_header(written, (count, *shape))
     if count == 0:
@@ -122,17 +126,6 @@ def _decode(source, contents, folder, progress):
 def _write_header(written, shape):
     """Write the header of a uint8 npy file; numpy pads it, so that it has one length whatever the count is."""
     np.lib.format.write_array_header_1_0(written, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-def _report(about, entry):
-    """Tell the user what was cached, and where, and what was done to the images."""
-    size = (entry / "images.npy").stat().st_size
-    lines = [f"cached {about['source']}: {about['count']} images in {entry} ({_megabytes(size)})"]
-    lines += [f"  {count} images: {note}" for note, count in about["notes"].items()]
-    if about["skipped"]:
-        lines.append(f"  {len(about['skipped'])} corrupt images skipped, the first {about['skipped'][0]}; all are "
-                     f"listed in {entry / 'about.json'}")
-    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import torch
 
-from datasets.batch import one_hot
+from datasets.batches import one_hot
 from datasets.npy_rows import NpyRows
 from datasets.pair_starts import NoiseStarts, noise_digest
 from datasets.pair_writer import ARRAYS, RECORD, is_unfinished, read_record

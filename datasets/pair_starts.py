@@ -7,15 +7,14 @@ import mmap
 import numpy as np
 import torch
 
-from datasets.batch import one_hot, pixels_to_float
-from datasets.images import load_images, subset
+from datasets.batches import one_hot, pixels_to_float
 from datasets.npy_rows import NpyRows
+from datasets.sources import load_images
 from runtime import seeds
 from runtime.errors import UserError
 from runtime.files import file_digest
 
 FIRST_NOISES = 16  # how many noises the digest covers
-SUBSET_SEED = 0  # random_N are the same images under every seed, so that the pairs of several seeds add up
 
 
 class NoiseStarts:
@@ -254,9 +253,9 @@ def check_class(config):
 
 
 def chosen_images(config):
-    """Return the `ImageSet` of `sampling.train_subset`, and only the class `sampling.class_label` if one is set."""
+    """Return the `ImageSet` of the config, and only the class `sampling.class_label` if one is set."""
     check_class(config)
-    image_set = subset(load_images(config), config.sampling.train_subset, SUBSET_SEED)
+    image_set = load_images(config)
     if config.sampling.class_label < 0:
         return image_set
     chosen = np.flatnonzero(image_set.labels == config.sampling.class_label)

@@ -1,17 +1,12 @@
 """Stored pairs as training data: all folders of a root, shuffled, in batches, read row by row, never held in memory."""
 
-import concurrent.futures
 import fractions
 
 import numpy as np
 import torch
 
-from datasets.augment import create_pair_augmentation, move_labels, permute_pixels
-from datasets.batch import Batch
-from datasets.loading import flip_some, to_device
-from datasets.order import EndlessOrder
+from datasets.batches import Batch, EndlessOrder, Flips, ReadAhead, to_device
 from datasets.pair_folder import open_folders, quick_check
-from runtime import seeds
 from runtime.errors import UserError
 
 
@@ -113,22 +108,19 @@ class PairBatches:
     function of (seed, update, place). A thread reads the same places of the next update ahead.
     """
 
-    def __init__(self, pairs, batch_size, seed, device, h_flip=False, augmentation=None, real_pairs=None,
-                 real_share=0.0):
+    def __init__(self, pairs, batch_size, seed, device, flips=None, real_pairs=None, real_share=0.0):
         """Take a `PairSet`, the global batch size, the seed of order and flips, and the device.
 
-        h_flip: flip z0 and z1 of a pair together, left-right, with probability 1/2. augmentation: an
-        `Augmentation` of exact moves, made by both. real_pairs, real_share: a second `PairSet` and the share of
-        samples that come from it.
+        flips: `Flips` of z0 and z1 of a pair together, or None; they keep z0 white noise. real_pairs, real_share: a
+        second `PairSet` and the share of samples that come from it.
         """
         self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
-        self.h_flip, self.augmentation = h_flip, augmentation
+        self.flips = flips
         self.device = torch.device(device)
         self.source = PairSource(pairs, seed)
         self.real_source = PairSource(real_pairs, seed) if real_share else None
         self.real_share = fractions.Fraction(real_share).limit_denominator(10**6)
-        self.thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="read pairs")
-        self.ahead = {}  # (update, low, high) -> future of the rows
+        self.read = ReadAhead(self._read, self.device)
 
     def __len__(self):
         """Return the number of pairs."""
@@ -141,19 +133,11 @@ class PairBatches:
 
     def batch(self, update, low, high):
         """Return the `Batch` of places [low, high) of `update`, on the device."""
-        waiting = self.ahead.pop((update, low, high), None)
-        z0, z1, label = waiting.result() if waiting else self._read(update, low, high)
-        self.ahead = {key: rows for key, rows in self.ahead.items() if key[0] >= update}  # drops what nobody fetched
-        self.ahead[update + 1, low, high] = self.thread.submit(self._read, update + 1, low, high)
+        z0, z1, label = self.read(update, low, high)
         z0, z1 = to_device(z0, self.device), to_device(z1, self.device)
-        label = None if label is None else to_device(label, self.device)
-        if self.h_flip:
-            flipped = self._draw_flips(update)[low:high]
-            z0, z1 = flip_some(z0, flipped), flip_some(z1, flipped)
-        if self.augmentation is None:
-            return Batch(z0=z0, z1=z1, label=label)
-        moves = self.augmentation.moves(update, low, high, self.device)
-        return Batch(permute_pixels(z0, moves), permute_pixels(z1, moves), label, move_labels(moves))
+        if self.flips is not None:
+            z0, z1 = self.flips(update, low, high, z0, z1)
+        return Batch(z0, z1, None if label is None else to_device(label, self.device))
 
     def _read(self, update, low, high):
         """Return (z0, z1, label) of the places, in host memory, pinned when a GPU will fetch them."""
@@ -166,11 +150,6 @@ class PairBatches:
             return self.source.take(positions)
         is_real, places = split_by_share(positions, self.real_share)
         return _mix(is_real, self.source.take(places[~is_real]), self.real_source.take(places[is_real]))
-
-    def _draw_flips(self, update):
-        """Return which samples of the global batch are flipped, bool `(batch_size,)`."""
-        generator = seeds.step_generator(self.seed, update, seeds.FLIP, self.device)
-        return torch.rand(self.batch_size, generator=generator, device=self.device) < 0.5
 
 
 def _mix(is_real, usual, real):
@@ -201,5 +180,6 @@ def create_pair_batches(config, device):
             raise UserError("config.flow.real_data_share is above 0, but config.data.real_pairs_root is empty: make "
                             "pairs with sampling.direction from_z1 and name their folder")
         real_pairs = open_pairs(config.data.real_pairs_root, config)
-    return PairBatches(pairs, config.training.batch_size, config.seed, device, config.flow.h_flip,
-                       create_pair_augmentation(config), real_pairs, config.flow.real_data_share)
+    flips = Flips(config.seed, config.training.batch_size, config.flow.h_flip, config.data.use_aug)
+    return PairBatches(pairs, config.training.batch_size, config.seed, device, flips, real_pairs,
+                       config.flow.real_data_share)

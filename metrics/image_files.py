@@ -1,38 +1,56 @@
-"""Images in files, to be measured: npy, npz, a folder or a zip."""
+"""Images in files, to be measured: npy, npz, a folder or a zip, read as training reads them."""
 
 import dataclasses
-import io
-import os
 import pathlib
-import zipfile
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
+from datasets.image_files import CorruptImage, FileTree, ImageSpec, decode_image, find_tree, fit_images
 from metrics.features import check_finite, quantise
 from runtime.errors import UserError
 
-EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LARGEST_FLOAT = 20.0  # samples leave [-1, 1] a little; what goes beyond this was meant for 0 to 255
+LOOKED_AT = 64  # images of an array of floats whose range is looked at
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """Images that are read a batch at a time: read(low, high) → uint8 tensor (high - low, C, H, W)."""
+    """Images that are read a batch at a time: read(low, high) → uint8 tensor (high - low, C, H, W).
+
+    notes: how many of the images read so far were converted how.
+    """
 
     path: pathlib.Path
     name: str
     count: int
     shape: tuple
     read: Callable
+    notes: dict = dataclasses.field(default_factory=dict)
 
     def __len__(self):
         return self.count
 
 
-def array_source(images, name):
+def open_images(path, num_channels=3):
+    """Return the `ImageSource` of an npy (NCHW in [-1, 1], or uint8), an npz of images, a folder or a zip.
+
+    Images become grey with `num_channels` 1 and RGB with 3. Raises UserError if there is nothing to read, or images
+    differ in size.
+    """
+    path = pathlib.Path(path)
+    if path.suffix in (".npy", ".npz") and not path.is_dir():
+        return array_source(_load_array(path), path, num_channels)
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if path.is_file() and path.suffix != ".zip":
+        raise UserError(f"{path} is not an npy, npz, folder or zip of images")
+    return _file_source(path, num_channels)
+
+
+def array_source(images, name, num_channels=None):
     """Return the source of an array (N, C, H, W): uint8 as it is, floats in [-1, 1] quantised by truncation.
 
     Raises UserError for another shape or type, and, on reading, for NaN (naming the sample).
@@ -43,93 +61,79 @@ def array_source(images, name):
         raise UserError(f"{name} holds no images")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise UserError(f"{name} holds {images.dtype}; images are uint8, or floats in [-1, 1]")
+    spec, notes = ImageSpec(None, num_channels or images.shape[1]), {}
+    if images.dtype != np.uint8:
+        some = images[np.unique(np.linspace(0, len(images) - 1, LOOKED_AT).astype(int))]
+        if some.min() >= 0 and some.max() <= 1:
+            print(f"{name}: its values lie in [{some.min():.3g}, {some.max():.3g}], but floats are read as pixels in "
+                  "[-1, 1]: bring them there if they were meant for [0, 1]", file=sys.stderr, flush=True)
 
     def read(low, high):
-        part = torch.from_numpy(np.array(images[low:high]))
-        if part.dtype == torch.uint8:
-            return part
-        check_finite(part, range(low, high), name, "make it again")
-        if part.abs().max() > LARGEST_FLOAT:
-            raise UserError(f"{name} holds values up to {part.abs().max():.0f}; images as floats are in [-1, 1]")
-        return quantise(part.float())
+        part = np.array(images[low:high])
+        if part.dtype != np.uint8:
+            part = torch.from_numpy(part.astype(np.float32))
+            check_finite(part, range(low, high), name, "make it again")
+            if part.abs().max() > LARGEST_FLOAT:
+                raise UserError(f"{name} holds values up to {part.abs().max():.0f}; images as floats are in [-1, 1]")
+            part = quantise(part).numpy()
+        fitted, conversions = fit_images(part, spec)
+        count_notes(notes, conversions)
+        return torch.from_numpy(fitted)
 
-    return ImageSource(pathlib.Path(name), str(name), len(images), tuple(images.shape[1:]), read)
+    return ImageSource(pathlib.Path(name), str(name), len(images), (spec.channels, *images.shape[2:]), read, notes)
 
 
-def open_images(path, num_channels=3):
-    """Return the `ImageSource` of an npy (NCHW in [-1, 1], or uint8), an npz of images, a folder or a zip.
+def _load_array(path):
+    """Return the array in an npy, or in an npz under `images`, `samples` or `arr_0`, as (N, C, H, W).
 
-    `num_channels` 1 reads files as grey, 3 as RGB. Raises UserError if there is nothing to read, or images
-    differ in size.
+    uint8 in the order NHWC, as others' samplers write them, is turned.
     """
-    path = pathlib.Path(path)
-    if path.is_dir():
-        return _folder_source(path, num_channels)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    if path.suffix == ".npy":
-        return array_source(_load(path, mmap_mode="r"), path)
-    if path.suffix == ".npz":
-        return _npz_source(path)
-    if path.suffix == ".zip":
-        return _zip_source(path, num_channels)
-    raise UserError(f"{path} is not an npy, npz, folder or zip of images")
-
-
-def _load(path, **options):
     try:
-        return np.load(path, allow_pickle=False, **options)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        images = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
+        if path.suffix == ".npz":
+            with images as arrays:
+                name = next((name for name in ("images", "samples", "arr_0") if name in arrays.files), None)
+                if name is None:
+                    raise UserError(f"{path} holds {', '.join(arrays.files)}, but no array images, samples or arr_0")
+                images = arrays[name]
+    except UserError:
+        raise
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds for damaged files
         raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def _npz_source(path):
-    """Images of an npz under `images` or `arr_0`; uint8 in the order NHWC, as others' samplers write them, too."""
-    with _load(path) as arrays:
-        name = next((name for name in ("images", "samples", "arr_0") if name in arrays.files), None)
-        if name is None:
-            raise UserError(f"{path} holds {', '.join(arrays.files)}, but no array images, samples or arr_0")
-        images = arrays[name]
     if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
-    return array_source(images, path)
+    return images
 
 
-def _folder_source(path, num_channels):
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
-    return _file_source(path, [str(p.relative_to(path)) for p in files], lambda name: path / name, num_channels)
-
-
-def _zip_source(path, num_channels):
-    try:
-        archive = zipfile.ZipFile(path)  # opened once: reading its list of files for every image would take for ever
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    names = sorted(n for n in archive.namelist() if os.path.splitext(n)[1].lower() in EXTENSIONS)
-    return _file_source(path, names, lambda name: io.BytesIO(archive.read(name)), num_channels)
-
-
-def _file_source(path, names, content, num_channels):
-    """Return the source of image files; `content(name)` is a path or an open file."""
-    if not names:
-        raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    mode = "L" if num_channels == 1 else "RGB"
+def _file_source(path, num_channels):
+    """Return the source of the image files in a folder or zip, which must have one size."""
+    tree, spec, notes = FileTree(find_tree(path)), ImageSpec(None, num_channels), {}
 
     def decode(name):
         try:
-            with Image.open(content(name)) as opened:
-                return np.asarray(opened.convert(mode)).reshape(opened.height, opened.width, -1).transpose(2, 0, 1)
-        except (UnidentifiedImageError, OSError, SyntaxError, zipfile.BadZipFile) as error:
+            return decode_image(tree.read(name), spec)
+        except CorruptImage as error:
             raise UserError(f"{path}: {name} is not a readable image ({error})") from None
 
-    shape = decode(names[0]).shape
+    shape = decode(tree.names[0])[0].shape
 
     def read(low, high):
-        images = [decode(name) for name in names[low:high]]
-        for name, image in zip(names[low:high], images, strict=True):
+        images = []
+        for name in tree.names[low:high]:
+            image, conversions = decode(name)
             if image.shape != shape:
-                raise UserError(f"{path} holds images of different sizes: {names[0]} is {shape[1]}×{shape[2]}, "
+                raise UserError(f"{path} holds images of different sizes: {tree.names[0]} is {shape[1]}×{shape[2]}, "
                                 f"{name} is {image.shape[1]}×{image.shape[2]}; bring them to one size")
+            images.append(image)
+            count_notes(notes, dict.fromkeys(conversions, 1))
         return torch.from_numpy(np.stack(images))
 
-    return ImageSource(path, str(path), len(names), shape, read)
+    return ImageSource(path, str(path), len(tree.names), shape, read, notes)
+
+
+def count_notes(notes, more):
+    """Add the counts of `more` to those of `notes`."""
+    for note, count in more.items():
+        notes[note] = notes.get(note, 0) + count

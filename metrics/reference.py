@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import torch
 
-from datasets.images import load_images
+from datasets import load_images
 from metrics.features import check_shape, create_extractor
 from metrics.image_files import array_source, open_images
 from metrics.scores import check_gaussian, kept_radii, leave_one_out_distances

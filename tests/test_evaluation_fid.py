@@ -11,7 +11,7 @@ import torch
 
 from configs.command_line import config_to_dict, load_config
 from configs.validation import check_fields
-from datasets.images import load_images
+from datasets import load_images
 from metrics.features import inception_extractor
 from metrics.image_files import array_source
 from metrics.reference import write_statistics

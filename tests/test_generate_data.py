@@ -14,7 +14,7 @@ import torch
 
 from configs.command_line import config_to_dict, load_config
 from configs.default import set_field
-from datasets.images import load_images
+from datasets import load_images
 from datasets.pair_folder import PairFolder
 from datasets.pair_starts import chosen_images
 from models import create_model, load_model

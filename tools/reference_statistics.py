@@ -10,7 +10,7 @@ features let KID, precision and recall be computed, too. torchrun splits the ima
 
 from configs.command_line import run_script
 from configs.default import Field
-from datasets.images import load_images
+from datasets import load_images
 from metrics.features import check_shape, create_extractor
 from metrics.image_files import array_source, open_images
 from metrics.reference import write_statistics

@@ -1,9 +1,7 @@
 """Decoded data sets on disk: made once, trusted only when whole."""
 
 import collections
-import dataclasses
 import json
-import multiprocessing
 import os
 import pathlib
 import resource
@@ -15,24 +13,30 @@ import numpy as np
 import pytest
 
 from datasets import cache
-from datasets.cache import entry_folder, open_cached
-from datasets.source import Block, Contents, Form, Source
+from datasets.cache import entry_folder
+from datasets.image_files import ImageSpec
+from datasets.sources import ImageChunk, OpenedSource, Source
 from runtime.errors import UserError
 from tests.datasets.image_files import random_images
+from tests.processes import SERVER
 
-FORKED = multiprocessing.get_context("fork")
 IMAGES, LABELS = random_images(10, 3, 8), np.arange(10)
-FORM = Form(8, 3)
+SPEC = ImageSpec(8, 3)
 
 
-def blocks_of_two():
+def chunks_of_two():
     for start in range(0, 10, 2):
         part = slice(start, start + 2)
-        yield Block(IMAGES[part], LABELS[part], [f"bad{start}"], collections.Counter({"turned": 1}))
+        yield ImageChunk(IMAGES[part], LABELS[part], [f"bad{start}"], collections.Counter({"turned": 1}))
 
 
-def make_source(blocks=blocks_of_two, identity="one", form=FORM, count=15):
-    return Source("tiny", "tiny at somewhere", identity, form, lambda: Contents(blocks(), count, tuple("abcdefghij")))
+def make_source(chunks=chunks_of_two, identity="one", count=15):
+    return Source("tiny", "tiny at somewhere", identity,
+                  lambda: OpenedSource(chunks(), count, tuple("abcdefghij")))
+
+
+def open_cached(source, folder):
+    return cache.open_cached(source, SPEC, folder, "false")
 
 
 def unopened():
@@ -46,8 +50,8 @@ def entries(folder):
 
 
 def test_first_use_decodes_and_later_ones_map_the_same_pixels(tmp_path, capsys):
-    open_cached(make_source(), tmp_path, "false")
-    images, labels, about = open_cached(make_source(unopened), tmp_path, "false")
+    open_cached(make_source(), tmp_path)
+    images, labels, about = open_cached(make_source(unopened), tmp_path)
     np.testing.assert_array_equal(images, IMAGES)
     np.testing.assert_array_equal(labels, LABELS)
     assert isinstance(images, np.memmap) and images.dtype == np.uint8 and labels.dtype == np.int64
@@ -57,7 +61,7 @@ def test_first_use_decodes_and_later_ones_map_the_same_pixels(tmp_path, capsys):
 
 def test_the_user_is_told_once_what_was_cached_where(tmp_path, capsys):
     for _ in range(2):
-        _, _, about = open_cached(make_source(), tmp_path, "false")
+        _, _, about = open_cached(make_source(), tmp_path)
     said = capsys.readouterr().err
     assert said.count("cached tiny at somewhere: 10 images in") == 1 and about["folder"] in said
     assert "5 images: turned" in said and "5 corrupt images skipped, the first bad0" in said
@@ -65,21 +69,21 @@ def test_the_user_is_told_once_what_was_cached_where(tmp_path, capsys):
     assert written["source"] == "tiny at somewhere" and written["count"] == 10
 
 
-def test_another_source_or_form_is_another_entry(tmp_path):
-    sources = [make_source(), make_source(identity="two"), make_source(form=Form(8, 3, "area")),
-               make_source(form=Form(9, 3)), make_source(form=Form(8, 1))]
-    assert len({entry_folder(source, tmp_path) for source in sources}) == 5
+def test_another_source_or_spec_is_another_entry(tmp_path):
+    entries = [(make_source(), SPEC), (make_source(identity="two"), SPEC), (make_source(), ImageSpec(8, 3, "area")),
+               (make_source(), ImageSpec(9, 3)), (make_source(), ImageSpec(8, 1))]
+    assert len({entry_folder(*entry, tmp_path) for entry in entries}) == 5
 
 
 def test_a_failed_decode_leaves_nothing(tmp_path):
     def failing():
-        yield from list(blocks_of_two())[:2]
+        yield from list(chunks_of_two())[:2]
         raise UserError("corrupt image")
 
     with pytest.raises(UserError, match="corrupt image"):
-        open_cached(make_source(failing), tmp_path, "false")
+        open_cached(make_source(failing), tmp_path)
     assert entries(tmp_path) == []
-    assert len(open_cached(make_source(), tmp_path, "false")[0]) == 10
+    assert len(open_cached(make_source(), tmp_path)[0]) == 10
 
 
 def test_an_interrupt_at_the_last_moment_leaves_no_entry(tmp_path, monkeypatch):
@@ -89,19 +93,19 @@ def test_an_interrupt_at_the_last_moment_leaves_no_entry(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(pathlib.Path, "rename", interrupt)
-        open_cached(make_source(), tmp_path, "false")
+        open_cached(make_source(), tmp_path)
     assert entries(tmp_path) == []
 
 
 def decode_slowly(folder, marks):
-    """Decode with a pause after the first block; leave a mark for each decode that began."""
-    def blocks():
+    """Decode with a pause after the first chunk; leave a mark for each decode that began."""
+    def chunks():
         pathlib.Path(marks, str(os.getpid())).touch()
-        for number, block in enumerate(blocks_of_two()):
-            yield block
+        for number, chunk in enumerate(chunks_of_two()):
+            yield chunk
             time.sleep(60 if number == 0 and not pathlib.Path(marks, "go").exists() else 0.02)
 
-    open_cached(make_source(blocks), folder, "false")
+    open_cached(make_source(chunks), folder)
 
 
 def wait_until(condition):
@@ -115,13 +119,13 @@ def wait_until(condition):
 def test_a_killed_decode_is_not_trusted_and_its_lock_is_free(tmp_path):
     marks = tmp_path / "marks"
     marks.mkdir()
-    process = FORKED.Process(target=decode_slowly, args=(tmp_path / "cache", marks))
+    process = SERVER.Process(target=decode_slowly, args=(tmp_path / "cache", marks))
     process.start()
     wait_until(lambda: list(marks.iterdir()))
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert entries(tmp_path / "cache")[0].endswith(".partial")  # what the killed process left
-    images, _, _ = open_cached(make_source(), tmp_path / "cache", "false")
+    images, _, _ = open_cached(make_source(), tmp_path / "cache")
     np.testing.assert_array_equal(images, IMAGES)
     assert len(entries(tmp_path / "cache")) == 1  # and that is gone
 
@@ -130,14 +134,14 @@ def test_processes_that_start_together_decode_once(tmp_path):
     marks = tmp_path / "marks"
     marks.mkdir()
     (marks / "go").touch()
-    processes = [FORKED.Process(target=decode_slowly, args=(tmp_path / "cache", marks)) for _ in range(3)]
+    processes = [SERVER.Process(target=decode_slowly, args=(tmp_path / "cache", marks)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
     assert len(list(marks.iterdir())) == 2  # "go" and one decoder
-    np.testing.assert_array_equal(open_cached(make_source(unopened), tmp_path / "cache", "false")[0], IMAGES)
+    np.testing.assert_array_equal(open_cached(make_source(unopened), tmp_path / "cache")[0], IMAGES)
 
 
 @pytest.mark.parametrize("damage", [
@@ -146,9 +150,9 @@ def test_processes_that_start_together_decode_once(tmp_path):
     lambda entry: shutil.rmtree(entry) or entry.mkdir(),
 ])
 def test_a_damaged_entry_is_decoded_again(tmp_path, damage, capsys):
-    open_cached(make_source(), tmp_path, "false")
-    damage(entry_folder(make_source(), tmp_path))
-    images, labels, _ = open_cached(make_source(), tmp_path, "false")
+    open_cached(make_source(), tmp_path)
+    damage(entry_folder(make_source(), SPEC, tmp_path))
+    images, labels, _ = open_cached(make_source(), tmp_path)
     np.testing.assert_array_equal(images, IMAGES)
     np.testing.assert_array_equal(labels, LABELS)
     assert "is damaged" in capsys.readouterr().err
@@ -157,7 +161,7 @@ def test_a_damaged_entry_is_decoded_again(tmp_path, damage, capsys):
 def test_too_little_room_is_noticed_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 0))
     with pytest.raises(UserError, match="needs 0.0 MiB there, 0.0 MiB are free"):
-        open_cached(make_source(unopened), tmp_path, "false")
+        open_cached(make_source(unopened), tmp_path)
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path):
@@ -166,7 +170,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(UserError, match="data.cache_dir .* cannot be written .File too large.*cache_dir"):
-            open_cached(make_source(), tmp_path, "false")
+            open_cached(make_source(), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert entries(tmp_path) == []
@@ -176,24 +180,24 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path):
 def test_a_cache_folder_that_cannot_be_written_is_one_sentence(tmp_path, place):
     (tmp_path / "a file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        open_cached(make_source(), tmp_path / place, "false")
+        open_cached(make_source(), tmp_path / place)
 
 
 def test_a_cache_that_is_read_only_serves_what_it_has(tmp_path, monkeypatch):
-    open_cached(make_source(), tmp_path, "false")
+    open_cached(make_source(), tmp_path)
 
     def refuse(*words):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(cache, "file_lock", refuse)
-    assert len(open_cached(make_source(unopened), tmp_path, "false")[0]) == 10
+    assert len(open_cached(make_source(unopened), tmp_path)[0]) == 10
     with pytest.raises(UserError, match="Permission denied"):
-        open_cached(dataclasses.replace(make_source(), identity="other"), tmp_path, "false")
+        open_cached(make_source(identity="other"), tmp_path)
 
 
 def test_a_source_of_unknown_count_without_labels_is_cached(tmp_path):
-    def blocks():
-        yield Block(IMAGES[:7], None)
+    def chunks():
+        yield ImageChunk(IMAGES[:7], None)
 
-    images, labels, _ = open_cached(make_source(blocks, count=None), tmp_path, "false")
+    images, labels, _ = open_cached(make_source(chunks, count=None), tmp_path)
     assert images.shape == (7, 3, 8, 8) and labels is None

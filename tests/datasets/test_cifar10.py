@@ -54,9 +54,9 @@ def test_a_missing_batch_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ([1, 2], "is no CIFAR-10 batch"), ({"data": 3, "labels": []}, "is no CIFAR-10 batch"),
-    ({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, "is no CIFAR-10 batch"),
-    ({"data": np.zeros((2, 3072), np.float32), "labels": [1, 1]}, "is no CIFAR-10 batch"),
+    ([1, 2], "is no batch of images"), ({"data": 3, "labels": []}, "is no batch of images"),
+    ({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, "is no batch of images"),
+    ({"data": np.zeros((2, 3072), np.float32), "labels": [1, 1]}, "is no batch of images"),
     ({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 10]}, "labels from 1 to 10"),
     ({"data": np.zeros((2, 3072), np.uint8), "labels": ["a", "b"]}, "whole numbers"),
 ])

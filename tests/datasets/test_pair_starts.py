@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 
-from datasets.images import ImageSet
+from datasets import ImageSet
 from datasets.pair_starts import ImageStarts, NoiseStarts, images_digest
 
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.pickles import load_array_file, load_arrays
+from datasets.sources import _unpickle, load_pickle
 from runtime.errors import UserError
 
 
 def load(data):
-    return load_arrays(io.BytesIO(data), "batch_1")
+    return _unpickle(io.BytesIO(data), "batch_1")
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -72,4 +72,4 @@ def test_damaged_pickles_end_in_one_sentence(noise, cut):
 
 def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(UserError, match="data_batch_9 cannot be read: No such file"):
-        load_array_file(tmp_path / "data_batch_9")
+        load_pickle(tmp_path / "data_batch_9")

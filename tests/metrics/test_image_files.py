@@ -78,7 +78,7 @@ def test_a_damaged_picture_in_a_zip_is_named(tmp_path):
     content[content.index(b"IDAT", content.index(b"001.png")) + 6] ^= 0xFF
     (tmp_path / "images.zip").write_bytes(content)
     source = open_images(tmp_path / "images.zip")
-    with pytest.raises(UserError, match="001.png is not a readable image"):
+    with pytest.raises(UserError, match="001.png cannot be unpacked"):
         source.read(0, 2)
 
 

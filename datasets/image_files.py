@@ -1,0 +1,242 @@
+"""Image files in folders and zip archives: one lister and one decoder, for training and for measuring."""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import stat
+import threading
+import zipfile
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from runtime.errors import UserError
+
+# What Pillow may open. Others stay shut: an EPS file named x.png would start Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+LABEL_FILE = "dataset.json"
+LARGEST_FILE = 2**28  # bytes of one image file, also when unpacked from an archive
+LARGE_IMAGE = 2**24  # pixels; of larger images one is decoded at a time, or sixteen threads would fill the memory
+FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
+
+GREY_TO_COLOUR = "grey, repeated into three channels"
+COLOUR_TO_GREY = "colour, converted to grey (ITU-R 601 luma)"
+_GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_large_image = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """What images are brought to: `channels` 1 (grey) or 3 (RGB), square with `size` pixels (None: as they are).
+
+    resample: "lanczos" or "area", the filter where the size changes. skip_corrupt: leave out unreadable files, count
+    them, and go on.
+    """
+
+    size: int | None
+    channels: int
+    resample: str = "lanczos"
+    skip_corrupt: bool = False
+
+
+class CorruptImage(Exception):
+    """A file that is no usable image; its text says why."""
+
+
+class FileTree:
+    """The image files of a folder (recursively, links followed) or a zip archive, by their paths inside it.
+
+    names: sorted, with forward slashes. label_files: the files named dataset.json, the outermost first. Hidden files
+    and folders, and what macOS adds, are left out. Archives are never unpacked to disk; several threads may read.
+    """
+
+    def __init__(self, root):
+        """List `root`. Raises UserError if it cannot be listed or holds no image."""
+        self.root, self.archive = pathlib.Path(root), None
+        if self.root.is_dir():
+            names = list(_walk(self.root))
+        else:
+            self.archive = _open_archive(self.root)
+            names = self.archive.namelist()
+        names = sorted(name for name in names if not _is_hidden(name))
+        self.names = [name for name in names if name.lower().endswith(SUFFIXES)]
+        self.label_files = sorted((name for name in names if name.split("/")[-1] == LABEL_FILE), key=len)
+        if not self.names:
+            raise UserError(f"{self.root} holds no images ({', '.join(SUFFIXES)}): put images there or name another "
+                            "folder or zip archive")
+
+    def read(self, name):
+        """Return the bytes of a file. Raises UserError if it is no regular file, damaged, encrypted or too large."""
+        if self.archive is None:
+            return read_file(self.root / name, LARGEST_FILE)
+        size = self.archive.getinfo(name).file_size
+        if size > LARGEST_FILE:
+            raise UserError(f"{self.root}: {name} would unpack to {size} bytes; that is no image")
+        try:
+            return self.archive.read(name)
+        except Exception as error:  # zipfile and the decompressors raise many kinds for damaged and encrypted members
+            raise UserError(f"{self.root}: {name} cannot be unpacked: {error}") from None
+
+    def identity(self):
+        """Return a digest that changes when an image or label file of the folder is written, added or removed."""
+        return identify([*self.names, *self.label_files], self.root)
+
+
+def find_tree(root):
+    """Return the path to list: the zip archive that stands in for the folder `root` (nothing else in it), else `root`.
+
+    Raises UserError for several archives in one folder, and for what is neither a folder nor a file.
+    """
+    root = pathlib.Path(root)
+    if not root.is_dir():
+        if not root.is_file():
+            raise UserError(f"{root} is neither a folder nor a zip archive of images")
+        return root
+    archives = sorted(root.glob("*.zip"))
+    if not archives or any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in root.iterdir()):
+        return root
+    if len(archives) > 1:
+        raise UserError(f"{root} holds {len(archives)} zip archives ({', '.join(p.name for p in archives)}): name one")
+    return archives[0]
+
+
+def identify(names, root="."):
+    """Return a digest of the paths (from `root`), sizes and times of files, not of their content.
+
+    Both times count, of the content and of the last change on disk, so that a file written anew with its old time and
+    size is another one.
+    """
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(root)))
+    for name in names:
+        digest.update(os.fsencode(name))
+        with contextlib.suppress(OSError):  # a dead link: reading it will name it
+            status = os.stat(os.path.join(root, name))
+            digest.update(f"\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def read_file(path, largest=None):
+    """Return a file's bytes. Raises UserError, naming it, for what cannot be read, is no regular file or too large."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is no regular file")  # a pipe would block, a device never end
+        if largest is not None and status.st_size > largest:
+            raise UserError(f"{path} has {status.st_size} bytes; that is no image")
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def decode_image(data, spec):
+    """Return the pixels of an encoded image, uint8 `(C, H, W)`, and a list of notes on what was converted.
+
+    The image is turned upright (EXIF), laid on white where it is transparent, reduced to 8 bits and brought to `spec`;
+    of several frames the first counts. Raises `CorruptImage` for bytes that are no image of `FORMATS`, for damaged
+    ones and for decompression bombs (more than twice Pillow's limit of 89 million pixels).
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            large = opened.width * opened.height > LARGE_IMAGE
+            with _large_image if large else contextlib.nullcontext():
+                opened.load()
+                return _fit_image(ImageOps.exif_transpose(opened), spec)
+    except CorruptImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise CorruptImage(f"a decompression bomb: {error}") from None
+    except MemoryError:
+        raise CorruptImage("it does not fit in memory") from None
+    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
+        text = (str(error).splitlines() or [""])[0]
+        raise CorruptImage("not an image" if not text or text.startswith("cannot identify") else text) from None
+
+
+def fit_images(images, spec):
+    """Return uint8 images `(N, C, H, W)`, C 1 or 3, brought to `spec`, and a Counter of notes on conversions."""
+    notes = collections.Counter()
+    if spec.channels == images.shape[1] and (spec.size is None or images.shape[2:] == (spec.size, spec.size)):
+        return np.ascontiguousarray(images), notes
+    fitted = []
+    for image in images:
+        pixels, conversions = _fit_image(Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)),
+                                         spec)
+        fitted.append(pixels)
+        notes.update(conversions)
+    return np.stack(fitted), notes
+
+
+def _fit_image(image, spec):
+    """Return the pixels of a Pillow image brought to `spec`, uint8 `(C, H, W)`, and a list of notes."""
+    image, notes = _to_channels(image, spec.channels)
+    if spec.size is not None and image.width != image.height:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        notes.append("cropped to the central square")
+    if spec.size is not None and image.width != spec.size:
+        notes.append(f"resampled to {spec.size}×{spec.size} with the {spec.resample} filter")
+        image = image.resize((spec.size, spec.size), FILTERS[spec.resample])
+    pixels = np.asarray(image)
+    return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)), notes
+
+
+def _to_channels(image, channels):
+    """Return the image in mode L (one channel) or RGB (three), 8 bits and opaque, and notes."""
+    notes = []
+    grey = image.mode in _GREY_MODES
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise CorruptImage("its pixels have more than 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # round(v / 257); Pillow would clip
+        notes.append("16-bit grey, divided by 257")
+    elif image.mode == "F":
+        raise CorruptImage("its pixels are floating-point numbers of unknown range")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        if rgba.getchannel("A").getextrema()[0] < 255:
+            notes.append("transparent, laid on white")
+    if channels == 3:
+        return image.convert("RGB"), notes + [GREY_TO_COLOUR] * grey
+    # By RGB, since CMYK has no direct way to grey.
+    return (image if grey else image.convert("RGB")).convert("L"), notes + [COLOUR_TO_GREY] * (not grey)
+
+
+def _walk(root):
+    """Yield the paths of the files under `root`, from it, with forward slashes; each folder once, links or not."""
+    visited = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse):
+        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        inner = os.path.relpath(folder, root).replace(os.sep, "/")
+        yield from files if inner == "." else (f"{inner}/{name}" for name in files)
+
+
+def _refuse(error):
+    """Stop at a folder that cannot be listed: without it the classes after it would get other numbers."""
+    raise UserError(f"{error.filename} cannot be listed: {error.strerror}")
+
+
+def _is_hidden(name):
+    """Return whether a path is hidden, or what macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _open_archive(path):
+    if not path.is_file():
+        raise UserError(f"{path} is neither a folder nor a zip archive of images")
+    try:
+        return zipfile.ZipFile(path)
+    except Exception as error:  # a damaged archive raises many kinds
+        raise UserError(f"{path} is no readable zip archive ({error})") from None

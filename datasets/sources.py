@@ -1,0 +1,603 @@
+"""Image data sets, from their files to one uint8 array `(N, C, H, W)`: `DATASETS` lists what `data.dataset` may name.
+
+A data set is a function and a row of that table. The function `open(root, spec)` takes the path of the files and the
+`ImageSpec` to bring images to. It returns an `ImageSet` (`array_set` makes one of arrays), or a `Source`, which is
+decoded once into `data.cache_dir`. Choices of the config, `--help`, checks and messages follow from the row.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import gzip
+import json
+import os
+import pathlib
+import pickle
+import re
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from datasets.cache import open_cached
+from datasets.image_files import (
+    LABEL_FILE,
+    CorruptImage,
+    FileTree,
+    ImageSpec,
+    decode_image,
+    find_tree,
+    fit_images,
+    identify,
+    read_file,
+)
+from runtime import seeds
+from runtime.errors import UserError
+from runtime.files import file_lock
+
+FILES_AT_ONCE = 16  # image files decoded by one thread at a time
+ROWS_AT_ONCE = 10_000  # images of an array resized and written at a time
+LARGEST_CLASS = 99_999  # a class number beyond it is a mistake
+SPLITS = {"train", "val", "valid", "validation", "test"}
+RELEASED_NAMES = {"plane": "airplane", "car": "automobile"}  # of CIFAR-10's classes, in the released code
+SUBSET_SEED = 0  # random_N are the same images under every seed
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Decoded images.
+
+    images: uint8 `(N, C, H, W)`, memory-mapped where they come from the cache. labels: int64 `(N,)` or None.
+    class_names: names of classes 0, 1, …, or None. source: where they come from, for messages and reports.
+    notes: how many images were converted how. cache: folder of the cache entry, or None. skipped: corrupt images.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    class_names: tuple | None
+    source: str
+    notes: dict = dataclasses.field(default_factory=dict)
+    cache: str | None = None
+    skipped: tuple = ()
+
+    def __len__(self):
+        """Return the number of images."""
+        return len(self.images)
+
+
+@dataclasses.dataclass
+class ImageChunk:
+    """Some decoded images in their final form, in the order of the source.
+
+    images: uint8 `(n, C, H, W)`. labels: int64 `(n,)` or None. skipped: what was left out, a text each.
+    notes: how many images were converted how.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    skipped: list = dataclasses.field(default_factory=list)
+    notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+
+class OpenedSource(NamedTuple):
+    """What an opened source holds; count: how many images at most, None if only reading tells."""
+
+    chunks: Iterator[ImageChunk]
+    count: int | None
+    class_names: tuple | None
+
+
+class Source(NamedTuple):
+    """Images on disk that can be decoded into the cache.
+
+    name: short, for folder names. title: for messages, with the path. identity: digest of the files' paths, sizes and
+    times (`identify`). open: returns the `OpenedSource`; called only when the images are not cached.
+    """
+
+    name: str
+    title: str
+    identity: str
+    open: Callable[[], OpenedSource]
+
+
+class DataSet(NamedTuple):
+    """A row of `DATASETS`.
+
+    open: `open(root, spec)`, see above. channels: what its images have, None for any. mirror: whether a mirrored image
+    is one of the data set's kind; data.random_flip is off unless given otherwise. resample: the filter for images of
+    another size. files: what belongs at data.data_root ("": nothing has to be there).
+    """
+
+    open: Callable[[pathlib.Path, ImageSpec], ImageSet | Source]
+    channels: int | None = 3
+    mirror: bool = True
+    resample: str = "lanczos"
+    files: str = ""
+
+
+def load_images(config):
+    """Return the `ImageSet` of `config.data`, or its `data.train_subset`; from the cache, if it is decoded once.
+
+    Raises `UserError` for a missing or unusable source, naming it and what belongs there, and for labels that do
+    not fit `data.num_classes`.
+    """
+    data, row = config.data, DATASETS[config.data.dataset]
+    if data.num_channels not in (1, 3):
+        raise UserError(f"data.num_channels {data.num_channels}: images have 1 (grey) or 3 (colour) channels")
+    spec = ImageSpec(data.image_size, data.num_channels, row.resample, data.skip_corrupt)
+    root = pathlib.Path(data.data_root or data.custom_data_root or f"data/{data.dataset}").expanduser()
+    if row.files and not root.exists():
+        raise UserError(f"{data.dataset}: there is nothing at {root}: put {row.files} there, or set "
+                        "--config.data.data_root to where it is")
+    opened = row.open(root, spec)
+    image_set = opened if isinstance(opened, ImageSet) else _load_cached(opened, spec, config)
+    if data.num_classes:
+        check_classes(image_set, data.num_classes)
+    return subset(image_set, *_chosen_subset(config))
+
+
+def array_set(images, labels, spec, source, class_names=None):
+    """Return an `ImageSet` of uint8 images `(N, C, H, W)`, brought to `spec`, with int64 labels `(N,)` or None."""
+    images, notes = fit_images(images, spec)
+    return ImageSet(images, labels, class_names, source, dict(notes))
+
+
+def _load_cached(source, spec, config):
+    images, labels, about = open_cached(source, spec, config.data.cache_dir, config.training.progress)
+    skipped = about["skipped"]
+    if skipped and not spec.skip_corrupt:
+        raise UserError(f"{source.title} was cached without {len(skipped)} corrupt images, the first {skipped[0]}: "
+                        "repair them, or go on without them with --config.data.skip_corrupt true")
+    class_names = about["class_names"] and tuple(about["class_names"])
+    return ImageSet(images, labels, class_names, source.title, about["notes"], about["folder"], tuple(skipped))
+
+
+def check_classes(image_set, num_classes):
+    """Raise `UserError` unless the labels are 0..num_classes-1, each of at least one image."""
+    source = f"data.num_classes {num_classes}: {image_set.source}"
+    if image_set.labels is None:
+        raise UserError(f"{source} has no labels; set data.num_classes 0, or give labels by sub-folders or "
+                        f"{LABEL_FILE}")
+    counts = np.bincount(image_set.labels, minlength=num_classes)
+    names = image_set.class_names or tuple(map(str, range(len(counts))))
+    found = _shorten([f"{names[k]}: {counts[k]}" for k in np.flatnonzero(counts)])
+    if len(counts) > num_classes:
+        raise UserError(f"{source} has labels up to {len(counts) - 1} ({found}); set data.num_classes {len(counts)}")
+    if not counts.all():
+        raise UserError(f"{source} has images of {np.count_nonzero(counts)} classes ({found}), and none of class "
+                        f"{np.argmin(counts)}: set data.num_classes to the classes there are, numbered from 0, or "
+                        "data.data_root to the folder whose sub-folders are the classes")
+    if set(names) <= SPLITS:
+        raise UserError(f"{source} has the sub-folders {found}, which are no classes: set data.data_root to one of "
+                        "them")
+
+
+def _chosen_subset(config):
+    """Return the subset that the config names and the field that names it; sampling.train_subset is the older one."""
+    new, old = config.data.train_subset, config.sampling.train_subset
+    if new != "all" and old not in ("all", new):
+        raise UserError(f"data.train_subset is {new}, but sampling.train_subset, its older name, {old}: set one")
+    return (new, "data.train_subset") if new != "all" else (old, "sampling.train_subset")
+
+
+def subset(image_set, name, field="data.train_subset"):
+    """Return the part of `image_set` that a config field names.
+
+    name: "all"; "random_N", N images drawn without replacement, the same under every seed; or a class name of the
+    data set. Raises `UserError`, naming `field`, for any other name and for N outside 1..len(image_set).
+    """
+    if name == "all":
+        return image_set
+    names = image_set.class_names or ()
+    if name.startswith("random_"):
+        number = name.removeprefix("random_")
+        if not (number.isdecimal() and 1 <= int(number) <= len(image_set)):
+            raise UserError(f"{field} {name}: the number after random_ must be from 1 to "
+                            f"{len(image_set)}, the images of {image_set.source}")
+        generator = seeds.index_generator(SUBSET_SEED, 0, seeds.SUBSET)
+        chosen = np.sort(generator.choice(len(image_set), int(number), replace=False))
+    else:
+        name = name if name in names else RELEASED_NAMES.get(name, name)
+        if image_set.labels is None or name not in names:
+            raise UserError(f"{field} {name}: {image_set.source} has no such class; choose all, random_N or one of "
+                            f"{_shorten(names) or 'its classes (it has none)'}")
+        chosen = np.flatnonzero(image_set.labels == names.index(name))
+        if not len(chosen):
+            raise UserError(f"{field} {name}: {image_set.source} has no image of this class")
+    labels = None if image_set.labels is None else image_set.labels[chosen]
+    return dataclasses.replace(image_set, images=image_set.images[chosen], labels=labels,
+                               source=f"{image_set.source} ({field} {name})")
+
+
+def _shorten(words):
+    """Return words as text, shortened when there are many."""
+    return ", ".join(words[:20]) + (f", … ({len(words)} classes)" if len(words) > 20 else "")
+
+
+# Folders and archives of image files
+
+
+def open_files(name, with_labels, root, spec):
+    """Return the `Source` of all images in a folder or zip archive, of any size.
+
+    with_labels: classes by dataset.json, as EDM's dataset_tool.py writes it, or else by sub-folder; FFHQ's only keep
+    folders small.
+    """
+    place = find_tree(root)
+    tree = FileTree(place) if place.is_dir() else None  # an archive is opened only to decode it
+
+    def open_tree():
+        opened = tree or FileTree(place)
+        labels, class_names = find_labels(opened) if with_labels else (None, None)
+        parts = [slice(start, start + FILES_AT_ONCE) for start in range(0, len(opened.names), FILES_AT_ONCE)]
+        chunks = map_ahead(functools.partial(_decode_files, opened, labels, spec), parts)
+        return OpenedSource(chunks, len(opened.names), class_names)
+
+    return Source(name, f"{name} at {place}", tree.identity() if tree else identify([place]), open_tree)
+
+
+def _decode_files(tree, labels, spec, part):
+    """Return the files `part` (a slice) of a `FileTree` as an `ImageChunk`; labels of all files, or None."""
+    images, kept, skipped, notes = [], [], [], collections.Counter()
+    for place, name in enumerate(tree.names[part]):
+        try:
+            pixels, conversions = decode_image(tree.read(name), spec)
+        except (CorruptImage, UserError) as error:
+            if not spec.skip_corrupt:
+                raise UserError(f"corrupt image {name} in {tree.root} ({error}): remove or replace it, or skip such "
+                                "files with --config.data.skip_corrupt true") from None
+            skipped.append(f"{name} ({error})")
+            continue
+        images.append(pixels)
+        kept.append(place)
+        notes.update(conversions)
+    stacked = np.stack(images) if images else np.empty((0, spec.channels, spec.size, spec.size), np.uint8)
+    return ImageChunk(stacked, None if labels is None else np.array(labels[part], np.int64)[kept], skipped, notes)
+
+
+def find_labels(tree):
+    """Return the class numbers (list of int) and class names of a `FileTree`'s images, (None, None) without classes.
+
+    Both are looked for below the innermost folder that holds all images, dataset.json also above it.
+    """
+    folders = [name.split("/")[:-1] for name in tree.names]
+    common = os.path.commonprefix(folders)
+    for depth in range(len(common) + 1):
+        above = "".join(f"{folder}/" for folder in common[:depth])
+        if above + LABEL_FILE in tree.label_files:
+            return _labels_from_json(tree, above)
+    if not common and [] in folders:
+        return None, None
+    depth = len(common) - (common in folders)  # images directly in the common folder: it is the class
+    if depth < 0 or any(len(folder) <= depth for folder in folders):
+        return None, None
+    found = [folder[depth] for folder in folders]
+    class_names = tuple(sorted(set(found)))
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return [numbers[name] for name in found], class_names
+
+
+def _labels_from_json(tree, above):
+    """Return what `find_labels` does, from dataset.json in the folder `above` ("" or "x/"), which names lie below.
+
+    Its form is `{"labels": [["00000/img00000000.png", 6], …]}`, or `"labels": null` for none. Raises `UserError` for
+    another form, and for an image with no label or two.
+    """
+    place, labels = f"{tree.root}: {above}{LABEL_FILE}", {}
+    try:
+        for name, label in json.loads(tree.read(above + LABEL_FILE))["labels"] or ():
+            if labels.setdefault(name, label) != label:
+                raise UserError(f"{place} gives {name} the labels {labels[name]} and {label}: remove one")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'{place} is not of the form {{"labels": [["name", class], …]}} ({error})') from None
+    if not labels:
+        return None, None
+    names = [name.removeprefix(above) for name in tree.names]
+    for name in names:
+        label = labels.get(name)
+        if name not in labels:
+            raise UserError(f"{place} has no label for {name}: add it, or remove {LABEL_FILE} to go without labels")
+        if type(label) is not int or not 0 <= label <= LARGEST_CLASS:
+            raise UserError(f"{place} gives {name} the label {label!r}: a label is a class number from 0 to "
+                            f"{LARGEST_CLASS}")
+    found = [labels[name] for name in names]
+    return found, tuple(map(str, range(max(found) + 1)))
+
+
+def map_ahead(function, items):
+    """Yield `function(item)` in order, computed by one thread per core a little ahead of what is taken.
+
+    Threads, since Pillow decodes and resamples outside the interpreter lock, and nothing has to be copied between
+    processes. A window, since a data set's images would not fit in memory.
+    """
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        window = collections.deque()
+        for item in items:
+            window.append(pool.submit(function, item))
+            if len(window) > 2 * workers:
+                yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# Arrays in files
+
+
+def check_labels(labels, place, lowest, highest):
+    """Return labels as int64 array. Raises `UserError` unless all are whole numbers from `lowest` to `highest`."""
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise UserError(f"{place}: its labels are no list of whole numbers")
+    if len(labels) and (labels.min() < lowest or labels.max() > highest):
+        raise UserError(f"{place} has labels from {labels.min()} to {labels.max()}; they must lie in "
+                        f"{lowest}..{highest}")
+    return labels.astype(np.int64)
+
+
+def _array_chunks(images, labels, spec):
+    """Yield native uint8 images `(N, C, H, W)` with their labels as `ImageChunk`s."""
+    for start in range(0, len(images), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        fitted, notes = fit_images(images[part], spec)
+        yield ImageChunk(fitted, labels[part], notes=notes)
+
+
+def _batch_chunks(batches, size, first_label, classes, spec):
+    """Yield the `ImageChunk`s of batches (path, dict of data and labels), as CIFAR-10 and ImageNet64 are distributed.
+
+    data: uint8 `(n, 3·size·size)`. labels: n class numbers from `first_label` on. Raises UserError for others.
+    """
+    for place, batch in batches:
+        data, labels = (batch.get("data"), batch.get("labels")) if isinstance(batch, dict) else (None, None)
+        right = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape == (len(data), 3 * size**2)
+        if not right or not isinstance(labels, (list, np.ndarray)) or len(labels) != len(data):
+            raise UserError(f"{place} is no batch of images (a dict of data, N×{3 * size**2} uint8, and N labels): "
+                            "fetch it again")
+        labels = check_labels(labels, place, first_label, first_label + classes - 1) - first_label
+        yield from _array_chunks(data.reshape(-1, 3, size, size), labels, spec)
+
+
+CIFAR10_ARCHIVE, CIFAR10_FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
+CIFAR10_BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def open_cifar10(root, spec):
+    """Return CIFAR-10's training set (Krizhevsky 2009): the python batches, unpacked or packed, at or under `root`.
+
+    When neither is there, the archive is downloaded to `root`. Raises `UserError` when that fails.
+    """
+    place = _find_cifar10(root) or _download_cifar10(root)
+    if place.is_file():
+        names, identity = None, identify([place])
+    else:
+        names, identity = [place / name for name in CIFAR10_BATCHES], identify(CIFAR10_BATCHES, place)
+        missing = [path.name for path in names if not path.is_file()]
+        if missing:
+            raise UserError(f"CIFAR10: {place} lacks {', '.join(missing)}: unpack {CIFAR10_ARCHIVE} again")
+
+    def open_batches():
+        batches = ((path, load_pickle(path)) for path in names) if names else _archived_batches(place)
+        return OpenedSource(_batch_chunks(batches, 32, 0, 10, spec), None, CIFAR10_CLASSES)
+
+    return Source("CIFAR10", f"CIFAR10 at {place}", identity, open_batches)
+
+
+def _find_cifar10(root):
+    """Return the folder of the batches or the archive, at or in `root`, or None."""
+    if root.is_file():
+        return root
+    for folder in (root, root / CIFAR10_FOLDER):
+        if any((folder / name).exists() for name in CIFAR10_BATCHES):
+            return folder
+    return root / CIFAR10_ARCHIVE if (root / CIFAR10_ARCHIVE).is_file() else None
+
+
+def _download_cifar10(root):
+    """Fetch the archive to `root`, once for all processes, and return its path."""
+    from torchvision.datasets import CIFAR10  # here, since importing it takes seconds
+    from torchvision.datasets.utils import download_url
+
+    lock = root / ".download.lock"
+    try:
+        with file_lock(lock, "downloading CIFAR10"):
+            if _find_cifar10(root) is None:
+                with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as unfinished:
+                    download_url(CIFAR10.url, unfinished, CIFAR10_ARCHIVE, CIFAR10.tgz_md5)
+                    os.replace(os.path.join(unfinished, CIFAR10_ARCHIVE), root / CIFAR10_ARCHIVE)
+    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: the wrong digest
+        with contextlib.suppress(OSError):  # leaves no empty folder where the user mistyped a path
+            lock.unlink()
+            root.rmdir()
+        raise UserError(f"CIFAR10: there is nothing at {root} and {CIFAR10.url} could not be downloaded "
+                        f"({getattr(error, 'reason', error)}): put {CIFAR10_ARCHIVE} or {CIFAR10_FOLDER}/ there, or "
+                        "set --config.data.data_root to where it is") from None
+    return root / CIFAR10_ARCHIVE
+
+
+def _archived_batches(archive):
+    """Yield (path, content) of the five batches in the distributed archive, which stays packed."""
+    try:
+        with tarfile.open(archive) as members:
+            for name in CIFAR10_BATCHES:
+                place = f"{archive}: {CIFAR10_FOLDER}/{name}"
+                yield place, _unpickle(members.extractfile(f"{CIFAR10_FOLDER}/{name}"), place)
+    except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
+        raise UserError(f"{archive} is no complete CIFAR-10 archive ({error}): download it again") from None
+
+
+def open_imagenet64(root, spec):
+    """Return ImageNet at 64×64 with its 1,000 classes, from what lies at `root`.
+
+    The downsampled release (Chrabaszcz et al. 2017): `train_data_batch_1` … `10`, pickled or npz, with classes in
+    the release's own order. Otherwise image files with `dataset.json` or a folder per class, in the order of names.
+    """
+    found = {}
+    for path in sorted([*root.glob("train_data_batch_*"), *root.glob("Imagenet64*/train_data_batch_*")]):
+        matched = re.fullmatch(r"train_data_batch_(\d+)(\.npz)?", path.name)
+        if matched:
+            found.setdefault(int(matched[1]), path)
+    if not found:
+        return open_files("ImageNet64", True, root / "train" if (root / "train").is_dir() else root, spec)
+    missing = set(range(1, max(found) + 1)) - set(found)
+    if missing:
+        raise UserError(f"ImageNet64: {root} lacks train_data_batch_{min(missing)}: add it (there are 10)")
+    paths = [found[number] for number in sorted(found)]
+
+    def open_batches():
+        batches = ((path, load_pickle(path) if path.suffix != ".npz" else _load_npz(path)) for path in paths)
+        return OpenedSource(_batch_chunks(batches, 64, 1, 1000, spec), None, tuple(map(str, range(1000))))
+
+    return Source("ImageNet64", f"ImageNet64 at {root}", identify(paths), open_batches)
+
+
+def _load_npz(path):
+    try:
+        with np.load(path) as batch:
+            return {name: batch[name] for name in ("data", "labels") if name in batch}
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds for damaged files
+        raise UserError(f"{path} is no readable npz file ({error}): fetch it again") from None
+
+
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+                   "Ankle boot")
+
+
+def open_idx(name, class_names, root, spec):
+    """Return the training images of MNIST or Fashion-MNIST, in `root`, `root`/raw or `root`/{name}/raw."""
+    folders = (root, root / "raw", root / name / "raw")
+    files = []
+    for file in IDX_FILES:
+        spellings = [folder / (stem + ending) for folder in folders
+                     for stem in (file, file.replace("-idx", ".idx")) for ending in ("", ".gz")]
+        files.append(next((path for path in spellings if path.is_file()), None))
+        if files[-1] is None:
+            raise UserError(f"{name}: {root} lacks {file}: put it there (.gz or unpacked), or set "
+                            "--config.data.data_root to where it is")
+
+    def open_arrays():
+        images, labels = read_idx(files[0], 3), read_idx(files[1], 1)
+        if len(images) != len(labels):
+            raise UserError(f"{files[0]} has {len(images)} images, {files[1]} {len(labels)} labels: fetch both again")
+        labels = check_labels(labels, files[1], 0, 9)
+        return OpenedSource(_array_chunks(images[:, None], labels, spec), len(images), class_names)
+
+    return Source(name, f"{name} at {files[0].parent}", identify(files), open_arrays)
+
+
+def read_idx(path, dimensions):
+    """Return the uint8 array of an IDX file with that many dimensions. Raises `UserError` for any other content.
+
+    The format (LeCun et al. 1998), gzipped or not: two zero bytes, the type (8: unsigned byte), the number of
+    dimensions, each dimension as a big-endian 32-bit number, then the values.
+    """
+    data = read_file(path)
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is a damaged gzip file ({error}): fetch it again") from None
+    head = 4 + 4 * dimensions
+    if len(data) < head or data[:4] != bytes([0, 0, 8, dimensions]):
+        raise UserError(f"{path} is no IDX file of unsigned bytes with {dimensions} dimensions: fetch it again")
+    shape = np.frombuffer(data, ">u4", dimensions, offset=4).astype(int)
+    if len(data) - head != shape.prod():
+        raise UserError(f"{path} should hold {shape.prod()} values and holds {len(data) - head}: fetch it again")
+    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+
+
+def open_digits(root, spec):
+    """Return scikit-learn's handwritten digits, 1,797 grey images of 8×8; values 0..16 become `round(v * 255 / 16)`."""
+    from sklearn.datasets import load_digits  # here, since importing it takes a second
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    return array_set(images, digits.target.astype(np.int64), spec, "digits of scikit-learn",
+                     tuple(map(str, digits.target_names)))
+
+
+# Pickles, read without running the code that they may hold
+
+
+# The functions by which numpy's own pickles make arrays and numbers, asked of numpy itself; they lie in numpy.core,
+# which numpy 2 renamed.
+_CONSTRUCTORS = {
+    "core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+    "core.multiarray.scalar": np.float64(0).__reduce__()[0],
+    "core.numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
+}
+
+
+def _latin1_bytes(text, encoding="latin1"):
+    """Stand in for `_codecs.encode`, with which protocol 2 writes bytes, for the one encoding that it uses."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """An unpickler that knows numpy arrays; numbers, texts, lists, tuples and dicts need no names."""
+
+    def find_class(self, module, name):
+        known = None
+        if module.startswith(("numpy.core.", "numpy._core.")):
+            known = _CONSTRUCTORS.get(f"core.{module.rpartition('.')[2]}.{name}")
+        elif module == "numpy" and name in ("ndarray", "dtype"):
+            known = getattr(np, name)
+        elif (module, name) == ("_codecs", "encode"):
+            known = _latin1_bytes
+        if known is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return known
+
+
+def load_pickle(path):
+    """Return what a pickle of plain arrays holds: numpy arrays, numbers and texts in plain containers.
+
+    Texts of Python 2 become str. Raises `UserError`, naming `path`, for a file that is no pickle or names anything
+    else, which could run code.
+    """
+    try:
+        with open(path, "rb") as opened:
+            return _unpickle(opened, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _unpickle(opened, path):
+    try:
+        return _ArrayUnpickler(opened, encoding="latin1").load()
+    except Exception as error:  # a damaged pickle can raise nearly any error
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is no pickle of plain arrays ({text}): fetch the file again from the data set's own "
+                        "page") from None
+
+
+DATASETS = {
+    "CIFAR10": DataSet(open_cifar10),
+    "FFHQ64": DataSet(functools.partial(open_files, "FFHQ64", False), files=(
+        "ffhq-64x64.zip (as EDM's dataset_tool.py writes it), a folder of the PNGs at 64×64 or the 128×128 "
+        "thumbnails")),
+    "ImageNet64": DataSet(open_imagenet64, resample="area", files=(
+        "train_data_batch_1 … 10 of the 64×64 release (pickled or npz), imagenet-64x64.zip (as EDM's dataset_tool.py "
+        "writes it) or a folder per class of JPEGs")),
+    "MNIST": DataSet(functools.partial(open_idx, "MNIST", tuple("0123456789")), channels=1, mirror=False,
+                     files=" and ".join(IDX_FILES) + " (.gz or unpacked)"),
+    "FashionMNIST": DataSet(functools.partial(open_idx, "FashionMNIST", FASHION_CLASSES), channels=1,
+                            files=" and ".join(IDX_FILES) + " (.gz or unpacked)"),
+    "digits": DataSet(open_digits, channels=1, mirror=False),
+    "custom": DataSet(functools.partial(open_files, "custom", True), channels=None,
+                      files="a folder or zip of images"),
+}

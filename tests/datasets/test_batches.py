@@ -1,0 +1,176 @@
+"""Batches of images: a pure function of seed, update and place, whatever brings them to the device."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datasets import ImageSet, batches
+from datasets.batches import EndlessOrder, Flips, ImageBatches, copy_to_device, fits, one_hot, pixels_to_float
+from runtime.errors import UserError
+from tests.datasets.image_files import random_images
+
+CPU = torch.device("cpu")
+SET = ImageSet(random_images(50, 3, 8), np.arange(50) % 10, None, "fifty images")
+
+
+def make_batches(on_device="auto", mirror=True, use_aug=False):
+    return ImageBatches(SET, 16, 7, CPU, on_device=on_device, num_classes=10, flips=Flips(7, 16, mirror, use_aug))
+
+
+def test_an_unflipped_batch_is_the_images_of_its_order_with_their_labels():
+    source = make_batches(mirror=False)
+    batch, indices = source.batch(5, 0, 16), source.order.indices(5, 0, 16)
+    np.testing.assert_allclose(batch.z1.numpy(), SET.images[indices] / 127.5 - 1, atol=1e-6)
+    assert torch.equal(batch.label.argmax(1), torch.from_numpy(SET.labels[indices]))
+    assert batch.z0 is None
+    assert source.batch(0, 0, 16).z1.shape[1:] == source.shape and len(source) == 50
+
+
+@pytest.mark.parametrize("on_device", ["auto", "false"])
+def test_processes_and_accumulation_steps_see_parts_of_one_batch(on_device):
+    whole, parts = make_batches(use_aug=True), make_batches(on_device, use_aug=True)
+    for update in (0, 1, 2, 9, 3):  # in order, then jumps forward and back, as after a restored state
+        expected = whole.batch(update, 0, 16)
+        found = [parts.batch(update, low, low + 4) for low in (0, 4, 8, 12)]
+        assert torch.equal(torch.cat([batch.z1 for batch in found]), expected.z1)
+        assert torch.equal(torch.cat([batch.label for batch in found]), expected.label)
+
+
+def test_use_aug_turns_six_percent_upside_down_beside_mirroring_half():
+    turned, plain = make_batches(mirror=False, use_aug=True), make_batches(mirror=False)
+    counts = np.zeros((2, 2), int)
+    for update in range(125):
+        found, images = turned.batch(update, 0, 16).z1, plain.batch(update, 0, 16).z1
+        for upside_down in (0, 1):
+            for mirrored in (0, 1):
+                expected = images.flip([-2] * upside_down + [-1] * mirrored)
+                counts[upside_down, mirrored] += int((found == expected).flatten(1).all(1).sum())
+    assert counts.sum() == 2000
+    assert 80 < counts[1].sum() < 160  # mean 120, standard deviation 10.6
+    assert 900 < counts[:, 1].sum() < 1100 and counts.min() > 30
+
+
+def test_flips_change_z0_and_z1_of_a_pair_alike_and_belong_to_the_update():
+    flips, images = Flips(3, 64, use_aug=True), torch.from_numpy(random_images(64, 1, 4)).float()
+    z0, z1 = flips(5, 0, 64, images, -images)
+    assert torch.equal(z0, -z1) and not torch.equal(z0, images)
+    assert not torch.equal(z0, flips(6, 0, 64, images)[0])
+    assert torch.equal(flips(5, 8, 24, images[8:24])[0], z0[8:24])
+
+
+def test_about_half_of_the_samples_are_flipped_each_on_its_own():
+    flipped, plain = make_batches(), make_batches(mirror=False)
+    turned = 0
+    for update in range(40):
+        a, b = flipped.batch(update, 0, 16).z1, plain.batch(update, 0, 16).z1
+        mirrored = (a == b.flip(-1)).flatten(1).all(1)
+        assert (mirrored | (a == b).flatten(1).all(1)).all()
+        turned += int(mirrored.sum())
+    assert 270 < turned < 370  # of 640: mean 320, standard deviation 12.6
+
+
+def test_streamed_images_are_gathered_one_update_ahead_and_no_further():
+    source = make_batches("false")
+    for update in range(5):
+        for low in (0, 8):
+            source.batch(update, low, low + 8)
+        assert {key[0] for key in source.gathered.waiting} == {update + 1}
+        assert len(source.gathered.waiting) == 2
+    source.batch(100, 0, 16)
+    assert {key[0] for key in source.gathered.waiting} == {101}
+
+
+def test_on_a_cpu_images_stay_where_they_are_unless_streaming_is_asked_for():
+    for on_device, streamed in (("auto", False), ("true", False), ("false", True)):
+        source = make_batches(on_device)
+        assert (source.gathered is not None) == streamed and source.resident is None
+
+
+def test_a_gpu_keeps_only_images_that_leave_room_for_the_network(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * SET.images.nbytes, 0))
+    assert not fits(SET.images.nbytes, torch.device("cuda")) and fits(SET.images.nbytes // 2, torch.device("cuda"))
+
+
+def test_images_that_live_on_the_device_are_copied_whole(monkeypatch):
+    monkeypatch.setattr(batches, "COPIED_AT_ONCE", 7)
+    assert torch.equal(copy_to_device(SET.images, CPU, "true"), torch.from_numpy(SET.images))
+
+
+def test_images_that_were_told_to_live_on_a_full_gpu_are_one_sentence(monkeypatch):
+    def refuse(*words, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(UserError, match="data.on_device true: .* do not fit: .*data.on_device false"):
+        copy_to_device(SET.images, torch.device("cuda"), "true")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("on_device", ["true", "false"])
+def test_batches_on_a_gpu_are_those_of_the_cpu(on_device):
+    source = ImageBatches(SET, 16, 7, torch.device("cuda", 0), on_device=on_device, num_classes=10)
+    expected = make_batches(mirror=False)
+    for update in range(3):
+        found, wanted = source.batch(update, 4, 12), expected.batch(update, 4, 12)
+        assert found.z1.is_cuda and torch.equal(found.label.cpu(), wanted.label)
+        torch.testing.assert_close(found.z1.cpu(), wanted.z1, atol=1e-6, rtol=0)
+
+
+def test_labels_become_one_hot_float():
+    expected = torch.tensor([[0.0, 0, 1], [1, 0, 0]])
+    found = one_hot(torch.tensor([2, 0]), 3)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_all_pixel_values_fill_the_range_and_come_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    scaled = pixels_to_float(values)
+    assert scaled[0] == -1 and scaled[255] == 1 and scaled.dtype == torch.float32
+    assert torch.equal(((scaled + 1) * 127.5).round().to(torch.uint8), values)
+
+
+counts, sizes = st.integers(1, 40), st.integers(1, 50)
+
+
+@given(counts, sizes, st.integers(0, 2**63))
+def test_every_epoch_shows_each_sample_once(count, batch_size, seed):
+    endless = EndlessOrder(count, batch_size, seed)
+    updates = -(-3 * count // batch_size)
+    stream = np.concatenate([endless.indices(update, 0, batch_size) for update in range(updates)])
+    for epoch in range(3):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+@given(counts, sizes, st.data())
+def test_any_division_of_a_batch_gives_the_same_samples(count, batch_size, data):
+    endless, update = EndlessOrder(count, batch_size, 3), data.draw(st.integers(0, 10**6))
+    cuts = sorted(data.draw(st.lists(st.integers(0, batch_size), max_size=4)))
+    parts = [endless.indices(update, low, high) for low, high in zip([0, *cuts], [*cuts, batch_size], strict=True)]
+    np.testing.assert_array_equal(np.concatenate(parts), endless.indices(update, 0, batch_size))
+
+
+def test_a_resumed_run_sees_what_would_have_come():
+    straight, resumed = EndlessOrder(100, 32, 1), EndlessOrder(100, 32, 1)
+    expected = [straight.indices(update, 0, 32) for update in range(50)]
+    np.testing.assert_array_equal(resumed.indices(49, 0, 32), expected[49])
+
+
+def test_position_of_a_long_run_is_found_without_walking_there(monkeypatch):
+    drawn, draw = [], batches._permutation.__wrapped__
+    monkeypatch.setattr(batches, "_permutation", lambda *words: drawn.append(words) or draw(*words))
+    EndlessOrder(1000, 128, 0).indices(10**9, 0, 128)
+    assert len(drawn) <= 2  # at most the epochs that this batch touches
+
+
+def test_epochs_and_seeds_have_different_orders():
+    orders = [EndlessOrder(50, 50, seed).indices(epoch, 0, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(map(tuple, orders))) == 4
+
+
+def test_order_stays_the_same_across_versions():
+    """A run that is resumed after an upgrade must go on with the same samples."""
+    endless = EndlessOrder(10, 10, 42)
+    assert endless.indices(0, 0, 10).tolist() == [3, 1, 7, 8, 6, 5, 9, 4, 0, 2]
+    assert endless.indices(7, 0, 10).tolist() == [6, 2, 8, 7, 9, 1, 0, 5, 4, 3]

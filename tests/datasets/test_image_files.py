@@ -1,0 +1,320 @@
+"""Folders and zip archives of image files, and one image file to pixels."""
+
+import concurrent.futures
+import os
+import struct
+import subprocess
+import time
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import image_files
+from datasets.image_files import (
+    COLOUR_TO_GREY,
+    GREY_TO_COLOUR,
+    CorruptImage,
+    FileTree,
+    ImageSpec,
+    decode_image,
+    find_tree,
+    fit_images,
+)
+from runtime.errors import UserError
+from tests.datasets.image_files import encode, png, random_images, write_folder, write_zip
+
+COLOUR, GREY = random_images(1, 3, 6)[0], random_images(1, 1, 6)[0]
+FILES = {"b/2.PNG": b"two", "a/1.jpg": b"one", "notes.txt": b"-", "__MACOSX/a/1.jpg": b"-", "a/._1.jpg": b"-",
+         ".ipynb_checkpoints/1.png": b"-", "a/.git/3.png": b"-"}
+
+
+def make_trees(tmp_path, files):
+    write_folder(tmp_path / "folder", files)
+    write_zip(tmp_path / "images.zip", files)
+    return FileTree(tmp_path / "folder"), FileTree(tmp_path / "images.zip")
+
+
+def test_folder_and_zip_give_the_same_images_sorted_and_nothing_hidden(tmp_path):
+    for tree in make_trees(tmp_path, FILES):
+        assert tree.names == ["a/1.jpg", "b/2.PNG"]
+        assert tree.read("b/2.PNG") == b"two"
+
+
+def test_no_image_is_one_sentence(tmp_path):
+    write_folder(tmp_path / "folder", {"readme.txt": b"-"})
+    write_zip(tmp_path / "images.zip", {"readme.txt": b"-"})
+    for root in ("folder", "images.zip"):
+        with pytest.raises(UserError, match=f"{root} holds no images"):
+            FileTree(tmp_path / root)
+
+
+def test_what_is_no_zip_is_named(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"PK but no more")
+    with pytest.raises(UserError, match="x.zip is no readable zip archive"):
+        FileTree(tmp_path / "x.zip")
+
+
+def test_a_damaged_and_an_encrypted_member_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(range(200)) * 9)
+    data = bytearray((tmp_path / "x.zip").read_bytes())
+    start = 30 + len("a.png")
+    for damage in (lambda: data.__setitem__(slice(start, start + 9), b"\xff" * 9),  # the deflate stream
+                   lambda: data.__setitem__(data.index(b"PK\x01\x02") + 8, 1)):  # the flag of encryption
+        damage()
+        (tmp_path / "x.zip").write_bytes(data)
+        with pytest.raises(UserError, match="x.zip: a.png cannot be unpacked"):
+            FileTree(tmp_path / "x.zip").read("a.png")
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "LARGEST_FILE", 1000)
+    for tree in make_trees(tmp_path, {"a.png": bytes(5000)}):
+        with pytest.raises(UserError, match="5000 bytes.*no image"):
+            tree.read("a.png")
+
+
+@pytest.mark.parametrize("place", [lambda path: os.mkfifo(path), lambda path: os.symlink("/dev/zero", path)])
+def test_a_pipe_or_a_device_among_images_is_named_instead_of_read_for_ever(tmp_path, place):
+    place(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png is no regular file"):
+        FileTree(tmp_path).read("a.png")
+
+
+def test_links_are_followed_and_a_circle_of_links_ends(tmp_path):
+    write_folder(tmp_path, {"store/1.png": b"-", "set/a/2.png": b"-"})
+    os.symlink(tmp_path / "store", tmp_path / "set/b")
+    os.symlink(tmp_path / "set", tmp_path / "set/a/circle")
+    assert FileTree(tmp_path / "set").names == ["a/2.png", "b/1.png"]
+
+
+def test_a_dead_link_is_named_when_it_is_read(tmp_path):
+    os.symlink(tmp_path / "gone.png", tmp_path / "a.png")
+    assert FileTree(tmp_path).identity()
+    with pytest.raises(UserError, match="a.png cannot be read"):
+        FileTree(tmp_path).read("a.png")
+
+
+def test_a_folder_that_cannot_be_listed_does_not_renumber_the_classes(tmp_path, monkeypatch):
+    write_folder(tmp_path, {"a/1.png": b"-", "b/2.png": b"-"})
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # permissions do not stop root
+    with pytest.raises(UserError, match="/a cannot be listed: Permission denied"):
+        FileTree(tmp_path)
+
+
+def test_a_folder_with_one_zip_stands_for_the_zip_and_two_are_named(tmp_path):
+    write_zip(tmp_path / "ffhq-64x64.zip", {"a.png": b"-"})
+    assert find_tree(tmp_path) == tmp_path / "ffhq-64x64.zip"
+    write_zip(tmp_path / "other.zip", {"a.png": b"-"})
+    with pytest.raises(UserError, match="2 zip archives .ffhq-64x64.zip, other.zip.: name one"):
+        find_tree(tmp_path)
+    write_folder(tmp_path, {"b.png": b"-"})
+    assert find_tree(tmp_path) == tmp_path
+
+
+def test_identity_changes_with_every_image_and_label_and_with_nothing_else(tmp_path):
+    write_folder(tmp_path, {"a.png": b"-", "b.png": b"-"})
+    seen = [FileTree(tmp_path).identity()]
+    write_folder(tmp_path, {"notes.txt": b"-"})
+    assert FileTree(tmp_path).identity() == seen[0]
+    for change in ({"b.png": b"--"}, {"c.png": b"-"}, {"dataset.json": b"{}"}):
+        write_folder(tmp_path, change)
+        seen.append(FileTree(tmp_path).identity())
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_file_written_anew_with_its_old_size_and_time_is_another(tmp_path):
+    write_folder(tmp_path, {"a.png": b"one"})
+    before, status = FileTree(tmp_path).identity(), os.stat(tmp_path / "a.png")
+    time.sleep(0.02)  # more than a tick of the file system's clock
+    write_folder(tmp_path, {"a.png": b"two"})
+    os.utime(tmp_path / "a.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert FileTree(tmp_path).identity() != before
+
+
+def test_an_eps_file_named_png_starts_no_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **options: pytest.fail(f"started {words}"))
+    with pytest.raises(CorruptImage, match="not an image"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", ImageSpec(8, 3))
+
+
+def test_of_large_images_one_is_decoded_at_a_time(monkeypatch):
+    monkeypatch.setattr(image_files, "LARGE_IMAGE", 30)
+    inside, most = [], []
+
+    def fit(image, spec):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return None, []
+
+    monkeypatch.setattr(image_files, "_fit_image", fit)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: decode_image(png(COLOUR), ImageSpec(6, 3)), range(8)))
+    assert max(most) == 1
+
+
+@pytest.mark.parametrize(("array", "channels"), [(COLOUR, 1), (GREY, 3), (COLOUR, 3)])
+def test_an_array_and_a_file_of_the_same_image_are_read_alike(array, channels):
+    expected, notes = decode_image(png(array), ImageSpec(4, channels))
+    found, counts = fit_images(array[None], ImageSpec(4, channels))
+    np.testing.assert_array_equal(found, expected[None])
+    assert dict(counts) == dict.fromkeys(notes, 1)
+
+
+
+def to_picture(image):
+    return Image.fromarray(image.transpose(1, 2, 0))
+
+
+def test_a_png_of_the_right_size_comes_through_unchanged():
+    pixels, notes = decode_image(png(COLOUR), ImageSpec(6, 3))
+    np.testing.assert_array_equal(pixels, COLOUR)
+    assert pixels.dtype == np.uint8 and notes == []
+
+
+def test_grey_becomes_colour_and_says_so():
+    pixels, notes = decode_image(png(GREY), ImageSpec(6, 3))
+    np.testing.assert_array_equal(pixels, GREY.repeat(3, 0))
+    assert notes == [GREY_TO_COLOUR]
+
+
+def test_colour_becomes_luma_and_says_so():
+    pixels, notes = decode_image(png(COLOUR), ImageSpec(6, 1))
+    luma = np.tensordot([0.299, 0.587, 0.114], COLOUR.astype(float), 1)
+    assert np.abs(pixels[0] - luma).max() <= 1 and pixels.shape == (1, 6, 6)
+    assert notes == [COLOUR_TO_GREY]
+
+
+def test_16_bit_grey_keeps_its_whole_range():
+    values = np.array([[0, 257, 128 * 257], [65535, 300, 40000], [1, 65534, 129]], np.uint16)
+    pixels, _ = decode_image(encode(Image.fromarray(values), "PNG"), ImageSpec(3, 1))
+    np.testing.assert_array_equal(pixels[0], np.round(values / 257))
+
+
+def test_16_bit_colour_is_reduced_to_its_upper_8_bits():
+    pixels, _ = decode_image(png_16_bit_colour(COLOUR.astype(np.uint16) * 257), ImageSpec(6, 3))
+    np.testing.assert_array_equal(pixels, COLOUR)
+
+
+def png_16_bit_colour(values):
+    """Return uint16 (3, H, W) as a 16-bit RGB PNG, which Pillow cannot write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values.transpose(1, 2, 0))
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", values.shape[2], values.shape[1], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_palette_png_shows_its_colours():
+    colours = Image.fromarray(np.kron(random_images(1, 3, 2)[0], np.ones((1, 3, 3), np.uint8)).transpose(1, 2, 0))
+    expected = np.asarray(colours).transpose(2, 0, 1)
+    indexed = colours.quantize(4)
+    assert indexed.mode == "P"
+    pixels, _ = decode_image(encode(indexed, "PNG"), ImageSpec(6, 3))
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_places_are_white_and_half_transparent_ones_mixed(mode):
+    picture = Image.new("RGBA", (3, 3), (10, 10, 10, 255))
+    picture.putpixel((1, 0), (10, 10, 10, 0))
+    picture.putpixel((2, 0), (10, 10, 10, 128))
+    pixels, notes = decode_image(encode(picture.convert(mode), "PNG"), ImageSpec(3, 3))
+    assert pixels[:, 0, :2].tolist() == [[10, 255]] * 3
+    assert np.abs(pixels[:, 0, 2].astype(int) - round(10 * 128 / 255 + 255 * 127 / 255)).max() <= 1
+    assert "transparent, laid on white" in notes
+
+
+def test_transparent_palette_colour_is_white():
+    picture = Image.new("P", (2, 2))
+    picture.putpalette([200, 0, 0, 0, 100, 0])
+    picture.putpixel((1, 1), 1)
+    pixels, notes = decode_image(encode(picture, "PNG", transparency=1), ImageSpec(2, 3))
+    assert pixels[:, 1, 1].tolist() == [255, 255, 255] and pixels[:, 0, 0].tolist() == [200, 0, 0]
+    assert notes == ["transparent, laid on white"]
+
+
+def test_an_alpha_channel_without_holes_changes_nothing():
+    pixels, notes = decode_image(encode(to_picture(COLOUR).convert("RGBA"), "PNG"), ImageSpec(6, 3))
+    np.testing.assert_array_equal(pixels, COLOUR)
+    assert notes == []
+
+
+def test_cmyk_jpeg_is_not_inverted():
+    picture = Image.new("RGB", (8, 8), (200, 60, 30))
+    pixels, _ = decode_image(encode(picture.convert("CMYK"), "JPEG", quality=95), ImageSpec(8, 3))
+    assert np.abs(pixels[:, 4, 4].astype(int) - [200, 60, 30]).max() <= 4
+
+
+def test_cmyk_jpeg_becomes_grey():
+    picture = Image.new("RGB", (8, 8), (100, 100, 100))
+    pixels, notes = decode_image(encode(picture.convert("CMYK"), "JPEG", quality=95), ImageSpec(8, 1))
+    assert abs(int(pixels[0, 4, 4]) - 100) <= 4 and notes == [COLOUR_TO_GREY]
+
+
+def test_a_photo_is_turned_upright():
+    picture = to_picture(COLOUR)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    pixels, _ = decode_image(encode(picture, "PNG", exif=exif), ImageSpec(6, 3))
+    np.testing.assert_array_equal(pixels, np.rot90(COLOUR, -1, (1, 2)))
+
+
+def test_the_central_square_is_kept_of_a_wide_and_of_a_tall_picture():
+    wide = random_images(1, 3, 10)[0][:, :4]
+    pixels, notes = decode_image(png(wide), ImageSpec(4, 3))
+    np.testing.assert_array_equal(pixels, wide[:, :, 3:7])
+    tall, _ = decode_image(png(wide.swapaxes(1, 2)), ImageSpec(4, 3))
+    np.testing.assert_array_equal(tall, wide.swapaxes(1, 2)[:, 3:7])
+    assert notes == ["cropped to the central square"]
+
+
+def test_area_filter_averages_whole_blocks_and_is_named():
+    image = random_images(1, 1, 8)[0]
+    pixels, notes = decode_image(png(image), ImageSpec(2, 1, "area"))
+    means = image[0].reshape(2, 4, 2, 4).mean((1, 3))
+    assert np.abs(pixels[0] - means).max() <= 1
+    assert notes == ["resampled to 2×2 with the area filter"]
+
+
+def test_lanczos_filter_keeps_a_flat_picture_flat_when_enlarging_and_reducing():
+    for size in (3, 16):
+        pixels, notes = decode_image(png(np.full((3, 6, 6), 77, np.uint8)), ImageSpec(size, 3))
+        assert (pixels == 77).all() and pixels.shape == (3, size, size)
+        assert notes == [f"resampled to {size}×{size} with the lanczos filter"]
+
+
+def test_damaged_and_foreign_files_are_corrupt():
+    data = encode(to_picture(random_images(1, 3, 64)[0]), "JPEG")
+    for broken in (b"", b"hello", data[: len(data) // 2], png(COLOUR)[:-30]):
+        with pytest.raises(CorruptImage):
+            decode_image(broken, ImageSpec(6, 3))
+
+
+def test_a_decompression_bomb_is_refused_before_it_unpacks(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(CorruptImage, match="decompression bomb"):
+        decode_image(png(random_images(1, 1, 16)[0]), ImageSpec(6, 3))
+
+
+def test_pixels_of_unknown_range_are_refused():
+    picture = Image.fromarray(np.ones((6, 6), np.float32))
+    with pytest.raises(CorruptImage, match="floating-point"):
+        decode_image(encode(picture, "TIFF"), ImageSpec(6, 3))
+    picture = Image.fromarray(np.full((6, 6), 70000, np.int32))
+    with pytest.raises(CorruptImage, match="16 bits"):
+        decode_image(encode(picture, "TIFF"), ImageSpec(6, 3))
