@@ -1,10 +1,14 @@
 """Randomness that belongs to (seed, index) and to nothing else."""
 
+import concurrent.futures
+import itertools
+
 import numpy as np
 import torch
 
 # One stream per purpose, so that two draws for the same (seed, index) are independent.
 NOISE, LABEL, PATH_NOISE, SUBSET, ORDER, FLIP, AUGMENT, DRAWS, DROPOUT, EVALUATION = range(10)
+PARALLEL_VALUES = 1 << 20  # below that, threads cost more than they save
 
 
 def index_generator(seed, index, stream=NOISE):
@@ -18,11 +22,33 @@ def index_generator(seed, index, stream=NOISE):
 
 
 def index_noise(seed, indices, shape, stream=NOISE):
-    """Return standard normal noise, float32 tensor `(len(indices), *shape)`, row k a function of (seed, indices[k])."""
+    """Return standard normal noise, float32 tensor `(len(indices), *shape)`, row k a function of (seed, indices[k]).
+
+    Large arrays are drawn by as many threads as torch has (at most 8): numpy lets go of the interpreter lock.
+    """
     noise = np.empty((len(indices), *shape), dtype=np.float32)
-    for row, index in zip(noise, indices, strict=True):
-        index_generator(seed, int(index), stream).standard_normal(dtype=np.float32, out=row)
+    threads = min(8, torch.get_num_threads()) if noise.size >= PARALLEL_VALUES else 1
+    if threads == 1:
+        _fill_noise(noise, seed, indices, stream)
+    else:
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            bounds = np.linspace(0, len(indices), threads + 1).astype(int)
+            parts = [slice(low, high) for low, high in itertools.pairwise(bounds)]
+            list(pool.map(lambda part: _fill_noise(noise[part], seed, indices[part], stream), parts))
     return torch.from_numpy(noise)
+
+
+def _fill_noise(out, seed, indices, stream):
+    """Draw each row of `out` from its own generator, as `index_generator` gives it.
+
+    One bit generator is set anew for every row: making one costs as much as a hundred draws.
+    """
+    bits = np.random.Philox(key=[seed % 2**64, stream])
+    generator, state = np.random.Generator(bits), bits.state
+    for row, index in zip(out, indices, strict=True):
+        state["state"]["counter"][:] = 0, 0, 0, index
+        bits.state = state
+        generator.standard_normal(dtype=np.float32, out=row)
 
 
 def index_labels(seed, indices, num_classes):
