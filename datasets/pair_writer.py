@@ -1,16 +1,17 @@
-"""The folder that generate_data.py fills: arrays written where they will stay, block by block, safe at any moment.
+"""The folder that generate_data.py fills: arrays written in place, block by block, consistent at any moment.
 
 A folder holds the arrays (`z0.npy`, `z1.npy`, `label.npy`), `pairs.json` (what the pairs are) and `blocks.jsonl`
-(which blocks are on disk). A block is a fixed range of consecutive pairs. It counts as finished once its line is in
-the journal, and the line is written after the block's rows have reached the disk. Each process appends to a journal
-of its own; the main process joins them. Until all is finished the arrays' headers promise no more rows than there
-were before, so nobody reads a row that is not there, and a folder that is being extended stays usable as it was.
+(which blocks are on disk). A block is a fixed range of consecutive pairs. It is finished once its line is in the
+journal, and that line is written after the block's rows have reached the disk. Each process appends to a journal of
+its own; the main process merges them. Until every block is finished the arrays' headers promise no more rows than
+before, so nobody reads a row that is missing, and a folder that is being extended stays usable.
 """
 
 import contextlib
 import dataclasses
 import errno
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -18,7 +19,6 @@ import shutil
 
 import numpy as np
 
-from datasets.npy_rows import header_bytes
 from runtime.errors import UserError
 from runtime.files import write_json, write_text
 
@@ -26,56 +26,55 @@ LAYOUT_VERSION = 1
 RECORD, JOURNAL, LOCK = "pairs.json", "blocks.jsonl", ".lock"
 ARRAYS = ("z0.npy", "z1.npy", "label.npy")
 SPARE_BYTES = 1 << 20  # for the journal, the record and the picture
+RECORD_TYPES = {"complete": bool, "count": int, "version": int, "identity": dict}
+IDENTITY_TYPES = {"seed": int, "sampling.direction": str, "sampling.pair_storage": str,
+                  "sampling.init_noise_scale": (int, float)}
+ENTRY_TYPES = {"block": int, "pairs": int, "nfe_sum": int, "nfe_worst": int, "z1_rounding": (int, float)}
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayLayout:
-    """One array of a folder: shape of a row and type."""
+class PairJob:
+    """What to make: `count` pairs in blocks of `block_size`.
 
-    shape: tuple
-    dtype: str
-
-    @property
-    def row_bytes(self):
-        """Bytes of one row."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-    def offset(self, row):
-        """Place of `row` in the file, in bytes."""
-        return len(header_bytes(0, self.shape, self.dtype)) + row * self.row_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What there is to make: `count` pairs in blocks of `block_size`; `available` is the most there can be.
-
-    layouts: {file name: ArrayLayout}. identity: {name: value} of everything that a pair's values depend on.
+    layouts: {file name: dtype of a row}, such as `np.dtype(("<f4", (3, 32, 32)))`. identity: {name: value} of
+    everything that a pair's values depend on.
     """
 
     count: int
     block_size: int
-    available: int | None
     layouts: dict
     identity: dict
 
     def block_range(self, block):
-        """Return the pairs of a block: the last one is made whole, as far as there are starting points."""
-        high = (block + 1) * self.block_size
-        return range(block * self.block_size, high if self.available is None else min(high, self.available))
-
-    def kept(self, block):
-        """Return how many pairs of a block belong to the task."""
-        return min(len(self.block_range(block)), self.count - block * self.block_size)
+        """Return the pairs of a block, a range."""
+        return range(block * self.block_size, min((block + 1) * self.block_size, self.count))
 
     @property
     def blocks(self):
         """Numbers of all blocks."""
         return range(-(-self.count // self.block_size))
 
+    def unfinished(self, done):
+        """Return the blocks that the journal entries `done` lack or have with fewer pairs."""
+        return [b for b in self.blocks if done.get(b, {"pairs": 0})["pairs"] < len(self.block_range(b))]
+
+
+def npy_header(layout, count):
+    """Return the npy header of `count` rows. Its length does not depend on `count`, so it can be replaced in place."""
+    buffer = io.BytesIO()
+    fields = {"descr": layout.base.str, "fortran_order": False, "shape": (count, *layout.shape)}
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
+
+
+def row_offset(layout, row):
+    """Return the position of `row` in an npy file, in bytes."""
+    return len(npy_header(layout, 0)) + row * layout.itemsize
+
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep every other run out of `folder` (made if missing); the kernel lets go of it however the process ends."""
+    """Keep every other run out of `folder` (made if missing); the lock ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a") as opened:
         try:
@@ -86,68 +85,76 @@ def locked(folder):
         yield
 
 
-def prepare(folder, task):
-    """Make `folder` ready for `task`; return (pairs it already offers, list of blocks that are not finished).
+def prepare(folder, job):
+    """Make `folder` ready for `job`; return (number of pairs it already offers, list of unfinished blocks).
 
     The caller holds the lock. Raises UserError, changing nothing, for a folder of other pairs and for a disk that
     is too small.
     """
-    record = _read_own_record(folder)
-    offered = record["count"] if record and record["complete"] else 0
+    record, done = read_record(folder), read_journals(folder)
+    foreign = [name for name in ARRAYS if (folder / name).exists()]
+    if record is None and foreign:
+        raise UserError(f"{folder} has {foreign[0]} but no {RECORD}: these pairs were not made by this program; "
+                        "choose another --data_root or --config.seed")
     if record is not None:
-        _require_same(folder, record["identity"], task.identity)
-    done = read_journals(folder)
-    _require_arrays(folder, task, done)
-    if offered >= task.count:
+        _require_same(folder, record["identity"], job.identity)
+    _require_arrays(folder, job, done)
+    offered = record["count"] if record and record["complete"] else 0
+    if offered >= job.count:
         return offered, []
-    _require_space(folder, task)
-    with room_errors(folder):
-        join_journals(folder)
+    _require_space(folder, job)
+    with disk_errors(folder):
+        for leftover in folder.glob(".*.tmp*"):  # of a process that was killed: nobody else writes under our lock
+            leftover.unlink()
+        merge_journals(folder)
         if record is None:
             write_json(folder / RECORD, {"complete": False, "count": 0, "version": LAYOUT_VERSION,
-                                         "identity": task.identity})
-        for name, layout in task.layouts.items():
+                                         "identity": job.identity})
+        for name, layout in job.layouts.items():
             with _opened(folder / name) as file:
-                _write_at(file, header_bytes(offered, layout.shape, layout.dtype), 0)
-                if os.fstat(file).st_size < layout.offset(task.count):
-                    os.ftruncate(file, layout.offset(task.count))
-    return offered, [block for block in task.blocks if not _is_done(task, done, block)]
-
-
-def _is_done(task, done, block):
-    return done.get(block, {}).get("pairs", 0) >= task.kept(block)
+                _write_at(file, npy_header(layout, offered), 0)
+                if os.fstat(file).st_size < row_offset(layout, job.count):
+                    os.ftruncate(file, row_offset(layout, job.count))
+    return offered, job.unfinished(done)
 
 
 def read_record(folder):
-    """Return the content of `pairs.json`, or None if there is none; raises UserError if it cannot be read."""
+    """Return the content of `pairs.json`, or None if there is none.
+
+    Raises UserError if it is damaged or of another layout version. `identity` of a complete record has at least the
+    names of IDENTITY_TYPES.
+    """
     path = pathlib.Path(folder) / RECORD
     try:
         record = json.loads(path.read_text())
-        if not isinstance(record, dict) or not {"complete", "count", "version", "identity"} <= record.keys():
-            raise ValueError("fields are missing")
+        _require_types(record, RECORD_TYPES)
+        if record["complete"]:
+            _require_types(record["identity"], IDENTITY_TYPES)
     except FileNotFoundError:
         return None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete the folder and make its pairs again") from None
     if record["version"] != LAYOUT_VERSION:
-        raise UserError(f"{path} has layout version {record['version']}; this program knows version {LAYOUT_VERSION}")
+        raise UserError(f"{path} has layout version {record['version']}; this program reads version {LAYOUT_VERSION}")
     return record
+
+
+def _require_types(values, types):
+    """Raise ValueError unless `values` is a dict with a value of its type, not below 0, for each name of `types`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"a {type(values).__name__} where named values belong")
+    for name, kind in types.items():
+        value = values.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} is {'missing' if name not in values else repr(value)[:40]}")
+        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
+            raise ValueError(f"{name} is {value}")
 
 
 def is_unfinished(folder):
     """Return whether pairs in `folder` are still being made, or were until something stopped it."""
     record = read_record(folder)
     return not record["complete"] if record else bool(read_journals(folder))
-
-
-def _read_own_record(folder):
-    """Return the folder's record, None for a folder without pairs; raise for pairs that came from elsewhere."""
-    record = read_record(folder)
-    strange = [name for name in ARRAYS if (folder / name).exists()]
-    if record is None and strange:
-        raise UserError(f"{folder} has {strange[0]} but no {RECORD}: these pairs were not made by this program; "
-                        "choose another --data_root or --config.seed")
-    return record
 
 
 def _require_same(folder, there, here):
@@ -160,60 +167,59 @@ def _require_same(folder, there, here):
                         "or choose another --data_root or --config.seed")
 
 
-def _require_arrays(folder, task, done):
+def _require_arrays(folder, job, done):
     """Raise UserError if an array lacks rows that the journals call finished (somebody deleted or cut it)."""
-    rows = max((entry["block"] * task.block_size + entry["pairs"] for entry in done.values()), default=0)
-    for name, layout in task.layouts.items():
+    rows = _rows_written(job, done)
+    for name, layout in job.layouts.items():
         path = folder / name
-        if rows and (not path.exists() or path.stat().st_size < layout.offset(rows)):
+        if rows and (not path.exists() or path.stat().st_size < row_offset(layout, rows)):
             raise UserError(f"{path} is missing or cut short, although {len(done)} blocks are recorded as finished: "
                             f"restore it, or delete {folder} to make its pairs again")
 
 
-def _require_space(folder, task):
-    """Raise UserError if the disk cannot hold what is still missing of the arrays."""
+def _rows_written(job, done):
+    """Return the number of rows up to the last that the journal entries `done` call finished."""
+    return max((entry["block"] * job.block_size + entry["pairs"] for entry in done.values()), default=0)
+
+
+def _require_space(folder, job):
+    """Raise UserError if the disk cannot hold what the arrays still lack."""
     missing = SPARE_BYTES
-    for name, layout in task.layouts.items():
+    for name, layout in job.layouts.items():
         taken = (folder / name).stat().st_blocks * 512 if (folder / name).exists() else 0
-        missing += max(0, layout.offset(task.count) - taken)
+        missing += max(0, row_offset(layout, job.count) - taken)
     free = shutil.disk_usage(folder).free
     if missing > free:
-        raise UserError(f"{task.count} pairs need another {missing / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} "
+        raise UserError(f"{job.count} pairs need another {missing / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} "
                         "MB are free: make room, choose another --data_root, fewer pairs, or "
                         "--config.sampling.pair_storage compact")
 
 
-def join_journals(folder):
-    """Return {block: its journal entry}, and leave one journal, ordered by block, in place of the processes' own.
-
-    A line that a killed process left half-written is no entry.
-    """
+def merge_journals(folder):
+    """Replace the processes' journals by one, ordered by block; return {block: its entry}."""
     done = read_journals(folder)
-    text = "".join(json.dumps(done[block]) + "\n" for block in sorted(done))
     if done:
-        write_text(folder / JOURNAL, text)
+        write_text(folder / JOURNAL, "".join(json.dumps(done[block]) + "\n" for block in sorted(done)))
     for path in _process_journals(folder):
         path.unlink()
     return done
 
 
 def read_journals(folder):
-    """Return {block: its journal entry} of all journals in `folder`; of two entries the one with more pairs."""
+    """Return {block: its entry} of all journals in `folder`; of two entries for a block the one with more pairs.
+
+    A line that is cut off, damaged or lacks a field counts for nothing: its block is made again.
+    """
     done = {}
     for path in [folder / JOURNAL, *_process_journals(folder)]:
-        text = path.read_text() if path.exists() else ""
+        text = path.read_text(errors="replace") if path.exists() else ""
         for line in text.split("\n")[:-1]:  # what follows the last newline was cut off
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # not on disk when the power failed: not done
+            with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(line)
+                _require_types(entry, ENTRY_TYPES)
                 if entry["pairs"] >= done.get(entry["block"], entry)["pairs"]:
                     done[entry["block"]] = entry
     return done
-
-
-def pairs_of_this_session(folder, task):
-    """Return about how many pairs all processes have finished since the journals were joined."""
-    lines = sum(path.read_bytes().count(b"\n") for path in _process_journals(folder))
-    return lines * task.block_size
 
 
 def _process_journals(folder):
@@ -221,13 +227,13 @@ def _process_journals(folder):
 
 
 class BlockWriter:
-    """Writes one process's blocks into a prepared folder."""
+    """Writes one process's blocks into a prepared folder; a context manager."""
 
-    def __init__(self, folder, task, rank):
+    def __init__(self, folder, job, rank):
         """Open the arrays in `folder` and the journal of process `rank`."""
-        self.folder, self.task = folder, task
+        self.folder, self.job = folder, job
         with contextlib.ExitStack() as stack:
-            self.files = {name: stack.enter_context(_opened(folder / name)) for name in task.layouts}
+            self.files = {name: stack.enter_context(_opened(folder / name)) for name in job.layouts}
             self.journal = stack.enter_context(_opened(folder / f"blocks.process{rank}.jsonl"))
             self.stack = stack.pop_all()
 
@@ -238,20 +244,25 @@ class BlockWriter:
         self.stack.close()
 
     def write(self, block, rows, nfe):
-        """Write a block's `rows`, {file name: tensor}, and then its line in the journal.
+        """Write a block's `rows`, {file name: float tensor}, and then its line in the journal.
 
-        Rows beyond the task's count are left out; labels are one-hot and stored as the layout says. nfe: int64
-        `(n,)`. Raises UserError when the disk is full: what was finished before stays finished.
+        One-hot labels become class numbers where the layout has numbers. nfe: int64 `(n,)`. Raises UserError for
+        values that are not finite, and when the disk is full: what was finished stays finished.
         """
-        kept, first = self.task.kept(block), block * self.task.block_size
-        entry = {"block": block, "pairs": kept, "nfe_sum": int(nfe[:kept].sum()), "nfe_worst": int(nfe[:kept].max())}
-        stored = {name: _as_stored(rows[name][:kept].numpy(), layout) for name, layout in self.task.layouts.items()}
-        entry["z1_rounding"] = float(np.abs(stored["z1.npy"] - rows["z1.npy"][:kept].numpy()).max())
-        if not np.isfinite(entry["z1_rounding"]):
+        indices = self.job.block_range(block)
+        for name, values in rows.items():
+            bad = [] if values is None else (~values.isfinite().flatten(1).all(1)).nonzero()
+            if len(bad):
+                raise UserError(f"{name} of pair {indices[int(bad[0])]} is not finite; check the checkpoint's weights")
+        stored = {name: _as_stored(rows[name].numpy(), layout) for name, layout in self.job.layouts.items()}
+        rounding = float(np.abs(stored["z1.npy"] - rows["z1.npy"].numpy()).max())
+        if not np.isfinite(rounding):
             raise UserError("z1 has values beyond the range of float16: use --config.sampling.pair_storage full")
-        with room_errors(self.folder):
-            for name, layout in self.task.layouts.items():
-                _write_at(self.files[name], stored[name].reshape(-1).view(np.uint8), layout.offset(first))
+        entry = {"block": block, "pairs": len(indices), "nfe_sum": int(nfe.sum()), "nfe_worst": int(nfe.max()),
+                 "z1_rounding": rounding}
+        with disk_errors(self.folder):
+            for name, layout in self.job.layouts.items():
+                _write_at(self.files[name], stored[name].reshape(-1).view(np.uint8), row_offset(layout, indices.start))
             for file in self.files.values():
                 os.fsync(file)
             _write_at(self.journal, (json.dumps(entry) + "\n").encode(), os.fstat(self.journal).st_size)
@@ -263,47 +274,34 @@ def _as_stored(rows, layout):
     if layout.shape == ():
         rows = rows.argmax(1)
     with np.errstate(over="ignore"):  # float16 ends at 65504
-        return np.ascontiguousarray(rows, dtype=layout.dtype)
+        return np.ascontiguousarray(rows, dtype=layout.base)
 
 
-def require_finite(indices, *arrays):
-    """Raise UserError naming the first of the pairs `indices` that is NaN or infinite in one of the tensors."""
-    for rows in arrays:
-        bad = (~rows.isfinite().flatten(1).all(1)).nonzero()
-        if len(bad):
-            raise UserError(f"pair {indices[int(bad[0])]} is not finite; check the checkpoint's weights")
+def finish(folder, job, record):
+    """Let the arrays' headers promise `job.count` rows, and write `record` with what was measured to `pairs.json`.
 
-
-def finish(folder, task, record):
-    """Let the arrays' headers promise `task.count` rows and write `record` as the folder's record.
-
-    The caller holds the lock and every block is in the journals; they are joined.
+    The caller holds the lock and every block is in the journals, which are merged.
     """
-    with room_errors(folder):
-        done = join_journals(folder)
-        absent = [block for block in task.blocks if not _is_done(task, done, block)]
-        if absent:
-            raise UserError(f"{folder}: block {absent[0]} is missing; run the same command again")
-        rows = max(entry["block"] * task.block_size + entry["pairs"] for entry in done.values())
-        for name, layout in task.layouts.items():
+    with disk_errors(folder):
+        done = merge_journals(folder)
+        if missing := job.unfinished(done):
+            raise UserError(f"{folder}: block {missing[0]} is missing; run the same command again")
+        for name, layout in job.layouts.items():
             with _opened(folder / name) as file:
-                os.ftruncate(file, layout.offset(rows))
-                _write_at(file, header_bytes(task.count, layout.shape, layout.dtype), 0)
+                os.ftruncate(file, row_offset(layout, _rows_written(job, done)))
+                _write_at(file, npy_header(layout, job.count), 0)
                 os.fsync(file)
-        write_json(folder / RECORD, {"complete": True, "count": task.count, "version": LAYOUT_VERSION, **record,
-                                     **_statistics([done[block] for block in task.blocks]), "identity": task.identity})
-
-
-def _statistics(entries):
-    """Return the mean and worst number of evaluations of a pair, and the largest change of a z1 value by storing."""
-    pairs = sum(entry["pairs"] for entry in entries)
-    return {"nfe_mean": sum(entry["nfe_sum"] for entry in entries) / pairs,
-            "nfe_worst": max(entry["nfe_worst"] for entry in entries),
-            "z1_rounding": max(entry["z1_rounding"] for entry in entries)}
+        entries = [done[block] for block in job.blocks]
+        pairs = sum(entry["pairs"] for entry in entries)  # a last block may hold more than are asked for now
+        measured = {"nfe_mean": sum(entry["nfe_sum"] for entry in entries) / pairs,
+                    "nfe_worst": max(entry["nfe_worst"] for entry in entries),
+                    "z1_rounding": max(entry["z1_rounding"] for entry in entries)}
+        write_json(folder / RECORD, {"complete": True, "count": job.count, "version": LAYOUT_VERSION, **record,
+                                     **measured, "identity": job.identity})
 
 
 @contextlib.contextmanager
-def room_errors(folder):
+def disk_errors(folder):
     """Turn a full disk into one sentence for the user."""
     try:
         yield

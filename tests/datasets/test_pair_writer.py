@@ -10,15 +10,19 @@ import pytest
 import torch
 
 from datasets import pair_writer
-from datasets.pair_writer import ArrayLayout, BlockWriter, Task, finish, is_unfinished, locked, prepare
+from datasets.pair_writer import BlockWriter, PairJob, finish, is_unfinished, locked, npy_header, prepare
 from runtime.errors import UserError
 
 SHAPE = (1, 2, 2)
-LAYOUTS = {"z0.npy": ArrayLayout(SHAPE, "<f4"), "z1.npy": ArrayLayout(SHAPE, "<f4")}
+LAYOUTS = {name: np.dtype(("<f4", SHAPE)) for name in ("z0.npy", "z1.npy")}
 
 
-def task(count, available=None, layouts=LAYOUTS, **identity):
-    return Task(count, 4, available, layouts, {"seed": 0, "tuple": (1, 2)} | identity)
+IDENTITY = {"seed": 0, "tuple": (1, 2), "sampling.direction": "from_z0", "sampling.pair_storage": "full",
+            "sampling.init_noise_scale": 1.0}
+
+
+def job(count, layouts=LAYOUTS, **identity):
+    return PairJob(count, 4, layouts, IDENTITY | identity)
 
 
 def rows_of(block, length=4):
@@ -30,7 +34,8 @@ def rows_of(block, length=4):
 def write(folder, work, blocks, rank=0):
     with BlockWriter(folder, work, rank) as writer:
         for block in blocks:
-            writer.write(block, rows_of(block, len(work.block_range(block))), torch.full((4,), 10 + block))
+            length = len(work.block_range(block))
+            writer.write(block, rows_of(block, length), torch.full((length,), 10 + block))
 
 
 def make(folder, work):
@@ -46,97 +51,107 @@ def first_values(folder, name="z0.npy"):
 
 
 def test_the_arrays_are_plain_npy_files_without_rows_beyond_the_count(tmp_path):
-    make(tmp_path, task(10))
+    make(tmp_path, job(10))
     assert first_values(tmp_path) == list(range(10))
     assert first_values(tmp_path, "z1.npy") == [-float(i) for i in range(10)]
     assert (tmp_path / "z0.npy").stat().st_size == 128 + 10 * 16
 
 
 def test_a_folder_promises_nothing_until_all_is_there(tmp_path):
-    prepare(tmp_path, task(10))
-    write(tmp_path, task(10), [0, 2])
+    prepare(tmp_path, job(10))
+    write(tmp_path, job(10), [0, 2])
     assert is_unfinished(tmp_path) and len(np.load(tmp_path / "z0.npy")) == 0
     with pytest.raises(UserError, match="block 1 is missing"):
-        finish(tmp_path, task(10), {})
-    assert prepare(tmp_path, task(10)) == (0, [1])
+        finish(tmp_path, job(10), {})
+    assert prepare(tmp_path, job(10)) == (0, [1])
 
 
 def test_extending_keeps_the_folder_usable_and_redoes_at_most_the_last_block(tmp_path):
-    make(tmp_path, task(10))
-    assert prepare(tmp_path, task(20)) == (10, [2, 3, 4])
+    make(tmp_path, job(10))
+    assert prepare(tmp_path, job(20)) == (10, [2, 3, 4])
     assert first_values(tmp_path) == list(range(10)) and not is_unfinished(tmp_path)
-    make(tmp_path, task(20))
+    make(tmp_path, job(20))
     assert first_values(tmp_path) == list(range(20))
 
 
 def test_fewer_pairs_than_there_are_leave_the_folder_as_it_is(tmp_path):
-    make(tmp_path, task(10))
-    assert prepare(tmp_path, task(5)) == (10, [])
+    make(tmp_path, job(10))
+    assert prepare(tmp_path, job(5)) == (10, [])
     assert first_values(tmp_path) == list(range(10))
 
 
 def test_fewer_pairs_make_an_unfinished_folder_usable_and_lose_no_finished_block(tmp_path):
-    prepare(tmp_path, task(20))
-    write(tmp_path, task(20), [0, 1, 4])
-    make_first = task(8)
+    prepare(tmp_path, job(20))
+    write(tmp_path, job(20), [0, 1, 4])
+    make_first = job(8)
     assert prepare(tmp_path, make_first) == (0, [])
     finish(tmp_path, make_first, {})
     assert first_values(tmp_path) == list(range(8))
-    assert prepare(tmp_path, task(20)) == (8, [2, 3])
+    assert prepare(tmp_path, job(20)) == (8, [2, 3])
 
 
 def test_a_journal_line_that_was_cut_off_or_garbled_counts_for_nothing(tmp_path):
-    prepare(tmp_path, task(20))
-    write(tmp_path, task(20), [0, 1, 2, 3])
+    prepare(tmp_path, job(20))
+    write(tmp_path, job(20), [0, 1, 2, 3])
     journal = tmp_path / "blocks.process0.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text(lines[0] + "\0" * 40 + "\n" + lines[2] + lines[3][:-1])
-    assert prepare(tmp_path, task(20)) == (0, [1, 3, 4])
+    assert prepare(tmp_path, job(20)) == (0, [1, 3, 4])
+
+
+@pytest.mark.parametrize("line", [b"[]", b"7", b"\xff", b'{"block": 0, "pairs": 4}', b"[" * 100_000, b'{"block": "0"}',
+                                  b'{"block": -1, "pairs": 4, "nfe_sum": 1, "nfe_worst": 1, "z1_rounding": 0}',
+                                  b'{"block": 0, "pairs": 4, "nfe_sum": NaN, "nfe_worst": 1, "z1_rounding": 0}'])
+def test_a_damaged_journal_makes_its_blocks_again(tmp_path, line):
+    prepare(tmp_path, job(8))
+    (tmp_path / "blocks.jsonl").write_bytes(line + b"\n")
+    assert prepare(tmp_path, job(8)) == (0, [0, 1])
 
 
 def test_journals_of_several_processes_are_joined(tmp_path):
-    prepare(tmp_path, task(20))
-    write(tmp_path, task(20), [0, 2, 4], rank=0)
-    write(tmp_path, task(20), [1, 3], rank=1)
-    finish(tmp_path, task(20), {})
+    prepare(tmp_path, job(20))
+    write(tmp_path, job(20), [0, 2, 4], rank=0)
+    write(tmp_path, job(20), [1, 3], rank=1)
+    finish(tmp_path, job(20), {})
     assert first_values(tmp_path) == list(range(20))
     record = json.loads((tmp_path / "pairs.json").read_text())
     assert record["nfe_mean"] == 12 and record["nfe_worst"] == 14
     assert sorted(p.name for p in tmp_path.glob("blocks*")) == ["blocks.jsonl"]
 
 
-def test_the_last_block_is_whole_unless_starting_points_run_out():
-    assert list(task(10).block_range(2)) == [8, 9, 10, 11]
-    assert list(task(10, available=11).block_range(2)) == [8, 9, 10]
-    assert [task(10).kept(block) for block in task(10).blocks] == [4, 4, 2]
+def test_no_more_pairs_are_solved_than_are_asked_for():
+    assert [list(job(10).block_range(block)) for block in job(10).blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_other_pairs_are_refused_with_all_that_differs_and_stay_as_they_are(tmp_path):
-    make(tmp_path, task(8, checkpoint="aa", tol=0.1))
+    make(tmp_path, job(8, checkpoint="aa", tol=0.1))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="checkpoint is 'aa' there and 'bb' here; tol is 0.1 there and None here"):
-        prepare(tmp_path, task(12, checkpoint="bb"))
+        prepare(tmp_path, job(12, checkpoint="bb"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_pairs_that_another_program_made_are_not_written_over(tmp_path):
     np.save(tmp_path / "z1.npy", np.zeros((3, *SHAPE)))
     with pytest.raises(UserError, match="z1.npy but no pairs.json: these pairs were not made by this program"):
-        prepare(tmp_path, task(8))
+        prepare(tmp_path, job(8))
 
 
 def test_a_deleted_array_is_not_mistaken_for_finished_pairs(tmp_path):
-    make(tmp_path, task(8))
+    make(tmp_path, job(8))
     (tmp_path / "z1.npy").unlink()
     with pytest.raises(UserError, match="z1.npy is missing or cut short, although 2 blocks"):
-        prepare(tmp_path, task(12))
+        prepare(tmp_path, job(12))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{\"count\": 3}", "\0\0\0"])
+@pytest.mark.parametrize("content", ["", "[]", "{\"count\": 3}", "\0\0\0", "[" * 100_000, "{",
+    '{"complete": true, "count": -1, "version": 1, "identity": {}}', '{"complete": 1, "count": 1, "version": 1}',
+    '{"complete": true, "count": 1, "version": 1, "identity": {"seed": 0}}',
+    '{"complete": true, "count": "1", "version": 1, "identity": {}}'])
 def test_a_damaged_record_is_named(tmp_path, content):
     (tmp_path / "pairs.json").write_text(content)
     with pytest.raises(UserError, match="pairs.json is damaged"):
-        prepare(tmp_path, task(8))
+        prepare(tmp_path, job(8))
 
 
 def test_two_runs_cannot_write_one_folder(tmp_path):
@@ -150,14 +165,14 @@ def test_two_runs_cannot_write_one_folder(tmp_path):
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * 10**6))
     with pytest.raises(UserError, match="100000 pairs need another 4.2 MB .* where 2.0 MB are free"):
-        prepare(tmp_path, task(100000))
+        prepare(tmp_path, job(100000))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("room", [1, 30, 70, 200])
 def test_a_disk_that_fills_up_loses_nothing_that_was_finished(tmp_path, monkeypatch, room):
-    prepare(tmp_path, task(20))
-    write(tmp_path, task(20), [0])
+    prepare(tmp_path, job(20))
+    write(tmp_path, job(20), [0])
     real_write, left = os.pwrite, room
 
     def pwrite(file, content, offset):
@@ -170,17 +185,17 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_finished(tmp_path, monkeypa
 
     monkeypatch.setattr(pair_writer.os, "pwrite", pwrite)
     with pytest.raises(UserError, match="no room in .*No space left on device.*finished are safe"):
-        write(tmp_path, task(20), [1, 2])
+        write(tmp_path, job(20), [1, 2])
     monkeypatch.undo()
-    todo = prepare(tmp_path, task(20))[1]
+    todo = prepare(tmp_path, job(20))[1]
     assert 0 not in todo
-    write(tmp_path, task(20), todo)
-    finish(tmp_path, task(20), {})
+    write(tmp_path, job(20), todo)
+    finish(tmp_path, job(20), {})
     assert first_values(tmp_path) == list(range(20))
 
 
 def test_compact_arrays_hold_half_floats_and_class_numbers_and_the_loss_is_measured(tmp_path):
-    compact = task(4, layouts={"z1.npy": ArrayLayout(SHAPE, "<f2"), "label.npy": ArrayLayout((), "<i4")})
+    compact = job(4, layouts={"z1.npy": np.dtype(("<f2", SHAPE)), "label.npy": np.dtype("<i4")})
     prepare(tmp_path, compact)
     z1 = torch.full((4, *SHAPE), 0.1)
     with BlockWriter(tmp_path, compact, 0) as writer:
@@ -193,14 +208,33 @@ def test_compact_arrays_hold_half_floats_and_class_numbers_and_the_loss_is_measu
 
 
 def test_images_beyond_the_range_of_half_floats_are_not_stored_as_infinity(tmp_path):
-    compact = task(4, layouts={"z1.npy": ArrayLayout(SHAPE, "<f2")})
+    compact = job(4, layouts={"z1.npy": np.dtype(("<f2", SHAPE))})
     prepare(tmp_path, compact)
     with BlockWriter(tmp_path, compact, 0) as writer, pytest.raises(UserError, match="beyond the range of float16"):
         writer.write(0, {"z1.npy": torch.full((4, *SHAPE), 1e5)}, torch.zeros(4, dtype=torch.int64))
 
 
-def test_the_pair_that_is_not_finite_is_named():
-    good, bad = torch.zeros(4, *SHAPE), torch.zeros(4, *SHAPE)
-    bad[2, 0, 1, 1] = float("inf")
-    with pytest.raises(UserError, match="pair 10 is not finite"):
-        pair_writer.require_finite(range(8, 12), good, bad)
+def test_the_pair_that_is_not_finite_is_named_and_not_written(tmp_path):
+    prepare(tmp_path, job(12))
+    rows = rows_of(2)
+    rows["z1.npy"] = rows["z1.npy"].clone()
+    rows["z1.npy"][2, 0, 1, 1] = float("inf")
+    with BlockWriter(tmp_path, job(12), 0) as writer, pytest.raises(UserError, match="z1.npy of pair 10 is not finite"):
+        writer.write(2, rows, torch.zeros(4, dtype=torch.int64))
+    assert prepare(tmp_path, job(12)) == (0, [0, 1, 2])
+
+
+def test_a_header_can_be_replaced_where_it_stands(tmp_path):
+    layout, rows = np.dtype(("<f4", (3, 4, 4))), np.ones((50, 3, 4, 4), np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    short, long = npy_header(layout, 20), npy_header(layout, 10**12)
+    assert len(short) == len(long) == (tmp_path / "rows.npy").stat().st_size - rows.nbytes
+    with open(tmp_path / "rows.npy", "r+b") as opened:
+        opened.write(short)
+    assert np.load(tmp_path / "rows.npy").shape == (20, 3, 4, 4)
+
+
+def test_what_a_killed_process_left_behind_is_removed(tmp_path):
+    (tmp_path / ".pairs.123.tmp.json").write_text("{")
+    make(tmp_path, job(8))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "blocks.jsonl", "pairs.json", "z0.npy", "z1.npy"]

@@ -2,7 +2,7 @@
 
 import fractions
 import json
-import warnings
+import re
 
 import numpy as np
 import pytest
@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from configs.default import get_default_config
 from datasets import create_batches
-from datasets.pair_starts import noise_digest
-from datasets.pairs import open_pairs, split_by_share
+from datasets.pairs import NoiseSource, PairSet, open_pairs, open_rows, split_by_share
 from runtime.errors import UserError
 from runtime.seeds import index_noise
 
@@ -43,13 +42,19 @@ def save_pairs(folder, count=20, first=0, labels=None, z0=None, z1=None):
         np.save(folder / "label.npy", labels)
 
 
+def take(root, indices, **fields):
+    """(z0, z1, label) of pairs of all folders under `root`."""
+    config = make_config(root, **fields)
+    return PairSet(open_pairs(root, config), config.data.num_classes).take(np.array(indices))
+
+
 def pair_numbers(images):
     return (images[:, 0, 0, 0] * 1000).round().int().tolist()
 
 
 def test_the_released_layout_is_read_as_it_is(tmp_path):
     save_pairs(tmp_path / "0")
-    z0, z1, label = open_pairs(tmp_path, make_config(tmp_path)).take(np.array([3, 17]))
+    z0, z1, label = take(tmp_path, [3, 17])
     assert torch.equal(z0, torch.from_numpy(np.load(tmp_path / "0/z0.npy")[[3, 17]]))
     assert torch.equal(z1, torch.from_numpy(np.load(tmp_path / "0/z1.npy")[[3, 17]]))
     assert label is None
@@ -59,9 +64,8 @@ def test_several_seeds_add_up_in_the_order_of_their_numbers(tmp_path):
     save_pairs(tmp_path / "10", count=5, first=100)
     save_pairs(tmp_path / "2", count=20)
     (tmp_path / "notes").mkdir()
-    pairs = open_pairs(tmp_path, make_config(tmp_path))
-    assert len(pairs) == 25
-    z0, z1, _ = pairs.take(np.array([24, 0, 20, 19]))
+    assert len(PairSet(open_pairs(tmp_path, make_config(tmp_path)), 0)) == 25
+    z0, z1, _ = take(tmp_path, [24, 0, 20, 19])
     assert pair_numbers(z0) == pair_numbers(z1) == [104, 0, 100, 19]
 
 
@@ -177,21 +181,25 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, labels, sentence):
         open_pairs(tmp_path, make_config(tmp_path, data__num_classes=3))
 
 
-def compact_record(count, digest, seed=7, scale=1.0):
-    return {"complete": True, "count": count, "version": 1, "identity": {}, "storage": "compact", "seed": seed,
-            "noise_digest": digest, "software": {"numpy": "2.0"},
-            "config": {"sampling": {"init_noise_scale": scale}}}
+def identity(seed=7, direction="from_z0", storage="full", scale=1.0, **more):
+    return {"seed": seed, "sampling.direction": direction, "sampling.pair_storage": storage,
+            "sampling.init_noise_scale": scale, "checkpoint": "a"} | more
 
 
-def save_compact(folder, **record):
+def write_record(folder, count, **fields):
+    record = {"complete": True, "count": count, "version": 1, "identity": identity(**fields), "nfe_mean": 7.0}
+    (folder / "pairs.json").write_text(json.dumps(record | {"software": {"numpy": "2.0"}}))
+
+
+def save_compact(folder, digest, scale=1.0):
     folder.mkdir()
     np.save(folder / "z1.npy", np.linspace(-1, 1, 10 * 64).reshape(10, *SHAPE).astype(np.float16))
-    (folder / "pairs.json").write_text(json.dumps(compact_record(10, **record)))
+    write_record(folder, 10, storage="compact", scale=scale, noise=digest)
 
 
 def test_compact_storage_draws_z0_again_and_widens_z1(tmp_path):
-    save_compact(tmp_path / "7", digest=noise_digest(7, SHAPE), scale=2.0)
-    z0, z1, _ = open_pairs(tmp_path, make_config(tmp_path)).take(np.array([9, 4]))
+    save_compact(tmp_path / "7", digest=NoiseSource(7, SHAPE).digest(), scale=2.0)
+    z0, z1, _ = take(tmp_path, [9, 4])
     assert torch.equal(z0, 2 * index_noise(7, [9, 4], SHAPE))
     assert z1.dtype == torch.float32
     np.testing.assert_array_equal(z1, np.load(tmp_path / "7/z1.npy")[[9, 4]].astype(np.float32))
@@ -222,18 +230,99 @@ def test_a_value_that_is_not_finite_is_found_with_its_pair(tmp_path, name, value
         open_pairs(tmp_path, make_config(tmp_path))
 
 
-def test_swapped_files_draw_a_warning_and_right_ones_none(tmp_path):
-    save_pairs(tmp_path / "right/0", count=200)
-    noise, images = (np.load(tmp_path / f"right/0/{name}.npy") for name in ("z0", "z1"))
-    save_pairs(tmp_path / "swapped/0", z0=images, z1=noise)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        open_pairs(tmp_path / "right", make_config(tmp_path))
-    with pytest.warns(UserWarning) as found:
-        open_pairs(tmp_path / "swapped", make_config(tmp_path))
-    texts = [str(w.message) for w in found]
-    assert len(texts) == 2 and all("swapped?" in text for text in texts)
-    assert "standard deviation 0.6" in texts[0] and "z1 reaches from" in texts[1]
+def test_right_pairs_of_a_rough_flow_are_not_called_swapped(tmp_path, capsys):
+    z0 = np.random.default_rng(0).normal(size=(200, *SHAPE)).astype(np.float32)
+    smooth = (z0 + np.roll(z0, 1, -1) + np.roll(z0, 1, -2) + np.roll(z0, (1, 1), (-1, -2))) / 2
+    save_pairs(tmp_path / "0", z0=0.93 * z0, z1=np.where(smooth > 2.2, smooth, np.tanh(smooth)))  # some reach beyond 1
+    open_pairs(tmp_path, make_config(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda z0, z1: (z1, z0), "swapped?"),
+    (lambda z0, z1: (z0, z0), "swapped?"),
+    (lambda z0, z1: (0.85 * z0, z1), "z0 has standard deviation 0.8.. instead of 1"),
+    (lambda z0, z1: (z0, (z1 + 1) / 2), r"all values of z1 lie in 0.00 to 1.00; images are in \[-1, 1\]"),
+    (lambda z0, z1: (z0, 0 * z1), "every value of z1 is 0: its images were never written"),
+    (lambda z0, z1: (z0, 127.5 * z1 + 127.5), r"z1 reaches from 0.00 to 255.00, ..% of it beyond"),
+])
+def test_unlikely_values_are_said_in_one_sentence_on_stderr(tmp_path, capsys, change, said):
+    z0 = np.random.default_rng(0).normal(size=(200, *SHAPE)).astype(np.float32)
+    z1 = np.tanh(3 * (z0 + np.roll(z0, 1, -1) + np.roll(z0, 1, -2)))
+    z0, z1 = change(z0, z1)
+    save_pairs(tmp_path / "0", z0=z0, z1=z1)
+    open_pairs(tmp_path, make_config(tmp_path))
+    sentence = capsys.readouterr().err
+    assert re.fullmatch(rf".*/0: .*{said}.*\n", sentence), sentence
+
+
+@pytest.mark.parametrize("other, said", [
+    ({"checkpoint": "b"}, "checkpoint is b there and a in .*/0"),
+    ({"direction": "random_paired", "checkpoint": None}, "sampling.direction is random_paired there and from_z0 in"),
+    ({"scale": 0.9}, "sampling.init_noise_scale is 0.9 there and 1.0 in"),
+])
+def test_pairs_of_another_origin_are_refused_with_folder_and_field(tmp_path, other, said):
+    for seed, fields in enumerate(({}, other)):
+        save_pairs(tmp_path / str(seed), first=seed)
+        write_record(tmp_path / str(seed), 20, seed=seed, **fields)
+    with pytest.raises(UserError, match=f"/1 holds pairs of another origin: .*{said}"):
+        open_pairs(tmp_path, make_config(tmp_path))
+
+
+def test_real_pairs_of_another_checkpoint_are_refused(tmp_path):
+    for name, first, fields in (("pairs", 0, {}), ("real", 500, {"direction": "from_z1", "checkpoint": "b"})):
+        save_pairs(tmp_path / name / "0", first=first)
+        write_record(tmp_path / name / "0", 20, **fields)
+    config = make_config(tmp_path / "pairs", data__real_pairs_root=str(tmp_path / "real"), flow__real_data_share=0.5)
+    with pytest.raises(UserError, match="real/0 holds pairs of another origin: checkpoint is b there"):
+        create_batches(config, "cpu")
+    write_record(tmp_path / "real/0", 20, direction="from_z1")
+    assert len(create_batches(config, "cpu")) == 20
+
+
+def test_one_folder_twice_is_refused_also_without_its_record(tmp_path):
+    save_pairs(tmp_path / "0")
+    save_pairs(tmp_path / "0 (copy)")
+    with pytest.raises(UserError, match=r"0 \(copy\) holds the same pairs as .*/0 "):
+        open_pairs(tmp_path, make_config(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", np.longdouble, "<f2"])
+def test_numbers_of_any_width_and_byte_order_are_read(tmp_path, dtype):
+    z0 = np.random.default_rng(0).normal(size=(20, *SHAPE)).astype(dtype)
+    save_pairs(tmp_path / "0", z0=z0, z1=np.asfortranarray(np.tanh(z0)))
+    read = take(tmp_path, [3, 17])
+    np.testing.assert_array_equal(read[0], z0[[3, 17]].astype(np.float32))
+    np.testing.assert_array_equal(read[1], np.tanh(z0)[[3, 17]].astype(np.float32))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an npy file", b"\x93NUMPY\x01\x00\xff\xff{'descr'", b"PK\x03\x04",
+    b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f4', 'fortran_order': False, 'shape': (-5, 1, 8, 8), }   \n",
+    b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f4', 'fortran_order': False, 'shape': (10**30, 1, 8, 8)}\n",
+    b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f4', 'fortran_order': False, 'shape': (20, 1, 8, 8), }   \n"])
+def test_what_is_no_npy_file_or_is_cut_short_is_named(tmp_path, content):
+    (tmp_path / "rows.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"rows.npy cannot be read as an npy file \(.*cut short, damaged"):
+        open_rows(tmp_path / "rows.npy")
+
+
+@pytest.mark.parametrize("array", [np.array(["a"]), np.array(1.0), np.array([1j])])
+def test_arrays_without_rows_of_numbers_are_refused(tmp_path, array):
+    np.save(tmp_path / "rows.npy", array)
+    with pytest.raises(UserError, match="rows.npy holds .*an npy array of numbers"):
+        open_rows(tmp_path / "rows.npy")
+
+
+def test_pairs_that_stay_on_the_device_give_the_batches_of_those_on_disk(tmp_path):
+    save_pairs(tmp_path / "pairs/0", labels=np.arange(20) % 3)
+    save_pairs(tmp_path / "real/0", first=500, labels=np.arange(20) % 3)
+    fields = {"data__real_pairs_root": str(tmp_path / "real"), "flow__real_data_share": 0.3, "data__num_classes": 3}
+    disk, resident = (create_batches(make_config(tmp_path / "pairs", data__on_device=choice, **fields), "cpu")
+                      for choice in ("false", "true"))
+    assert resident.resident and not disk.resident
+    for update in range(4):
+        a, b = disk.batch(update, 1, 7), resident.batch(update, 1, 7)
+        assert torch.equal(a.z0, b.z0) and torch.equal(a.z1, b.z1) and torch.equal(a.label, b.label)
 
 
 @pytest.mark.parametrize("change, sentence", [
