@@ -220,8 +220,9 @@ def load_matching(net, path):
 
     Returns (matched, unmatched): names of the network's tensors that were and were not copied.
     """
-    theirs = read_checkpoint(path)["model"]
-    ours = net.state_dict()
+    checkpoint = read_checkpoint(path)
+    edm.check_start(net, checkpoint["fields"], path)
+    theirs, ours = checkpoint["model"], net.state_dict()
     matched = [name for name, tensor in ours.items() if name in theirs and theirs[name].shape == tensor.shape]
     net.load_state_dict({name: theirs[name] for name in matched}, strict=False)
     return matched, [name for name in ours if name not in matched]

@@ -112,9 +112,28 @@ def read_checkpoint(file, path, create):
             raise UserError(f"{different[0]} is missing, or its shape is not that of the arguments")
     except UserError as error:
         raise UserError(f"{path} is no network that can be used here: {error}") from None
+    except edm_pickle.DAMAGE as error:
+        raise UserError(f"{path} is damaged: its arguments and tensors make no network") from error
     shadow = [state[name] for name, _ in net.named_parameters()]
     return {"model": {name: state[name] for name in expected}, "ema": {"num_updates": 0, "shadow_params": shadow},
             "step": 0, "fields": net.config_fields, "licence_note": LICENCE_NOTE}
+
+
+def check_start(net, fields, path):
+    """Raise UserError unless weights of the checkpoint at `path`, of dotted `fields`, mean the same in `net`.
+
+    Weights of a denoiser copied into a velocity network, or the other way round, would be a random start. With a
+    preconditioning the architectures must be equal: then the student's first output is the teacher's velocity.
+    """
+    ours, name = net.config_fields, "model.preconditioning"
+    theirs = {name: "none"} | (fields or {})
+    if ours[name] != theirs[name]:
+        raise UserError(f"{path} has {name} {theirs[name]}, this network {ours[name]}: its weights would mean "
+                        f"something else here; set --config.{name} {theirs[name]} to start as its velocity")
+    different = [other for other in theirs if theirs[other] != ours.get(other)] if theirs[name] != "none" else []
+    if different:
+        raise UserError(f"{path} has {different[0]} {theirs[different[0]]}, this network {ours.get(different[0])}: "
+                        f"with {name} {theirs[name]} a student starts as the teacher in the same architecture only")
 
 
 def config_fields(snapshot):
@@ -190,6 +209,8 @@ def our_state(tensors, fields, taps):
             channels = tensor.shape[0] // 3
             heads = max(1, channels // 64) if fields["model.name"] == "DhariwalUNet" else 1
             tensor = tensor.reshape(heads, channels // heads, 3, *tensor.shape[1:]).movedim(2, 0).reshape(tensor.shape)
+        if f"net.{ours}" in state:
+            raise UserError(f"it has the tensor {name[:80]!r} twice")
         state[f"net.{ours}"] = tensor
     return state
 
