@@ -118,7 +118,7 @@ def protocol_line(result):
     if result["sampler"] is not None:
         parts += [f"{sampler_name(result)} (NFE {result['nfe']:g})", f"{result['weights']} weights of "
                   f"{result['checkpoint']} (step {result['step']})", f"seed {result['seeds']['samples']}"]
-    parts += [result["protocol"], f"compared with {result['reference']}"]
+    parts += [result["protocol"], f"against {result['reference']}"]
     return ", ".join(parts) + "; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
 
 
