@@ -18,7 +18,7 @@ from datasets import one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler, sampler_values
 from metrics import results as results_file
-from metrics.features import check_finite, check_shape, quantise
+from metrics.features import check_finite, quantise
 from metrics.image_files import open_images
 from metrics.reference import Reference
 from metrics.scores import compare, nearest_distances
@@ -244,7 +244,7 @@ def measure_files(config, args, given, processes):
     say(processes, f"{count} of the {len(source)} images in {args.data_dir} are measured"
         + (", evenly spread over them" if count < len(source) else ""))
     reference = Reference(config, args.target_path, processes, lambda sentence: say(processes, sentence))
-    check_shape(source, reference.extractor)
+    reference.check_samples(source)
     identity = {"checkpoint": source.path.name, "digest": state_digest(source.path), "sampler": None,
                 "num_samples": count, "seeds": {"subsets": config.seed}, **reference.identity}
     earlier = earlier_result(path, identity, args.force, processes)
@@ -271,7 +271,7 @@ def measure_images(measured, config, reference, processes, observers=()):
             distances.append(nearest_distances(asked, training_images.images).cpu())
 
     samples = measured([find_nearest, *observers])
-    distances = gather_rows(torch.cat(distances), processes.device)
+    distances = gather_rows(torch.cat(distances))
     return processes.from_main(lambda: {
         **compare(samples, target, reference.extractor, processes.device, config.seed, reference.radii,
                   config.training.progress),

@@ -34,10 +34,10 @@ class Reference:
 
         Raises UserError where there is nothing to compare with.
         """
-        self.config, self.processes = config, processes
+        self.config, self.processes, self.say = config, processes, say
         self.extractor = create_extractor(config, processes.device)
         pixels = self.extractor.name == "pixels" and not target_path
-        self.training_images = self._training_images(say, needed=pixels)
+        self.training_images = self._training_images(needed=pixels)
         path = target_path or (None if pixels else published_statistics(config))
         if path and not pathlib.Path(path).exists():
             raise UserError(f"--target_path {path} does not exist")
@@ -52,7 +52,7 @@ class Reference:
             "precision_recall": config.eval.precision_recall,
         }
 
-    def _training_images(self, say, needed):
+    def _training_images(self, needed):
         """Return the `ImageSet` of config.data, or None where it is not there and only its nearest images are lost."""
         if not (needed or self.config.eval.nearest):
             return None
@@ -61,20 +61,31 @@ class Reference:
         except UserError as error:
             if needed:
                 raise
-            say(f"no distance to the nearest training image: {error}")
+            self.say(f"no distance to the nearest training image: {error}")
             return None
+
+    @functools.cached_property
+    def source(self):
+        """The `ImageSource` of the reference's images, or None where the reference is a file of statistics."""
+        if self.path is None:
+            return array_source(self.training_images.images, self.training_images.source)
+        return None if is_statistics(self.path) else open_images(self.path, self.config.data.num_channels)
 
     @functools.cached_property
     def statistics(self):
         """The `Statistics` of the reference."""
-        if self.path and is_statistics(self.path):
+        if self.source is None:
             return read_statistics(self.path, self.extractor, self.name)
-        if self.path:
-            source = open_images(self.path, self.config.data.num_channels)
-        else:
-            source = array_source(self.training_images.images, self.training_images.source)
-        check_shape(source, self.extractor)
-        return measure_source(source, self.extractor, self.config.eval.batch_size, self.processes)
+        check_shape(self.source, self.extractor)
+        return measure_source(self.source, self.extractor, self.config.eval.batch_size, self.processes)
+
+    def check_samples(self, samples):
+        """Say where an `ImageSource` of samples has another size; raise UserError where pixels are compared."""
+        check_shape(samples, self.extractor)
+        if self.source is not None and samples.shape[1:] != self.source.shape[1:]:
+            sizes = ("×".join(map(str, source.shape[1:])) for source in (samples, self.source))
+            self.say("{}: the images are {}, those that they are compared with {}: Inception resizes both, and the "
+                     "distance measures that, too".format(samples.name, *sizes))
 
     @functools.cached_property
     def radii(self):

@@ -1,5 +1,6 @@
 """Mean, covariance and features of images that arrive in batches, on one process or on many."""
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -76,22 +77,26 @@ def measure(batches, extractor, first, count, device, name, observers=(), max_fe
         error = caught
     raise_everywhere(error)
     mu, sigma = moments.mean_and_covariance()
-    return Statistics(mu, sigma, gather_rows(torch.cat(kept), device), count, name)
+    return Statistics(mu, sigma, gather_rows(torch.cat(kept)), count, name)
 
 
 def measure_source(source, extractor, batch_size, processes, count=None, observers=(), max_features=MAX_FEATURES):
     """Return the `Statistics` of an `ImageSource`, split over the processes.
 
     count: how many of its images, evenly spread (None: all). observers, max_features: as of `measure`; the images are
-    numbered from 0 to count - 1.
+    numbered from 0 to count - 1. What was converted is counted and printed.
     """
     count = len(source) if count is None else count
     first, last = share_of(processes.rank, processes.world_size, count)
     chosen = evenly_spread(count, len(source))[first:last]
     batches = read_batches(source, chosen, batch_size, processes)
     part = "" if count == len(source) else f"{count} of "
-    return measure(batches, extractor, first, count, processes.device, f"{source.name}, {part}{len(source)} images",
-                   observers, max_features)
+    found = measure(batches, extractor, first, count, processes.device, f"{source.name}, {part}{len(source)} images",
+                    observers, max_features)
+    notes = sum(map(collections.Counter, gather_objects(source.notes)), collections.Counter())
+    for note, number in notes.items() if processes.is_main else ():
+        print(f"{source.name}: {number} images: {note}", flush=True)
+    return found
 
 
 def read_batches(source, chosen, batch_size, processes):
@@ -130,32 +135,25 @@ def sum_over_processes(tensor):
     return total
 
 
+def gather_objects(value):
+    """Return the list of every process's picklable `value`, in the order of rank. Every process must call it."""
+    if not dist.is_initialized():
+        return [value]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def raise_everywhere(error):
     """Raise in every process the first error that any of them has (None: this one has none).
 
     Every process must call it: one that stopped alone would leave the others to fail for want of it.
     """
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        error = next((one for one in errors if one is not None), None)
+    error = next((one for one in gather_objects(error) if one is not None), None)
     if error is not None:
         raise error
 
 
-def gather_rows(rows, device):
-    """Return the rows of all processes in the order of rank, on the CPU, in every process.
-
-    `rows` (N, …) lies on the CPU; N may differ by process. `device` is where the process group moves data.
-    """
-    if not dist.is_initialized():
-        return rows
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-    counts[dist.get_rank()] = len(rows)
-    dist.all_reduce(counts)
-    counts = counts.tolist()
-    padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=device)
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
+def gather_rows(rows):
+    """Return the rows (N, …) of all processes, which lie on the CPU, in the order of rank, in every process."""
+    return torch.from_numpy(np.concatenate(gather_objects(rows.numpy())))

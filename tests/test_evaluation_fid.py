@@ -1,5 +1,8 @@
 """evaluation_fid.py as users run it: sweeps, resuming, waiting, several processes, files, Inception's whole path."""
 
+import collections
+import contextlib
+import errno
 import json
 import subprocess
 import sys
@@ -8,8 +11,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.command_line import config_to_dict, load_config
+import evaluation_fid
+from configs.command_line import config_to_dict, load_config, parse_command_line
 from configs.validation import check_fields
 from datasets import load_images
 from metrics.features import inception_extractor
@@ -21,6 +27,7 @@ from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
 from runtime.devices import Processes
+from runtime.errors import UserError
 from tests.metrics.inception_stand_in import FILE_NAME, write_stand_in
 from tests.processes import Script, start_ranks
 
@@ -221,3 +228,148 @@ def test_the_reference_of_a_data_set_holds_all_its_images_in_their_order(reposit
         np.testing.assert_allclose(arrays["sigma"], np.cov(pixels, rowvar=False), atol=1e-6)
         np.testing.assert_allclose(arrays["features"], pixels, atol=1e-6)
         assert arrays["count"] == 1797
+
+
+# What one sampling of a network does, in this process.
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def small_config():
+    config = load_config(CONFIG)
+    config.eval.num_samples, config.eval.batch_size = 12, 4
+    config.training.progress, config.training.precision = "false", "fp32"
+    config.sampling.use_ode_sampler, config.sampling.sample_N = "euler", 3
+    return config
+
+
+def samples(net, config):
+    """All samples of a network, as the script makes them, and the evaluations that they took."""
+    nfes = []
+    batches = evaluation_fid.sample_batches(net, config, (1, 8, 8), range(12), ALONE, "net", nfes.append)
+    return torch.cat(list(batches)), torch.cat(nfes)
+
+
+class Linear(torch.nn.Module):
+    """A network of one layer that notes its inputs; `limit` is the largest batch that the memory holds."""
+
+    def __init__(self, limit=12):
+        super().__init__()
+        self.layer, self.limit, self.seen = torch.nn.Conv2d(1, 1, 1), limit, []
+
+    def forward(self, x, t, label=None):
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.seen.append(x.clone())
+        return self.layer(x)
+
+
+def test_evaluation_starts_at_its_own_noise_and_not_at_that_of_the_pairs():
+    net = Linear()
+    samples(net, small_config())
+    first = net.seen[0][0].flatten().numpy()
+    own = [np.random.Generator(np.random.Philox(key=[42, stream], counter=[0, 0, 0, 0])).standard_normal(
+        64, dtype=np.float32) for stream in range(10)]
+    assert [np.array_equal(first, noise) for noise in own] == [stream == 9 for stream in range(10)]
+
+
+def test_a_batch_too_large_for_the_memory_is_halved_with_a_sentence_and_gives_the_same_samples(capsys):
+    net = Linear()
+    expected, nfe = samples(net, small_config())
+    net.limit = 1
+    again, nfe_again = samples(net, small_config())
+    assert torch.equal(again, expected)
+    assert torch.equal(nfe_again, nfe)
+    assert "does not hold config.eval.batch_size 4: going on with 2" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):
+        samples(Linear(limit=0), small_config())
+
+
+def test_a_batch_whose_samples_share_their_steps_is_not_halved():
+    config = small_config()
+    config.sampling.use_ode_sampler, config.sampling.step_control = "rk45", "batch"
+    with pytest.raises(torch.OutOfMemoryError):
+        samples(Linear(limit=2), config)
+
+
+def test_weights_are_cast_once_for_all_evaluations_of_a_batch_in_bf16():
+    class Casts(TorchDispatchMode):
+        counts = collections.Counter()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+                self.counts[tuple(args[0].shape)] += 1
+            return function(*args, **(kwargs or {}))
+
+    net, config = Linear(), small_config()
+    config.training.precision = "bf16"
+    with Casts() as casts:
+        samples(net, config)
+    assert len(net.seen) == 9  # three batches of three steps
+    assert casts.counts[(1, 1, 1, 1)] == 1
+    assert net.seen[1].dtype == torch.float32  # what the sampler adds up stays exact
+
+
+def test_a_result_that_cannot_be_written_is_printed(tmp_path, capsys, monkeypatch):
+    def full(path, result):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(evaluation_fid.results_file, "append_result", full)
+    result = {"checkpoint": "c.pth", "sampler": None, "num_samples": 7, "fid": 4.25, "protocol": "p", "reference": "r",
+              "versions": {}}
+    with pytest.raises(OSError, match="no space"):
+        evaluation_fid.publish(result, tmp_path / "results.jsonl", ALONE)
+    assert json.dumps(result) in capsys.readouterr().out
+
+
+def measure(monkeypatch, run, *fields):
+    """Run main() in this process with config fields; return what it would have sampled, or None."""
+    sampled = []
+
+    def pretend(net, stem, config, *others):
+        sampled.append(config)
+        raise Sampled
+
+    monkeypatch.setattr(evaluation_fid, "measure_network", pretend)
+    words = [f"--config.{field}" for field in fields]
+    parsed = parse_command_line(["evaluation_fid.py", "--config", CONFIG, "--ckpt_dir", str(run), *words],
+                                "", evaluation_fid.FLAGS)
+    with contextlib.suppress(Sampled):
+        evaluation_fid.main(*parsed)
+    return sampled
+
+
+class Sampled(Exception):
+    """Raised in place of sampling."""
+
+
+def remember(monkeypatch, run):
+    """Put results of both checkpoints into the run's file, as if they had been measured."""
+    def pretend(net, stem, config, reference, path, processes):
+        return {"nfe": 1.0, "pixel_frechet_distance": 1.0, "reference": "r", "protocol": "p", "versions": {},
+                "seconds": 1.0}
+
+    monkeypatch.setattr(evaluation_fid, "measure_network", pretend)
+    monkeypatch.setattr(evaluation_fid.results_file, "draw_figure", lambda *arguments: None)
+    evaluation_fid.main(*parse_command_line(["evaluation_fid.py", "--config", CONFIG, "--ckpt_dir", str(run)], "",
+                                            evaluation_fid.FLAGS))
+
+
+@pytest.mark.parametrize("field", ["eval.num_samples=50", "seed=1", "sampling.ode_tol=0.5", "flow.eps=0.01",
+                                   "sampling.init_noise_scale=0.9", "eval.nearest=7", "training.precision=fp32",
+                                   "data.dataset=custom", "eval.precision_recall=false"])
+def test_what_a_number_depends_on_makes_it_another_evaluation(run, monkeypatch, field, tmp_path):
+    remember(monkeypatch, run)
+    assert measure(monkeypatch, run) == []
+    fields = [field]
+    if "custom" in field:
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "0.png")
+        Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / "1.png")
+        fields += [f"data.data_root={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert len(measure(monkeypatch, run, *fields)) == 1
+
+
+def test_a_flag_that_contradicts_the_checkpoint_is_refused_also_where_a_result_is_there(run, monkeypatch):
+    remember(monkeypatch, run)
+    with pytest.raises(UserError, match="model.nf is 8 in the checkpoint and 16 here"):
+        measure(monkeypatch, run, "model.nf=16")

@@ -126,8 +126,8 @@ def test_the_sample_that_is_not_finite_is_named_by_its_number():
 def test_images_of_another_size_than_the_pixels_that_are_compared_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((3, 1, 6, 6), np.uint8))
     with pytest.raises(UserError, match="1×6×6"):
-        check_shape(open_images(tmp_path / "x.npy"), pixel_extractor(64))
-    check_shape(open_images(tmp_path / "x.npy"), pixel_extractor(36))
+        check_shape(open_images(tmp_path / "x.npy", 1), pixel_extractor(64))
+    check_shape(open_images(tmp_path / "x.npy", 1), pixel_extractor(36))
 
 
 def test_pixels_are_mapped_back_to_minus_one_to_one_and_flattened():
