@@ -1,10 +1,16 @@
-"""What a run's folder says of the code that ran."""
+"""What a run's folder says of the code and data that ran, who may go on in it, and how a signal ends it."""
 
+import signal
 import subprocess
 
 import pytest
 
+from configs.command_line import load_config, save_config
+from configs.default import set_field
 from runtime import versions
+from runtime.errors import UserError
+from tests.conftest import ROOT
+from training import run
 
 
 def git(folder, *words):
@@ -46,3 +52,85 @@ def test_code_outside_git_has_neither_commit_nor_patch(tmp_path, monkeypatch):
     monkeypatch.setattr(versions, "CHECKOUT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert versions.git_commit() is None and versions.uncommitted_changes() == (b"", [])
+
+
+def config_in(folder, **fields):
+    """Return the digits' config of a run in `folder`."""
+    config = load_config(ROOT / "configs/rectified_flow/digits_rf_gaussian.py")
+    config.work_dir, config.expr = str(folder), "run"
+    for name, value in fields.items():
+        set_field(config, name.replace("__", "."), value)
+    return config
+
+
+def test_a_second_start_of_a_run_is_refused_and_one_that_wrote_nothing_leaves_no_folder(tmp_path):
+    path = tmp_path / "new" / "run"
+    with run.lock_run(path), pytest.raises(UserError, match="another process is training in"), run.lock_run(path):
+        raise AssertionError
+    assert not path.exists()
+    with run.lock_run(path):
+        (path / "config.json").write_text("{}")
+    assert (path / "config.json").exists()
+    with pytest.raises(UserError, match="File name too long"), run.lock_run(tmp_path / ("x" * 300)):
+        raise AssertionError
+
+
+def test_a_slash_at_the_end_of_a_path_is_no_other_run(tmp_path):
+    config = config_in(tmp_path, data__reflow_data_root="pairs", flow__pre_train_model="a/b.pth")
+    (tmp_path / "run").mkdir()
+    save_config(config, tmp_path / "run" / "config.json")
+    other = config_in(tmp_path, data__reflow_data_root="pairs/", flow__pre_train_model="./a/b.pth",
+                      training__compile=True, training__precision="bf16")
+    assert run.check_same_run(other, tmp_path / "run") == ["training.precision ('tf32' there, 'bf16' here)"]
+    other.flow.pre_train_model = "a/c.pth"
+    with pytest.raises(UserError, match="a/c.pth.*training.resume_from"):
+        run.check_same_run(other, tmp_path / "run")
+
+
+def test_data_that_changed_between_two_starts_are_named(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"one")
+    config = config_in(tmp_path, data__dataset="custom", data__data_root=str(tmp_path / "images"))
+    assert run.open_run(config) == [] and run.open_run(config) == []
+    (tmp_path / "images" / "a.png").write_bytes(b"another")
+    (said,) = run.open_run(config)
+    assert str(tmp_path / "images") in said and "changed" in said
+    assert run.open_run(config) == []  # said once
+
+
+def test_schedules_that_are_longer_than_the_run_are_said(tmp_path):
+    long = config_in(tmp_path, training__n_iters=20, optim__warmup=21, training__x0_randomness="warmup_cos_21",
+                     data__reflow_data_root="pairs")
+    assert [text.split(" is longer")[0] for text in run.endless_schedules(long)] == [
+        "config.optim.warmup 21", "config.training.x0_randomness warmup_cos_21"]
+    fitting = config_in(tmp_path, training__n_iters=20, optim__warmup=20, training__x0_randomness="warmup_20",
+                        data__reflow_data_root="pairs")
+    assert run.endless_schedules(fitting) == []
+
+
+def test_the_first_signal_decides_and_only_a_second_ctrl_c_interrupts(monkeypatch):
+    with run.StopRequest(1) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.agreed(1) == signal.SIGTERM
+    with run.StopRequest(1) as stop, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        assert stop.agreed(1) == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_processes_agree_on_a_signal_soon_enough_and_outlive_a_second_ctrl_c(monkeypatch):
+    """torchrun sends its workers the Ctrl-C that they had from the terminal, and kills them 30 seconds later."""
+    now, asked = [0.0], []
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run.dist, "new_group", lambda backend: "group")
+    monkeypatch.setattr(run.dist, "all_reduce", lambda votes, op, group: asked.append(done))
+    with run.StopRequest(2) as stop:
+        for done in range(1, 40):
+            now[0] += 0.01 if done < 20 else 5.0
+            stop.agreed(done)
+        assert asked == [1, 11, *range(21, 40)]
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        done += 1
+        assert stop.agreed(done) == signal.SIGINT

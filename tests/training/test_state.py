@@ -11,7 +11,15 @@ from configs.command_line import run_script
 from models.checkpoint import numbered_checkpoints, write_checkpoint
 from runtime.errors import UserError
 from training import state
-from training.state import PREVIOUS, STATE, Writer, keep_newest, read_newest_state
+from training.state import (
+    PREVIOUS,
+    STATE,
+    Writer,
+    checkpoint_numbers,
+    keep_newest,
+    keep_previous,
+    read_newest_state,
+)
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "rectified_flow" / "digits_rf_gaussian.py")
 
@@ -90,6 +98,41 @@ def test_newest_readable_state_is_found_and_broken_ones_are_named(tmp_path):
     assert read_newest_state(tmp_path)[0]["step"] == 12
     (meta / STATE).write_bytes(b"")
     assert read_newest_state(tmp_path)[0]["step"] == 11
+    write_checkpoint(folder / "checkpoint_9.pth", checkpoint(9))
+    assert read_newest_state(tmp_path)[0]["step"] == 11
+    write_checkpoint(folder / "checkpoint_11.pth", checkpoint(13))
+    assert read_newest_state(tmp_path)[0]["step"] == 13  # the most updates, wherever they are
+
+
+def test_moments_of_another_shape_are_passed_over_before_they_are_used(tmp_path):
+    """The fused kernels would read beyond them."""
+    meta = tmp_path / "checkpoints-meta"
+    shadow = torch.zeros(3)
+    moment = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    good = checkpoint(5) | {"ema": {"decay": 0.9, "num_updates": 5, "shadow_params": [shadow]},
+                            "optimizer": {"state": {0: moment}, "param_groups": [{"params": [0]}]}}
+    write_checkpoint(meta / PREVIOUS, good)
+    for bad in ({"exp_avg_sq": torch.zeros(1)}, {"exp_avg": None}):
+        write_checkpoint(meta / STATE, good | {"step": 6, "optimizer": {"state": {0: moment | bad}}})
+        said = []
+        assert read_newest_state(tmp_path, said.append)[0]["step"] == 5
+        assert "optimizer's exp_avg" in said[0]
+
+
+@pytest.mark.parametrize("step, frequency, ended, numbers", [
+    (1, 20, False, []), (21, 20, False, [1]), (20, 20, False, []), (41, 20, True, [2]), (40, 20, True, [2]),
+    (450, 300, True, [2]), (5, 20, True, [1]), (5, 1, False, [4]), (5, 1, True, [4, 5]), (1, 1, True, [1]),
+])
+def test_a_run_always_ends_with_a_numbered_checkpoint_of_its_last_state(step, frequency, ended, numbers):
+    assert checkpoint_numbers(step, frequency, ended) == numbers
+
+
+def test_a_writer_killed_between_two_states_leaves_no_third_name_of_the_old_one(tmp_path):
+    (tmp_path / STATE).write_bytes(b"state")
+    for _ in range(2):  # the second time both names are one file already
+        keep_previous(tmp_path / STATE)
+        assert {path.name for path in tmp_path.iterdir()} == {STATE, PREVIOUS}
+        assert (tmp_path / PREVIOUS).samefile(tmp_path / STATE)
 
 
 def test_no_readable_state_is_an_error_not_a_fresh_start(tmp_path):
