@@ -31,11 +31,11 @@ from metrics.statistics import (
     sum_over_processes,
 )
 from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
-from models.checkpoint import config_of_run, is_remote, local_file, network_of, read_checkpoint
+from models.checkpoint import config_of_run, is_remote, network_of, read_checkpoint
 from models.describe import measure as count_operations
 from runtime.devices import in_precision, set_precision, start_processes, stop_processes
 from runtime.errors import UserError
-from runtime.files import file_digest, state_digest
+from runtime.files import state_digest
 from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise
 
@@ -77,7 +77,7 @@ def measure_checkpoints(config, args, given, processes):
     path = results_file.results_path(results_folder(args.ckpt_dir, config.work_dir))
     checkpoints, reference, cost, done, said = read_checkpoints(config, args.ckpt_dir, processes), None, None, [], set()
     for file, checkpoint in checkpoints:
-        own, remarks = config_of_run(config, checkpoint, given, file)
+        own, remarks = config_of_run(config, checkpoint, given)
         for remark in [remark for remark in remarks if remark not in said]:
             say(processes, f"{file}: {remark}")
         said.update(remarks)
@@ -89,7 +89,7 @@ def measure_checkpoints(config, args, given, processes):
         if earlier is not None:
             done.append(earlier)
             continue
-        net = network_of(own, checkpoint, file, args.use_ema, processes.device)
+        net = network_of(own, checkpoint, args.use_ema, processes.device)
         if cost is None:
             cost = results_file.cost_of(net, sum(count_operations(net, 1).macs.values()) / 1e9, processes.device)
             say(processes, results_file.cost_line(cost))
@@ -102,12 +102,8 @@ def measure_checkpoints(config, args, given, processes):
 
 def read_checkpoints(config, ckpt_dir, processes):
     """Yield (path, content with the digest of what was read) of the checkpoints --ckpt_dir and config.eval ask for."""
-
-    def read(path):
-        return read_checkpoint(path) | {"digest": file_digest(local_file(path))}
-
     if pathlib.Path(ckpt_dir).is_dir() or (config.eval.wait and not ckpt_dir.endswith(".pth")):
-        paths = sweep_paths(config.eval, checkpoint_folder(ckpt_dir), processes, read)
+        paths = sweep_paths(config.eval, checkpoint_folder(ckpt_dir), processes, read_checkpoint)
     elif is_remote(ckpt_dir) or pathlib.Path(ckpt_dir).is_file():
         paths = iter([(ckpt_dir, None)])
     else:
@@ -119,7 +115,7 @@ def read_checkpoints(config, ckpt_dir, processes):
         return path
 
     while (path := processes.from_main(advance)) is not None:
-        content = found.get("content") or read(path)
+        content = found.get("content") or read_checkpoint(path)
         replaced = content["digest"] != processes.share(content["digest"])
         raise_everywhere(UserError(f"{path} was replaced while it was read") if replaced else None)
         yield path, content

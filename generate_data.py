@@ -16,7 +16,6 @@ solved at a time.
 
 import contextlib
 import datetime
-import os
 import pathlib
 
 import numpy as np
@@ -31,11 +30,10 @@ from flows.analytic import analytic_velocity
 from flows.couplings import create_coupling
 from flows.rectified_flow import interpolate, velocity_from_network
 from flows.samplers import SAMPLERS, sampler_values
-from models.checkpoint import load_with_config, local_file
+from models.checkpoint import load_with_config
 from runtime import devices
 from runtime.devices import autocast, set_precision
 from runtime.errors import UserError
-from runtime.files import file_digest
 from runtime.pictures import save_grid
 from runtime.progress import progress_bar
 
@@ -131,24 +129,13 @@ def load_teacher(config, args, given, processes):
         if args.ckpt_path:
             say(processes, f"sampling.direction {config.sampling.direction} uses no network: --ckpt_path is ignored")
         return config, None, empty
-    file = pathlib.Path(local_file(args.ckpt_path))
-    before = file_state(file)
-    config, net = load_with_config(args.ckpt_path, config, given, device=processes.device,
-                                   say=lambda text: say(processes, text))
-    digest = file_digest(file)
-    if file_state(file) != before or processes.share(digest) != digest:
+    config, net, digest = load_with_config(args.ckpt_path, config, given, device=processes.device,
+                                           say=lambda text: say(processes, text))
+    if processes.share(digest) != digest:
         raise UserError(f"{args.ckpt_path} was replaced while it was read: run the same command again")
     if note := getattr(net, "licence_note", None):
         say(processes, note)
     return config, net, {"checkpoint": args.ckpt_path, "checkpoint_digest": digest, "network": type(net).__name__}
-
-
-def file_state(path):
-    """Return what changes when another file takes this place; None if there is none."""
-    if not path.exists():
-        return None
-    state = os.stat(path)
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def create_velocity(net, points, device):

@@ -21,10 +21,10 @@ from datasets import one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import Trajectories, create_sampler, euler, sampler_values, straightness
 from metrics.sweep import checkpoint_folder, run_folder, sweep
-from models.checkpoint import is_remote, load_with_config, local_file, numbered_checkpoints
+from models.checkpoint import is_remote, load_with_config, numbered_checkpoints
 from runtime.devices import in_precision, set_precision, start_processes, stop_processes
 from runtime.errors import UserError
-from runtime.files import file_digest, write_json
+from runtime.files import write_json
 from runtime.pictures import save_grid, save_lines
 from runtime.progress import progress_bar
 from runtime.seeds import index_labels, index_noise
@@ -78,11 +78,11 @@ def checkpoint_paths(place, settings, given):
 
 def sample_checkpoint(path, config, args, given, device):
     """Sample one checkpoint and write everything about it; nothing is written before all of it is sampled."""
-    config, net = load_with_config(path, config, given, args.use_ema, device)
+    config, net, digest = load_with_config(path, config, given, args.use_ema, device)
     velocity = velocity_from_network(in_precision(net, config.training.precision, device))
     z, label, row_labels = start_of_samples(config, args.classes, given, device)
     name = pathlib.Path(path).stem + ("" if args.use_ema else "_raw")
-    about = {"checkpoint": str(path), "digest": file_digest(local_file(path)),
+    about = {"checkpoint": str(path), "digest": digest,
              "weights": "EMA" if args.use_ema else "raw", "seed": config.seed, "images": len(z)}
 
     choices = chosen_samplers(config, given)

@@ -1,29 +1,27 @@
 """Checkpoints: reading and writing files, ours and the released ones, and what the scripts need to know of them.
 
 A checkpoint is a dict: `model` (state dict), `ema` (see models/ema.py), `optimizer`, `step`, and in ours `config`, the
-config of the run as a nested dict. A file of the released layout is translated as it is read, so that the rest of
-the program knows one layout only.
+config of the run as a nested dict. A file may also hold weights alone: a dict with `model`, or the bare state dict. A
+file of the released layout is translated once its network is known, so that the rest of the program knows one layout.
 """
 
 import hashlib
 import pathlib
-import pickle
 import re
 import urllib.parse
-import warnings
-import zipfile
 
 import torch
 
 from configs.provenance import take_run_fields
-from models import edm, edm_pickle, infer, released
+from models import edm, edm_pickle, released
 from models.create import create_from_fields, create_model, tuple_of
-from models.safe_pickle import SAFE_GLOBALS
+from models.safe_load import read_file
 from runtime.downloads import cached_file
 from runtime.errors import UserError
-from runtime.files import atomic_path
+from runtime.files import atomic_path, file_digest
 
 REMOTE = ("hf://", "https://")
+WRAPPERS = r"(module\.|_orig_mod\.)+"  # what DataParallel and torch.compile put before each name
 
 
 def write_checkpoint(path, state):
@@ -43,76 +41,9 @@ def write_checkpoint(path, state):
 
 def numbered_checkpoints(folder):
     """Return {k: path} of the files checkpoint_{k}.pth in `folder`, in the order of k."""
-    found = ((re.fullmatch(r"checkpoint_(\d+)\.pth", path.name), path) for path in pathlib.Path(folder).glob("*.pth"))
+    found = ((re.fullmatch(r"checkpoint_(0|[1-9][0-9]*)\.pth", path.name), path)
+             for path in pathlib.Path(folder).glob("*.pth") if path.is_file())
     return dict(sorted((int(match[1]), path) for match, path in found if match))
-
-
-def read_checkpoint(path):
-    """Return the checkpoint at `path` (a file, or hf://owner/repo/file) in our layout, its tensors on the CPU.
-
-    Beside `model`, `ema`, `optimizer`, `step` and, in ours, `config`, the result has `fields`: the dotted config
-    fields of the architecture as far as the file tells them. Nothing in the file is executed. The tensors are mapped
-    from the file, not read, so entries that are not used cost nothing. Raises UserError for a file that is missing,
-    damaged, no checkpoint, or holds more than tensors and numbers.
-    """
-    file = local_file(path)
-    if pathlib.Path(file).is_file() and edm_pickle.is_snapshot(file):
-        return edm.read_checkpoint(file, path, create_from_fields)
-    checkpoint = load_safely(path)
-    check_entries(checkpoint, path)
-    if not infer.is_released(checkpoint["model"]):
-        return dict(checkpoint, fields=saved_fields(checkpoint, path))
-    if "config" in checkpoint:  # one of ours, exported in the released layout
-        fields = saved_fields(checkpoint, path)
-    else:
-        fields = {"model.preconditioning": "none"} | infer.released_fields(checkpoint["model"], path)
-    with torch.device("meta"):
-        net = create_from_fields(infer.with_image_size(fields))
-    checkpoint = dict(checkpoint, model=infer.with_usual_prefix(checkpoint["model"]))
-    try:
-        return dict(released.from_released(checkpoint, net), fields=fields)
-    except (LookupError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged: its weights, EMA and optimiser do not belong together") from error
-
-
-def check_entries(checkpoint, path):
-    """Raise UserError unless a dict has the weights and averages of a checkpoint."""
-    model, ema = checkpoint.get("model"), checkpoint.get("ema")
-    if not isinstance(model, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in model.values()):
-        raise UserError(f"{path} is no checkpoint of this program: it has no state dict under 'model'")
-    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
-    if not isinstance(shadow, list) or not all(isinstance(tensor, torch.Tensor) for tensor in shadow):
-        raise UserError(f"{path} is no checkpoint of this program: it has no averaged weights under 'ema'")
-
-
-def load_safely(path):
-    """Return the dict that `torch.save` wrote to `path`: tensors, numbers and text only.
-
-    Raises UserError for anything else, in one sentence.
-    """
-    file = local_file(path)
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read is an error below
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} cannot be opened ({error.strerror}); name a checkpoint file, "
-                        "hf://owner/repo/file or https://…/file") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ArithmeticError, LookupError, TypeError,
-            ValueError, AttributeError) as error:
-        raise UserError(f"{path} {why_unreadable(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
-    return content
-
-
-def why_unreadable(error):
-    """Return the rest of a sentence about a file that `torch.load` refused."""
-    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if foreign:
-        return (f"is refused: it names {foreign[1]}, which is neither a tensor nor a number and could run code; "
-                "nothing was executed")
-    return "cannot be read as a checkpoint; it is cut short, damaged or another kind of file"
 
 
 def is_remote(path):
@@ -149,36 +80,76 @@ def local_file(path):
         raise UserError(f"{path} could not be fetched: {first_line}") from error
 
 
+def read_checkpoint(path):
+    """Return the checkpoint at `path` (a file, or hf://owner/repo/file), its tensors on the CPU.
+
+    Beside what the file holds the result has `path`; `digest`, that of the bytes that were read; and `fields`, the
+    dotted config fields of the architecture, or None where neither a config in the file nor the table of published
+    networks tells them. Names are without DataParallel's and torch.compile's prefixes. Raises UserError for a file
+    that is missing, damaged, no checkpoint, or holds more than tensors and numbers.
+    """
+    file = local_file(path)
+    if pathlib.Path(file).is_file() and edm_pickle.is_snapshot(file):
+        return edm.read_checkpoint(file, path, create_from_fields) | {"digest": file_digest(file), "path": str(path)}
+    content, digest = read_file(file)
+    checkpoint = _with_entries(content, path)
+    model = {re.sub(f"^{WRAPPERS}", "", name): tensor for name, tensor in checkpoint["model"].items()}
+    if "config" in checkpoint:
+        fields = saved_fields(checkpoint["config"], path)
+    else:
+        fields = released.published_fields(model) if released.is_released(model) else None
+    return dict(checkpoint, model=model, fields=fields, digest=digest, path=str(path))
+
+
+def _with_entries(content, path):
+    """Return what a file holds as a dict with `model`; raise UserError unless weights and averages are tensors."""
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
+    checkpoint = dict(content) if "model" in content or not _is_state(content) else {"model": content}
+    if not _is_state(checkpoint.get("model")):
+        raise UserError(f"{path} is no checkpoint of this program: it has no state dict under 'model'")
+    ema = checkpoint.get("ema", {"shadow_params": []})
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(shadow, list) or not all(isinstance(tensor, torch.Tensor) for tensor in shadow):
+        raise UserError(f"{path} is no checkpoint of this program: it has no averaged weights under 'ema'")
+    return checkpoint
+
+
+def _is_state(state):
+    return isinstance(state, dict) and len(state) > 0 and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items())
+
+
 def load_model(path, use_ema=True, device="cpu", fields=None):
     """Return the network of the checkpoint at `path`, ours or released, in eval mode on `device`.
 
-    use_ema: the averaged weights rather than the raw ones. fields: dotted config fields of the architecture that the
-    file cannot tell, for instance {"data.image_size": 64}; they must not contradict it. Raises UserError (see
-    `read_checkpoint`), also if the image size can neither be told nor is given.
+    use_ema: the averaged weights rather than the raw ones. fields: dotted config fields of the architecture, for
+    instance {"model.nf": 64}, for a file that does not tell it; they must not contradict one that does. Raises
+    UserError (see `read_checkpoint`), also if the architecture is neither told nor given.
     """
     checkpoint = read_checkpoint(path)
-    fields = fields or {}
-    net = create_from_fields(infer.UNTOLD | fields | complete_fields(checkpoint["fields"], fields, path))
-    load_weights(net, checkpoint, use_ema, path)
+    net = create_from_fields(architecture(checkpoint, fields or {}, fields or {}))
+    load_weights(net, checkpoint, use_ema)
     return ready(net, device)
 
 
 def load_with_config(path, config, given, use_ema=True, device="cpu", say=print):
-    """Return (config, net): the config of the checkpoint's run (`config_of_run`), and its network as `load_model`.
+    """Return (config, net, digest): the config of the checkpoint's run (`config_of_run`), its network as `load_model`
+    returns it, and the digest of what was read.
 
     say: takes the remarks about differences, one sentence each.
     """
     checkpoint = read_checkpoint(path)
-    config, remarks = config_of_run(config, checkpoint, given, path)
+    config, remarks = config_of_run(config, checkpoint, given)
     for remark in remarks:
         say(f"{path}: {remark}")
-    return config, network_of(config, checkpoint, path, use_ema, device)
+    return config, network_of(config, checkpoint, use_ema, device), checkpoint["digest"]
 
 
-def network_of(config, checkpoint, path, use_ema=True, device="cpu"):
+def network_of(config, checkpoint, use_ema=True, device="cpu"):
     """Return the network of a config of `config_of_run` with a checkpoint's weights, as `load_model` returns it."""
     net = create_model(config)
-    load_weights(net, checkpoint, use_ema, path)
+    load_weights(net, checkpoint, use_ema)
     return ready(net, device)
 
 
@@ -188,9 +159,17 @@ def ready(net, device):
     return net.to(memory_format=torch.channels_last) if torch.device(device).type == "cpu" else net
 
 
-def load_weights(net, checkpoint, use_ema, path):
-    """Copy a checkpoint's weights into a network of the same architecture; `path` is for the error's sentence."""
-    check_same_network(net, checkpoint, path)
+def load_weights(net, checkpoint, use_ema):
+    """Copy the weights of a checkpoint (`read_checkpoint`) into a network of the same architecture.
+
+    Raises UserError with the difference if it is another's, or lacks the averages or the raw weights asked for.
+    """
+    path = checkpoint["path"]
+    if use_ema and "ema" not in checkpoint:
+        raise UserError(f"{path} holds weights without their moving average (EMA): it can be sampled with --use_ema "
+                        "false, and a training can start from it with config.flow.pre_train_model")
+    checkpoint = in_our_layout({name: value for name, value in checkpoint.items() if name != "optimizer"}, net)
+    check_same_network(net, checkpoint)
     net.load_state_dict(checkpoint["model"])
     net.licence_note = checkpoint.get("licence_note", "")
     if use_ema:
@@ -199,20 +178,49 @@ def load_weights(net, checkpoint, use_ema, path):
             torch._foreach_copy_(trained, list(checkpoint["ema"]["shadow_params"]))
 
 
-def check_same_network(net, checkpoint, path):
-    """Raise UserError with the difference if a checkpoint's tensors are not those of `net`."""
-    ours = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["model"].items()}
-    trained = [tuple(p.shape) for p in net.parameters() if p.requires_grad]
-    shadow = [tuple(s.shape) for s in checkpoint["ema"]["shadow_params"]]
-    if ours == theirs and trained == shadow:
-        return
-    different = contradictions(net.config_fields, checkpoint["fields"])
-    if different:
+def in_our_layout(checkpoint, net):
+    """Return a checkpoint (`read_checkpoint`) in our layout: a released one translated as `net` reads it."""
+    if not released.is_released(checkpoint["model"]):
+        return checkpoint
+    try:
+        return released.from_released(checkpoint, net)
+    except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint['path']} is damaged: its weights, EMA and optimiser do not belong together "
+                        f"({error})") from error
+
+
+def read_translated(path):
+    """Return the checkpoint at `path` as `read_checkpoint`, and in our layout if it is a published one."""
+    checkpoint = read_checkpoint(path)
+    if not released.is_released(checkpoint["model"]):
+        return checkpoint
+    with torch.device("meta"):
+        net = create_from_fields(architecture(checkpoint, {}, {}))
+    return in_our_layout(checkpoint, net)
+
+
+def check_same_network(net, checkpoint):
+    """Raise UserError with the difference if a checkpoint's tensors, in our layout, are not those of `net`."""
+    path = checkpoint["path"]
+    difference = _difference(net.state_dict(), checkpoint["model"])
+    different = contradictions(net.config_fields, checkpoint["fields"] or {})
+    if difference and different:
         raise UserError(f"{path} belongs to another network: {'; '.join(different)}")
-    name = next((n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n)), "the EMA")
-    raise UserError(f"{path} does not fit the network: {name} is {theirs.get(name, 'missing')} there and "
-                    f"{ours.get(name, 'missing')} here")
+    if difference:
+        raise UserError(f"{path} does not fit the network: {difference}")
+    if "ema" in checkpoint:
+        trained = [p for p in net.parameters() if p.requires_grad]
+        shadow = checkpoint["ema"]["shadow_params"]
+        if [s.shape for s in shadow] != [p.shape for p in trained]:
+            raise UserError(f"{path} does not fit the network: the EMA has {len(shadow)} tensors there and "
+                            f"{len(trained)} here, or their shapes differ")
+
+
+def _difference(ours, theirs):
+    """Return a phrase for the first tensor of two state dicts that differs in name or shape, or ""."""
+    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (ours, theirs))
+    name = next((n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n)), None)
+    return name and f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here" or ""
 
 
 def load_matching(net, path):
@@ -221,7 +229,11 @@ def load_matching(net, path):
     Returns (matched, unmatched): names of the network's tensors that were and were not copied.
     """
     checkpoint = read_checkpoint(path)
-    edm.check_start(net, checkpoint["fields"], path)
+    edm.check_start(net, checkpoint["fields"] or {}, path)
+    if released.is_released(checkpoint["model"]):
+        with torch.device("meta"):
+            source = create_from_fields(checkpoint["fields"] or net.config_fields)
+        checkpoint = in_our_layout({name: checkpoint[name] for name in ("model", "path")}, source)
     theirs, ours = checkpoint["model"], net.state_dict()
     matched = [name for name, tensor in ours.items() if name in theirs and theirs[name].shape == tensor.shape]
     net.load_state_dict({name: theirs[name] for name in matched}, strict=False)
@@ -231,79 +243,86 @@ def load_matching(net, path):
 # The architecture of a checkpoint, as config fields.
 
 
-def saved_fields(checkpoint, path):
+def saved_fields(config, path):
     """Return the dotted architecture fields of a checkpoint of ours, from the config saved in it."""
-    config = checkpoint.get("config")
-    if not isinstance(config, dict):
-        raise UserError(f"{path} has neither a config nor the names of a released checkpoint, so its network is "
-                        "unknown")
-    flat = {f"{group}.{name}": value for group in ("model", "data") for name, value in config.get(group, {}).items()}
-    with torch.device("meta"):
-        return create_from_fields(flat).config_fields
+    try:
+        with torch.device("meta"):
+            return create_from_fields(model_fields(config)).config_fields
+    except UserError as error:
+        raise UserError(f"{path} holds a config that makes no network: {error}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{path} holds a config that makes no network: a field of its groups model and data is "
+                        f"missing or of the wrong type ({error})") from error
 
 
 def contradictions(ours, theirs):
     """Return a phrase for each dotted field that both have with different values."""
-    return [f"{name} is {plain(theirs[name])} in the checkpoint and {plain(ours[name])} here"
-            for name in theirs if name in ours and plain(ours[name]) != plain(theirs[name])]
+    return [f"{name} is {_plain(theirs[name])} in the checkpoint and {_plain(ours[name])} here"
+            for name in theirs if name in ours and _plain(ours[name]) != _plain(theirs[name])]
 
 
-def plain(value):
+def _plain(value):
     """Return tuples as lists, so that they compare."""
     return list(value) if isinstance(value, tuple) else value
 
 
-def complete_fields(told, chosen, path, configured=None):
-    """Return the architecture fields `told` by a checkpoint, with the image size that a released NCSN++ leaves open.
+def architecture(checkpoint, given, configured):
+    """Return the dotted architecture fields of a checkpoint (`read_checkpoint`).
 
-    chosen: fields that the user gave; one that contradicts the checkpoint raises UserError with the difference.
-    configured: fields of a config file; where they fit the checkpoint they decide the image size.
+    given: fields that the user set himself; one that contradicts the file raises UserError with the difference.
+    configured: the fields of the whole config, which decide where the file does not tell: they must make a network of
+    its tensors. The released layout does not tell the image size, so there the user's word counts if it fits.
     """
-    if infer.ATTENTION_LEVELS in told:
-        told = infer.choose_image_size(told, image_size(told, chosen, configured or {}, path))
-    different = contradictions(chosen, told)
-    if different:
-        raise UserError(f"{path}: {'; '.join(different)}; leave the field out or name another checkpoint")
-    return told
+    told, path, is_released = checkpoint["fields"], checkpoint["path"], released.is_released(checkpoint["model"])
+    velocity = {"model.preconditioning": "none"} if is_released else {}  # what every released network computes
+    different = contradictions(given, told or velocity)
+    if told and not different:
+        return told
+    refusal = UserError(f"{path}: {'; '.join(different)}; leave the field out or name another checkpoint")
+    if different and (not is_released or "model.preconditioning" in given):
+        raise refusal
+    try:
+        with torch.device("meta"):
+            net = create_from_fields(configured | velocity)
+        difference = _difference(released.released_state(net) if is_released else net.state_dict(), checkpoint["model"])
+    except UserError:
+        if told:
+            raise refusal from None
+        raise
+    if not difference:
+        return net.config_fields
+    if told:
+        raise refusal
+    raise UserError(f"{path} does not tell its architecture, and it is none of the published ones: give it with "
+                    f"--config.model.… and --config.data.image_size (with what is given {difference})")
 
 
-def image_size(told, chosen, configured, path):
-    """Return the image size of a released NCSN++, which tells only the levels that have attention."""
-    levels = told[infer.ATTENTION_LEVELS]
-    if "data.image_size" in chosen:
-        return chosen["data.image_size"]
-    if chosen.get("model.attn_resolutions") and levels:
-        return max(chosen["model.attn_resolutions"]) << min(levels)
-    size = configured.get("data.image_size")
-    if size and levels and plain(configured.get("model.attn_resolutions")) == [size >> level for level in levels]:
-        return size
-    size = infer.usual_image_size(told)
-    if size is None:
-        raise UserError(f"{path} does not tell its image size; give it with data.image_size")
-    return size
-
-
-def config_of_run(config, checkpoint, given, path):
-    """Return (config, remarks): a copy of a config with all that a checkpoint (`read_checkpoint(path)`) knows.
+def config_of_run(config, checkpoint, given):
+    """Return (config, remarks): a copy of a config with all that a checkpoint (`read_checkpoint`) knows.
 
     That is its architecture and, from the config in it, data set, flow.eps and noise scale of its run; of a released
     checkpoint the architecture alone. given: the dotted fields on the command line. One that contradicts the
     architecture raises UserError with the difference; one that contradicts the rest wins, which a remark says.
     """
-    config = apply_architecture(config, checkpoint["fields"], given, path)
-    return config, take_run_fields(config, checkpoint.get("config", {}), given, path)
+    config = apply_architecture(config, checkpoint, given)
+    return config, take_run_fields(config, checkpoint.get("config", {}), given, checkpoint["path"])
 
 
-def apply_architecture(config, checkpoint_fields, given, path="the checkpoint"):
-    """Return a copy of a config with the architecture of a checkpoint (`read_checkpoint(path)["fields"]`).
+def apply_architecture(config, checkpoint, given):
+    """Return a copy of a config with the architecture of a checkpoint (`read_checkpoint`).
 
-    given: the dotted fields that the user set himself. Raises UserError with the difference, naming `path`, if one
-    of them contradicts the checkpoint.
+    given: the dotted fields that the user set himself. Raises UserError with the difference if one of them
+    contradicts the checkpoint.
     """
-    configured = {f"{group}.{name}": value for group in ("model", "data") for name, value in config[group].items()}
+    configured = model_fields(config)
     chosen = {name: value for name, value in configured.items() if name in given}
     result = config.copy_and_resolve_references()
-    for name, value in complete_fields(checkpoint_fields, chosen, path, configured).items():
+    for name, value in architecture(checkpoint, chosen, configured).items():
         group, field = name.split(".")
         result[group][field] = tuple_of(value)
     return result
+
+
+def model_fields(config):
+    """Return the dotted fields of a config's groups model and data."""
+    return {f"{group}.{name}": value for group in ("model", "data") for name, value in config[group].items()}

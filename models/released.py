@@ -1,4 +1,4 @@
-"""The layout of the released SlimFlow checkpoints: names, order and shapes, translated to our networks and back.
+"""The released SlimFlow checkpoints: their architectures, and their names, order and shapes translated to and fro.
 
 NCSN++ was released as a numbered list (`module.all_modules.7.Conv_0.weight`), DhariwalUNet with a name per
 resolution (`enc.16x16_block0.conv0.weight`). `released_tensors(net)` states, tensor by tensor and in the released
@@ -10,6 +10,7 @@ import dataclasses
 import torch
 
 from models import layers
+from models.create import create_from_fields
 from models.dhariwal_unet import head_count
 from models.ncsnpp import AttentionBlock, OutputHead, ResidualBlock
 from runtime.errors import UserError
@@ -17,45 +18,55 @@ from runtime.errors import UserError
 PREFIX = "module."  # the released NCSN++ was saved from inside DataParallel
 BOX_FILTER = "resample_filter"  # constant buffers of the released DhariwalUNet: the 2×2 mean
 
-
-@dataclasses.dataclass(frozen=True)
-class Released:
-    """One tensor of the released layout: part `part` of `parts` equal blocks of rows of our tensor `ours`."""
-
-    name: str
-    ours: str  # "" for a constant that we do not keep
-    part: int = 0
-    parts: int = 1
-    steps: tuple = ()  # functions that make the released tensor of ours, one after the other
-    trained: bool = True  # whether the released optimiser gives it gradients and the EMA follows it
-    parameter: bool = True  # whether the released optimiser lists it
-
-    def write(self, ours):
-        """Return the released tensor, made of {our name: tensor}."""
-        if not self.ours:
-            return torch.full((1, 1, 2, 2), 0.25)
-        tensor = ours[self.ours].chunk(self.parts)[self.part]
-        for step in self.steps:
-            tensor = step(tensor)
-        return tensor.contiguous()
-
-    def read(self, theirs):
-        """Return our part of our tensor, made of {released name: tensor}."""
-        tensor = theirs[self.name]
-        for step in reversed(self.steps):
-            tensor = INVERSE[step](tensor)
-        return tensor
+def _row(parameters, image_size, nf, num_res_blocks, ch_mult, **others):
+    fields = {"data.image_size": image_size, "model.nf": nf, "model.num_res_blocks": num_res_blocks,
+              "model.ch_mult": ch_mult}
+    return parameters, fields | others
 
 
-def released_tensors(net):
-    """Return the released layout of a network, a list of `Released` in the released order."""
-    names = {module: name for name, module in net.named_modules()}
-    is_ncsnpp = net.config_fields["model.name"] == "ncsnpp"
-    if net.config_fields["model.preconditioning"] != "none" or (is_ncsnpp and net.config_fields["data.num_classes"]):
-        raise UserError("a network with model.preconditioning, or an ncsnpp with classes, has no released layout")
-    if is_ncsnpp:
-        return list(_ncsnpp_tensors(net, names))
-    return list(_dhariwal_tensors(net, names))
+_IMAGENET = {"model.name": "DhariwalUNet", "data.num_classes": 1000, "model.attn_resolutions": (32, 16)}
+# Every published network: (number of parameters, config fields); those that are missing have their defaults.
+PUBLISHED = {
+    "CIFAR32 61.8M": _row(61_804_419, 32, 128, 4, (1, 2, 2, 2)),
+    "CIFAR32 27.9M": _row(27_906_179, 32, 128, 2, (1, 2, 2)),
+    "CIFAR32 15.7M": _row(15_707_235, 32, 96, 2, (1, 2, 2)),
+    "CIFAR32 7.0M": _row(6_989_891, 32, 64, 2, (1, 2, 2)),
+    "CIFAR32 3.4M": _row(3_437_123, 32, 64, 1, (1, 1, 2)),
+    "FFHQ64 27.9M": _row(27_906_179, 64, 128, 2, (1, 2, 2)),
+    "FFHQ64 15.7M": _row(15_707_235, 64, 96, 2, (1, 2, 2)),
+    "FFHQ64 7.0M": _row(6_989_891, 64, 64, 2, (1, 2, 2)),
+    "FFHQ64 3.4M": _row(3_536_195, 64, 64, 1, (1, 1, 2)),
+    "ImageNet64 80.7M": _row(80_685_315, 64, 128, 2, (1, 2, 2, 4), **_IMAGENET),
+    "ImageNet64 44.7M": _row(44_685_827, 64, 128, 2, (1, 2, 2, 2), **_IMAGENET),
+}
+
+
+def is_released(state):
+    """Return whether a state dict, without prefixes, has the names of the released layout."""
+    return any(name.startswith(("all_modules.", "map_layer0.")) for name in state)
+
+
+def published_fields(state):
+    """Return the dotted config fields of the published network whose released tensors a state dict has, or None.
+
+    The image size is among them: no two published networks have the same names and shapes.
+    """
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    count = sum(shape.numel() for name, shape in shapes.items() if name != "sigmas" and BOX_FILTER not in name)
+    for parameters, fields in PUBLISHED.values():
+        if parameters != count:  # building a network takes longer
+            continue
+        with torch.device("meta"):
+            net = create_from_fields(fields)
+        if {name: tensor.shape for name, tensor in released_state(net).items()} == shapes:
+            return net.config_fields
+    return None
+
+
+def released_state(net):
+    """Return {released name without prefix: tensor} of a network, in the released order."""
+    ours = net.state_dict()
+    return {r.name: r.write(ours) for r in released_tensors(net)}
 
 
 def interleave(rows):
@@ -73,25 +84,51 @@ def deinterleave(rows):
     return rows.reshape(heads, -1, 3, *rows.shape[1:]).movedim(2, 0).reshape(rows.shape)
 
 
-def transpose(matrix):
-    """Return the transposed matrix."""
-    return matrix.t()
-
-
-def add_pixel(matrix):
-    """Return a matrix as the weight of a 1×1 convolution."""
+def _add_pixel(matrix):
     return matrix[:, :, None, None]
 
 
-def drop_pixel(weight):
-    """Return the weight of a 1×1 convolution as a matrix."""
+def _drop_pixel(weight):
     return weight[:, :, 0, 0]
 
 
-INVERSE = {interleave: deinterleave, transpose: transpose, add_pixel: drop_pixel, drop_pixel: add_pixel}
+# Changes of a tensor: (from ours to the released one, back).
+INTERLEAVED = (interleave, deinterleave)
+TRANSPOSED = (torch.t, torch.t)
+CONVOLUTION = (_add_pixel, _drop_pixel)  # a matrix here, a 1×1 convolution there
+MATRIX = (_drop_pixel, _add_pixel)
 
 
-def join(theirs, table):
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """One tensor of the released layout: part `part` of `parts` equal blocks of rows of our tensor `ours`."""
+
+    name: str  # without PREFIX
+    ours: str  # "" for a constant that we do not keep
+    part: int = 0
+    parts: int = 1
+    changes: tuple = ()  # what makes the released tensor of ours, one after the other
+    trained: bool = True  # whether the released optimiser gives it gradients and the EMA follows it
+    parameter: bool = True  # whether the released optimiser lists it
+
+    def write(self, ours):
+        """Return the released tensor, made of {our name: tensor}."""
+        if not self.ours:
+            return torch.full((1, 1, 2, 2), 0.25)
+        tensor = ours[self.ours].chunk(self.parts)[self.part]
+        for change, _ in self.changes:
+            tensor = change(tensor)
+        return tensor.contiguous()
+
+    def read(self, theirs):
+        """Return our part of our tensor, made of {released name: tensor}."""
+        tensor = theirs[self.name]
+        for _, undo in reversed(self.changes):
+            tensor = undo(tensor)
+        return tensor
+
+
+def _join(theirs, table):
     """Return {our name: tensor} of {released name: tensor}, for those of ours whose every part is there."""
     parts = {}
     for r in table:
@@ -100,95 +137,106 @@ def join(theirs, table):
     return {ours: torch.cat(rows) if len(rows) > 1 else rows[0].contiguous() for ours, rows in parts.items()}
 
 
-def split(ours, table):
+def _split(ours, table):
     """Return {released name: tensor} of {our name: tensor}, in the released order."""
     return {r.name: r.write(ours) for r in table if r.ours in ours}
 
 
 def from_released(checkpoint, net):
-    """Return a checkpoint of the released layout in ours, as `net` reads it: weights, EMA and Adam's moments."""
-    return _translate(checkpoint, net, join, _released_order(net), _our_order(net))
+    """Return a checkpoint of the released layout in ours, as `net` reads it: weights, EMA and Adam's moments.
+
+    Raises ValueError, LookupError, TypeError, AttributeError or RuntimeError if these do not belong to `net`.
+    """
+    return _translate(checkpoint, released_tensors(net), _join, _released_order(net), _our_order(net))
 
 
 def to_released(checkpoint, net):
     """Return a checkpoint of `net` in the released layout: weights, EMA and Adam's moments."""
-    translated = _translate(checkpoint, net, split, _our_order(net), _released_order(net))
-    translated["model"] = {r.name: r.write(checkpoint["model"]) for r in released_tensors(net)}
+    table = released_tensors(net)
+    translated = _translate(checkpoint, table, _split, _our_order(net), _released_order(net))
+    prefix = PREFIX if net.config_fields["model.name"] == "ncsnpp" else ""
+    translated["model"] = {prefix + r.name: r.write(checkpoint["model"]) for r in table}
     return translated
 
 
-@dataclasses.dataclass(frozen=True)
-class _Order:
-    """The names of a layout's parameters in the order of its optimiser, and of those that its EMA follows."""
-
-    parameters: list
-    trained: list
-
-
 def _released_order(net):
+    """Return (names of the parameters in the order of the optimiser, names of those that the EMA follows)."""
     table = released_tensors(net)
-    return _Order([r.name for r in table if r.parameter], [r.name for r in table if r.trained])
+    return [r.name for r in table if r.parameter], [r.name for r in table if r.trained]
 
 
 def _our_order(net):
-    parameters = [name for name, _ in net.named_parameters()]
-    return _Order(parameters, [name for name, p in net.named_parameters() if p.requires_grad])
+    parameters = list(net.named_parameters())
+    return [name for name, _ in parameters], [name for name, p in parameters if p.requires_grad]
 
 
-def _translate(checkpoint, net, translate, source, target):
+def _translate(checkpoint, table, translate, source, target):
     """Translate every tensor of a checkpoint from the order of `source` to that of `target`."""
-    table = released_tensors(net)
-    result = dict(checkpoint)
-    result["model"] = translate(checkpoint["model"], table)
+    result = dict(checkpoint, model=translate(checkpoint["model"], table))
     if "ema" in checkpoint:
-        shadow = dict(zip(source.trained, checkpoint["ema"]["shadow_params"], strict=True))
-        shadow = translate(shadow, table)
-        result["ema"] = dict(checkpoint["ema"], shadow_params=[shadow[name] for name in target.trained])
+        shadow = checkpoint["ema"]["shadow_params"]
+        if len(shadow) != len(source[1]):
+            raise ValueError(f"the EMA has {len(shadow)} tensors there and {len(source[1])} here")
+        shadow = translate(dict(zip(source[1], shadow, strict=True)), table)
+        result["ema"] = dict(checkpoint["ema"], shadow_params=[shadow[name] for name in target[1]])
     if "optimizer" in checkpoint:
-        result["optimizer"] = _translate_optimizer(checkpoint["optimizer"], table, translate, source, target)
+        result["optimizer"] = _translate_optimizer(checkpoint["optimizer"], table, translate, source[0], target[0])
     return result
 
 
 def _translate_optimizer(optimizer, table, translate, source, target):
     """Translate the state of an optimiser with one parameter group, Adam's for instance."""
-    states = {source.parameters[i]: state for i, state in optimizer["state"].items()}
-    kinds = dict.fromkeys(kind for state in states.values() for kind in state)
-    translated = {name: {} for name in target.parameters}
-    for kind in kinds:
+    states = {source[i]: state for i, state in optimizer["state"].items()}
+    translated = {name: {} for name in target}
+    for kind in dict.fromkeys(kind for state in states.values() for kind in state):
         values = {name: torch.as_tensor(state[kind]) for name, state in states.items() if kind in state}
         if all(value.dim() == 0 for value in values.values()):  # a count of steps: shared by parts and whole
             for r in table:
-                source_name, name = (r.name, r.ours) if r.name in values else (r.ours, r.name)
-                if source_name in values:
-                    translated[name][kind] = values[source_name].clone()
+                there, name = (r.name, r.ours) if r.name in values else (r.ours, r.name)
+                if there in values:
+                    translated[name][kind] = values[there].clone()
         else:
             for name, value in translate(values, table).items():
                 translated[name][kind] = value
-    group = dict(optimizer["param_groups"][0], params=list(range(len(target.parameters))))
-    state = {i: translated[name] for i, name in enumerate(target.parameters) if translated[name]}
+    group = dict(optimizer["param_groups"][0], params=list(range(len(target))))
+    state = {i: translated[name] for i, name in enumerate(target) if translated[name]}
     return {"state": state, "param_groups": [group]}
 
 
 # The released layout of each network.
 
 
-def _plain(name, ours, steps=()):
+def released_tensors(net):
+    """Return the released layout of a network, a list of `Released` in the released order.
+
+    Raises UserError for a network of a kind that was never released.
+    """
+    fields, names = net.config_fields, {module: name for name, module in net.named_modules()}
+    layouts = {"ncsnpp": _ncsnpp_tensors, "DhariwalUNet": _dhariwal_tensors}
+    if (fields["model.name"] not in layouts or fields["model.preconditioning"] != "none"
+            or (fields["model.name"] == "ncsnpp" and fields["data.num_classes"])):
+        raise UserError("only ncsnpp without classes and DhariwalUNet, neither with model.preconditioning, have a "
+                        "released layout")
+    return list(layouts[fields["model.name"]](net, names))
+
+
+def _plain(name, ours, changes=()):
     """Yield weight and bias of a layer that both sides have."""
-    yield Released(f"{name}.weight", f"{ours}.weight", steps=steps)
+    yield Released(f"{name}.weight", f"{ours}.weight", changes=changes)
     yield Released(f"{name}.bias", f"{ours}.bias")
 
 
-def _nin(name, ours, steps, part=0, parts=1):
+def _nin(name, ours, changes, part=0, parts=1):
     """Yield W and b of a released "NIN", a matrix that is multiplied from the right."""
-    yield Released(f"{name}.W", f"{ours}.weight", part, parts, steps)
+    yield Released(f"{name}.W", f"{ours}.weight", part, parts, changes)
     yield Released(f"{name}.b", f"{ours}.bias", part, parts)
 
 
 def _ncsnpp_tensors(net, names):
-    yield Released(f"{PREFIX}sigmas", "sigmas", trained=False, parameter=False)
+    yield Released("sigmas", "sigmas", trained=False, parameter=False)
     nin_shortcut = net.config_fields["model.resblock_type"] == "ddpm"
     for number, module in enumerate(_ncsnpp_modules(net)):
-        yield from _ncsnpp_module(f"{PREFIX}all_modules.{number}", module, names[module], nin_shortcut)
+        yield from _ncsnpp_module(f"all_modules.{number}", module, names[module], nin_shortcut)
 
 
 def _ncsnpp_modules(net):
@@ -234,14 +282,14 @@ def _ncsnpp_module(name, module, ours, nin_shortcut):
         yield from _plain(f"{name}.GroupNorm_1", f"{ours}.norm1")
         yield from _plain(f"{name}.Conv_1", f"{ours}.conv1")
         if module.shortcut is not None and nin_shortcut:
-            yield from _nin(f"{name}.NIN_0", f"{ours}.shortcut", (drop_pixel, transpose))
+            yield from _nin(f"{name}.NIN_0", f"{ours}.shortcut", (MATRIX, TRANSPOSED))
         elif module.shortcut is not None:
             yield from _plain(f"{name}.Conv_2", f"{ours}.shortcut")
     elif isinstance(module, AttentionBlock):
         yield from _plain(f"{name}.GroupNorm_0", f"{ours}.attention.norm")
         for part in range(3):
-            yield from _nin(f"{name}.NIN_{part}", f"{ours}.attention.qkv", (transpose,), part, 3)
-        yield from _nin(f"{name}.NIN_3", f"{ours}.attention.proj", (transpose,))
+            yield from _nin(f"{name}.NIN_{part}", f"{ours}.attention.qkv", (TRANSPOSED,), part, 3)
+        yield from _nin(f"{name}.NIN_3", f"{ours}.attention.proj", (TRANSPOSED,))
     elif isinstance(module, layers.FIRConvUpsample | layers.FIRConvDownsample):
         yield from _plain(f"{name}.Conv2d_0", f"{ours}.conv")
     elif isinstance(module, layers.ConvUpsample | layers.ConvDownsample):
@@ -297,6 +345,6 @@ def _dhariwal_block(name, block, names):
         yield Released(f"{name}.skip.{BOX_FILTER}", "", trained=False, parameter=False)
     if block.attention is not None:
         yield from _plain(f"{name}.norm2", f"{ours}.attention.norm")
-        yield Released(f"{name}.qkv.weight", f"{ours}.attention.qkv.weight", steps=(interleave, add_pixel))
-        yield Released(f"{name}.qkv.bias", f"{ours}.attention.qkv.bias", steps=(interleave,))
-        yield from _plain(f"{name}.proj", f"{ours}.attention.proj", (add_pixel,))
+        yield Released(f"{name}.qkv.weight", f"{ours}.attention.qkv.weight", changes=(INTERLEAVED, CONVOLUTION))
+        yield Released(f"{name}.qkv.bias", f"{ours}.attention.qkv.bias", changes=(INTERLEAVED,))
+        yield from _plain(f"{name}.proj", f"{ours}.attention.proj", (CONVOLUTION,))

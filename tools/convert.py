@@ -1,7 +1,7 @@
 """Rewrite a checkpoint in the other layout: the released SlimFlow one becomes ours, ours becomes the released one.
 
     python -m tools.convert logs/1_rectified_flow/checkpoints/checkpoint_14.pth released_14.pth
-    python -m tools.convert released.pth ours.pth --image_size 64
+    python -m tools.convert released.pth ours.pth --config my_config.py
 
 Weights, EMA, Adam's moments and step are kept to the last bit. No script needs this: all of them read both layouts.
 It is for programs that know the released layout only, and for reading a released file's parameters under our names.
@@ -10,10 +10,10 @@ It is for programs that know the released layout only, and for reading a release
 import argparse
 import sys
 
-from models.checkpoint import complete_fields, load_safely, read_checkpoint, write_checkpoint
+from configs.command_line import load_config
+from models.checkpoint import architecture, in_our_layout, model_fields, read_checkpoint, write_checkpoint
 from models.create import create_from_fields
-from models.infer import is_released
-from models.released import to_released
+from models.released import is_released, to_released
 from runtime.errors import UserError
 
 
@@ -23,10 +23,10 @@ def main(words=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", help="checkpoint, ours or released; hf://owner/repo/file, too")
     parser.add_argument("target", metavar="OUT", help="file to write")
-    parser.add_argument("--image_size", type=int, help="of a released NCSN++ whose attention is not at 16×16 alone")
+    parser.add_argument("--config", help="config file with the architecture, of a file that does not tell it")
     args = parser.parse_args(words)
     try:
-        layout = convert(args.source, args.target, {"data.image_size": args.image_size} if args.image_size else {})
+        layout = convert(args.source, args.target, model_fields(load_config(args.config)) if args.config else {})
     except UserError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
@@ -34,21 +34,22 @@ def main(words=None):
     return 0
 
 
-def convert(source, target, chosen):
+def convert(source, target, configured):
     """Write the checkpoint `source` to `target` in the other layout; return the name of that layout.
 
-    chosen: dotted config fields that a released file does not tell.
+    configured: dotted config fields of the architecture, for a file that does not tell it.
     """
-    released = is_released(load_safely(source).get("model", {}))
     checkpoint = read_checkpoint(source)
-    fields = checkpoint.pop("fields")
-    if released:
-        fields = complete_fields(fields, chosen, source)
-        checkpoint.setdefault("config", nested_config(fields))
+    fields = architecture(checkpoint, {}, configured)
+    net = create_from_fields(fields)
+    if is_released(checkpoint["model"]):
+        written = in_our_layout(checkpoint, net)
+        written.setdefault("config", nested_config(fields))
+        layout = "our"
     else:
-        checkpoint = to_released(checkpoint, create_from_fields(fields))
-    write_checkpoint(target, checkpoint)
-    return "our" if released else "released"
+        written, layout = to_released(checkpoint, net), "released"
+    write_checkpoint(target, {key: value for key, value in written.items() if key not in ("fields", "digest", "path")})
+    return layout
 
 
 def nested_config(fields):

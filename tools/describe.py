@@ -23,7 +23,7 @@ FLAGS = {
 def main(config, args, given):
     """Print the table."""
     if args.ckpt_path:
-        config = apply_architecture(config, read_checkpoint(args.ckpt_path)["fields"], given, args.ckpt_path)
+        config = apply_architecture(config, read_checkpoint(args.ckpt_path), given)
     fields = {f"{group}.{name}": value for group in ("model", "data") for name, value in config[group].items()}
     print(table(describe(fields)))
 

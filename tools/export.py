@@ -25,13 +25,14 @@ import warnings
 import numpy as np
 import torch
 
+from configs.command_line import load_config
 from configs.default import get_default_config
 from configs.provenance import take_run_fields
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
 from metrics.sweep import run_folder
 from models import load_model
-from models.checkpoint import is_remote, read_checkpoint
+from models.checkpoint import is_remote, model_fields, read_checkpoint
 from runtime.errors import UserError
 from runtime.files import atomic_path, write_json
 from runtime.seeds import EVALUATION, index_labels, index_noise
@@ -95,7 +96,7 @@ def parse_words(words):
     parser.add_argument("--out", default="", help="folder of the files (default: {run}/export)")
     parser.add_argument("--sampler", choices=("one_step", "euler"), default="one_step")
     parser.add_argument("--steps", type=int, default=1, help="number of Euler steps")
-    parser.add_argument("--image_size", type=int, default=0, help="where the checkpoint does not tell it")
+    parser.add_argument("--config", help="config file with the architecture, of a file that does not tell it")
     parser.add_argument("--raw", action="store_true", help="the raw weights, not their moving average")
     return parser.parse_args(words)
 
@@ -105,8 +106,8 @@ def export(args):
     onnxruntime = require_packages()
     if args.steps < 1:
         raise UserError(f"--steps must be 1 or more, not {args.steps}")
-    fields = {"data.image_size": args.image_size} if args.image_size else None
-    net = load_model(args.checkpoint, use_ema=not args.raw, fields=fields)
+    net = load_model(args.checkpoint, use_ema=not args.raw,
+                     fields=model_fields(load_config(args.config)) if args.config else None)
     run = get_default_config()
     take_run_fields(run, read_checkpoint(args.checkpoint).get("config", {}), (), args.checkpoint)
     model = Generator(net, args.steps if args.sampler == "euler" else None, run.flow.eps,

@@ -13,6 +13,7 @@ from models.checkpoint import (
     load_matching,
     numbered_checkpoints,
     read_checkpoint,
+    read_translated,
     saved_fields,
     write_checkpoint,
 )
@@ -158,7 +159,7 @@ def read_newest_state(run, say=print):
 
 def read_state(path):
     """Return the checkpoint at `path`; raise UserError where its entries cannot belong to one training."""
-    state = read_checkpoint(path)
+    state = read_translated(path)
     step, optimizer = state.get("step"), state.get("optimizer")
     if not isinstance(step, int) or not isinstance(optimizer, dict):
         raise UserError(f"{path} cannot be continued: it lacks the number of updates or the optimizer's state")
@@ -221,11 +222,12 @@ def take_architecture(config, given):
     if saved.exists():
         from configs.command_line import config_to_dict, load_config
 
-        fields = saved_fields({"config": config_to_dict(load_config(saved))}, saved)
+        fields = saved_fields(config_to_dict(load_config(saved)), saved)
+        source = {"model": {}, "fields": fields, "path": saved}
     else:
-        fields = read_checkpoint(path)["fields"]
+        source = read_checkpoint(path)
     try:
-        adapted = apply_architecture(config, fields, given, saved if saved.exists() else path)
+        adapted = apply_architecture(config, source, given)
     except UserError as error:
         raise UserError(f"config.flow.pre_train_model {error}; to start from the tensors that fit all the same, set "
                         "config.flow.pre_train_partial") from None

@@ -12,12 +12,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from configs.default import get_default_config
+from configs.default import get_default_config, set_field
 from models import checkpoint, create_model, load_model
 from models.checkpoint import (
     apply_architecture,
     load_matching,
-    load_safely,
     load_weights,
     load_with_config,
     numbered_checkpoints,
@@ -26,8 +25,11 @@ from models.checkpoint import (
 )
 from models.create import create_from_fields
 from models.ema import ExponentialMovingAverage
+from models.released import published_fields
+from models.safe_load import read_file
 from runtime.errors import UserError
-from tests.models.released_numbers import fields_of, inputs_of, path_of
+from runtime.files import file_digest
+from tests.models.released_numbers import fields_of, inputs_of, layout_state, path_of
 
 TINY = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
         "model.attn_resolutions": (4,), "model.init_scale": 1.0}
@@ -155,12 +157,12 @@ def test_numpy_scalar_is_a_number_and_nothing_else(tmp_path):
     """Numbers of numpy load as Python's; numpy's own constructors are not called, for objects least of all."""
     numbers = {"a": np.float64(0.1), "b": np.int32(-3), "c": np.bool_(True), "d": np.float32(0.5), "e": np.uint8(200)}
     torch.save(numbers, tmp_path / "numbers.pth")
-    read = load_safely(tmp_path / "numbers.pth")
+    read = read_file(tmp_path / "numbers.pth")[0]
     assert read == {"a": 0.1, "b": -3, "c": True, "d": 0.5, "e": 200}
     assert {type(v) for v in read.values()} == {float, int, bool}
     torch.save({"a": np.array([{}], dtype=object)}, tmp_path / "array.pth")
     with pytest.raises(UserError, match=r"array\.pth is refused: it names numpy"):
-        load_safely(tmp_path / "array.pth")
+        read_file(tmp_path / "array.pth")
 
 
 def test_numpy_1_scalar_is_read(tmp_path):
@@ -169,7 +171,7 @@ def test_numpy_1_scalar_is_read(tmp_path):
     content = (tmp_path / "new.pth").read_bytes()
     assert b"numpy._core.multiarray" in content
     (tmp_path / "old.pth").write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    assert load_safely(tmp_path / "old.pth") == {"lr": 2e-4}
+    assert read_file(tmp_path / "old.pth")[0] == {"lr": 2e-4}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
@@ -177,7 +179,7 @@ def test_truncated_file_is_reported(tmp_path, ours, share):
     """A download or copy that stopped early."""
     content = ours.read_bytes()
     (tmp_path / "short.pth").write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(UserError, match=r"short\.pth cannot be read as a checkpoint"):
+    with pytest.raises(UserError, match=r"short\.pth (cannot be read as a checkpoint|is empty)"):
         load_model(tmp_path / "short.pth")
 
 
@@ -202,7 +204,8 @@ def test_missing_file_and_folder_are_reported(tmp_path):
     ({"step": 1}, "no state dict under 'model'"),
     ({"model": {"a": 1}, "ema": {}}, "no state dict under 'model'"),
     ({"model": {"a": torch.zeros(1)}, "ema": {"shadow_params": 3}}, "no averaged weights under 'ema'"),
-    ({"model": {"a": torch.zeros(1)}, "ema": {"shadow_params": []}}, "network is unknown"),
+    ({"model": {"a": torch.zeros(1)}, "ema": {"shadow_params": []}, "config": 3}, "config that makes no network"),
+    ({"model": {}, "config": {}}, "no state dict under 'model'"),
 ])
 def test_other_contents_are_reported(tmp_path, content, phrase):
     """A torch file that is no checkpoint of this program."""
@@ -218,46 +221,63 @@ def test_averages_of_another_network_are_reported(tmp_path):
     write_checkpoint(tmp_path / "ours.pth", checkpoint)
     with pytest.raises(UserError, match=r"ours\.pth does not fit the network: the EMA"):
         load_model(tmp_path / "ours.pth")
-    released = load_safely(path_of("ncsnpp_cifar"))
+    released = read_file(path_of("ncsnpp_cifar"))[0]
     released["ema"]["shadow_params"] = released["ema"]["shadow_params"][1:]
     write_checkpoint(tmp_path / "released.pth", released)
     with pytest.raises(UserError, match=r"released\.pth is damaged"):
-        load_model(tmp_path / "released.pth")
+        load_model(tmp_path / "released.pth", fields=fields_of("ncsnpp_cifar"))
 
 
 # The architecture comes from the checkpoint.
 
 
+def published_checkpoint(name):
+    """Return what `read_checkpoint` returns of a published file, its tensors without content."""
+    state = {key.removeprefix("module."): tensor for key, tensor in layout_state(name).items()}
+    return {"model": state, "fields": published_fields(state), "path": f"{name}.pth"}
+
+
 @pytest.mark.parametrize("field, value", [
-    ("model.nf", 16), ("model.num_res_blocks", 2), ("model.ch_mult", (1, 1)), ("data.num_channels", 1),
+    ("model.nf", 16), ("model.num_res_blocks", 3), ("model.ch_mult", (1, 1)), ("data.num_channels", 1),
     ("model.name", "DhariwalUNet"),
 ])
-@pytest.mark.parametrize("layout", ["ours", "released"])
+@pytest.mark.parametrize("layout", ["ours", "published"])
 def test_contradicting_field_is_refused_with_the_difference(ours, layout, field, value):
     """The user learns which field differs, what the checkpoint has and what he gave."""
-    path = ours if layout == "ours" else path_of("ncsnpp_cifar")
+    checkpoint = read_checkpoint(ours) if layout == "ours" else published_checkpoint("cifar32_3.4M")
     config = get_default_config()
     group, name = field.split(".")
     config[group][name] = value
-    with pytest.raises(UserError, match=rf"{path.name}: {field} is .* in the checkpoint and .* here"):
-        load_with_config(path, config, {field})
+    if field == "model.ch_mult":
+        config.model.attn_resolutions = (16,)
+    with pytest.raises(UserError, match=rf"\.pth: {field} is .* in the checkpoint and .* here"):
+        apply_architecture(config, checkpoint, {field})
 
 
-def test_contradicting_image_size_is_refused(ours):
-    """Ours tells the size; a released NCSN++ tells at which level it attends, which size and attention must meet."""
-    config = get_default_config()
-    config.data.image_size, config.model.attn_resolutions = 16, (4,)
-    with pytest.raises(UserError, match="data.image_size is 8 in the checkpoint and 16 here"):
-        load_with_config(ours, config, {"data.image_size"})
-    with pytest.raises(UserError, match=r"model.attn_resolutions is \[8\] in the checkpoint and \[4\] here"):
-        load_with_config(path_of("ncsnpp_cifar"), config, {"data.image_size", "model.attn_resolutions"})
+def test_given_image_size_holds_where_it_fits_the_tensors():
+    """The released layout tells only on which level there is attention: 64 with attention at 32 has these, too."""
+    checkpoint, config = published_checkpoint("cifar32_3.4M"), get_default_config()
+    config.model.nf, config.model.num_res_blocks, config.model.ch_mult = 64, 1, (1, 1, 2)
+    config.data.image_size, config.model.attn_resolutions = 64, (32,)
+    given = {"data.image_size", "model.attn_resolutions"}
+    assert apply_architecture(config, checkpoint, given).data.image_size == 64
+    config.model.attn_resolutions = (16,)
+    with pytest.raises(UserError, match="data.image_size is 32 in the checkpoint and 64 here"):
+        apply_architecture(config, checkpoint, given)
+    assert apply_architecture(config, checkpoint, set()).data.image_size == 32
+
+
+def test_unpublished_architecture_is_asked_for_with_the_first_difference():
+    with pytest.raises(UserError, match=r"ncsnpp_cifar\.pth does not tell its architecture.* give it with "
+                                        r"--config\.model\.… .*\(with what is given .* there and .* here\)"):
+        load_model(path_of("ncsnpp_cifar"))
 
 
 def test_config_takes_the_checkpoints_architecture_and_keeps_the_rest(ours):
     """Fields that were not given follow the checkpoint, others stay, and the given config is not changed."""
     config = get_default_config()
     config.training.batch_size = 5
-    result = apply_architecture(config, read_checkpoint(ours)["fields"], {"training.batch_size", "model.dropout"})
+    result = apply_architecture(config, read_checkpoint(ours), {"training.batch_size", "model.dropout"})
     assert (result.model.nf, result.model.ch_mult, result.data.image_size) == (8, (1, 2), 8)
     assert (result.training.batch_size, result.model.dropout, config.model.nf) == (5, 0.15, 128)
     assert create_model(result).config_fields == read_checkpoint(ours)["fields"]
@@ -267,9 +287,10 @@ def test_released_file_takes_from_the_config_what_it_does_not_tell():
     """Size and attention of a config that fits the checkpoint, and options that leave no trace in its tensors."""
     name = "ncsnpp_elu_fourier_scaled"
     config = get_default_config()
-    config.data.image_size, config.model.attn_resolutions = 16, (8,)
-    config.model.nonlinearity, config.model.scale_by_sigma = "elu", True
-    config, net = load_with_config(path_of(name), config, frozenset(), use_ema=False)
+    for field, value in fields_of(name).items():
+        set_field(config, field, tuple(value) if isinstance(value, list) else value)
+    config, net, digest = load_with_config(path_of(name), config, frozenset(), use_ema=False)
+    assert digest == file_digest(path_of(name))
     x, t999, label, recorded = inputs_of(name)
     with torch.no_grad():
         assert (net(x, t999, label) - torch.from_numpy(recorded["v_model"])).abs().max() < 1e-4
@@ -280,7 +301,7 @@ def test_loading_into_another_network_names_the_fields(ours):
     """The strict load says which architecture field differs."""
     net = create_from_fields(TINY | {"model.nf": 16})
     with pytest.raises(UserError, match="ours.pth belongs to another network: model.nf is 8 in .* and 16 here"):
-        load_weights(net, read_checkpoint(ours), True, "ours.pth")
+        load_weights(net, read_checkpoint(ours), True)
 
 
 def test_matching_load_of_another_width_reports_every_tensor_by_name(ours):

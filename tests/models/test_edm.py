@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from configs.default import get_default_config
+from configs.default import get_default_config, set_field
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
 from models import create_model, edm, edm_pickle, load_model
@@ -15,6 +15,7 @@ from models.describe import describe
 from models.released import to_released
 from runtime.errors import UserError
 from tests.models.edm_networks import OWN, READABLE, golden_file, golden_numbers
+from tests.models.released_numbers import fields_of
 
 TINY = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
         "model.attn_resolutions": (4,)}
@@ -113,7 +114,7 @@ def test_samplers_run_on_a_snapshot_in_both_directions(name, sampler, reverse):
 def test_architecture_comes_from_the_file_and_any_config_serves():
     """Image size, channels and classes are the file's; a flag that contradicts them is refused."""
     file, config = golden_file("edm_ddpmpp_cond.pkl"), get_default_config()
-    changed, net = load_with_config(file, config, frozenset())
+    changed, net, _ = load_with_config(file, config, frozenset())
     assert (changed.data.image_size, changed.data.num_classes, changed.model.preconditioning) == (16, 10, "edm")
     assert net.licence_note and not net.training
     config.data.image_size = 64
@@ -124,7 +125,8 @@ def test_architecture_comes_from_the_file_and_any_config_serves():
 def test_preconditioning_of_a_checkpoint_without_one_cannot_be_asked_for(data_folder):
     """A released velocity read as a denoiser would give noise without a word."""
     path, config = data_folder / "golden/ncsnpp_cifar.pth", get_default_config()
-    config.model.preconditioning = "edm"
+    for name, value in (fields_of("ncsnpp_cifar") | {"model.preconditioning": "edm"}).items():
+        set_field(config, name, tuple(value) if isinstance(value, list) else value)
     assert load_with_config(path, config, frozenset())[0].model.preconditioning == "none"
     with pytest.raises(UserError, match="model.preconditioning is none in the checkpoint and edm here"):
         load_with_config(path, config, frozenset(["model.preconditioning"]))

@@ -3,9 +3,17 @@
 import pytest
 import torch
 
-from models.checkpoint import load_model, load_safely, read_checkpoint
+from models.checkpoint import in_our_layout, load_model, read_checkpoint
 from models.create import create_from_fields
-from models.released import deinterleave, from_released, interleave, released_tensors, to_released
+from models.released import (
+    deinterleave,
+    from_released,
+    interleave,
+    published_fields,
+    released_tensors,
+    to_released,
+)
+from models.safe_load import read_file
 from tests.models.released_numbers import (
     LAYOUTS,
     NAMES,
@@ -40,6 +48,25 @@ def test_averaged_weights_give_the_recorded_velocity(name):
     assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), raw.parameters(), strict=True))
 
 
+def plain(state):
+    """Return a released state dict as `read_checkpoint` hands it on, without DataParallel's prefix."""
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_published_architecture_is_told_by_its_tensors(name):
+    """Every published checkpoint needs no flags: also the image size follows from names and shapes."""
+    with torch.device("meta"):
+        expected = create_from_fields(layout_fields(name)).config_fields
+    assert published_fields(plain(layout_state(name))) == expected
+
+
+def test_anything_else_is_not_taken_for_a_published_architecture():
+    state = plain(layout_state("cifar32_3.4M"))
+    del state["sigmas"]
+    assert published_fields(state) is None
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_configuration_of_the_paper_has_the_released_layout(name):
     """Parameter count, names, order, shapes and types of the state dict of every configuration."""
@@ -47,10 +74,11 @@ def test_configuration_of_the_paper_has_the_released_layout(name):
         net = create_from_fields(layout_fields(name))
     ours = net.state_dict()
     table = released_tensors(net)
-    written = [[r.name, list(r.write(ours).shape), str(r.write(ours).dtype)] for r in table]
+    prefix = "module." if net.config_fields["model.name"] == "ncsnpp" else ""
+    written = [[prefix + r.name, list(r.write(ours).shape), str(r.write(ours).dtype)] for r in table]
     assert written == LAYOUTS[name]["state_dict"]
     assert sum(p.numel() for p in net.parameters()) == LAYOUTS[name]["parameters"]
-    assert [r.name for r in table if not r.parameter] == LAYOUTS[name]["buffers"]
+    assert [prefix + r.name for r in table if not r.parameter] == LAYOUTS[name]["buffers"]
 
 
 @pytest.mark.parametrize("name", ["cifar10_1flow_61.8M", "imagenet64_80.7M"])
@@ -58,16 +86,16 @@ def test_released_state_dict_leaves_nothing_missing_or_over(name):
     """The released names of the largest networks fill ours exactly."""
     with torch.device("meta"):
         net = create_from_fields(layout_fields(name))
-    translated = from_released({"model": layout_state(name)}, net)["model"]
+    translated = from_released({"model": plain(layout_state(name))}, net)["model"]
     assert {k: v.shape for k, v in translated.items()} == {k: v.shape for k, v in net.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_translating_there_and_back_changes_no_bit(name):
     """Weights, averages and, where recorded, Adam's moments, steps and settings return in the released order."""
-    checkpoint = load_safely(path_of(name))
+    checkpoint = read_file(path_of(name))[0]
     net = create_from_fields(fields_of(name))
-    ours = from_released(checkpoint, net)
+    ours = from_released(checkpoint | {"model": plain(checkpoint["model"])}, net)
     assert list(ours["model"]) != list(checkpoint["model"])
     assert_same(to_released(ours, net), checkpoint)
 
@@ -91,8 +119,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("name", ["ncsnpp_cifar", "ncsnpp_fourier_fir_residual"])
 def test_translated_optimizer_state_belongs_to_our_parameters(name):
     """Adam takes the translated state up, and each moment has the shape of its parameter."""
-    checkpoint = read_checkpoint(path_of(name))
     net = create_from_fields(fields_of(name))
+    checkpoint = in_our_layout(read_checkpoint(path_of(name)), net)
     net.load_state_dict(checkpoint["model"])
     optimizer = torch.optim.Adam(net.parameters())
     optimizer.load_state_dict(checkpoint["optimizer"])

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from configs.command_line import run_script
-from tests.models.released_numbers import path_of
+from models.checkpoint import write_checkpoint
+from tests.models.test_checkpoint import tiny_checkpoint
 from tools import describe
 
 CIFAR = ["--config", "configs/rectified_flow/cifar10_rf_gaussian.py"]
@@ -26,14 +27,16 @@ def test_configuration_is_described_in_a_table(monkeypatch, repository, capsys):
     assert not status and capsys.readouterr().out.splitlines()[-1].split()[:3] == ["total", "3,437,123", "0.7356"]
 
 
-def test_checkpoint_is_described_without_its_architecture_given(monkeypatch, repository, capsys):
-    """A released file, its image size taken from the command line."""
-    status = run(monkeypatch, repository, "--ckpt_path", str(path_of("ncsnpp_deep")), "--config.data.image_size", "16")
+def test_checkpoint_is_described_without_its_architecture_given(monkeypatch, repository, capsys, tmp_path):
+    """A file of ours; what the config says otherwise does not count."""
+    write_checkpoint(tmp_path / "ours.pth", tiny_checkpoint(**{"model.ch_mult": (1, 1, 2)})[1])
+    status = run(monkeypatch, repository, "--ckpt_path", str(tmp_path / "ours.pth"))
     out = capsys.readouterr().out
-    assert not status and "decoder 3" in out and "16²" in out
+    assert not status and "decoder 3" in out and "8²" in out
 
 
-def test_contradiction_is_one_sentence_and_status_2(monkeypatch, repository, capsys):
+def test_contradiction_is_one_sentence_and_status_2(monkeypatch, repository, capsys, tmp_path):
     """The checkpoint's field and the given one."""
-    status = run(monkeypatch, repository, "--ckpt_path", str(path_of("ncsnpp_deep")), "--config.model.nf", "64")
+    write_checkpoint(tmp_path / "ours.pth", tiny_checkpoint()[1])
+    status = run(monkeypatch, repository, "--ckpt_path", str(tmp_path / "ours.pth"), "--config.model.nf", "64")
     assert status == 2 and "model.nf is 8 in the checkpoint and 64 here" in capsys.readouterr().err

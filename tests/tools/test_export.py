@@ -19,6 +19,8 @@ from models import create_model, load_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
 from runtime.seeds import index_noise
+from tests.models.released_numbers import fields_of
+from tests.tools.test_convert import config_file
 from tools import export
 
 
@@ -31,7 +33,8 @@ def recorded(request):
 def conditional(recorded, tmp_path_factory):
     """A released class-conditional checkpoint, exported; (checkpoint, folder of the files)."""
     folder = tmp_path_factory.mktemp("conditional")
-    assert export.main([str(recorded / "dhariwal_cond.pth"), "--out", str(folder)]) == 0
+    config = config_file(tmp_path_factory.mktemp("config"), "dhariwal_cond")
+    assert export.main([str(recorded / "dhariwal_cond.pth"), "--out", str(folder), "--config", config]) == 0
     return recorded / "dhariwal_cond.pth", folder
 
 
@@ -39,8 +42,9 @@ def conditional(recorded, tmp_path_factory):
 def two_steps(recorded, tmp_path_factory):
     """An unconditional checkpoint, exported with two Euler steps."""
     folder = tmp_path_factory.mktemp("two_steps")
+    config = config_file(tmp_path_factory.mktemp("config"), "ncsnpp_cifar")
     words = [str(recorded / "ncsnpp_cifar.pth"), "--out", str(folder), "--sampler", "euler", "--steps", "2",
-             "--image_size", "16", "--raw"]
+             "--config", config, "--raw"]
     assert export.main(words) == 0
     return recorded / "ncsnpp_cifar.pth", folder
 
@@ -68,7 +72,7 @@ def session(path):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_conditional_model_takes_class_numbers_and_any_number_of_images(conditional, count):
     checkpoint, folder = conditional
-    net = load_model(checkpoint)
+    net = load_model(checkpoint, fields=fields_of("dhariwal_cond"))
     classes = net.config_fields["data.num_classes"]
     noise = index_noise(5, range(count), (3, *[net.config_fields["data.image_size"]] * 2))
     labels = torch.arange(count) % classes
@@ -81,7 +85,7 @@ def test_a_conditional_model_takes_class_numbers_and_any_number_of_images(condit
 
 def test_euler_steps_and_raw_weights_are_exported_as_asked(two_steps):
     checkpoint, folder = two_steps
-    net = load_model(checkpoint, use_ema=False, fields={"data.image_size": 16})
+    net = load_model(checkpoint, use_ema=False, fields=fields_of("ncsnpp_cifar"))
     noise = index_noise(6, range(3), (3, 16, 16))
     with torch.no_grad():
         expected = euler(velocity_from_network(net), noise, steps=2)[0]
@@ -177,5 +181,6 @@ def test_a_file_that_differs_from_pytorch_fails_the_command(conditional, tmp_pat
     other = (folder / "dhariwal_cond.onnx").read_bytes()
     monkeypatch.setattr(export, "write_onnx", lambda model, path, settings: path.write_bytes(other))
     monkeypatch.setattr(export, "write_int8", lambda model, path, small: small.write_bytes(other))
-    assert export.main([str(checkpoint), "--sampler", "euler", "--steps", "3", "--out", str(tmp_path)]) == 2
+    assert export.main([str(checkpoint), "--sampler", "euler", "--steps", "3", "--out", str(tmp_path), "--config",
+                        config_file(tmp_path, "dhariwal_cond")]) == 2
     assert "do not use it" in capsys.readouterr().err

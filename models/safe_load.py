@@ -1,0 +1,158 @@
+"""Reading a checkpoint file that anybody may have written: nothing in it is executed, and damage is noticed.
+
+Read are torch's files (a zip archive, or the older stream of pickles), whole or cut into parts, and safetensors. A
+pickle names functions to call: `torch.load(weights_only=True)` refuses every name but those of tensors and of the
+list below, which maps numpy's names to two small readers. So no function of numpy is called either, and the scalars
+of the released optimiser states arrive as plain Python numbers.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import re
+import stat
+import struct
+import warnings
+import zipfile
+
+import torch
+
+from runtime.errors import UserError
+
+FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I",
+           "u2": "H", "u1": "B", "b1": "?"}
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                     "I64": torch.int64}
+
+
+def read_file(path):
+    """Return (content, digest) of a checkpoint file: what `torch.save` wrote, tensors on the CPU, numbers and text.
+
+    digest: the first 16 hexadecimal digits of the SHA-256 of exactly the bytes that were read, whatever replaces the
+    file meanwhile. Everything is checked before it is used: each record of an archive has its checksum and is stored
+    whole, so that memory is bounded by the size of the file. Raises UserError, one sentence that names `path`.
+    """
+    try:
+        with _opened(path) as (file, size):
+            if not size:
+                raise UserError(f"{path} is empty; name a checkpoint file")
+            start = file.read(9)
+            if start.startswith(b"PK\x03\x04"):
+                _check_records(file, size)
+            file.seek(0)
+            content = _read_safetensors(file, size) if start[8:] == b"{" else _read_torch(file)
+            file.seek(0)
+            return content, hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise UserError(f"{path} {_why_unreadable(error)}") from error
+        raise UserError(f"{path} cannot be opened ({error.strerror}); name a checkpoint file or "
+                        "hf://owner/repo/file") from error
+    except Exception as error:  # damaged pickles end in a dozen kinds, MemoryError and AssertionError among them
+        raise UserError(f"{path} {_why_unreadable(error)}") from error
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """Yield (binary file, its size); the parts of a file that was cut (PATH, PATH.part2, PATH.part3, …) as one."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is a pipe or a device, not a file; name a checkpoint file")
+    if os.path.exists(f"{path}.part2"):
+        names = (path if number == 1 else f"{path}.part{number}" for number in itertools.count(1))
+        whole = b"".join(pathlib.Path(name).read_bytes() for name in itertools.takewhile(os.path.exists, names))
+        yield io.BytesIO(whole), len(whole)
+        return
+    with open(path, "rb") as file:
+        yield file, os.fstat(file.fileno()).st_size
+
+
+def _check_records(file, size):
+    """Raise ValueError unless the records of an archive are stored as they are and agree with their checksums.
+
+    torch checks no checksum, expands compressed records of any size, and old versions trust a record's length.
+    """
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
+            raise ValueError("a compressed record")
+        if sum(r.file_size for r in records) > size or len({r.filename for r in records}) < len(records):
+            raise ValueError("overlapping records")
+        if archive.testzip() is not None:
+            raise ValueError("a record without its checksum")
+
+
+def _read_torch(file):
+    with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read is an error
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(file, size):
+    """Return the checkpoint of a safetensors file: a JSON header with names, types, shapes and places, then the bytes.
+
+    What is no tensor (config, step, …) is JSON under "slimflow" in its metadata, where a file of ours also has the
+    SHA-256 of the bytes: the format has no checksum of its own.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise ValueError("a header longer than the file")
+    header = json.loads(file.read(length))
+    about = json.loads(header.pop("__metadata__", {}).get("slimflow", "{}"))
+    content = bytearray(file.read())
+    if about.pop("sha256", hashlib.sha256(content).hexdigest()) != hashlib.sha256(content).hexdigest():
+        raise ValueError("bytes without their checksum")
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        if not 0 <= first <= last <= len(content):
+            raise ValueError("a tensor outside the file")
+        kind = SAFETENSORS_TYPES[entry["dtype"]]
+        data = torch.frombuffer(content[first:last], dtype=kind) if last > first else torch.empty(0, dtype=kind)
+        tensors[name] = data.reshape(entry["shape"])
+    return about | {"model": tensors}
+
+
+def _why_unreadable(error):
+    """Return the rest of a sentence about a file that could not be read."""
+    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if foreign:
+        return (f"is refused: it names {foreign[1]}, which is neither a tensor nor a number and could run code; "
+                "nothing was executed")
+    return "cannot be read as a checkpoint; it is cut short, damaged or another kind of file"
+
+
+class ScalarType:
+    """Stands for `numpy.dtype` of a number: its code, such as "f8", and its byte order."""
+
+    def __init__(self, code, *_):
+        if code not in FORMATS:
+            raise ValueError(f"numpy type {code!r} is not a plain number")
+        self.code = code
+        self.order = "<"
+
+    def __setstate__(self, state):
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def read_scalar(kind, data):
+    """Stands for numpy's scalar constructor: return the number that the bytes `data` hold."""
+    if not isinstance(kind, ScalarType):
+        raise ValueError("a numpy scalar without a type")
+    return struct.unpack(kind.order + FORMATS[kind.code], data)[0]
+
+
+SAFE_GLOBALS = [
+    (ScalarType, "numpy.dtype"),
+    (read_scalar, "numpy.core.multiarray.scalar"),  # numpy 1
+    (read_scalar, "numpy._core.multiarray.scalar"),  # numpy 2
+]
