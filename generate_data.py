@@ -27,7 +27,7 @@ from datasets import pair_writer
 from datasets.initial_points import InitialPoints, image_shape
 from datasets.pairs import NoiseSource, PairFolder, as_float
 from flows.analytic import analytic_velocity
-from flows.couplings import create_coupling
+from flows.couplings import COUPLINGS, create_coupling
 from flows.rectified_flow import interpolate, velocity_from_network
 from flows.samplers import SAMPLERS, sampler_values
 from models.checkpoint import load_with_config
@@ -46,7 +46,6 @@ FLAGS = {
     "label_path": Field("", "npy of the classes of --z1_path, numbers (N,) or one-hot (N, num_classes)"),
 }
 
-WITH_NETWORK = ("from_z0", "from_z1")
 BLOCK_BATCHES = 4  # batches in a block: a stop loses little, and rk45's slots are refilled for most of it
 PICTURED = 10
 
@@ -109,11 +108,12 @@ def check_arguments(config, args):
     direction = config.sampling.direction
     if not args.data_root:
         raise UserError("--data_root is empty: name the folder of the pairs, such as --data_root reflow_data/pairs")
-    if direction in WITH_NETWORK and not args.ckpt_path:
+    row = COUPLINGS[direction]
+    if row.velocity == "network" and not args.ckpt_path:
         raise UserError(f"sampling.direction {direction} needs a network: give --ckpt_path")
-    if args.z0_path and direction in ("from_z1", "gt_v_from_z1"):
+    if args.z0_path and row.given == "image":
         raise UserError(f"sampling.direction {direction} does not start at noise: leave out --z0_path")
-    if args.z1_path and direction in ("from_z0", "gt_v_from_z0"):
+    if args.z1_path and row.given == "noise":
         raise UserError(f"sampling.direction {direction} does not start at images: leave out --z1_path")
     if args.label_path and not args.z1_path:
         raise UserError("--label_path holds the classes of --z1_path: give both")
@@ -125,7 +125,7 @@ def load_teacher(config, args, given, processes):
     record: what pairs.json says of it. Without a network: (config, None, an empty record).
     """
     empty = {"checkpoint": None, "checkpoint_digest": None, "network": None}
-    if config.sampling.direction not in WITH_NETWORK:
+    if COUPLINGS[config.sampling.direction].velocity != "network":
         if args.ckpt_path:
             say(processes, f"sampling.direction {config.sampling.direction} uses no network: --ckpt_path is ignored")
         return config, None, empty
@@ -142,7 +142,7 @@ def create_velocity(net, points, device):
     """Return the velocity of the network; that of the images in closed form; or None."""
     if net is not None:
         return velocity_from_network(net)
-    if not points.direction.startswith("gt_v"):
+    if COUPLINGS[points.direction].velocity != "closed form":
         return None
     return analytic_velocity(torch.from_numpy(np.array(points.image_set.images)).to(device))
 
@@ -157,7 +157,7 @@ def create_job(config, given, points, teacher):
         count = available
     names = ["seed", "data.image_size", "data.num_channels", "data.num_classes", "sampling.direction",
              "sampling.pair_storage", "sampling.class_label", "sampling.init_noise_scale"]
-    if points.direction != "random_paired":
+    if COUPLINGS[points.direction].velocity:
         names += ["sampling.use_ode_sampler", "flow.eps", "training.batch_size"]
         names += [f"sampling.{name}" for name in SAMPLERS[config.sampling.use_ode_sampler].fields]
     if teacher["checkpoint"]:
@@ -189,7 +189,7 @@ def say(processes, text):
 
 def flips(config):
     """Return what happens to the starting images, for the line that says what is made."""
-    if config.sampling.direction in ("from_z0", "gt_v_from_z0"):
+    if COUPLINGS[config.sampling.direction].given == "noise":
         return ""
     return ", images flipped at random" if config.sampling.random_flip else ", images as they are, unflipped"
 
@@ -197,7 +197,7 @@ def flips(config):
 def complete(folder, job, config, teacher):
     """Complete the folder: headers, `pairs.json`, picture."""
     settings = config.sampling
-    sampler = None if settings.direction == "random_paired" else settings.use_ode_sampler
+    sampler = settings.use_ode_sampler if COUPLINGS[settings.direction].velocity else None
     record = {"seed": config.seed, "shape": list(image_shape(config)), "direction": settings.direction,
               "sampler": sampler, **teacher,
               "sampler_settings": sampler_values(config) if sampler else None,

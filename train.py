@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.command_line import config_to_dict, run_script
 from configs.validation import check_training
 from datasets import create_batches
-from flows.objectives import create_objective
+from flows.objective import Draws, create_objective
 from flows.rectified_flow import velocity_from_network
+from flows.schedules import create_annealing
 from models import create_model
 from models.ema import ExponentialMovingAverage
 from runtime.devices import (
@@ -90,7 +91,8 @@ def train(config, processes, messages):
                 stats = training.stats.read()  # the one regular read from the device
                 check_finite(stats, options.max_skipped)
                 training.stats.restart()
-                logger.write(step, stats, lr=training.learning_rate(step - 1), beta=training.objective.beta(step - 1),
+                logger.write(step, stats, lr=training.learning_rate(step - 1),
+                             beta=create_annealing(options.x0_randomness)(step - 1),
                              batch_size=options.batch_size, device=processes.device)
 
             if options.snapshot_sampling and (step % options.snapshot_sampling == 0 or ended) and processes.is_main:
@@ -181,16 +183,15 @@ class Training:
         config, device = self.config, self.device
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(update)
-        generator = step_generator(config.seed, update, DRAWS, device)
-        draws = self.objective.draw(generator, config.training.batch_size, self.source.shape, device)
         seed_dropout(config.seed, update, self.processes.rank)
         loss = torch.zeros((), device=device)
         parts = self.parts()
         for low, high in parts:
             with self.without_synchronisation() if (low, high) != parts[-1] else contextlib.nullcontext():
                 batch = self.source.batch(update, low, high)
-                own = {name: draw[low:high] for name, draw in draws.items()}
-                part = self.objective(self.velocity, batch, own, update).mean() / len(parts)
+                generator = step_generator(config.seed, update, DRAWS, device)
+                draws = Draws(generator, config.training.batch_size, slice(low, high), device)
+                part = self.objective(self.velocity, batch, draws, update).mean() / len(parts)
                 (part * self.stats.scale.float() if self.stats.scaled else part).backward()
             loss += part.detach()
         if self.processes.world_size > 1:

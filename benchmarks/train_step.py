@@ -24,7 +24,7 @@ from networks import Count, mm_peak, released_way  # noqa: E402
 
 from configs.default import get_default_config  # noqa: E402
 from datasets import Batch  # noqa: E402
-from flows.objectives import create_objective  # noqa: E402
+from flows.objective import Draws, create_objective  # noqa: E402
 from flows.rectified_flow import velocity_from_network  # noqa: E402
 from models import create_model  # noqa: E402
 from models.describe import describe  # noqa: E402
@@ -54,7 +54,7 @@ class OurStep:
 
     def __call__(self, update, batch):
         """Do one update."""
-        draws = self.objective.draw(step_generator(0, update, DRAWS, self.device), len(batch.z1), SHAPE, self.device)
+        draws = Draws(step_generator(0, update, DRAWS, self.device), len(batch.z1), device=self.device)
         loss = self.objective(self.velocity, batch, draws, update).mean()
         loss.backward()
         apply_update(update, self.optimizer, self.ema, self.stats, loss.detach(), grad_clip=1.0)
@@ -74,7 +74,7 @@ class ReleasedStep:
     def __call__(self, update, batch):
         """Do one update."""
         generator = torch.Generator(self.device).manual_seed(update)
-        draws = self.objective.draw(generator, len(batch.z1), SHAPE, self.device)
+        draws = Draws(generator, len(batch.z1), device=self.device)
         self.optimizer.zero_grad()
         loss = self.objective(velocity_from_network(self.network), batch, draws, update).mean()
         loss.backward()

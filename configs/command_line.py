@@ -300,8 +300,7 @@ def help_text(doc, script_flags):
 
 def describe_field(field: Field):
     """Return one line for people: meaning, choices, range and default of a field."""
-    choices = [str(c) for c in field.choices] + ([field.pattern.replace("|", " | ")] if field.pattern else [])
-    text = field.meaning + (f"; one of {' | '.join(choices)}" if choices else "")
+    text = field.meaning + (f"; one of {' | '.join(map(str, field.choices))}" if field.choices else "")
     if field.low is not None and field.high is not None:
         text += f"; from {field.low:g} to {field.high:g}"
     elif field.low is not None:

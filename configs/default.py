@@ -6,7 +6,10 @@ from collections.abc import Collection
 import ml_collections
 
 from datasets.sources import DATASETS
+from flows.couplings import COUPLINGS
+from flows.losses import DISTANCES, WEIGHTS
 from flows.samplers import SAMPLERS
+from flows.schedules import ANNEALING_SCHEDULES, PATH_PLACES, TIME_SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,13 +18,12 @@ class Field:
 
     default: object
     meaning: str
-    choices: Collection = ()  # the values it may take, or a table of them; with a pattern, the words beside it
-    pattern: str = ""  # a regular expression that other values match, e.g. r"fix_<number>"
+    choices: Collection = ()  # the values it may take, or a table of them
     low: float | None = None  # smallest and largest number
     high: float | None = None
 
 
-# In a pattern, <number> stands for a decimal number and <int> for a positive whole one.
+# In a choice, <number> stands for a decimal number and <int> for a positive whole one.
 FIELDS = {
     "seed": Field(42, "seed of all randomness: of training, of sample i, of pair i", low=0, high=2**63 - 1),
     "work_dir": Field("./logs/", "folder of all runs; a run lives in {work_dir}/{expr}/"),
@@ -38,14 +40,12 @@ FIELDS = {
         "accumulation_steps": Field(1, "forward and backward passes that share one update and its batch", low=1),
         "loss_type": Field("l2", "distance between predicted and target velocity (l2, l1, huber) or of the "
                            "images they lead to (lpips); the README has the formulas",
-                           choices=("l2", "l1", "lpips", "lpips+l2", "lpips+l1", "huber", "lpips+huber",
-                                    "lpips/1mt+huber")),
+                           choices=DISTANCES),
         "reduce_mean": Field(True, "l1 and l2 as mean over C·H·W (false: half the sum)"),
         "weight_schedule": Field("uniform", "weight of the loss as a function of t",
-                                 choices=("uniform", "snr", "snr_inv", "snr+1", "karras", "truncated-snr", "1mt")),
+                                 choices=WEIGHTS),
         "x0_randomness": Field("fix_0", "annealing reflow: β of z0' = sqrt(1-β²)·z0 + β·ξ as a function of the "
-                               "update (pairs only)",
-                               pattern=r"fix_<number>|warmup_<int>|warmup_exp_<int>|warmup_cos_<int>"),
+                               "update (pairs only)", choices=ANNEALING_SCHEDULES),
         "resume_from": Field("", "run folder whose last state this new run continues"),
         "progress": Field("auto", "progress bars: auto shows them when a terminal watches",
                           choices=("auto", "true", "false")),
@@ -62,11 +62,9 @@ FIELDS = {
     "flow": {
         "eps": Field(1e-3, "smallest time: t runs over [eps, 1]", low=0.0, high=0.5),
         "flow_t_schedule": Field("uniform", "distribution of the training time t (formulas in the README); an integer "
-                                 "k means k-step distillation",
-                                 choices=("uniform", "t0", "t1", "t0t1", "u_shaped"),
-                                 pattern=r"fix_<number>|range_<number>_<number>|exp_<number>|<int>"),
-        "flow_alpha_t": Field("uniform", "place on the path, x_t = a·z1 + (1-a)·z0: a = t, eps (t0) or 1 (t1)",
-                              choices=("uniform", "t0", "t1")),
+                                 "k means k-step distillation", choices=TIME_SCHEDULES),
+        "flow_alpha_t": Field("uniform", "place on the path, x_t = α·z1 + (1-α)·z0: α = t, eps (t0) or 1 (t1)",
+                              choices=PATH_PLACES),
         "pre_train_model": Field("", "checkpoint whose raw weights the network starts from (hf://owner/repo/file too)"),
         "pre_train_partial": Field(False, "start from those tensors of pre_train_model that fit this network; "
                                    "otherwise its architecture is taken and every tensor must fit"),
@@ -93,7 +91,7 @@ FIELDS = {
         "init_type": Field("gaussian", "distribution of z0", choices=("gaussian",)),
         "init_noise_scale": Field(1.0, "standard deviation of z0", low=0.0),
         "direction": Field("from_z0", "what generate_data.py makes pairs from",
-                           choices=("from_z0", "from_z1", "random_paired", "gt_v_from_z0", "gt_v_from_z1")),
+                           choices=COUPLINGS),
         "total_number_of_samples": Field(50000, "number of pairs", low=1),
         "train_subset": Field("all", "older name of data.train_subset"),
         "class_label": Field(-1, "class of conditional samples (-1: drawn)", low=-1),

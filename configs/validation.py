@@ -32,7 +32,7 @@ def check_field(name, value):
         raise UserError(f"config.{name} must hold whole numbers, not {value!r}")
     if kind in (int, float):
         _check_range(name, field, value)
-    if (field.choices or field.pattern) and not _matches(field, value):
+    if field.choices and not _matches(field, value):
         _raise_choices(name, field, value)
 
 
@@ -51,14 +51,12 @@ def _check_range(name, field, value):
 
 
 def _matches(field, value):
-    if value in field.choices:
-        return True
-    pattern = field.pattern.replace("<number>", NUMBER).replace("<int>", WHOLE)
-    return bool(field.pattern) and re.fullmatch(pattern, str(value)) is not None
+    patterns = [re.escape(str(c)).replace("<number>", NUMBER).replace("<int>", WHOLE) for c in field.choices]
+    return any(re.fullmatch(pattern, str(value)) for pattern in patterns)
 
 
 def _raise_choices(name, field, value):
-    choices = [str(c) for c in field.choices] + [p for p in field.pattern.split("|") if p]
+    choices = [str(c) for c in field.choices]
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"config.{name} must be one of {', '.join(choices)}, not {value!r}{hint}")
@@ -91,7 +89,7 @@ def check_network(config):
 
 def check_training(config):
     """Raise UserError for what cannot be trained: no name, a contradictory objective, network or batch."""
-    from flows.objectives import check_config
+    from flows.objective import check_config
 
     if not config.expr.strip():
         raise UserError("config.expr is empty: name the run, for instance --config.expr 1_rectified_flow")

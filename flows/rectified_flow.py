@@ -4,6 +4,7 @@ Time t = 0 is noise, t = 1 is data; it lives in [eps, 1]. Shapes are (N, C, H, W
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -16,12 +17,20 @@ def per_sample(values, like):
     return values.view(-1, *(1,) * (like.ndim - 1)) if isinstance(values, Tensor) else values
 
 
-def interpolate(z0, z1, a):
-    """Return the point at place `a` on the path, x_t = a·z1 + (1-a)·z0 (arXiv 2209.03003, equation 1).
+def interpolate(z0, z1, alpha):
+    """Return the point at place α on the path, x_t = α·z1 + (1-α)·z0 (arXiv 2209.03003, equation 1).
 
-    `z0`, `z1`: (N, …); `a`: float or (N,), in [0, 1]. Exact at both ends.
+    `z0`, `z1`: (N, …); `alpha`: float or (N,), in [0, 1]. Exact at both ends.
     """
-    return torch.lerp(z0, z1, per_sample(a, z0))
+    return torch.lerp(z0, z1, per_sample(alpha, z0))
+
+
+def anneal(z0, xi, beta):
+    """Return z0' = sqrt(1-β²)·z0 + β·ξ: standard normal, as `z0` and `xi` are (arXiv 2407.12718, equation 9).
+
+    `z0`, `xi`: (N, …); `beta`: float in [0, 1]. β = 0 gives `z0` untouched, β = 1 gives `xi`.
+    """
+    return z0 if beta == 0 else math.sqrt(1 - beta**2) * z0 + beta * xi
 
 
 def velocity_from_network(net):
@@ -44,10 +53,10 @@ class PathPoint:
     z0: Tensor  # start of the path, (N, C, H, W)
     x_t: Tensor  # what the network sees, (N, C, H, W)
     t: Tensor  # the time the network sees, (N,)
-    a: Tensor  # place of x_t on the path, (N,): x_t + (1-a)·target is its end
+    alpha: Tensor  # place of x_t on the path, (N,): x_t + (1-α)·target is its end
     target: Tensor  # velocity of the path, z1 - z0, (N, C, H, W)
 
 
-def point_on_path(z0, z1, t, a):
-    """Return the `PathPoint` at place `a` (N,) of the paths from `z0` to `z1`, seen by the network at time `t` (N,)."""
-    return PathPoint(z0=z0, x_t=interpolate(z0, z1, a), t=t, a=a, target=z1 - z0)
+def point_on_path(z0, z1, t, alpha):
+    """Return the `PathPoint` at place α (N,) of the paths from `z0` to `z1`, seen by the network at time `t` (N,)."""
+    return PathPoint(z0=z0, x_t=interpolate(z0, z1, alpha), t=t, alpha=alpha, target=z1 - z0)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.default import get_default_config
-from flows.objectives import create_objective
+from flows.objective import Draws, create_objective
 from flows.rectified_flow import velocity_from_network
 from models import create_model
 from models.ema import ExponentialMovingAverage
@@ -48,7 +48,7 @@ def test_whole_step_of_the_cifar_3m_network_dispatches_few_operations_and_reads_
 
     def step(update):
         generator = step_generator(0, update, DRAWS, "cpu")
-        loss = objective(velocity, batch, objective.draw(generator, 1, (3, 32, 32), "cpu"), update).mean()
+        loss = objective(velocity, batch, Draws(generator, 1), update).mean()
         loss.backward()
         apply_update(update, optimizer, ema, stats, loss.detach(), grad_clip=1.0)
         optimizer.zero_grad(set_to_none=True)
@@ -79,7 +79,7 @@ def test_update_on_cuda_needs_nothing_from_the_host(name):
         images = torch.zeros(4, 3, 16, 16, device="cuda")
         batch = types.SimpleNamespace(z0=images, z1=images, label=None)
         for update in range(2):
-            draws = objective.draw(None, 4, (3, 16, 16), "cuda")
+            draws = Draws(None, 4, device="cuda")
             loss = objective(velocity_from_network(network), batch, draws, update).mean()
             assert (loss * stats.scale.float()).device.type == "cuda"
             for parameter in parameters:
@@ -112,7 +112,7 @@ def test_step_stays_on_the_device_of_the_network(name, pairs):
     images = torch.zeros(4, 3, 16, 16, device="meta")
     label = torch.zeros(4, 10, device="meta") if config.data.num_classes else None
     batch = types.SimpleNamespace(z0=images if pairs else None, z1=images, label=label)
-    loss = objective(velocity, batch, objective.draw(None, 4, (3, 16, 16), "meta"), 3).mean()
+    loss = objective(velocity, batch, Draws(None, 4, device="meta"), 3).mean()
     (loss * stats.scale.float()).backward()
     assert all(p.grad is not None and p.grad.device.type == "meta" for p in network.parameters())
     apply_update(3, optimizer, ema, stats, loss.detach(), grad_clip=1.0)

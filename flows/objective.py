@@ -1,0 +1,141 @@
+"""The training objectives: from a batch and random numbers to one loss per sample.
+
+Every objective is the one of rectified flow, E w(t)·D(v(x_t, t), z1 - z0), with its parts chosen by the config: times
+t, places α on the path, annealing β, distance D, weight w. What the method adds to it is a function here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+
+from flows import losses, perceptual, schedules
+from flows.rectified_flow import PathPoint, anneal, per_sample, point_on_path
+from runtime.errors import UserError
+
+GUIDANCE_TIMES = (0.2, 0.8)  # of the second guiding step: those of the released code
+
+
+class Draws:
+    """The random numbers of one update, drawn for the whole global batch, of which the `rows` are returned.
+
+    So a sample's numbers belong to its place in the batch, however that is split over processes and accumulation
+    steps. Each call draws the next ones from `generator`: all processes make the same calls in the same order.
+    """
+
+    def __init__(self, generator, count, rows=slice(None), device="cpu"):
+        """Draw for `count` samples on `device` (the generator's); `rows`: a slice of them."""
+        self.generator, self.count, self.rows, self.device = generator, count, rows, device
+
+    def noise(self, shape):
+        """Return standard normal noise, (rows, *shape)."""
+        return torch.randn(self.count, *shape, generator=self.generator, device=self.device)[self.rows]
+
+    def times(self, schedule):
+        """Return times (rows,) of a time schedule `schedule(generator, count, device)`."""
+        return schedule(self.generator, self.count, self.device)[self.rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """The parts of an objective that the config chooses."""
+
+    times: Callable  # time schedule, see flows/schedules.py
+    alpha: Callable  # t (N,) → place α on the path (N,)
+    beta: Callable | None  # update number → β of annealing; None: no annealing
+    distance: Callable  # (v, PathPoint) → (N,)
+    weigh: Callable  # (losses, t), each (N,) → (N,)
+    eps: float = 1e-3
+
+
+def flow_loss(choices, velocity, batch, draws, update):
+    """Return w(t)·D(v(x_t, t), z1 - z0) of each sample, float32 (N,): 1-rectified flow, reflow, one-step distillation.
+
+    Liu et al. 2022, equation 1, on images with fresh noise; arXiv 2407.12718, equation 9, on annealed pairs, and
+    equation 8 with all times at eps.
+    `velocity(x, t, label)`: the network's, called once; `batch`: z0 (None for images), z1 (N, C, H, W) and label.
+    """
+    point = draw_point(choices, batch, draws, update)
+    v = velocity(point.x_t, point.t, batch.label)
+    return choices.weigh(choices.distance(v, point), point.t)
+
+
+def guided_loss(choices, velocity, batch, draws, update, *, teacher, first_step="student"):
+    """Return flow-guided distillation's loss of each sample, float32 (N,) (arXiv 2407.12718, equation 13).
+
+    It is `flow_loss` plus the distance of the one step from fresh noise ξ to two steps: x_t = ξ + t·u and
+    x_1 = x_t + (1-t)·teacher(x_t, t) (equations 11 and 12). The first, u, is the teacher's in the paper; in the
+    released code it is the student's own prediction at (ξ, eps). No gradient passes through the two steps.
+    Both passes of the student are one call, which keeps the activations of both.
+    """
+    point, xi = draw_point(choices, batch, draws, update), draws.noise(batch.z1.shape[1:])
+    t = draws.times(lambda *where: schedules.uniform(*where, *GUIDANCE_TIMES))
+    start, label = torch.full_like(t, choices.eps), batch.label
+    both_labels = None if label is None else torch.cat([label, label])
+    v, v_xi = velocity(torch.cat([point.x_t, xi]), torch.cat([point.t, start]), both_labels).chunk(2)
+    with torch.no_grad():
+        u = v_xi if first_step == "student" else teacher(xi, start, label)
+        x_t = xi + per_sample(t, xi) * u
+        x_1 = x_t + per_sample(1 - t, xi) * teacher(x_t, t, label)
+        guided = PathPoint(z0=xi, x_t=xi, t=start, alpha=torch.zeros_like(t), target=x_1 - xi)
+    return (choices.weigh(choices.distance(v, point), point.t)
+            + choices.weigh(choices.distance(v_xi, guided), t))
+
+
+def draw_point(choices, batch, draws, update):
+    """Return the `PathPoint` of each sample: on the path from fresh, paired or annealed noise to its image."""
+    t = draws.times(choices.times)
+    z0 = draws.noise(batch.z1.shape[1:]) if batch.z0 is None else batch.z0
+    if choices.beta is not None:
+        z0 = anneal(z0, draws.noise(batch.z1.shape[1:]), choices.beta(update))
+    return point_on_path(z0, batch.z1, t, choices.alpha(t))
+
+
+def create_objective(config, teacher=None, device="cpu"):
+    """Return the objective of a config: `objective(velocity, batch, draws, update) -> losses (N,)`.
+
+    `teacher`: `velocity(x, t, label)` of the frozen teacher in eval mode, needed with flow.use_teacher.
+    `device`: where the losses are computed (LPIPS is loaded there). Raises UserError for values out of range and
+    where LPIPS lacks its weights.
+    """
+    flow, training = config.flow, config.training
+    annealed = config.data.reflow_data_root and training.x0_randomness != "fix_0"
+    choices = Choices(
+        times=schedules.create_time_schedule(flow.flow_t_schedule, flow.eps),
+        alpha=functools.partial(schedules.PATH_PLACES[flow.flow_alpha_t], eps=flow.eps),
+        beta=schedules.create_annealing(training.x0_randomness) if annealed else None,
+        distance=losses.create_distance(training.loss_type, training.reduce_mean,
+                                        lambda: perceptual.load_lpips(device)),
+        weigh=functools.partial(losses.WEIGHTS[training.weight_schedule], eps=flow.eps),
+        eps=flow.eps,
+    )
+    if flow.use_teacher:
+        return functools.partial(guided_loss, choices, teacher=teacher, first_step=flow.guidance_first_step)
+    return functools.partial(flow_loss, choices)
+
+
+def check_config(config):
+    """Raise UserError where the fields of the objective do not fit together; nothing is loaded."""
+    flow, training, data = config.flow, config.training, config.data
+    schedules.create_time_schedule(flow.flow_t_schedule, flow.eps)
+    schedules.create_annealing(training.x0_randomness)
+    if losses.DISTANCES[training.loss_type].image_channels and data.num_channels not in (1, 3):
+        raise UserError(f"config.training.loss_type {training.loss_type} compares colour or grey images, but "
+                        f"config.data.num_channels is {data.num_channels}: choose l2, l1 or huber")
+    if flow.use_teacher and not (flow.teacher_model or flow.pre_train_model):
+        raise UserError("config.flow.use_teacher needs a teacher: name its checkpoint in config.flow.teacher_model, or "
+                        "in config.flow.pre_train_model if the student starts from it too")
+    if flow.real_data_share > 0 and not data.real_pairs_root:
+        raise UserError(f"config.flow.real_data_share is {flow.real_data_share:g}, but config.data.real_pairs_root is "
+                        "empty: make such pairs with generate_data.py --config.sampling.direction from_z1")
+    times = str(flow.flow_t_schedule)
+    for field, value, needs_pairs in [
+        ("flow.flow_t_schedule", times, times == "t0" or times.isdigit()),
+        ("flow.use_teacher", "true", flow.use_teacher),
+        ("training.x0_randomness", training.x0_randomness, training.x0_randomness != "fix_0"),
+        ("flow.real_data_share", f"{flow.real_data_share:g}", flow.real_data_share > 0),
+    ]:
+        if needs_pairs and not data.reflow_data_root:
+            raise UserError(f"config.{field} {value} needs noise-image pairs: make them with generate_data.py and name "
+                            "their folder in config.data.reflow_data_root")

@@ -1,0 +1,136 @@
+"""What changes with time: the distribution of the training time t, the place α on the path, and annealing's β.
+
+Three tables, of `flow.flow_t_schedule`, `flow.flow_alpha_t` and `training.x0_randomness`. In the names of schedules
+<number> stands for a decimal number and <int> for a positive whole one; both are handed to the row's function.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+
+import torch
+
+from runtime.errors import UserError
+
+U_SHAPE = 4.0  # a of the density e^{at} + e^{a(1-t)}; arXiv 2405.20320, section 4.1
+PLACEHOLDERS = {"<number>": r"(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)", "<int>": r"([1-9]\d*)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A row of a table: the function, and what must hold of the numbers in its name, as a test and in words."""
+
+    function: Callable
+    valid: Callable = lambda *numbers: True
+    rule: str = ""
+
+
+# Times: `function(generator, count, device, low, high, *numbers) -> t`, float32 (count,) in [low, high].
+
+
+def uniform(generator, count, device, low, high):
+    """Draw t ~ U(low, high)."""
+    return torch.rand(count, generator=generator, device=device) * (high - low) + low
+
+
+def uniform_within(generator, count, device, low, high, a, b):
+    """Draw t ~ U(a, b)."""
+    return uniform(generator, count, device, a, b)
+
+
+def constant(generator, count, device, low, high, tau):
+    """Return t = low + τ·(high - low)."""
+    return torch.full((count,), low + tau * (high - low), dtype=torch.float32, device=device)
+
+
+def grid(generator, count, device, low, high, k):
+    """Draw t = low + j·(high-low)/k, j uniform in 0..k-1: the start times of k Euler steps."""
+    return torch.randint(int(k), (count,), generator=generator, device=device) * ((high - low) / k) + low
+
+
+def either_end(generator, count, device, low, high):
+    """Draw `low` or `high`, with probability 1/2 each."""
+    at_end = torch.randint(2, (count,), generator=generator, device=device, dtype=torch.bool)
+    return torch.where(at_end, high, low)
+
+
+def u_shaped(generator, count, device, low, high, a=U_SHAPE):
+    """Draw t of density ∝ e^{as} + e^{a(1-s)}, s = (t-low)/(high-low) (arXiv 2405.20320, section 4.1).
+
+    Its distribution function is 1/2 + sinh(a(s-1/2)) / (2·sinh(a/2)), inverted here.
+    """
+    u = torch.rand(count, generator=generator, device=device)
+    s = 0.5 + torch.asinh((2 * u - 1) * math.sinh(a / 2)) / a
+    return s.clamp(0, 1) * (high - low) + low
+
+
+def exponential(generator, count, device, low, high, base):
+    """Draw t of density ∝ base^{1-s}, s = (t-low)/(high-low): for base > 1 more often near the noise.
+
+    Simple ReFlow (arXiv 2410.07815, section 3) weights its times so, with base 10; there time runs from data to
+    noise. The distribution function (1 - base^{-s}) / (1 - 1/base) is inverted here.
+    """
+    u = torch.rand(count, generator=generator, device=device)
+    s = -torch.log1p(u * (1 / base - 1)) / math.log(base)
+    return s.clamp(0, 1) * (high - low) + low
+
+
+TIME_SCHEDULES = {
+    "uniform": Schedule(uniform),
+    "t0": Schedule(functools.partial(constant, tau=0.0)),
+    "t1": Schedule(functools.partial(constant, tau=1.0)),
+    "t0t1": Schedule(either_end),
+    "u_shaped": Schedule(u_shaped),
+    "fix_<number>": Schedule(constant, lambda tau: 0 <= tau <= 1, "τ of fix_τ must lie in [0, 1]"),
+    "range_<number>_<number>": Schedule(uniform_within, lambda a, b: 0 <= a < b <= 1, "it needs 0 <= a < b <= 1"),
+    "exp_<number>": Schedule(exponential, lambda base: base > 0 and base != 1, "its base must be positive and not 1"),
+    "<int>": Schedule(grid, lambda k: k > 1, "k-step distillation needs an integer k > 1 (one step is t0)"),
+}
+
+# The place α on the path, x_t = α·z1 + (1-α)·z0: `function(t, eps) -> α`, both (N,).
+PATH_PLACES = {
+    "uniform": lambda t, eps: t,
+    "t0": lambda t, eps: torch.full_like(t, eps),
+    "t1": lambda t, eps: torch.ones_like(t),
+}
+
+# β of annealing reflow (arXiv 2407.12718, equation 9): `function(update, n) -> β` in [0, 1], n in updates.
+ANNEALING_SCHEDULES = {
+    "fix_<number>": Schedule(lambda update, r: r, lambda r: 0 <= r <= 1, "r of fix_r must lie in [0, 1]"),
+    "warmup_<int>": Schedule(lambda update, n: 1 - min(1.0, update / n)),
+    "warmup_exp_<int>": Schedule(lambda update, n: math.exp(-update / n)),
+    "warmup_cos_<int>": Schedule(lambda update, n: (1 + math.cos(math.pi * min(1.0, update / n))) / 2),
+}
+
+
+def create_time_schedule(name, eps):
+    """Return the schedule `draw(generator, count, device) -> t (count,)` in [eps, 1] that flow.flow_t_schedule names.
+
+    Raises UserError for a name that is not in the table, or whose numbers are out of range.
+    """
+    function, numbers = find_schedule(TIME_SCHEDULES, "flow.flow_t_schedule", str(name))
+    return lambda generator, count, device: function(generator, count, device, eps, 1.0, *numbers)
+
+
+def create_annealing(name):
+    """Return the schedule `beta(update) -> float in [0, 1]` that training.x0_randomness names.
+
+    Raises UserError for a name that is not in the table, or whose numbers are out of range.
+    """
+    function, numbers = find_schedule(ANNEALING_SCHEDULES, "training.x0_randomness", name)
+    return lambda update: function(update, *numbers)
+
+
+def find_schedule(table, field, name):
+    """Return the function of the row that `name` matches, and the numbers in `name`, a list of float."""
+    for pattern, row in table.items():
+        expression = functools.reduce(lambda text, item: text.replace(*item), PLACEHOLDERS.items(), pattern)
+        match = re.fullmatch(expression, name)
+        if match:
+            numbers = [float(number) for number in match.groups()]
+            if not row.valid(*numbers):
+                raise UserError(f"config.{field} is {name!r}, but {row.rule}")
+            return row.function, numbers
+    raise UserError(f"config.{field} is {name!r}: use one of {', '.join(table)}")
