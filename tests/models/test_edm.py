@@ -9,7 +9,7 @@ from configs.default import get_default_config, set_field
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
 from models import create_model, edm, edm_pickle, load_model
-from models.checkpoint import load_with_config, read_checkpoint, write_checkpoint
+from models.checkpoint import load_matching, load_with_config, read_checkpoint, write_checkpoint
 from models.create import create_from_fields
 from models.describe import describe
 from models.released import to_released
@@ -204,3 +204,54 @@ def test_truncated_file_is_called_damaged(tmp_path):
     (tmp_path / "half.pkl").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="half.pkl cannot be read: it is cut short"):
         load_model(tmp_path / "half.pkl")
+
+
+@pytest.mark.parametrize("steps", [5, 18])
+@pytest.mark.parametrize("name", READABLE)
+def test_recorded_images_come_back_from_their_latents(name, steps):
+    """sampling.use_ode_sampler edm is the deterministic sampler of EDM's FID protocol."""
+    net, (about, numbers) = load_model(golden_file(f"{name}.pkl")), golden_numbers(name)
+    low, high = edm.SIGMA_RANGE[net.kind]
+    config = get_default_config()
+    config.sampling.update(use_ode_sampler="edm", sample_N=steps, sigma_max=min(80.0, high), sigma_min=max(0.002, low))
+    label = labels(net, numbers, "sample_label")
+    images, nfe = create_sampler(config)(velocity_from_network(net), numbers["latents"].float(), label)
+    limit = 1e-4 if about["class_name"] == "EDMPrecond" else 2e-3
+    assert (images - numbers[f"images_{steps}"]).abs().max() < limit
+    assert nfe.tolist() == [2 * steps - 1] * len(images)
+
+
+def student_of(name, **changes):
+    """Return a network in training of the architecture of a recorded one, apart from `changes`, freshly initialised."""
+    torch.manual_seed(1)
+    return create_from_fields(read_checkpoint(golden_file(f"{name}.pkl"))["fields"] | changes)
+
+
+@pytest.mark.parametrize("name", OWN)
+@torch.no_grad()
+def test_student_starts_as_the_velocity_of_its_teacher(name):
+    """flow.pre_train_model with a snapshot: the first output gives the recorded denoised images."""
+    student, (_, numbers) = student_of(name), golden_numbers(name)
+    _, unmatched = load_matching(student, golden_file(f"{name}.pkl"))
+    student.eval()
+    error = denoise(student, numbers["x"], numbers["sigma"].flatten(), labels(student, numbers)) - numbers["denoised"]
+    assert not unmatched and error.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"model.preconditioning": "none"}, "has model.preconditioning edm, this network none"),
+    ({"model.preconditioning": "vp"}, "has model.preconditioning edm, this network vp"),
+    ({"model.ch_mult": [1, 1]}, "has model.ch_mult [1, 2], this network [1, 1]"),
+    ({"model.fir": False}, "has model.fir True, this network False"),  # no tensor shows it
+])
+def test_weights_that_would_mean_something_else_are_not_copied(changes, sentence):
+    """Copied into a plain velocity network they would train on from a random start without a word."""
+    with pytest.raises(UserError) as refused:
+        load_matching(student_of("edm_ncsnpp", **changes), golden_file("edm_ncsnpp.pkl"))
+    assert sentence in str(refused.value)
+
+
+def test_velocity_checkpoint_does_not_start_a_preconditioned_student(data_folder):
+    """The other way round, too."""
+    with pytest.raises(UserError, match="has model.preconditioning none, this network edm"):
+        load_matching(student_of("edm_ncsnpp"), data_folder / "golden/ncsnpp_cifar.pth")
