@@ -234,7 +234,7 @@ def draw_labels(config, indices, device):
 
 def measure_files(config, args, given, processes):
     """Measure the images of --data_dir; return (results file, list of one result)."""
-    source = open_images(args.data_dir, config.data.num_channels)
+    source = open_images(args.data_dir, config)
     path = results_file.results_path(source.path.parent)
     count = min(config.eval.num_samples, len(source))
     say(processes, f"{count} of the {len(source)} images in {args.data_dir} are measured"

@@ -37,9 +37,9 @@ def one_hot(labels, num_classes):
     return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
-def pixels_to_float(pixels):
-    """Return uint8 pixels as float32 in [-1, 1]: `v / 127.5 - 1`."""
-    return pixels.float().div_(127.5).sub_(1.0)
+def pixels_to_float(pixels, dtype=torch.float32):
+    """Return uint8 pixels as floats in [-1, 1]: `v / 127.5 - 1`."""
+    return pixels.to(dtype).div_(127.5).sub_(1.0)
 
 
 def to_device(tensor, device):

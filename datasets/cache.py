@@ -69,15 +69,17 @@ def _write_entry(source, spec, entry, progress):
     """Decode the source into `entry`; whatever stops it leaves only a hidden folder that the next one removes."""
     partial = entry.with_name(f".{entry.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    contents = source.open()
-    if contents.count is not None:
-        needed, free = contents.count * spec.channels * spec.size**2, shutil.disk_usage(entry.parent).free
+    chunks, expected, class_names = source.open()
+    if expected is not None:
+        needed, free = expected * spec.channels * spec.size**2, shutil.disk_usage(entry.parent).free
         if needed > free:
             raise UserError(f"data.cache_dir {entry.parent}: {source.title} needs {_megabytes(needed)} there, "
                             f"{_megabytes(free)} are free: free some or choose another folder")
     partial.mkdir()
     try:
-        about = _decode(source, contents, (spec.channels, spec.size, spec.size), partial, progress)
+        shape = (spec.channels, spec.size, spec.size)
+        bar = progress_bar(total=expected, desc=f"decoding {source.name}", unit="images", enabled=progress)
+        about = {"source": source.title, "class_names": class_names, **_decode(source, chunks, shape, partial, bar)}
         (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
         for path in [*partial.iterdir(), partial]:
             _flush(path)
@@ -95,16 +97,15 @@ def _write_entry(source, spec, entry, progress):
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _decode(source, contents, shape, folder, progress):
+def _decode(source, chunks, shape, folder, bar):
     """Write `images.npy` and `labels.npy` chunk by chunk; return what `about.json` says of them.
 
     Plain writes, since a memory map ends the process when the disk is full.
     """
     count, labels, skipped, notes = 0, [], [], collections.Counter()
-    bar = progress_bar(total=contents.count, desc=f"decoding {source.name}", unit="images", enabled=progress)
     with bar, open(folder / "images.npy", "wb") as written:
         _write_header(written, (0, *shape))
-        for chunk in contents.chunks:
+        for chunk in chunks:
             written.write(np.ascontiguousarray(chunk.images))
             if chunk.labels is not None:
                 labels.append(chunk.labels)
@@ -118,8 +119,7 @@ def _decode(source, contents, shape, folder, progress):
         raise UserError(f"{source.title} has no usable image" + (f": {skipped[0]}" if skipped else ""))
     if labels:
         np.save(folder / "labels.npy", np.concatenate(labels))
-    return {"source": source.title, "count": count, "shape": shape, "labelled": bool(labels),
-            "class_names": contents.class_names, "skipped": skipped, "notes": notes,
+    return {"count": count, "shape": shape, "labelled": bool(labels), "skipped": skipped, "notes": notes,
             "decoded": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 

@@ -19,7 +19,7 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -84,25 +84,18 @@ class ImageChunk:
     notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
-class OpenedSource(NamedTuple):
-    """What an opened source holds; count: how many images at most, None if only reading tells."""
-
-    chunks: Iterator[ImageChunk]
-    count: int | None
-    class_names: tuple | None
-
-
 class Source(NamedTuple):
     """Images on disk that can be decoded into the cache.
 
     name: short, for folder names. title: for messages, with the path. identity: digest of the files' paths, sizes and
-    times (`identify`). open: returns the `OpenedSource`; called only when the images are not cached.
+    times (`identify`). open: returns an iterator over `ImageChunk`s, how many images there are at most (None if only
+    reading tells) and the class names or None; called only when the images are not cached.
     """
 
     name: str
     title: str
     identity: str
-    open: Callable[[], OpenedSource]
+    open: Callable[[], tuple]
 
 
 class DataSet(NamedTuple):
@@ -234,15 +227,27 @@ def open_files(name, with_labels, root, spec):
     def open_tree():
         opened = tree or FileTree(place)
         labels, class_names = find_labels(opened) if with_labels else (None, None)
-        parts = [slice(start, start + FILES_AT_ONCE) for start in range(0, len(opened.names), FILES_AT_ONCE)]
-        chunks = map_ahead(functools.partial(_decode_files, opened, labels, spec), parts)
-        return OpenedSource(chunks, len(opened.names), class_names)
+        return _decode_tree(opened, labels, spec), len(opened.names), class_names
 
     return Source(name, f"{name} at {place}", tree.identity() if tree else identify([place]), open_tree)
 
 
+def _decode_tree(tree, labels, spec):
+    """Yield the `ImageChunk`s of a `FileTree`; labels of all its files, or None.
+
+    One thread per core, since Pillow decodes and resamples outside the interpreter lock. A group of chunks at a time,
+    since a data set's images would not fit in memory.
+    """
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [slice(start, start + FILES_AT_ONCE) for start in range(0, len(tree.names), FILES_AT_ONCE)]
+    decode = functools.partial(_decode_files, tree, labels, spec)
+    with concurrent.futures.ThreadPoolExecutor(workers, "decode") as pool:
+        for first in range(0, len(parts), 8 * workers):
+            yield from pool.map(decode, parts[first : first + 8 * workers])
+
+
 def _decode_files(tree, labels, spec, part):
-    """Return the files `part` (a slice) of a `FileTree` as an `ImageChunk`; labels of all files, or None."""
+    """Return the files `part` (a slice) of a `FileTree` as an `ImageChunk`."""
     images, kept, skipped, notes = [], [], [], collections.Counter()
     for place, name in enumerate(tree.names[part]):
         try:
@@ -271,12 +276,9 @@ def find_labels(tree):
         above = "".join(f"{folder}/" for folder in common[:depth])
         if above + LABEL_FILE in tree.label_files:
             return _labels_from_json(tree, above)
-    if not common and [] in folders:
-        return None, None
-    depth = len(common) - (common in folders)  # images directly in the common folder: it is the class
-    if depth < 0 or any(len(folder) <= depth for folder in folders):
-        return None, None
-    found = [folder[depth] for folder in folders]
+    if common in folders:  # images lie in it directly: it is the one class, unless it is the root
+        return ([0] * len(folders), (common[-1],)) if common else (None, None)
+    found = [folder[len(common)] for folder in folders]
     class_names = tuple(sorted(set(found)))
     numbers = {name: number for number, name in enumerate(class_names)}
     return [numbers[name] for name in found], class_names
@@ -309,26 +311,6 @@ def _labels_from_json(tree, above):
                             f"{LARGEST_CLASS}")
     found = [labels[name] for name in names]
     return found, tuple(map(str, range(max(found) + 1)))
-
-
-def map_ahead(function, items):
-    """Yield `function(item)` in order, computed by one thread per core a little ahead of what is taken.
-
-    Threads, since Pillow decodes and resamples outside the interpreter lock, and nothing has to be copied between
-    processes. A window, since a data set's images would not fit in memory.
-    """
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        window = collections.deque()
-        for item in items:
-            window.append(pool.submit(function, item))
-            if len(window) > 2 * workers:
-                yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # Arrays in files
@@ -389,7 +371,7 @@ def open_cifar10(root, spec):
 
     def open_batches():
         batches = ((path, load_pickle(path)) for path in names) if names else _archived_batches(place)
-        return OpenedSource(_batch_chunks(batches, 32, 0, 10, spec), None, CIFAR10_CLASSES)
+        return _batch_chunks(batches, 32, 0, 10, spec), None, CIFAR10_CLASSES
 
     return Source("CIFAR10", f"CIFAR10 at {place}", identity, open_batches)
 
@@ -457,7 +439,7 @@ def open_imagenet64(root, spec):
 
     def open_batches():
         batches = ((path, load_pickle(path) if path.suffix != ".npz" else _load_npz(path)) for path in paths)
-        return OpenedSource(_batch_chunks(batches, 64, 1, 1000, spec), None, tuple(map(str, range(1000))))
+        return _batch_chunks(batches, 64, 1, 1000, spec), None, tuple(map(str, range(1000)))
 
     return Source("ImageNet64", f"ImageNet64 at {root}", identify(paths), open_batches)
 
@@ -492,7 +474,7 @@ def open_idx(name, class_names, root, spec):
         if len(images) != len(labels):
             raise UserError(f"{files[0]} has {len(images)} images, {files[1]} {len(labels)} labels: fetch both again")
         labels = check_labels(labels, files[1], 0, 9)
-        return OpenedSource(_array_chunks(images[:, None], labels, spec), len(images), class_names)
+        return _array_chunks(images[:, None], labels, spec), len(images), class_names
 
     return Source(name, f"{name} at {files[0].parent}", identify(files), open_arrays)
 
@@ -531,33 +513,23 @@ def open_digits(root, spec):
 # Pickles, read without running the code that they may hold
 
 
-# The functions by which numpy's own pickles make arrays and numbers, asked of numpy itself; they lie in numpy.core,
-# which numpy 2 renamed.
-_CONSTRUCTORS = {
-    "core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
-    "core.multiarray.scalar": np.float64(0).__reduce__()[0],
-    "core.numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
+# What pickles of numpy arrays name, asked of numpy itself, since numpy 2 renamed numpy.core; and what protocol 2 writes
+# bytes with.
+_KNOWN = {
+    "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+    "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
+    "numpy.core.numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "_codecs.encode": lambda text, encoding="latin1": text.encode({"latin1": "latin1"}[encoding]),
 }
-
-
-def _latin1_bytes(text, encoding="latin1"):
-    """Stand in for `_codecs.encode`, with which protocol 2 writes bytes, for the one encoding that it uses."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
-    return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """An unpickler that knows numpy arrays; numbers, texts, lists, tuples and dicts need no names."""
 
     def find_class(self, module, name):
-        known = None
-        if module.startswith(("numpy.core.", "numpy._core.")):
-            known = _CONSTRUCTORS.get(f"core.{module.rpartition('.')[2]}.{name}")
-        elif module == "numpy" and name in ("ndarray", "dtype"):
-            known = getattr(np, name)
-        elif (module, name) == ("_codecs", "encode"):
-            known = _latin1_bytes
+        known = _KNOWN.get(f"{module}.{name}".replace("numpy._core.", "numpy.core."))
         if known is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return known

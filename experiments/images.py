@@ -15,7 +15,7 @@ from sklearn.neural_network import MLPClassifier
 from torch import nn
 
 from configs.default import get_default_config
-from datasets import load_images
+from datasets import load_images, pixels_to_float
 from metrics.scores import frechet_distance, nearest_distances, precision_recall
 from runtime.errors import UserError
 from runtime.files import atomic_path
@@ -152,7 +152,7 @@ class ConvolutionalClassifier(nn.Module):
     def features(self, images):
         """Return the features, float64 (N, 4·width), of uint8 images (N, C, H, W)."""
         device = self.head.weight.device
-        parts = [self.body(torch.from_numpy(part).to(device).float() / 127.5 - 1)
+        parts = [self.body(pixels_to_float(torch.from_numpy(part).to(device)))
                  for part in np.array_split(images, -(-len(images) // 500))]
         return torch.cat(parts).double().cpu().numpy()
 
@@ -175,7 +175,7 @@ def train_convolutional(images, found, device):
     with progress_bar(total=steps, desc="classifier", unit="updates") as bar:
         for order in (random.permutation(len(found.train)) for _ in range(images.epochs)):
             for places in np.split(order[: len(order) // batch * batch], len(order) // batch):
-                x = torch.from_numpy(found.train[np.sort(places)]).to(device).float() / 127.5 - 1
+                x = pixels_to_float(torch.from_numpy(found.train[np.sort(places)]).to(device))
                 y = torch.from_numpy(found.train_labels[np.sort(places)]).to(device)
                 down, right = random.integers(0, 2 * shift + 1, 2)
                 x = F.pad(x, [shift] * 4, mode="reflect")[..., down : down + images.size, right : right + images.size]
@@ -252,7 +252,7 @@ class Reference:
 
 def pixels(images):
     """Return the pixels as rows of numbers in [-1, 1], float64."""
-    return images.reshape(len(images), -1).astype(np.float64) / 127.5 - 1
+    return pixels_to_float(torch.from_numpy(images.reshape(len(images), -1)), torch.float64).numpy()
 
 
 def gaussian(rows):

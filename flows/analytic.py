@@ -2,6 +2,8 @@
 
 import torch
 
+from datasets.batches import pixels_to_float
+
 
 def analytic_velocity(data, chunk=4096):
     """Return `velocity(x, t, label)` of the flow from N(0, I) to the images `data` `(M, C, H, W)`, each equally likely.
@@ -16,8 +18,8 @@ def analytic_velocity(data, chunk=4096):
     """
 
     def images(first):
-        part = data[first : first + chunk].flatten(1).to(torch.float64)
-        return part / 127.5 - 1 if data.dtype == torch.uint8 else part
+        part = data[first : first + chunk].flatten(1)
+        return pixels_to_float(part, torch.float64) if data.dtype == torch.uint8 else part.to(torch.float64)
 
     def velocity(x, t, label=None):
         flat, t = x.flatten(1).to(torch.float64), t.to(torch.float64).unsqueeze(1)

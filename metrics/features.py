@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import warnings
 from collections.abc import Callable
 
 import torch
 
+from datasets.batches import pixels_to_float
 from runtime.downloads import cached_file
 from runtime.errors import UserError
 from runtime.files import file_digest
@@ -58,7 +58,7 @@ def quantise(images):
 
 def pixel_features(images):
     """Return uint8 images as float32 rows (N, C·H·W) of numbers in [-1, 1]."""
-    return images.flatten(1).float() / 127.5 - 1
+    return pixels_to_float(images.flatten(1))
 
 
 def create_extractor(config, device):
@@ -67,13 +67,6 @@ def create_extractor(config, device):
         return pixel_extractor(config.data.num_channels * config.data.image_size**2)
     path = config.eval.inception_path or cached_file(INCEPTION_URL, "config.eval.inception_path")
     return inception_extractor(path, device)
-
-
-def check_shape(source, extractor):
-    """Raise UserError if the images of an `ImageSource` are not of the size that pixels are compared at."""
-    if extractor.name == "pixels" and math.prod(source.shape) != extractor.dimension:
-        raise UserError(f"{source.name} holds images of {'×'.join(map(str, source.shape))}, but config.data asks for "
-                        f"{extractor.dimension} numbers an image; set config.data.image_size and num_channels")
 
 
 def pixel_extractor(dimension):

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from datasets import load_images
-from metrics.features import check_shape, create_extractor
-from metrics.image_files import array_source, open_images
+from metrics.features import create_extractor
+from metrics.image_files import ArrayImages, open_images
 from metrics.scores import check_gaussian, kept_radii, leave_one_out_distances
 from metrics.statistics import Statistics, evenly_spread, measure_source
 from runtime.downloads import cached_file
@@ -68,20 +68,18 @@ class Reference:
     def source(self):
         """The `ImageSource` of the reference's images, or None where the reference is a file of statistics."""
         if self.path is None:
-            return array_source(self.training_images.images, self.training_images.source)
-        return None if is_statistics(self.path) else open_images(self.path, self.config.data.num_channels)
+            return ArrayImages(self.training_images.images, self.training_images.source)
+        return None if is_statistics(self.path) else open_images(self.path, self.config)
 
     @functools.cached_property
     def statistics(self):
         """The `Statistics` of the reference."""
         if self.source is None:
             return read_statistics(self.path, self.extractor, self.name)
-        check_shape(self.source, self.extractor)
         return measure_source(self.source, self.extractor, self.config.eval.batch_size, self.processes)
 
     def check_samples(self, samples):
-        """Say where an `ImageSource` of samples has another size; raise UserError where pixels are compared."""
-        check_shape(samples, self.extractor)
+        """Say where an `ImageSource` of samples has another size."""
         if self.source is not None and samples.shape[1:] != self.source.shape[1:]:
             sizes = ("×".join(map(str, source.shape[1:])) for source in (samples, self.source))
             self.say("{}: the images are {}, those that they are compared with {}: Inception resizes both, and the "

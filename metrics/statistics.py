@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import sys
 
 import numpy as np
 import torch
@@ -111,6 +112,9 @@ def read_batches(source, chosen, batch_size, processes):
                 images = torch.cat([source.read(place, place + 1) for place in part])
             yield images.to(processes.device)
             bar.update(len(part))
+    if processes.is_main:
+        for note, number in source.notes.items():
+            print(f"{source.name}: {number} images: {note}", file=sys.stderr, flush=True)
 
 
 def evenly_spread(chosen, count):

@@ -19,7 +19,7 @@ from configs.command_line import config_to_dict, load_config, parse_command_line
 from configs.validation import check_fields
 from datasets import load_images
 from metrics.features import inception_extractor
-from metrics.image_files import array_source
+from metrics.image_files import ArrayImages
 from metrics.reference import write_statistics
 from metrics.results import read_results
 from metrics.statistics import measure_source
@@ -184,7 +184,7 @@ def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(
     inception = (f"--config.eval.inception_path={write_stand_in(tmp_path)}",
                  "--config.eval.feature_extractor=inception")
     extractor = inception_extractor(tmp_path / FILE_NAME, "cpu")
-    images = array_source(load_images(load_config(CONFIG)).images[:90], "90 digits")
+    images = ArrayImages(load_images(load_config(CONFIG)).images[:90], "90 digits")
     reference = measure_source(images, extractor, 30, Processes(0, 1, torch.device("cpu")), max_features=60)
     reference.sigma.diagonal().add_(1e-3)  # of full rank, which is quicker
     write_statistics(tmp_path / "reference.npz", reference, extractor)

@@ -11,8 +11,8 @@ features let KID, precision and recall be computed, too. torchrun splits the ima
 from configs.command_line import run_script
 from configs.default import Field
 from datasets import load_images
-from metrics.features import check_shape, create_extractor
-from metrics.image_files import array_source, open_images
+from metrics.features import create_extractor
+from metrics.image_files import ArrayImages, open_images
 from metrics.reference import write_statistics
 from metrics.statistics import MAX_FEATURES, measure_source
 from runtime.devices import start_processes, stop_processes
@@ -32,8 +32,7 @@ def main(config, args, given):
     processes = start_processes()
     try:
         extractor = create_extractor(config, processes.device)
-        source = open_images(args.data_dir, config.data.num_channels) if args.data_dir else data_source(config)
-        check_shape(source, extractor)
+        source = open_images(args.data_dir, config) if args.data_dir else data_source(config)
         statistics = measure_source(source, extractor, config.eval.batch_size, processes,
                                     max_features=args.max_features)
         if processes.is_main:
@@ -46,7 +45,7 @@ def main(config, args, given):
 def data_source(config):
     """Return the images of config.data as an `ImageSource`."""
     images = load_images(config)
-    return array_source(images.images, images.source)
+    return ArrayImages(images.images, images.source)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 from datasets import cache
 from datasets.cache import entry_folder
 from datasets.image_files import ImageSpec
-from datasets.sources import ImageChunk, OpenedSource, Source
+from datasets.sources import ImageChunk, Source
 from runtime.errors import UserError
 from tests.datasets.image_files import random_images
 from tests.processes import SERVER
@@ -31,8 +31,7 @@ def chunks_of_two():
 
 
 def make_source(chunks=chunks_of_two, identity="one", count=15):
-    return Source("tiny", "tiny at somewhere", identity,
-                  lambda: OpenedSource(chunks(), count, tuple("abcdefghij")))
+    return Source("tiny", "tiny at somewhere", identity, lambda: (chunks(), count, tuple("abcdefghij")))
 
 
 def open_cached(source, folder):

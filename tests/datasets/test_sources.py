@@ -1,15 +1,11 @@
 """Image data sets by config: folders and archives of images, classes, parts of sets, and data sets from outside."""
 
-import os
-import threading
-
 import numpy as np
 import pytest
 
 from configs.command_line import help_text, parse_command_line
 from datasets import DATASETS, DataSet, ImageSet, array_set, create_batches, load_images, sources, subset
 from datasets.image_files import FileTree
-from datasets.sources import map_ahead
 from runtime.errors import UserError
 from tests.conftest import ROOT
 from tests.datasets.image_files import (
@@ -140,28 +136,6 @@ def test_many_pictures_keep_their_order_and_labels_through_parallel_decoding(tmp
     order = sorted(range(50), key=lambda n: (n % 7, n))
     np.testing.assert_array_equal(found.images, images[order])
     assert found.labels.tolist() == [n % 7 for n in order]
-
-
-def test_decoding_runs_ahead_in_parallel_but_never_far():
-    started, lock, most = [], threading.Lock(), 0
-
-    def work(item):
-        with lock:
-            started.append(item)
-        return item
-
-    for done, item in enumerate(map_ahead(work, range(500))):
-        assert item == done
-        most = max(most, len(started) - done)
-    assert most <= 2 * len(os.sched_getaffinity(0)) + 1
-
-
-def test_an_error_in_one_thread_ends_the_work():
-    def fail(item):
-        raise UserError(f"item {item}")
-
-    with pytest.raises(UserError, match="item 0"):
-        list(map_ahead(fail, range(1000)))
 
 
 SET = ImageSet(random_images(30, 1, 4), np.arange(30) % 3, ("ant", "bee", "cat", "dodo"), "thirty images")

@@ -13,7 +13,7 @@ import torch
 from configs.default import get_default_config
 from metrics import reference as reference_module
 from metrics.features import pixel_extractor
-from metrics.image_files import array_source
+from metrics.image_files import ArrayImages
 from metrics.reference import CIFAR10_NAME, Reference, read_statistics, write_statistics
 from metrics.statistics import measure_source
 from runtime.devices import Processes
@@ -55,7 +55,7 @@ def features_of(array):
 
 
 def test_a_written_reference_is_read_back_with_its_features(tmp_path):
-    statistics = measure_source(array_source(images(), "random"), EXTRACTOR, 7, ALONE)
+    statistics = measure_source(ArrayImages(images(), "random"), EXTRACTOR, 7, ALONE)
     write_statistics(tmp_path / "x.npz", statistics, EXTRACTOR)
     back = read_statistics(tmp_path / "x.npz", EXTRACTOR)
     assert torch.equal(back.mu, statistics.mu)
