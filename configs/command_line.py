@@ -1,6 +1,7 @@
 """The command line that every script shares: `--config FILE`, `--config.a.b value`, the script's own flags.
 
-A mistake ends the script with one sentence on stderr and status 2, before anything is created.
+ml_collections' config_flags reads it, with the types that the fields of the config have. A mistake ends the script
+with one sentence on stderr and status 2, before any file is written.
 """
 
 import ast
@@ -8,155 +9,162 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import re
+import shutil
 import sys
+import textwrap
 
 import ml_collections
 from absl import flags
+from ml_collections import config_flags
 
-from configs.default import FIELDS, Field, field_names, find_field, get_default_config, set_field
-from configs.validation import check_fields
+from configs.default import FIELDS, field_names, find_field, get_default_config, get_field, set_field
+from configs.validation import check_fields, check_value
 from datasets.sources import DATASETS
 from runtime.errors import UserError, one_sentence
 from runtime.files import write_json
 
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+HELP, PRINT = ("--help", "-h", "-help", "--helpfull", "--helpshort"), "--print_config"
+
+
+class FieldParser(flags.ArgumentParser):
+    """Reads the value of a field whose type absl's own parsers read too narrowly, or refuse in two sentences.
+
+    Whole numbers are written 2000 or 2e3, tuples '1, 2', (1, 2), [1, 2] or 1; the last of several flags counts.
+    """
+
+    def __init__(self, kind):
+        """kind: bool, int or tuple."""
+        self.kind = kind
+
+    def parse(self, argument):
+        """Return the value; raise ValueError with what is needed."""
+        if isinstance(argument, self.kind):
+            return argument
+        try:
+            if self.kind is bool:
+                return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[argument.lower()]
+            if self.kind is tuple:
+                value = ast.literal_eval(argument.strip() or "()")
+                return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+            return int(argument) if "e" not in argument.lower() or float(argument) % 1 else int(float(argument))
+        except (KeyError, ValueError, SyntaxError, OverflowError):
+            needed = {bool: "true or false", int: "a whole number", tuple: "numbers such as '1, 2, 2'"}[self.kind]
+            raise ValueError(f"this takes {needed}") from None
+
+
+PARSERS = {kind: FieldParser(kind) for kind in (bool, int, tuple)} | {str: flags.ArgumentParser()}
+for kind in (bool, int, tuple):
+    config_flags.register_flag_parser_for_type(kind, PARSERS[kind])
 
 
 def run_script(main, doc, script_flags=None):
     """Parse the command line and call `main(config, args, given)`; exit 2 with one sentence on a `UserError`.
 
-    script_flags: {name: `Field`} of the script's own flags; args holds their values. config: the validated
-    `ml_collections.ConfigDict`. given: frozenset of
-    the config fields ("sampling.sample_N") and flag names that stood on the command line.
+    script_flags: {name: `Field`} of the script's own flags; args has their values as attributes. config: the
+    validated `ml_collections.ConfigDict`. given: frozenset of the config fields ("sampling.sample_N") and flags
+    that stood on the command line. With --help and --print_config, `main` is not called.
     """
-    _run(main, lambda: parse_command_line(sys.argv, doc, script_flags))
+    with one_sentence(pathlib.Path(sys.argv[0]).name):
+        parsed = parse_command_line(sys.argv, doc, script_flags)
+        sys.exit(parsed and main(*parsed))
 
 
 def run_program(main, doc, program_flags):
     """As `run_script`, of a program without a config: call `main(args)`."""
-
-    def parse():
-        if asks_for_help(sys.argv):
-            print("\n".join([doc.strip(), "", "flags:", *flag_lines(program_flags)]))
-            return None
-        args = define_flags(program_flags)
-        _parse_flags(args, sys.argv)
-        return (args,)
-
-    _run(main, parse)
-
-
-def _run(main, parse):
     with one_sentence(pathlib.Path(sys.argv[0]).name):
-        parsed = parse()
-        if parsed is not None:
-            sys.exit(main(*parsed))
+        if any(word in HELP for word in sys.argv[1:]):
+            sys.exit(print(help_text(doc, program_flags, groups=())))
+        sys.exit(main(parse_flags(sys.argv[1:], program_flags)))
 
 
 def parse_command_line(argv, doc="", script_flags=None):
-    """Return (config, args, given) of the words `argv` (the first is the script), or None after `--help`.
+    """Return (config, args, given) of the words `argv` (the first is the script); see `run_script`.
 
-    Raises UserError for an unknown field or flag, a value of the wrong type or outside its choices, a missing
-    config file, and leftover words.
+    Returns None after --help [GROUP] and --print_config, which print. Raises UserError for an unknown field or flag,
+    a value of the wrong type or outside its choices, a missing config file, and leftover words.
     """
-    if asks_for_help(argv):
-        print(help_text(doc, script_flags or {}))
+    words, path = take_config_path(argv[1:])
+    if any(word in HELP for word in words):
+        print(help_text(doc, script_flags or {}, help_groups(words), load_config(path) if path else None))
         return None
-    args = define_flags(script_flags or {})
-    path, overrides, rest = _split_words(argv[1:], args)
-    _parse_flags(args, [argv[0], *rest])
+    for word in words:
+        if re.match("--?(no)?config[.]", word):
+            require_field(word.partition(".")[2].partition("=")[0])
     if path is None:
         raise UserError("no config: name one with --config, for instance "
                         "--config configs/rectified_flow/cifar10_rf_gaussian.py")
     config = load_config(path)
-    for name, text in overrides.items():
-        set_field(config, name, parse_value(name, text))
-    if config.model.name == "DhariwalUNet" and "model.dropout" not in overrides and not path.endswith(".json"):
-        _use_dhariwal_dropout(config)
-    if "data.random_flip" not in overrides and not path.endswith(".json"):
+    args = parse_flags([word for word in words if word != PRINT], script_flags or {}, config)
+    given = set(args["config"].override_values)
+    if (config.model.name == "DhariwalUNet" and "model.dropout" not in given and not path.endswith(".json")
+            and config.model.dropout == find_field("model.dropout").default):
+        config.model.dropout = 0.13  # what it was trained with, unless somebody chose another
+    if "data.random_flip" not in given and not path.endswith(".json"):
         # A mirrored digit is no digit. An unknown data set is refused below.
         known = DATASETS.get(config.data.dataset)
         config.data.random_flip = config.data.random_flip and (known is None or known.mirror)
     check_fields(config)
-    given = set(overrides) | {name for name in args if args[name].present}
-    return config, args, frozenset(given)
+    if PRINT in words:
+        print(json.dumps(config_to_dict(config), indent=2))
+        return None
+    return config, args, frozenset(given | {name for name in script_flags or () if args[name].present})
 
 
-def _use_dhariwal_dropout(config):
-    """Give DhariwalUNet the dropout it was trained with when nobody chose another than the default."""
-    if config.model.dropout == find_field("model.dropout").default:
-        config.model.dropout = 0.13
-
-
-def _split_words(words, args):
-    """Return the config path, {field: text} of its overrides and the words that belong to the script's flags."""
-    path, overrides, rest = None, {}, []
-    words = list(words)
+def take_config_path(words):
+    """Return the words without `--config FILE` (or `--config=FILE`), and FILE, the last of several, or None."""
+    rest, path, words = [], None, list(words)
     while words:
-        word = words.pop(0)
-        name, equals, text = word.removeprefix("-").removeprefix("-").partition("=")
-        if not word.startswith("-") or not (name == "config" or name.startswith("config.")):
-            rest.append(_join_boolean(word, words, args))
-            continue
-        if not equals:
-            text = _next_value(name, words)
-        if name == "config":
-            path = text
+        name, equals, text = words.pop(0).partition("=")
+        if name not in ("--config", "-config"):
+            rest.append(name + equals + text)
+        elif equals or words:
+            path = text if equals else words.pop(0)
         else:
-            field = name.removeprefix("config.")
-            _require_field(field)
-            overrides[field] = text
-    return path, overrides, rest
+            raise UserError("--config needs a file")
+    return rest, path
 
 
-def _next_value(name, words):
-    """Take the value that follows the flag `name`; a boolean field may stand alone and is then true."""
-    if words and not words[0].startswith("--"):
-        return words.pop(0)
-    field = find_field(name.removeprefix("config."))
-    if field is not None and (isinstance(field.default, bool) or "true" in field.choices):
-        return "true"
-    if name != "config":
-        _require_field(name.removeprefix("config."))
-    raise UserError(f"--{name} needs a value")
+def parse_flags(words, fields, config=None):
+    """Return absl's `FlagValues` of the words, with a flag for each {name: `Field`} and the overrides of a config.
 
-
-def _join_boolean(word, words, args):
-    """Let `--use_ema false` mean `--use_ema=false` (absl would read true and leave `false` behind)."""
-    name = word.lstrip("-")
-    if (word.startswith("-") and name in args and args[name].flag_type() == "bool"
-            and words and not words[0].startswith("-")):
-        value = words.pop(0)
-        if value.lower() not in BOOLEANS:
-            raise UserError(f"--{name} is true or false, not {value!r}")
-        return f"--{name}={value}"
-    return word
-
-
-def define_flags(fields):
-    """Return absl's `FlagValues` with a flag for each {name: `Field`}."""
+    The config is changed. Raises UserError for what absl does not accept, and for words that belong to no flag.
+    """
     values = flags.FlagValues()
     for name, field in fields.items():
-        if isinstance(field.default, bool):
-            flags.DEFINE_bool(name, field.default, field.meaning, flag_values=values)
-        elif isinstance(field.default, int):
-            flags.DEFINE_integer(name, field.default, field.meaning, field.low, field.high, flag_values=values)
-        else:
-            flags.DEFINE_string(name, field.default, field.meaning, flag_values=values)
-    return values
-
-
-def _parse_flags(args, words):
+        kind = type(field.default)
+        flags.DEFINE_flag(flags.Flag(PARSERS[kind], flags.ArgumentSerializer(), name, field.default, field.meaning,
+                                     boolean=kind is bool), values)
+    words = join_booleans(words, fields)
     try:
-        leftover = args(words)[1:]
+        if config is not None:
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words, lock_config=False)
+        leftover = values(["", *words])[1:]
     except flags.Error as error:
         raise UserError(str(error)) from None
     if leftover:
         raise UserError(f"what is {leftover[0]!r} on the command line? Flags are written --name value, and a "
                         "value with spaces goes in quotes")
+    for name, field in fields.items():
+        check_value(f"--{name}", field, values[name].value)
+    return values
 
 
-def _require_field(name):
+def join_booleans(words, fields):
+    """Return the words with `--name true` of a boolean as `--name=true`: absl would leave `true` over."""
+    joined = []
+    for word in words:
+        name = joined[-1].lstrip("-") if joined and joined[-1].startswith("-") else ""
+        field = fields.get(name) or find_field(name.removeprefix("config."))
+        if field is not None and isinstance(field.default, bool) and not word.startswith("-"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def require_field(name):
+    """Raise UserError, with the nearest field, unless the config has the dotted field `name`."""
     if find_field(name) is not None:
         return
     members = [other for other in field_names() if other.startswith(name + ".")]
@@ -178,30 +186,11 @@ def nearest_field(name):
     return f"; did you mean config.{found[0]}?" if found else ""
 
 
-def parse_value(name, text):
-    """Return `text` as a value of the type of the field `name`; raise UserError when it is none."""
-    default = find_field(name).default
-    try:
-        if isinstance(default, bool):
-            return BOOLEANS[text.strip().lower()]
-        if isinstance(default, int):
-            number = float(text)
-            return int(text) if number != int(number) or "e" not in text.lower() else int(number)
-        if isinstance(default, float):
-            return float(text)
-        if isinstance(default, tuple):
-            value = ast.literal_eval(text.strip() or "()")
-            return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    except (KeyError, ValueError, SyntaxError, TypeError, OverflowError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number", tuple: "numbers such as '1, 2, 2'"}
-        raise UserError(f"config.{name} is {kind[type(default)]}, not {text!r}") from None
-    return text
-
-
 def load_config(path):
     """Return the config of a Python file with `get_config()`, or of a config.json that a run saved.
 
-    Raises UserError if the file is missing, is no config, or has an unknown field.
+    A Python file may import others beside it. Raises UserError if the file is missing, is no config, or has an
+    unknown field.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -211,6 +200,7 @@ def load_config(path):
             return config_from_dict(json.loads(path.read_text()), path)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"config file {path} is not JSON: {error}") from None
+    sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec = importlib.util.spec_from_file_location("config_file", path)
         module = importlib.util.module_from_spec(spec)
@@ -218,6 +208,8 @@ def load_config(path):
         config = module.get_config()
     except Exception as error:  # whatever a config file does wrong is the user's to mend
         raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.pop(0)
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"config file {path}: get_config() must return an ml_collections.ConfigDict")
     return config_from_dict(config_to_dict(config), path)
@@ -226,52 +218,33 @@ def load_config(path):
 def config_from_dict(values, source="config"):
     """Return a full config from nested dictionaries; absent fields keep their defaults.
 
-    `source` is named in the UserError for an unknown field.
+    Lists stand for tuples (JSON has none), and a number may stand for text (flow_t_schedule 4). `source` is named in
+    the UserError for an unknown field.
     """
     config = get_default_config()
 
-    def fill(values, prefix):
+    def fill(values, prefix, fields):
         if not isinstance(values, dict):
             raise UserError(f"{source}: {prefix.rstrip('.') or 'a config'} must be a group of fields")
         for key, value in values.items():
-            name = prefix + key
-            if name == "augment":  # a group of fields that runs before data.use_aug became two flips have saved
+            if prefix + key == "augment":  # a group that runs before data.use_aug became two flips have saved
                 continue
-            if isinstance(value, dict) and isinstance(_group(name), dict):
-                fill(value, name + ".")
-            elif find_field(name) is None:
-                raise UserError(f"{source}: {name} is not a field{nearest_field(name)}")
+            if isinstance(fields.get(key), dict):
+                fill(value, f"{prefix}{key}.", fields[key])
+            elif key not in fields:
+                raise UserError(f"{source}: {prefix}{key} is not a field{nearest_field(prefix + key)}")
             else:
-                set_field(config, name, _as_field_type(name, value))
+                if isinstance(fields[key].default, str) and type(value) is int:
+                    value = str(value)
+                set_field(config, prefix + key, tuple(value) if isinstance(value, list) else value)
 
-    fill(values, "")
+    fill(values, "", FIELDS)
     return config
-
-
-def _as_field_type(name, value):
-    """Lists stand for tuples (JSON has none), and flow_t_schedule may be an integer in a Python config."""
-    if isinstance(value, list):
-        return tuple(value)
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return str(value) if is_number and isinstance(find_field(name).default, str) else value
-
-
-def _group(name):
-    found = FIELDS
-    for part in name.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
 
 
 def config_to_dict(config):
     """Return the config as nested dictionaries of plain values, lists for tuples: what JSON can hold."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
-
-    return plain(config.to_dict())
+    return json.loads(config.to_json())
 
 
 def save_config(config, path):
@@ -279,30 +252,38 @@ def save_config(config, path):
     write_json(path, config_to_dict(config))
 
 
-def asks_for_help(argv):
-    """Whether the words ask for help."""
-    return any(word in ("--help", "-h", "--helpfull", "--helpshort") for word in argv[1:])
+def differences(config):
+    """Return one line of text, `model.nf 64 (128)`, …: the fields that differ from their defaults, and these."""
+    changed = [(name, get_field(config, name), find_field(name).default) for name in field_names()]
+    return ", ".join(f"{name} {value!r} ({default!r})" for name, value, default in changed if value != default)
 
 
-def flag_lines(script_flags):
-    """Return what `--help` says of {name: `Field`}, a line each."""
-    return [f"  --{name}: {describe_field(field)}" for name, field in script_flags.items()]
+def help_groups(words):
+    """Return the groups of fields that `--help GROUP` names, all without a name; raise UserError for another."""
+    asked = [word for word, before in zip(words[1:], words, strict=False) if before in HELP and word[0] != "-"]
+    groups = ["", *(name for name in FIELDS if isinstance(FIELDS[name], dict))]
+    if asked and asked[0] not in groups:
+        raise UserError(f"--help {asked[0]}: the groups of fields are {', '.join(groups[1:])}")
+    return asked or groups
 
 
-def help_text(doc, script_flags):
-    """Return what `--help` prints: the script's purpose, its own flags and every field of the config."""
-    lines = [doc.strip(), "", "flags:", "  --config FILE: Python config or a run's config.json (needed)"]
-    lines += flag_lines(script_flags)
-    lines += ["", "config fields (--config.NAME value):"]
-    lines += [f"  {name}: {describe_field(find_field(name))}" for name in field_names()]
+def help_text(doc, script_flags, groups, config=None):
+    """Return what `--help` prints: the script's purpose, its flags, and the fields of `groups` with their values."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+
+    def entry(name, field, value):
+        return textwrap.fill(f"{name}: {field.describe(value)}", width, initial_indent="  ", subsequent_indent="      ",
+                             break_long_words=False, break_on_hyphens=False)
+
+    lines = [doc.strip(), "", "flags:"]
+    if groups:
+        lines += ["  --config FILE: Python config, or a run's config.json (needed)",
+                  f"  {PRINT}: print the config that this command line makes, and stop",
+                  "  --help GROUP: only the fields of one group"]
+    lines += [entry(f"--{name}", field, field.default) for name, field in script_flags.items()]
+    config = config or get_default_config()
+    for group in groups:
+        names = [name for name in field_names() if name.rpartition(".")[0] == group]
+        lines += ["", f"config fields{group and ' of '}{group} (--config.NAME value):"]
+        lines += [entry(name, find_field(name), get_field(config, name)) for name in names]
     return "\n".join(lines)
-
-
-def describe_field(field: Field):
-    """Return one line for people: meaning, choices, range and default of a field."""
-    text = field.meaning + (f"; one of {' | '.join(map(str, field.choices))}" if field.choices else "")
-    if field.low is not None and field.high is not None:
-        text += f"; from {field.low:g} to {field.high:g}"
-    elif field.low is not None:
-        text += f"; at least {field.low:g}"
-    return f"{text} (default: {field.default!r})"

@@ -22,6 +22,16 @@ class Field:
     low: float | None = None  # smallest and largest number
     high: float | None = None
 
+    def describe(self, value):
+        """Return one line for people: meaning, choices and range, the default, and `value` where it is another."""
+        text = self.meaning + (f"; one of {' | '.join(map(str, self.choices))}" if self.choices else "")
+        if self.low is not None and self.high is not None:
+            text += f"; from {self.low:g} to {self.high:g}"
+        elif self.low is not None:
+            text += f"; at least {self.low:g}"
+        now = f"{value!r}; " if value != self.default else ""
+        return f"{text} ({now}default: {self.default!r})"
+
 
 # In a choice, <number> stands for a decimal number and <int> for a positive whole one.
 FIELDS = {
@@ -127,7 +137,7 @@ FIELDS = {
         "image_size": Field(32, "height and width of the images", low=1),
         "num_channels": Field(3, "colour channels", low=1),
         "num_classes": Field(0, "classes of a class-conditional model (0: unconditional)", low=0),
-        "centered": Field(True, "images in [-1, 1] (the only form there is)"),
+        "centered": Field(True, "images in [-1, 1] (the only form there is)", choices=(True,)),
         "random_flip": Field(True, "flip images left-right with probability 1/2 (unless given, not digits and MNIST)"),
         "use_aug": Field(False, "flip images, or z0 and z1 of pairs together, left-right with probability 1/2 and "
                          "upside down with probability 0.06"),

@@ -4,11 +4,15 @@ import difflib
 import math
 import re
 
+import torch
+
 from configs.default import field_names, find_field, get_field
 from datasets.sources import DATASETS
 from runtime.errors import UserError
 
 NUMBER, WHOLE = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", r"[1-9]\d*"
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a tuple of numbers", str: "text"}
+LONGEST_NAME = 255  # bytes, of the usual file systems
 
 
 def check_fields(config):
@@ -18,86 +22,52 @@ def check_fields(config):
 
 
 def check_field(name, value):
-    """Raise UserError if `value` has not the type of the field `name` or is outside its choices or range."""
-    field = find_field(name)
+    """Raise UserError unless `value` is one that the field with the dotted `name` takes."""
+    check_value(f"config.{name}", find_field(name), value)
+
+
+def check_value(name, field, value):
+    """Raise UserError, in which `name` stands, unless `value` has the `Field`'s type and is in its choices or range."""
     kind = type(field.default)
-    right = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
-    if not right or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"config.{name} must be {_kind_name(kind)}, not {value!r}")
-    if kind is tuple and not (value or name == "model.attn_resolutions"):
-        raise UserError(f"config.{name} must hold at least one number")
-    if kind is tuple and not all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in value):
-        raise UserError(f"config.{name} must hold positive numbers, not {value!r}")
-    if kind is tuple and name != "model.fir_kernel" and not all(isinstance(v, int) for v in value):
-        raise UserError(f"config.{name} must hold whole numbers, not {value!r}")
+    right = is_number(value) if kind is float else isinstance(value, kind) and (kind is not int or is_number(value))
+    if not right or kind is tuple and not all(map(is_number, value)):
+        raise UserError(f"{name} must be {KINDS[kind]}, not {value!r}")
     if kind in (int, float):
-        _check_range(name, field, value)
-    if field.choices and not _matches(field, value):
-        _raise_choices(name, field, value)
-
-
-def _kind_name(kind):
-    return {bool: "true or false", int: "a whole number", float: "a number", tuple: "a tuple of numbers",
-            str: "text"}[kind]
-
-
-def _check_range(name, field, value):
-    if not math.isfinite(value):
-        raise UserError(f"config.{name} must be finite, not {value!r}")
-    if field.low is not None and value < field.low:
-        raise UserError(f"config.{name} must be at least {field.low:g}, not {value!r}")
-    if field.high is not None and value > field.high:
-        raise UserError(f"config.{name} must be at most {field.high:g}, not {value!r}")
-
-
-def _matches(field, value):
-    patterns = [re.escape(str(c)).replace("<number>", NUMBER).replace("<int>", WHOLE) for c in field.choices]
-    return any(re.fullmatch(pattern, str(value)) for pattern in patterns)
-
-
-def _raise_choices(name, field, value):
+        if not math.isfinite(value):
+            raise UserError(f"{name} must be finite, not {value!r}")
+        if field.low is not None and value < field.low:
+            raise UserError(f"{name} must be at least {field.low:g}, not {value!r}")
+        if field.high is not None and value > field.high:
+            raise UserError(f"{name} must be at most {field.high:g}, not {value!r}")
     choices = [str(c) for c in field.choices]
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"config.{name} must be one of {', '.join(choices)}, not {value!r}{hint}")
+    patterns = [re.escape(c).replace("<number>", NUMBER).replace("<int>", WHOLE) for c in choices]
+    if choices and not any(re.fullmatch(pattern, str(value)) for pattern in patterns):
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}"
+                        + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def check_network(config):
-    """Raise UserError if network and images contradict each other.
+def is_number(value):
+    """Whether a value is an int or a float; True and False are neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    Refused: sizes that the levels do not divide, an attention resolution that no level has, channels that the
-    data set does not have, an uncentred range.
-    """
-    size, levels = config.data.image_size, len(config.model.ch_mult)
-    if size % 2 ** (levels - 1):
-        raise UserError(f"config.data.image_size {size} cannot be halved {levels - 1} times, as the {levels} levels "
-                        "of config.model.ch_mult ask")
-    sizes = [size >> level for level in range(levels)]
-    absent = [r for r in config.model.attn_resolutions if r not in sizes]
-    if absent:
-        raise UserError(f"config.model.attn_resolutions has {absent[0]}, but the levels of config.model.ch_mult at "
-                        f"config.data.image_size {size} have sizes {', '.join(map(str, sizes))}")
+
+def check_training(config):
+    """Raise UserError for what cannot be trained: a bad name, fields that make no network or contradict each other."""
+    from flows.objective import check_config
+    from models import create_model
+
+    if not config.expr.strip():
+        raise UserError("config.expr is empty: name the run, for instance --config.expr 1_rectified_flow")
+    parts = config.expr.split("/")
+    if config.expr.startswith("/") or ".." in parts:
+        raise UserError(f"config.expr {config.expr!r} must be a name inside config.work_dir, not a path that leaves it")
+    if max(len(part.encode()) for part in parts) > LONGEST_NAME:
+        raise UserError(f"config.expr is too long for the name of a folder: at most {LONGEST_NAME} bytes")
     channels = DATASETS[config.data.dataset].channels
     if channels is not None and config.data.num_channels != channels:
         raise UserError(f"config.data.num_channels is {config.data.num_channels}, but {config.data.dataset} has "
                         f"{channels}")
-    if config.data.dataset == "custom" and config.data.num_channels not in (1, 3):
-        raise UserError(f"config.data.num_channels must be 1 or 3 for custom images, not {config.data.num_channels}")
-    if not config.data.centered:
-        raise UserError("config.data.centered must be true: images live in [-1, 1]")
-
-
-def check_training(config):
-    """Raise UserError for what cannot be trained: no name, a contradictory objective, network or batch."""
-    from flows.objective import check_config
-
-    if not config.expr.strip():
-        raise UserError("config.expr is empty: name the run, for instance --config.expr 1_rectified_flow")
-    if config.expr.startswith("/") or ".." in config.expr.split("/"):
-        raise UserError(f"config.expr {config.expr!r} must be a name inside config.work_dir, not a path that leaves it")
-    check_network(config)
+    with torch.device("meta"):
+        create_model(config)
     check_config(config)
-    steps, batch = config.training.accumulation_steps, config.training.batch_size
-    if batch % steps:
-        raise UserError(f"config.training.batch_size {batch} is not a multiple of "
-                        f"config.training.accumulation_steps {steps}")

@@ -2,6 +2,7 @@
 one from another, with the network of the row.
 """
 
+import importlib
 import pathlib
 import re
 import shlex
@@ -9,9 +10,7 @@ import shlex
 import pytest
 import torch
 
-from configs.command_line import load_config, parse_value
-from configs.default import find_field, set_field
-from configs.validation import check_fields, check_network
+from configs.command_line import parse_command_line
 from models import create_model
 from models.describe import measure
 
@@ -53,18 +52,11 @@ def commands(row):
 
 def parse(words):
     """Return (script, config, other flags) of a command; fails on what does not exist."""
-    script = next(word for word in words if word.endswith(".py"))
-    assert (ROOT / script).is_file()
-    pairs = list(zip(words, words[1:], strict=False))
-    config = load_config(ROOT / next(value for word, value in pairs if word == "--config"))
-    for word, value in pairs:
-        if word.startswith("--config."):
-            name, _, text = word.removeprefix("--config.").partition("=")
-            assert find_field(name) is not None, name
-            set_field(config, name, parse_value(name, text or value))
-    check_fields(config)
-    check_network(config)
-    return script, config, dict(pair for pair in pairs if pair[0].startswith("--") and "config" not in pair[0])
+    place, script = next((place, word) for place, word in enumerate(words) if word.endswith(".py"))
+    flags = getattr(importlib.import_module(script.removesuffix(".py")), "FLAGS", {})
+    words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
+    config, args, _ = parse_command_line(words[place:], script_flags=flags)
+    return script, config, {f"--{name}": str(args[name].value) for name in flags if args[name].present}
 
 
 def size_of(config):
