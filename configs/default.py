@@ -10,6 +10,7 @@ from flows.couplings import COUPLINGS
 from flows.losses import DISTANCES, WEIGHTS
 from flows.samplers import SAMPLERS
 from flows.schedules import ANNEALING_SCHEDULES, PATH_PLACES, TIME_SCHEDULES
+from models.create import NETWORKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ FIELDS = {
         "real_pairs_root": Field("", "folder of pairs that start at real images, for flow.real_data_share"),
     },
     "model": {
-        "name": Field("ncsnpp", "network", choices=("ncsnpp", "DhariwalUNet")),
+        "name": Field("ncsnpp", "network", choices=NETWORKS),
         "nf": Field(128, "channels of the first level", low=1),
         "ch_mult": Field((1, 2, 2, 2), "channels of each level, in multiples of nf"),
         "num_res_blocks": Field(4, "residual blocks per level", low=1),

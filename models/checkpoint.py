@@ -12,7 +12,6 @@ import urllib.parse
 
 import torch
 
-from configs.provenance import take_run_fields
 from models import edm, edm_pickle, released
 from models.create import create_from_fields, create_model, tuple_of
 from models.safe_load import read_file
@@ -304,6 +303,8 @@ def config_of_run(config, checkpoint, given):
     checkpoint the architecture alone. given: the dotted fields on the command line. One that contradicts the
     architecture raises UserError with the difference; one that contradicts the rest wins, which a remark says.
     """
+    from configs.provenance import take_run_fields  # here, since the table of fields takes the networks from models
+
     config = apply_architecture(config, checkpoint, given)
     return config, take_run_fields(config, checkpoint.get("config", {}), given, checkpoint["path"])
 

@@ -7,10 +7,19 @@ from models.edm import PRECONDITIONING, Preconditioned
 from models.ncsnpp import ACTIVATIONS, NCSNpp
 from runtime.errors import UserError
 
+# Every network, by its model.name. A network is an `nn.Module` class such that
+# - each argument of `__init__` is a config field: data.image_size, data.num_channels and data.num_classes, any other
+#   name model.NAME; its default is that of the field. One without `num_classes` is unconditional;
+# - `net(x, t999, label=None)` returns the velocity (N, C, H, W) at x (N, C, H, W) and 999·t (N,); label is one-hot
+#   (N, num_classes), or None without classes;
+# - `idle_parameters()` returns the parameters that no output depends on, mostly an empty list.
+# `create_from_fields` gives each network `config_fields`, {dotted field: value} of all that makes its architecture.
 NETWORKS = {"ncsnpp": NCSNpp, "DhariwalUNet": DhariwalUNet}
 DATA_FIELDS = ("image_size", "num_channels", "num_classes")
 # Arguments of a network that are no part of its architecture: a checkpoint of one may be used with another.
 FREE_ARGUMENTS = ("dropout", "label_dropout", "init_scale")
+# Sizes that every config file sets: a network without such an argument does without them.
+SIZES = ("model.nf", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions", "model.dropout")
 NCSNPP_CHOICES = {
     "embedding_type": ("positional", "fourier"),
     "resblock_type": ("biggan", "ddpm"),
@@ -35,7 +44,7 @@ def create_model(config):
 def create_from_fields(fields):
     """Return the network of dotted config fields; those that are missing take the CIFAR-10 config's values.
 
-    Fields that belong to the other network must have their default value.
+    Options of other networks must have their default value. Raises UserError for fields that do not go together.
     """
     name = fields.get("model.name", "ncsnpp")
     if name not in NETWORKS:
@@ -45,8 +54,9 @@ def create_from_fields(fields):
         raise UserError(f"model.preconditioning is {preconditioning!r}; it must be one of {', '.join(PRECONDITIONING)}")
     refuse_foreign_fields(name, fields)
     arguments = {argument: tuple_of(fields.get(field, default)) for argument, field, default in argument_fields(name)}
-    check_levels(arguments)
-    if arguments["label_dropout"] > 0 and not arguments["num_classes"]:
+    if "ch_mult" in arguments:
+        check_levels(arguments)
+    if arguments.get("label_dropout", 0) > 0 and not arguments["num_classes"]:
         raise UserError("model.label_dropout hides class labels, but data.num_classes is 0; set one of them")
     if preconditioning != "none" and arguments.get("scale_by_sigma"):
         raise UserError(f"model.preconditioning is {preconditioning}, which scales the output itself; set "
@@ -57,7 +67,7 @@ def create_from_fields(fields):
     net = NETWORKS[name](**arguments)
     if preconditioning != "none":
         net = Preconditioned(net, preconditioning)
-    net.config_fields = {"model.name": name, "model.preconditioning": preconditioning} | {
+    net.config_fields = {"model.name": name, "model.preconditioning": preconditioning, "data.num_classes": 0} | {
         field: list(arguments[argument]) if isinstance(arguments[argument], tuple) else arguments[argument]
         for argument, field, _ in argument_fields(name)
         if argument not in FREE_ARGUMENTS
@@ -72,8 +82,8 @@ def argument_fields(name):
 
 
 def refuse_foreign_fields(name, fields):
-    """Raise UserError if a field that only the other network has differs from its default."""
-    own = {field for _, field, _ in argument_fields(name)}
+    """Raise UserError if an option that only other networks have differs from its default."""
+    own = {field for _, field, _ in argument_fields(name)} | set(SIZES)
     foreign = {field: default for other in NETWORKS for _, field, default in argument_fields(other) if field not in own}
     for field, default in foreign.items():
         value = fields.get(field, default)

@@ -25,6 +25,7 @@ from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
 from runtime.errors import UserError
+from runtime.files import file_digest
 from runtime.seeds import index_labels, index_noise
 from tests.processes import Script, run_ranks
 
@@ -334,7 +335,7 @@ def test_no_more_pairs_are_solved_than_are_asked_for(tmp_path, monkeypatch):
     assert solved == [3]
 
 
-def test_a_checkpoint_replaced_while_it_is_read_is_not_recorded_as_what_made_the_pairs(tmp_path, network, monkeypatch):
+def test_a_checkpoint_replaced_after_it_was_read_is_not_recorded_as_what_made_the_pairs(tmp_path, network, monkeypatch):
     path, load = tmp_path / "checkpoint_1.pth", generate_data.load_with_config
     shutil.copy(network, path)
 
@@ -344,17 +345,18 @@ def test_a_checkpoint_replaced_while_it_is_read_is_not_recorded_as_what_made_the
         return loaded
 
     monkeypatch.setattr(generate_data, "load_with_config", load_and_replace)
-    sentence = refused(tmp_path / "pairs", {"ckpt_path": path}, sampling__direction="from_z0")
-    assert "checkpoint_1.pth was replaced while it was read" in sentence and not (tmp_path / "pairs").exists()
+    folder = make(tmp_path / "pairs", {"ckpt_path": path}, sampling__direction="from_z0")
+    record = json.loads((folder / "pairs.json").read_text())
+    assert record["checkpoint_digest"] == file_digest(network) != file_digest(path)
 
 
 def test_the_licence_of_a_teacher_is_said_once(tmp_path, network, monkeypatch):
     load = generate_data.load_with_config
 
     def with_licence(*arguments, **named):
-        config, net = load(*arguments, **named)
+        config, net, digest = load(*arguments, **named)
         net.licence_note = "licence: CC BY-NC-SA 4.0"
-        return config, net
+        return config, net, digest
 
     monkeypatch.setattr(generate_data, "load_with_config", with_licence)
     make_by_network(tmp_path, network)
