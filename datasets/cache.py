@@ -81,11 +81,9 @@ def _write_entry(source, spec, entry, progress):
         bar = progress_bar(total=expected, desc=f"decoding {source.name}", unit="images", enabled=progress)
         about = {"source": source.title, "class_names": class_names, **_decode(source, chunks, shape, partial, bar)}
         (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-        for path in [*partial.iterdir(), partial]:
-            _flush(path)
+        os.sync()  # what has its name is on disk
         shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         partial.rename(entry)
-        _flush(entry.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = _megabytes((entry / "images.npy").stat().st_size)
@@ -111,7 +109,7 @@ def _decode(source, chunks, shape, folder, bar):
                 labels.append(chunk.labels)
             count += len(chunk.images)
             skipped += chunk.skipped
-            notes += chunk.notes
+            notes.update(chunk.notes)
             bar.update(len(chunk.images) + len(chunk.skipped))
         written.seek(0)
         _write_header(written, (count, *shape))
@@ -136,15 +134,6 @@ def _explain_failures(cache_dir):
     except OSError as error:
         raise UserError(f"data.cache_dir {cache_dir} cannot be written ({error.strerror or error}): make room or give "
                         "write permission, or choose another folder with --config.data.cache_dir") from None
-
-
-def _flush(path):
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _megabytes(size):

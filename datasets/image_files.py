@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import pathlib
 import stat
@@ -20,6 +21,7 @@ from runtime.errors import UserError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LABEL_FILE = "dataset.json"
+LARGEST_CLASS = 99_999  # a class number beyond it is a mistake
 LARGEST_FILE = 2**28  # bytes of one image file, also when unpacked from an archive
 LARGE_IMAGE = 2**24  # pixels; of larger images one is decoded at a time, or sixteen threads would fill the memory
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
@@ -103,6 +105,54 @@ def find_tree(root):
     if len(archives) > 1:
         raise UserError(f"{root} holds {len(archives)} zip archives ({', '.join(p.name for p in archives)}): name one")
     return archives[0]
+
+
+def find_labels(tree):
+    """Return the class numbers (list of int) and class names of a `FileTree`'s images, (None, None) without classes.
+
+    Both are looked for below the innermost folder that holds all images, dataset.json also above it.
+    """
+    folders = [name.split("/")[:-1] for name in tree.names]
+    common = os.path.commonprefix(folders)
+    for depth in range(len(common) + 1):
+        above = "".join(f"{folder}/" for folder in common[:depth])
+        if above + LABEL_FILE in tree.label_files:
+            return _labels_from_json(tree, above)
+    if common in folders:  # images lie in it directly: it is the one class, unless it is the root
+        return ([0] * len(folders), (common[-1],)) if common else (None, None)
+    found = [folder[len(common)] for folder in folders]
+    class_names = tuple(sorted(set(found)))
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return [numbers[name] for name in found], class_names
+
+
+def _labels_from_json(tree, above):
+    """Return what `find_labels` does, from dataset.json in the folder `above` ("" or "x/"), which names lie below.
+
+    Its form is `{"labels": [["00000/img00000000.png", 6], …]}`, or `"labels": null` for none. Raises `UserError` for
+    another form, and for an image with no label or two.
+    """
+    place, labels = f"{tree.root}: {above}{LABEL_FILE}", {}
+    try:
+        for name, label in json.loads(tree.read(above + LABEL_FILE))["labels"] or ():
+            if labels.setdefault(name, label) != label:
+                raise UserError(f"{place} gives {name} the labels {labels[name]} and {label}: remove one")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'{place} is not of the form {{"labels": [["name", class], …]}} ({error})') from None
+    if not labels:
+        return None, None
+    names = [name.removeprefix(above) for name in tree.names]
+    for name in names:
+        label = labels.get(name)
+        if name not in labels:
+            raise UserError(f"{place} has no label for {name}: add it, or remove {LABEL_FILE} to go without labels")
+        if type(label) is not int or not 0 <= label <= LARGEST_CLASS:
+            raise UserError(f"{place} gives {name} the label {label!r}: a label is a class number from 0 to "
+                            f"{LARGEST_CLASS}")
+    found = [labels[name] for name in names]
+    return found, tuple(map(str, range(max(found) + 1)))
 
 
 def identify(names, root="."):

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import gzip
-import json
 import os
 import pathlib
 import pickle
@@ -31,6 +30,7 @@ from datasets.image_files import (
     FileTree,
     ImageSpec,
     decode_image,
+    find_labels,
     find_tree,
     fit_images,
     identify,
@@ -42,7 +42,6 @@ from runtime.files import file_lock
 
 FILES_AT_ONCE = 16  # image files decoded by one thread at a time
 ROWS_AT_ONCE = 10_000  # images of an array resized and written at a time
-LARGEST_CLASS = 99_999  # a class number beyond it is a mistake
 SPLITS = {"train", "val", "valid", "validation", "test"}
 RELEASED_NAMES = {"plane": "airplane", "car": "automobile"}  # of CIFAR-10's classes, in the released code
 SUBSET_SEED = 0  # random_N are the same images under every seed
@@ -50,7 +49,7 @@ SUBSET_SEED = 0  # random_N are the same images under every seed
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Decoded images.
+    """Decoded images: a data set, or a part of one on its way into the cache.
 
     images: uint8 `(N, C, H, W)`, memory-mapped where they come from the cache. labels: int64 `(N,)` or None.
     class_names: names of classes 0, 1, …, or None. source: where they come from, for messages and reports.
@@ -58,9 +57,9 @@ class ImageSet:
     """
 
     images: np.ndarray
-    labels: np.ndarray | None
-    class_names: tuple | None
-    source: str
+    labels: np.ndarray | None = None
+    class_names: tuple | None = None
+    source: str = ""
     notes: dict = dataclasses.field(default_factory=dict)
     cache: str | None = None
     skipped: tuple = ()
@@ -70,25 +69,11 @@ class ImageSet:
         return len(self.images)
 
 
-@dataclasses.dataclass
-class ImageChunk:
-    """Some decoded images in their final form, in the order of the source.
-
-    images: uint8 `(n, C, H, W)`. labels: int64 `(n,)` or None. skipped: what was left out, a text each.
-    notes: how many images were converted how.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray | None
-    skipped: list = dataclasses.field(default_factory=list)
-    notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-
-
 class Source(NamedTuple):
     """Images on disk that can be decoded into the cache.
 
     name: short, for folder names. title: for messages, with the path. identity: digest of the files' paths, sizes and
-    times (`identify`). open: returns an iterator over `ImageChunk`s, how many images there are at most (None if only
+    times (`identify`). open: returns an iterator over `ImageSet`s, how many images there are at most (None if only
     reading tells) and the class names or None; called only when the images are not cached.
     """
 
@@ -134,7 +119,7 @@ def load_images(config):
     return subset(image_set, *_chosen_subset(config))
 
 
-def array_set(images, labels, spec, source, class_names=None):
+def array_set(images, labels, spec, source="", class_names=None):
     """Return an `ImageSet` of uint8 images `(N, C, H, W)`, brought to `spec`, with int64 labels `(N,)` or None."""
     images, notes = fit_images(images, spec)
     return ImageSet(images, labels, class_names, source, dict(notes))
@@ -233,7 +218,7 @@ def open_files(name, with_labels, root, spec):
 
 
 def _decode_tree(tree, labels, spec):
-    """Yield the `ImageChunk`s of a `FileTree`; labels of all its files, or None.
+    """Yield the `ImageSet`s of a `FileTree`; labels of all its files, or None.
 
     One thread per core, since Pillow decodes and resamples outside the interpreter lock. A group of chunks at a time,
     since a data set's images would not fit in memory.
@@ -247,7 +232,7 @@ def _decode_tree(tree, labels, spec):
 
 
 def _decode_files(tree, labels, spec, part):
-    """Return the files `part` (a slice) of a `FileTree` as an `ImageChunk`."""
+    """Return the files `part` (a slice) of a `FileTree` as an `ImageSet`."""
     images, kept, skipped, notes = [], [], [], collections.Counter()
     for place, name in enumerate(tree.names[part]):
         try:
@@ -262,55 +247,8 @@ def _decode_files(tree, labels, spec, part):
         kept.append(place)
         notes.update(conversions)
     stacked = np.stack(images) if images else np.empty((0, spec.channels, spec.size, spec.size), np.uint8)
-    return ImageChunk(stacked, None if labels is None else np.array(labels[part], np.int64)[kept], skipped, notes)
-
-
-def find_labels(tree):
-    """Return the class numbers (list of int) and class names of a `FileTree`'s images, (None, None) without classes.
-
-    Both are looked for below the innermost folder that holds all images, dataset.json also above it.
-    """
-    folders = [name.split("/")[:-1] for name in tree.names]
-    common = os.path.commonprefix(folders)
-    for depth in range(len(common) + 1):
-        above = "".join(f"{folder}/" for folder in common[:depth])
-        if above + LABEL_FILE in tree.label_files:
-            return _labels_from_json(tree, above)
-    if common in folders:  # images lie in it directly: it is the one class, unless it is the root
-        return ([0] * len(folders), (common[-1],)) if common else (None, None)
-    found = [folder[len(common)] for folder in folders]
-    class_names = tuple(sorted(set(found)))
-    numbers = {name: number for number, name in enumerate(class_names)}
-    return [numbers[name] for name in found], class_names
-
-
-def _labels_from_json(tree, above):
-    """Return what `find_labels` does, from dataset.json in the folder `above` ("" or "x/"), which names lie below.
-
-    Its form is `{"labels": [["00000/img00000000.png", 6], …]}`, or `"labels": null` for none. Raises `UserError` for
-    another form, and for an image with no label or two.
-    """
-    place, labels = f"{tree.root}: {above}{LABEL_FILE}", {}
-    try:
-        for name, label in json.loads(tree.read(above + LABEL_FILE))["labels"] or ():
-            if labels.setdefault(name, label) != label:
-                raise UserError(f"{place} gives {name} the labels {labels[name]} and {label}: remove one")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f'{place} is not of the form {{"labels": [["name", class], …]}} ({error})') from None
-    if not labels:
-        return None, None
-    names = [name.removeprefix(above) for name in tree.names]
-    for name in names:
-        label = labels.get(name)
-        if name not in labels:
-            raise UserError(f"{place} has no label for {name}: add it, or remove {LABEL_FILE} to go without labels")
-        if type(label) is not int or not 0 <= label <= LARGEST_CLASS:
-            raise UserError(f"{place} gives {name} the label {label!r}: a label is a class number from 0 to "
-                            f"{LARGEST_CLASS}")
-    found = [labels[name] for name in names]
-    return found, tuple(map(str, range(max(found) + 1)))
+    numbers = None if labels is None else np.array(labels[part], np.int64)[kept]
+    return ImageSet(stacked, numbers, notes=notes, skipped=tuple(skipped))
 
 
 # Arrays in files
@@ -328,15 +266,14 @@ def check_labels(labels, place, lowest, highest):
 
 
 def _array_chunks(images, labels, spec):
-    """Yield native uint8 images `(N, C, H, W)` with their labels as `ImageChunk`s."""
+    """Yield native uint8 images `(N, C, H, W)` with their labels as `ImageSet`s."""
     for start in range(0, len(images), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        fitted, notes = fit_images(images[part], spec)
-        yield ImageChunk(fitted, labels[part], notes=notes)
+        yield array_set(images[part], labels[part], spec)
 
 
 def _batch_chunks(batches, size, first_label, classes, spec):
-    """Yield the `ImageChunk`s of batches (path, dict of data and labels), as CIFAR-10 and ImageNet64 are distributed.
+    """Yield the `ImageSet`s of batches (path, dict of data and labels), as CIFAR-10 and ImageNet64 are distributed.
 
     data: uint8 `(n, 3·size·size)`. labels: n class numbers from `first_label` on. Raises UserError for others.
     """

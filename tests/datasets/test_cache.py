@@ -1,6 +1,5 @@
 """Decoded data sets on disk: made once, trusted only when whole."""
 
-import collections
 import json
 import os
 import pathlib
@@ -15,7 +14,7 @@ import pytest
 from datasets import cache
 from datasets.cache import entry_folder
 from datasets.image_files import ImageSpec
-from datasets.sources import ImageChunk, Source
+from datasets.sources import ImageSet, Source
 from runtime.errors import UserError
 from tests.datasets.image_files import random_images
 from tests.processes import SERVER
@@ -27,7 +26,7 @@ SPEC = ImageSpec(8, 3)
 def chunks_of_two():
     for start in range(0, 10, 2):
         part = slice(start, start + 2)
-        yield ImageChunk(IMAGES[part], LABELS[part], [f"bad{start}"], collections.Counter({"turned": 1}))
+        yield ImageSet(IMAGES[part], LABELS[part], notes={"turned": 1}, skipped=(f"bad{start}",))
 
 
 def make_source(chunks=chunks_of_two, identity="one", count=15):
@@ -196,7 +195,7 @@ def test_a_cache_that_is_read_only_serves_what_it_has(tmp_path, monkeypatch):
 
 def test_a_source_of_unknown_count_without_labels_is_cached(tmp_path):
     def chunks():
-        yield ImageChunk(IMAGES[:7], None)
+        yield ImageSet(IMAGES[:7])
 
     images, labels, _ = open_cached(make_source(chunks, count=None), tmp_path)
     assert images.shape == (7, 3, 8, 8) and labels is None

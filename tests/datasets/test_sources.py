@@ -5,7 +5,7 @@ import pytest
 
 from configs.command_line import help_text, parse_command_line
 from datasets import DATASETS, DataSet, ImageSet, array_set, create_batches, load_images, sources, subset
-from datasets.image_files import FileTree
+from datasets.image_files import FileTree, find_labels
 from runtime.errors import UserError
 from tests.conftest import ROOT
 from tests.datasets.image_files import (
@@ -73,7 +73,7 @@ def test_own_images_take_their_classes_from_dataset_json_beside_them(tmp_path, p
 ])
 def test_classes_are_the_sub_folders_of_the_folder_that_holds_all_images(tmp_path, names, labels, class_names):
     write_folder(tmp_path, dict.fromkeys(names, b"-"))
-    assert sources.find_labels(FileTree(tmp_path)) == (labels, class_names)
+    assert find_labels(FileTree(tmp_path)) == (labels, class_names)
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -87,12 +87,12 @@ def test_classes_are_the_sub_folders_of_the_folder_that_holds_all_images(tmp_pat
 def test_a_wrong_dataset_json_is_one_sentence(tmp_path, content, message):
     write_folder(tmp_path, {"a.png": b"-", "dataset.json": content})
     with pytest.raises(UserError, match=message):
-        sources.find_labels(FileTree(tmp_path))
+        find_labels(FileTree(tmp_path))
 
 
 def test_dataset_json_without_labels_gives_none(tmp_path):
     write_folder(tmp_path, {"x/a.png": b"-", "dataset.json": label_file(None)})
-    assert sources.find_labels(FileTree(tmp_path)) == (None, None)
+    assert find_labels(FileTree(tmp_path)) == (None, None)
 
 
 def test_a_wide_image_is_cropped_and_counted(tmp_path, capsys):

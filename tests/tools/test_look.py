@@ -1,7 +1,6 @@
 """python -m tools.look: what a data set is, and a picture of what the loader yields."""
 
-import subprocess
-import sys
+import types
 
 import numpy as np
 import torch
@@ -9,23 +8,24 @@ from PIL import Image
 
 from configs.rectified_flow.digits_rf_gaussian import get_config
 from datasets import ImageSet, create_batches
-from tools.look import class_lines, count_values, describe_images, describe_pairs, first_images, moments
+from tests.processes import run_script
+from tools.look import class_lines, describe_images, first_images, main, moments
 
 
-def test_one_command_describes_the_digits_and_writes_a_picture(repository, tmp_path):
+def test_one_command_describes_the_digits_and_writes_a_picture(tmp_path):
     words = ["--config", "configs/rectified_flow/digits_rf_gaussian.py", "--config.data.use_aug", "true",
              "--out", str(tmp_path / "look.png"), "--images", "6", "--columns", "3"]
-    done = subprocess.run([sys.executable, "-m", "tools.look", *words], cwd=repository, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "images: 1797 of shape 1×8×8" in done.stdout and "  3 3: 183" in done.stdout
-    assert "mean per channel: 0.3053 " in done.stdout and "deviation per channel: 0.3759" in done.stdout
+    status, log = run_script(tmp_path, "tools.look", *words)
+    assert status == 0, log
+    assert "images: 1797 of shape 1×8×8" in log and "  3 3: 183" in log
+    assert "mean per channel: 0.3053 " in log and "standard deviation: 0.3759" in log
     with Image.open(tmp_path / "look.png") as picture:
         assert picture.width > picture.height > 2 * 8
 
 
 def test_moments_are_those_of_the_pixels():
     images = np.random.default_rng(0).integers(0, 200, (7, 3, 4, 4), dtype=np.uint8)
-    mean, deviation = moments(count_values(images, "false"))
+    mean, deviation = moments(images)
     np.testing.assert_allclose(mean, (images / 255).mean((0, 2, 3)))
     np.testing.assert_allclose(deviation, (images / 255).std((0, 2, 3)))
 
@@ -41,7 +41,7 @@ def test_a_class_without_images_and_many_classes_are_shown():
 def test_cache_conversions_and_skipped_images_are_told():
     pixels = np.zeros((2, 1, 4, 4), np.uint8)
     images = ImageSet(pixels, None, None, "two images", {"turned": 2}, "data/cache/two", ("bad",))
-    text = "\n".join(describe_images(images, "false"))
+    text = "\n".join(describe_images(images))
     assert "cached: data/cache/two" in text and "2 images: turned" in text
     assert "skipped: 1 corrupt images, the first bad" in text and "classes: none" in text
 
@@ -54,14 +54,12 @@ def test_the_picture_shows_what_training_sees():
     assert torch.equal(shown, torch.cat([source.batch(0, 0, 64).z1, source.batch(1, 0, 64).z1])[:100])
 
 
-def test_pairs_are_described(tmp_path):
-    values = np.random.default_rng(0).standard_normal((400, 1, 8, 8)).astype(np.float32)
+def test_pairs_are_counted_and_shown(tmp_path, monkeypatch, capsys):
+    values = np.random.default_rng(0).standard_normal((70, 1, 8, 8)).astype(np.float32)
     (tmp_path / "0").mkdir()
     np.save(tmp_path / "0" / "z0.npy", values)
     np.save(tmp_path / "0" / "z1.npy", values / 4)
     config = get_config()
     config.data.reflow_data_root = str(tmp_path)
-    text = "\n".join(describe_pairs(create_batches(config, "cpu").pairs))
-    assert "pairs: 400 of shape 1×8×8" in text and "classes: none" in text
-    assert f"z0: mean per channel {values.mean():.4f}, deviation {values.std():.4f}" in text
-    assert f"z1: mean per channel {values.mean() / 4:.4f}, deviation {values.std() / 4:.4f}" in text
+    main(config, types.SimpleNamespace(out=str(tmp_path / "look.png"), images=4, columns=2), frozenset())
+    assert "pairs: 70 of shape 1×8×8" in capsys.readouterr().out and (tmp_path / "look.png").exists()
