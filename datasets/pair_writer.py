@@ -102,7 +102,6 @@ def prepare(folder, job):
     offered = record["count"] if record and record["complete"] else 0
     if offered >= job.count:
         return offered, []
-    _require_space(folder, job)
     with disk_errors(folder):
         for leftover in folder.glob(".*.tmp*"):  # of a process that was killed: nobody else writes under our lock
             leftover.unlink()
@@ -111,10 +110,10 @@ def prepare(folder, job):
             write_json(folder / RECORD, {"complete": False, "count": 0, "version": LAYOUT_VERSION,
                                          "identity": job.identity})
         for name, layout in job.layouts.items():
-            with _opened(folder / name) as file:
+            with _open(folder / name) as file:
                 _write_at(file, npy_header(layout, offered), 0)
-                if os.fstat(file).st_size < row_offset(layout, job.count):
-                    os.ftruncate(file, row_offset(layout, job.count))
+                if os.fstat(file.fileno()).st_size < row_offset(layout, job.count):
+                    file.truncate(row_offset(layout, job.count))
     return offered, job.unfinished(done)
 
 
@@ -151,12 +150,6 @@ def _require_types(values, types):
             raise ValueError(f"{name} is {value}")
 
 
-def is_unfinished(folder):
-    """Return whether pairs in `folder` are still being made, or were until something stopped it."""
-    record = read_record(folder)
-    return not record["complete"] if record else bool(read_journals(folder))
-
-
 def _require_same(folder, there, here):
     """Raise UserError with what differs between the pairs in `folder` and those asked for."""
     here = json.loads(json.dumps(here))  # as it would come back from the file: lists for tuples
@@ -168,31 +161,25 @@ def _require_same(folder, there, here):
 
 
 def _require_arrays(folder, job, done):
-    """Raise UserError if an array lacks rows that the journals call finished (somebody deleted or cut it)."""
-    rows = _rows_written(job, done)
+    """Raise UserError if an array lacks finished rows (somebody deleted or cut it), or the disk room for the others."""
+    missing, rows = 0, _rows_written(job, done)
     for name, layout in job.layouts.items():
         path = folder / name
         if rows and (not path.exists() or path.stat().st_size < row_offset(layout, rows)):
             raise UserError(f"{path} is missing or cut short, although {len(done)} blocks are recorded as finished: "
                             f"restore it, or delete {folder} to make its pairs again")
+        taken = path.stat().st_blocks * 512 if path.exists() else 0
+        missing += max(0, row_offset(layout, job.count) - taken)
+    free = shutil.disk_usage(folder).free
+    if missing and missing + SPARE_BYTES > free:
+        raise UserError(f"{job.count} pairs need another {missing / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} "
+                        "MB are free: make room, choose another --data_root, fewer pairs, or "
+                        "--config.sampling.pair_storage compact")
 
 
 def _rows_written(job, done):
     """Return the number of rows up to the last that the journal entries `done` call finished."""
     return max((entry["block"] * job.block_size + entry["pairs"] for entry in done.values()), default=0)
-
-
-def _require_space(folder, job):
-    """Raise UserError if the disk cannot hold what the arrays still lack."""
-    missing = SPARE_BYTES
-    for name, layout in job.layouts.items():
-        taken = (folder / name).stat().st_blocks * 512 if (folder / name).exists() else 0
-        missing += max(0, row_offset(layout, job.count) - taken)
-    free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise UserError(f"{job.count} pairs need another {missing / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} "
-                        "MB are free: make room, choose another --data_root, fewer pairs, or "
-                        "--config.sampling.pair_storage compact")
 
 
 def merge_journals(folder):
@@ -226,22 +213,15 @@ def _process_journals(folder):
     return sorted(folder.glob("blocks.process*.jsonl"))
 
 
-class BlockWriter:
+class BlockWriter(contextlib.ExitStack):
     """Writes one process's blocks into a prepared folder; a context manager."""
 
     def __init__(self, folder, job, rank):
         """Open the arrays in `folder` and the journal of process `rank`."""
+        super().__init__()
         self.folder, self.job = folder, job
-        with contextlib.ExitStack() as stack:
-            self.files = {name: stack.enter_context(_opened(folder / name)) for name in job.layouts}
-            self.journal = stack.enter_context(_opened(folder / f"blocks.process{rank}.jsonl"))
-            self.stack = stack.pop_all()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.stack.close()
+        self.files = {name: self.enter_context(_open(folder / name)) for name in job.layouts}
+        self.journal = self.enter_context(_open(folder / f"blocks.process{rank}.jsonl"))
 
     def write(self, block, rows, nfe):
         """Write a block's `rows`, {file name: float tensor}, and then its line in the journal.
@@ -254,7 +234,7 @@ class BlockWriter:
             bad = [] if values is None else (~values.isfinite().flatten(1).all(1)).nonzero()
             if len(bad):
                 raise UserError(f"{name} of pair {indices[int(bad[0])]} is not finite; check the checkpoint's weights")
-        stored = {name: _as_stored(rows[name].numpy(), layout) for name, layout in self.job.layouts.items()}
+        stored = {name: _as_stored(rows[name], layout) for name, layout in self.job.layouts.items()}
         rounding = float(np.abs(stored["z1.npy"] - rows["z1.npy"].numpy()).max())
         if not np.isfinite(rounding):
             raise UserError("z1 has values beyond the range of float16: use --config.sampling.pair_storage full")
@@ -265,16 +245,14 @@ class BlockWriter:
                 _write_at(self.files[name], stored[name].reshape(-1).view(np.uint8), row_offset(layout, indices.start))
             for file in self.files.values():
                 os.fsync(file)
-            _write_at(self.journal, (json.dumps(entry) + "\n").encode(), os.fstat(self.journal).st_size)
+            _write_at(self.journal, (json.dumps(entry) + "\n").encode(), os.fstat(self.journal.fileno()).st_size)
             os.fsync(self.journal)
 
 
 def _as_stored(rows, layout):
-    """Return an array in the layout's type; one-hot labels become numbers where the layout has numbers."""
-    if layout.shape == ():
-        rows = rows.argmax(1)
+    """Return a tensor as an array in the layout's type; one-hot labels become numbers where the layout has numbers."""
     with np.errstate(over="ignore"):  # float16 ends at 65504
-        return np.ascontiguousarray(rows, dtype=layout.base)
+        return np.ascontiguousarray(rows.numpy() if layout.shape else rows.argmax(1).numpy(), dtype=layout.base)
 
 
 def finish(folder, job, record):
@@ -287,8 +265,8 @@ def finish(folder, job, record):
         if missing := job.unfinished(done):
             raise UserError(f"{folder}: block {missing[0]} is missing; run the same command again")
         for name, layout in job.layouts.items():
-            with _opened(folder / name) as file:
-                os.ftruncate(file, row_offset(layout, _rows_written(job, done)))
+            with _open(folder / name) as file:
+                file.truncate(row_offset(layout, _rows_written(job, done)))
                 _write_at(file, npy_header(layout, job.count), 0)
                 os.fsync(file)
         entries = [done[block] for block in job.blocks]
@@ -312,19 +290,14 @@ def disk_errors(folder):
                         "and run the same command again, or ask for no more pairs than are finished") from None
 
 
-@contextlib.contextmanager
-def _opened(path):
-    """Yield a descriptor for writing `path`, which is made if missing."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        yield file
-    finally:
-        os.close(file)
+def _open(path):
+    """Return the file at `path`, made if missing, for reading and writing in place."""
+    return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
 
 
 def _write_at(file, content, offset):
     """Write all of `content` (bytes) at `offset`."""
     content = memoryview(content)
     while len(content):
-        written = os.pwrite(file, content, offset)
+        written = os.pwrite(file.fileno(), content, offset)
         content, offset = content[written:], offset + written

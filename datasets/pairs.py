@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from datasets.batches import COPIED_AT_ONCE, Batch, EndlessOrder, Flips, ReadAhead, fits, one_hot, to_device
-from datasets.pair_writer import ARRAYS, RECORD, is_unfinished, read_record
+from datasets.pair_writer import ARRAYS, RECORD, read_record
 from runtime import seeds
 from runtime.errors import UserError
 
 QUICK_ROWS = 256  # pairs of a folder that are looked at when it is opened
 DIGEST_ROWS = 16
 SAME_ORIGIN = ("sampling.direction", "checkpoint", "sampling.init_noise_scale")  # of all folders of a root
-NOISE_SCALE_SLACK, NOISE_CORRELATION, OVERSHOOT = 0.2, 0.2, 1.25
+BEYOND = 1.25  # share of values beyond it: 21 % of unit noise, next to none of images
 
 
 def open_rows(path):
@@ -71,18 +71,23 @@ class PairFolder:
         of compact storage comes out otherwise here.
         """
         self.path = pathlib.Path(path)
-        if is_unfinished(self.path):
+        self.record = read_record(self.path)
+        if self.record and not self.record["complete"]:
             raise UserError(f"{self.path} is unfinished: run its generate_data.py command again to complete it, or "
                             "with fewer pairs to use those that are there")
-        self.record = read_record(self.path)
         self.identity = self.record["identity"] if self.record else {}
         self.noise_scale = self.identity.get("sampling.init_noise_scale", 1.0)
         self.z1 = open_rows(self.path / "z1.npy")
         self.shape = self.z1.shape[1:]
         if len(self.shape) != 3:
             raise UserError(f"{self.path / 'z1.npy'} has rows of shape {self.shape}; images (C, H, W) are needed")
-        compact = self.identity.get("sampling.pair_storage") == "compact"
-        self.z0 = self._noise() if compact else open_rows(self.path / "z0.npy")
+        if self.identity.get("sampling.pair_storage") == "compact":
+            self.z0 = NoiseSource(self.identity["seed"], self.shape, self.noise_scale)
+            if self.z0.digest() != self.identity.get("noise"):
+                raise UserError(f"{self.path} is compact, but its noise cannot be drawn again here: the first rows "
+                                f"differ; it was made with {self.record.get('software')}")
+        else:
+            self.z0 = open_rows(self.path / "z0.npy")
         self.label = open_rows(self.path / "label.npy") if (self.path / "label.npy").exists() else None
         self.count = self.record["count"] if self.record else len(self.z1)
         self._check_sizes()
@@ -91,27 +96,28 @@ class PairFolder:
         """Return the number of pairs."""
         return self.count
 
-    def _noise(self):
-        """Return the `NoiseSource` of compact storage."""
-        noise = NoiseSource(self.identity["seed"], self.shape, self.noise_scale)
-        if noise.digest() != self.identity.get("noise"):
-            made_with = (self.record.get("software") or {}).get("numpy")
-            raise UserError(f"{self.path} is compact, but its noise cannot be drawn again here: the first rows differ; "
-                            f"use numpy {made_with}, with which it was made")
-        return noise
-
     def _check_sizes(self):
         for name, rows in (("z0.npy", self.z0), ("z1.npy", self.z1), ("label.npy", self.label)):
-            if not isinstance(rows, np.ndarray):
-                continue
-            if len(rows) < self.count or (len(rows) > self.count and not self.record):
+            length = len(rows) if isinstance(rows, np.ndarray) else self.count
+            if length < self.count or (length > self.count and not self.record):
                 source = f"{RECORD} promises {self.count}" if self.record else f"z1.npy has {self.count}"
-                raise UserError(f"{self.path / name} has {len(rows)} rows, but {source}: these files do not belong "
+                raise UserError(f"{self.path / name} has {length} rows, but {source}: these files do not belong "
                                 "together; copy or make them again")
         if isinstance(self.z0, np.ndarray) and self.z0.shape[1:] != self.shape:
             raise UserError(f"{self.path}: rows of z0.npy have shape {self.z0.shape[1:]}, those of z1.npy {self.shape}")
         if self.count == 0:
             raise UserError(f"{self.path} holds no pairs")
+
+    def check_classes(self, num_classes):
+        """Raise UserError unless the labels are those of a network with `num_classes` classes."""
+        path, advice = self.path / "label.npy", f"but config.data.num_classes is {num_classes}"
+        if self.label is None:
+            raise UserError(f"{self.path} has no label.npy, {advice}: set it to 0 or use pairs of a class-conditional "
+                            "model")
+        if self.label.shape[1:] not in ((), (num_classes,)):
+            raise UserError(f"{path} has labels of shape {self.label.shape[1:]}, {advice}")
+        if self.label.ndim == 1 and (highest := int(self.label[:len(self)].max())) >= num_classes:
+            raise UserError(f"{path} has class {highest}, {advice}")
 
     def labels(self, indices, num_classes):
         """Return the labels of the pairs `indices`, one-hot float32 `(n, num_classes)`."""
@@ -121,61 +127,47 @@ class PairFolder:
     def check(self, indices):
         """Return the `moments` of the pairs `indices`; raise UserError for a value that is not finite or no class."""
         rows = {"z0": as_float(self.z0[indices]), "z1": as_float(self.z1[indices])}
-        for name, values in rows.items():
-            bad = (~values.isfinite().flatten(1).all(1)).nonzero()
-            if len(bad):
-                raise UserError(f"{self.path}: {name} of pair {int(indices[int(bad[0])])} is not finite; delete the "
-                                "folder and make its pairs again")
+        wrong = {f"{name} of pair {{}} is not finite": ~values.isfinite().flatten(1).all(1).numpy()
+                 for name, values in rows.items()}
         if self.label is not None:
             label = np.asarray(self.label[indices])
-            bad = (label < 0) | (label % 1 != 0) if label.ndim == 1 else (
-                ~(np.isin(label, (0, 1)).all(1) & (label.sum(1) == 1)))
+            wrong["the label of pair {} is no class"] = (label < 0) | (label % 1 != 0) if label.ndim == 1 else (
+                ~np.isin(label, (0, 1)).all(1) | (label.sum(1) != 1))
+        for sentence, bad in wrong.items():
             if bad.any():
-                raise UserError(f"{self.path / 'label.npy'}: the label of pair {int(indices[int(bad.argmax())])} is no "
-                                "class")
+                raise UserError(f"{self.path}: {sentence.format(int(indices[int(bad.argmax())]))}; delete the folder "
+                                "and make its pairs again")
         return moments(**rows)
 
 
 def moments(z0, z1):
-    """Return sums over pairs `(n, C, H, W)` that `findings` judges: add them up over parts (but "low" and "high")."""
+    """Return sums over pairs `(n, C, H, W)` that `findings` judges; parts are added up (but "low" and "high")."""
     z0, z1 = z0.double(), z1.double()
     return {"pairs": len(z0), "values": z0.numel(), "low": z1.min().item(), "high": z1.max().item(),
-            "beyond": (z1.abs() > OVERSHOOT).sum().item(), "z0_sum": z0.sum(0), "z1_sum": z1.sum(0),
+            "z0_sum": z0.sum(0), "z1_sum": z1.sum(0), "product": (z0 * z1).sum().item(),
             "z0_square": z0.square().sum().item(), "z1_square": z1.square().sum().item(),
-            "product": (z0 * z1).sum().item(), "z0_beside": (z0[..., 1:] * z0[..., :-1]).sum().item(),
-            "z1_beside": (z1[..., 1:] * z1[..., :-1]).sum().item()}
-
-
-def noise_scale(found, name):
-    """Return (root mean square, correlation of horizontal neighbours) of "z0" or "z1" in `moments`."""
-    return np.sqrt(found[f"{name}_square"] / found["values"]), found[f"{name}_beside"] / max(found[f"{name}_square"],
-                                                                                           1e-30)
+            "z0_beyond": (z0.abs() > BEYOND).sum().item(), "z1_beyond": (z1.abs() > BEYOND).sum().item()}
 
 
 def findings(folder, found):
-    """Return one sentence for each way in which `moments` of a `PairFolder` are not those of noise and images."""
-    slack = 4 / np.sqrt(2 * found["values"])  # the standard deviation of so many values is itself uncertain
-    (z0_scale, z0_beside), (z1_scale, z1_beside) = noise_scale(found, "z0"), noise_scale(found, "z1")
-
-    def like_noise(scale, beside):
-        return (abs(scale / folder.noise_scale - 1) < NOISE_SCALE_SLACK + slack
-                and abs(beside) < NOISE_CORRELATION + 2 * slack)
-
-    said = []
-    overshoot = found["beyond"] / found["values"]
-    if (overshoot > 0.1 and like_noise(z1_scale, z1_beside)) or not like_noise(z0_scale, z0_beside):
-        said.append(f"z0 has standard deviation {z0_scale:.2f} and correlation {z0_beside:.2f} between neighbours, z1 "
-                    f"{z1_scale:.2f} and {z1_beside:.2f}; noise has {folder.noise_scale:g} and 0: are z0.npy and "
-                    "z1.npy swapped?")
-    elif abs(z0_scale / folder.noise_scale - 1) > NOISE_SCALE_SLACK / 2 + slack:
-        said.append(f"z0 has standard deviation {z0_scale:.3f} instead of {folder.noise_scale:g}")
-    low, high = found["low"], found["high"]
+    """Return a sentence for each way in which the `moments` of a `PairFolder` are not those of noise and images."""
+    said, low, high, scale = [], found["low"], found["high"], folder.noise_scale
+    slack = 0.1 + 4 / np.sqrt(2 * found["values"])  # the standard deviation of so many values is itself uncertain
+    spread = {name: np.sqrt(found[f"{name}_square"] / found["values"]) for name in ("z0", "z1")}
+    beyond = {name: found[f"{name}_beyond"] / found["values"] for name in ("z0", "z1")}
+    noisy = {name: abs(spread[name] - 1) < 2 * slack and beyond[name] > 0.1 for name in ("z0", "z1")}
+    if not folder.record and (noisy["z1"] or not noisy["z0"]):  # our own files cannot be swapped
+        said.append("z0 should be unit noise and z1 images in [-1, 1], but their standard deviations are "
+                    f"{spread['z0']:.2f} and {spread['z1']:.2f}, {beyond['z0']:.0%} and {beyond['z1']:.0%} of them "
+                    f"beyond {BEYOND}: are z0.npy and z1.npy swapped?")
+    elif abs(spread["z0"] - scale) > slack * scale:
+        said.append(f"z0 has standard deviation {spread['z0']:.3f} instead of {scale:g}")
     if low == high:
         said.append(f"every value of z1 is {low + 0.0:g}: its images were never written")
     elif low >= 0 and high <= 1.001:
         said.append(f"all values of z1 lie in {low:.2f} to {high:.2f}; images are in [-1, 1]: use 2 * z1 - 1")
-    elif overshoot > 0.05 and not said:
-        said.append(f"z1 reaches from {low:.2f} to {high:.2f}, {overshoot:.0%} of it beyond {OVERSHOOT}; images are in "
+    elif beyond["z1"] > 0.05 and not said:
+        said.append(f"z1 reaches from {low:.2f} to {high:.2f}, {beyond['z1']:.0%} of it beyond {BEYOND}; images are in "
                     "[-1, 1]")
     return [f"{folder.path}: {text}" for text in said]
 
@@ -219,35 +211,29 @@ class PairSet:
 
         z0, z1: float32 `(n, C, H, W)`; label: one-hot float32 `(n, num_classes)`, or None without classes.
         """
+        z0, z1, label = self._empty(len(indices), "cpu")
         homes = np.searchsorted(self.ends, indices, side="right")
-        if len(set(homes.tolist())) == 1:
-            return self._take_from(homes[0], indices)
-        z0, z1 = (torch.empty(len(indices), *self.shape) for _ in range(2))
-        label = torch.empty(len(indices), self.num_classes) if self.num_classes else None
         for home in np.unique(homes):
-            places = np.flatnonzero(homes == home)
-            for all_rows, rows in zip((z0, z1, label), self._take_from(home, indices[places]), strict=True):
-                if rows is not None:
-                    all_rows[places] = rows
+            folder, places = self.folders[home], np.flatnonzero(homes == home)
+            rows = indices[places] - (self.ends[home] - len(folder))
+            z0[places], z1[places] = as_float(folder.z0[rows]), as_float(folder.z1[rows])
+            if label is not None:
+                label[places] = folder.labels(rows, self.num_classes)
         return z0, z1, label
 
-    def _take_from(self, home, indices):
-        """Return (z0, z1, label) of `indices` that all lie in the folder number `home`."""
-        folder = self.folders[home]
-        rows = indices - (self.ends[home] - len(folder))
-        label = folder.labels(rows, self.num_classes) if self.num_classes else None
-        return as_float(folder.z0[rows]), as_float(folder.z1[rows]), label
+    def _empty(self, count, device):
+        z0, z1 = (torch.empty(count, *self.shape, device=device) for _ in range(2))
+        return z0, z1, torch.empty(count, self.num_classes, device=device) if self.num_classes else None
 
     def on_device(self, device):
         """Return (z0, z1, label) of all pairs as tensors on `device`."""
-        z0, z1 = (torch.empty(len(self), *self.shape, device=device) for _ in range(2))
-        label = torch.empty(len(self), self.num_classes, device=device) if self.num_classes else None
+        whole = self._empty(len(self), device)
         for first in range(0, len(self), COPIED_AT_ONCE):
             part = np.arange(first, min(first + COPIED_AT_ONCE, len(self)))
-            for all_rows, rows in zip((z0, z1, label), self.take(part), strict=True):
+            for rows, copied in zip(whole, self.take(part), strict=True):
                 if rows is not None:
-                    all_rows[first:first + len(part)].copy_(rows)
-        return z0, z1, label
+                    rows[first:first + len(part)] = copied
+        return whole
 
 
 def open_pairs(root, config):
@@ -265,21 +251,9 @@ def open_pairs(root, config):
         for text in findings(folder, folder.check(spread_rows(folder))):
             print(text, file=sys.stderr)
         if config.data.num_classes:
-            _check_classes(folder, config.data.num_classes)
+            folder.check_classes(config.data.num_classes)
     check_origins(folders)
     return folders
-
-
-def _check_classes(folder, num_classes):
-    path = folder.path / "label.npy"
-    if folder.label is None:
-        raise UserError(f"{folder.path} has no label.npy, but config.data.num_classes is {num_classes}: set it to 0 or "
-                        "use pairs of a class-conditional model")
-    if folder.label.shape[1:] not in ((), (num_classes,)):
-        raise UserError(f"{path} has labels of shape {folder.label.shape[1:]}, but config.data.num_classes is "
-                        f"{num_classes}")
-    if folder.label.ndim == 1 and (highest := int(folder.label[:len(folder)].max())) >= num_classes:
-        raise UserError(f"{path} has class {highest}, but config.data.num_classes is {num_classes}")
 
 
 def check_origins(folders, names=SAME_ORIGIN):
@@ -287,22 +261,21 @@ def check_origins(folders, names=SAME_ORIGIN):
 
     Only folders with pairs.json tell their origin; the same pairs are known by the first one.
     """
-    recorded = [folder for folder in folders if folder.record]
+    seen, recorded = {}, [folder for folder in folders if folder.record]
     for folder in recorded[1:]:
-        first = recorded[0]
-        different = [f"{name} is {folder.identity.get(name)} there and {first.identity.get(name)} in {first.path}"
-                     for name in names if folder.identity.get(name) != first.identity.get(name)]
+        origins = [{**other.identity, "checkpoint": (other.record.get("checkpoint"), other.identity.get("checkpoint"))}
+                   for other in (folder, recorded[0])]
+        different = [f"{name} is {origins[0].get(name)} there and {origins[1].get(name)} in {recorded[0].path}"
+                     for name in names if folder.identity.get(name) != recorded[0].identity.get(name)]
         if different:
             raise UserError(f"{folder.path} holds pairs of another origin: {'; '.join(different)}; keep them under "
                             "different roots")
-    seen = {}
     for folder in folders:
-        start = as_float(folder.z0[:1] if isinstance(folder.z0, np.ndarray) else folder.z0[range(1)])
-        start = start.numpy().tobytes() + as_float(folder.z1[:1]).numpy().tobytes()
-        if start in seen:
-            raise UserError(f"{folder.path} holds the same pairs as {seen[start]} (z0 and z1 of the first are equal): "
+        first = as_float(folder.z0[np.array([0])]).numpy().tobytes(), as_float(folder.z1[:1]).numpy().tobytes()
+        if first in seen:
+            raise UserError(f"{folder.path} holds the same pairs as {seen[first]} (z0 and z1 of the first are equal): "
                             "delete one of them")
-        seen[start] = folder.path
+        seen[first] = folder.path
 
 
 def split_by_share(positions, share):

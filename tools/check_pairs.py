@@ -24,7 +24,7 @@ import sys
 
 import numpy as np
 
-from datasets.pairs import QUICK_ROWS, check_origins, findings, noise_scale, open_folders, spread_rows
+from datasets.pairs import QUICK_ROWS, check_origins, findings, open_folders, spread_rows
 from runtime.errors import UserError
 from runtime.progress import progress_bar
 
@@ -40,11 +40,12 @@ def main(words=None):
     arguments = parser.parse_args(words)
     wrong = []
     try:
-        folders = open_folders(arguments.root)
-        for folder in folders:
+        for folder in (folders := open_folders(arguments.root)):
             rows = np.arange(len(folder)) if arguments.check else spread_rows(folder)
             parts = np.array_split(rows, -(-len(rows) // QUICK_ROWS))
-            moments = total([folder.check(part) for part in progress_bar(parts, desc=str(folder.path), unit="parts")])
+            parts = [folder.check(part) for part in progress_bar(parts, desc=str(folder.path), unit="parts")]
+            moments = {name: {"low": min, "high": max}.get(name, sum)([part[name] for part in parts])
+                       for name in parts[0]}
             print(describe(folder, moments))
             wrong += findings(folder, moments) + uncorrelated(folder, moments)
         check_origins(folders)
@@ -55,20 +56,14 @@ def main(words=None):
     return int(bool(wrong))
 
 
-def total(parts):
-    """Return the moments of all parts."""
-    return {name: {"low": min, "high": max}.get(name, sum)([part[name] for part in parts]) for name in parts[0]}
-
-
 def correlation(moments):
-    """Return the correlation of z0 and z1, the mean image and the mean noise taken off."""
-    z0, z1 = moments["z0_sum"], moments["z1_sum"]
+    """Return the correlation of z0 and z1, the mean noise and the mean image taken off."""
 
     def centred(square, a, b):
-        return square - (a * b).sum().item() / moments["pairs"]
+        return square - (moments[a] * moments[b]).sum().item() / moments["pairs"]
 
-    variances = centred(moments["z0_square"], z0, z0) * centred(moments["z1_square"], z1, z1)
-    return centred(moments["product"], z0, z1) / np.sqrt(max(variances, 1e-30))
+    variances = [centred(moments[f"{name}_square"], f"{name}_sum", f"{name}_sum") for name in ("z0", "z1")]
+    return centred(moments["product"], "z0_sum", "z1_sum") / np.sqrt(max(np.prod(variances), 1e-30))
 
 
 def uncorrelated(folder, moments):
@@ -76,19 +71,18 @@ def uncorrelated(folder, moments):
     found, uncertain = correlation(moments), 2 / np.sqrt(moments["values"])
     if folder.identity.get("sampling.direction") == "random_paired" or found + uncertain > LEAST_CORRELATION:
         return []
-    return [f"{folder.path}: z0 and z1 have correlation {found:.3f}; those of a flow have 0.1 or more: are they in the "
-            "same order, and is z0 the noise that each image was made from?"]
+    return [f"{folder.path}: z0 and z1 have correlation {found:.3f}, those of a flow 0.1 or more: are they in the same "
+            "order, and is z0 the noise that each image was made from?"]
 
 
 def describe(folder, moments):
     """Return a line about a folder: its size, its origin and its values."""
-    record = folder.record
-    made = (f"{record['identity']['sampling.direction']}, {record['nfe_mean']:.1f} evaluations a pair" if record
-            else "no pairs.json")
+    made = (f"{folder.identity['sampling.direction']}, {folder.record.get('nfe_mean')} evaluations a pair"
+            if folder.record else "no pairs.json")
     return (f"{folder.path}: {len(folder)} pairs {folder.shape}, {'with' if folder.label is not None else 'without'} "
             f"labels, {made}; looked at {moments['pairs']}: z0 has standard deviation "
-            f"{noise_scale(moments, 'z0')[0]:.3f}, z1 lies in {moments['low']:.2f} to {moments['high']:.2f}, "
-            f"correlation {correlation(moments):.2f}")
+            f"{np.sqrt(moments['z0_square'] / moments['values']):.3f}, z1 lies in {moments['low']:.2f} to "
+            f"{moments['high']:.2f}, correlation {correlation(moments):.2f}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from datasets import pair_writer
-from datasets.pair_writer import BlockWriter, PairJob, finish, is_unfinished, locked, npy_header, prepare
+from datasets.pair_writer import BlockWriter, PairJob, finish, locked, npy_header, prepare, read_record
 from runtime.errors import UserError
 
 SHAPE = (1, 2, 2)
@@ -60,7 +60,7 @@ def test_the_arrays_are_plain_npy_files_without_rows_beyond_the_count(tmp_path):
 def test_a_folder_promises_nothing_until_all_is_there(tmp_path):
     prepare(tmp_path, job(10))
     write(tmp_path, job(10), [0, 2])
-    assert is_unfinished(tmp_path) and len(np.load(tmp_path / "z0.npy")) == 0
+    assert not read_record(tmp_path)["complete"] and len(np.load(tmp_path / "z0.npy")) == 0
     with pytest.raises(UserError, match="block 1 is missing"):
         finish(tmp_path, job(10), {})
     assert prepare(tmp_path, job(10)) == (0, [1])
@@ -69,7 +69,7 @@ def test_a_folder_promises_nothing_until_all_is_there(tmp_path):
 def test_extending_keeps_the_folder_usable_and_redoes_at_most_the_last_block(tmp_path):
     make(tmp_path, job(10))
     assert prepare(tmp_path, job(20)) == (10, [2, 3, 4])
-    assert first_values(tmp_path) == list(range(10)) and not is_unfinished(tmp_path)
+    assert first_values(tmp_path) == list(range(10)) and read_record(tmp_path)["complete"]
     make(tmp_path, job(20))
     assert first_values(tmp_path) == list(range(20))
 

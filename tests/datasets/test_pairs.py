@@ -207,7 +207,7 @@ def test_compact_storage_draws_z0_again_and_widens_z1(tmp_path):
 
 def test_compact_pairs_whose_noise_would_come_out_otherwise_are_refused(tmp_path):
     save_compact(tmp_path / "7", digest="0123456789abcdef")
-    with pytest.raises(UserError, match="7 is compact, but its noise cannot be drawn again.*use numpy 2.0"):
+    with pytest.raises(UserError, match="7 is compact, but its noise cannot be drawn again.*made with .*numpy.*2.0"):
         open_pairs(tmp_path, make_config(tmp_path))
 
 
@@ -257,7 +257,7 @@ def test_unlikely_values_are_said_in_one_sentence_on_stderr(tmp_path, capsys, ch
 
 
 @pytest.mark.parametrize("other, said", [
-    ({"checkpoint": "b"}, "checkpoint is b there and a in .*/0"),
+    ({"checkpoint": "b"}, "checkpoint is .None, .b.. there and .None, .a.. in .*/0"),
     ({"direction": "random_paired", "checkpoint": None}, "sampling.direction is random_paired there and from_z0 in"),
     ({"scale": 0.9}, "sampling.init_noise_scale is 0.9 there and 1.0 in"),
 ])
@@ -274,7 +274,7 @@ def test_real_pairs_of_another_checkpoint_are_refused(tmp_path):
         save_pairs(tmp_path / name / "0", first=first)
         write_record(tmp_path / name / "0", 20, **fields)
     config = make_config(tmp_path / "pairs", data__real_pairs_root=str(tmp_path / "real"), flow__real_data_share=0.5)
-    with pytest.raises(UserError, match="real/0 holds pairs of another origin: checkpoint is b there"):
+    with pytest.raises(UserError, match="real/0 holds pairs of another origin: checkpoint is .*b.*there"):
         create_batches(config, "cpu")
     write_record(tmp_path / "real/0", 20, direction="from_z1")
     assert len(create_batches(config, "cpu")) == 20
