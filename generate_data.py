@@ -58,26 +58,27 @@ def main(config, args, given):
     try:
         config, net, teacher = load_teacher(config, args, given, processes)
         points = InitialPoints(config, args.z0_path, args.z1_path, args.label_path)
-        velocity = create_velocity(net, points, processes.device)
+        coupling = create_coupling(config, create_velocity(net, points, processes.device), points, processes.device)
         folder, job = pathlib.Path(args.data_root) / str(config.seed), create_job(config, given, points, teacher)
-        coupling = create_coupling(config, velocity, points, processes.device)
         with contextlib.ExitStack() as held:
-            make_pairs(config, folder, job, teacher, coupling, processes, held)
+            offered, todo = processes.from_main(lambda: lock_and_prepare(held, folder, job))
+            if offered < job.count:
+                make_blocks(config, folder, job, todo, coupling, processes)
+                processes.from_main(lambda: complete(folder, job, config, teacher))
+        say(processes, f"{folder} {'is complete: it ' if offered >= job.count else ''}holds "
+                       f"{max(offered, job.count)} pairs")
     finally:
         devices.stop_processes()
 
 
-def make_pairs(config, folder, job, teacher, coupling, processes, held):
-    """Make this process's share of the blocks; the main process locks (`held`), prepares and completes the folder."""
+def lock_and_prepare(held, folder, job):
+    """Lock `folder` for as long as `held` lives and make it ready; return (pairs it offers, blocks to make)."""
+    held.enter_context(pair_writer.locked(folder))
+    return pair_writer.prepare(folder, job)
 
-    def lock_and_prepare():
-        held.enter_context(pair_writer.locked(folder))
-        return pair_writer.prepare(folder, job)
 
-    offered, todo = processes.from_main(lock_and_prepare)
-    if offered >= job.count:
-        say(processes, f"{folder} is complete: it holds {offered} pairs")
-        return
+def make_blocks(config, folder, job, todo, coupling, processes):
+    """Solve and write this process's blocks of `todo`: every world_size-th."""
     done = job.count - sum(len(job.block_range(block)) for block in todo)
     say(processes, f"{folder}: {job.count} pairs {config.sampling.direction}{flips(config)}, blocks of "
                    f"{job.block_size}; {done} are there, {len(todo)} blocks to make")
@@ -99,8 +100,6 @@ def make_pairs(config, folder, job, teacher, coupling, processes, held):
             bar.set_postfix(NFE=nfe.double().mean().item())
         processes.barrier()
         finished(job.count)
-    processes.from_main(lambda: complete(folder, job, config, teacher))
-    say(processes, f"{folder} holds {job.count} pairs")
 
 
 def check_arguments(config, args):
@@ -198,9 +197,8 @@ def complete(folder, job, config, teacher):
     """Complete the folder: headers, `pairs.json`, picture."""
     settings = config.sampling
     sampler = settings.use_ode_sampler if COUPLINGS[settings.direction].velocity else None
-    record = {"seed": config.seed, "shape": list(image_shape(config)), "direction": settings.direction,
-              "sampler": sampler, **teacher,
-              "sampler_settings": sampler_values(config) if sampler else None,
+    record = {"seed": config.seed, "shape": list(image_shape(config)), "direction": settings.direction, **teacher,
+              "sampler": sampler, "sampler_settings": sampler_values(config) if sampler else None,
               "class": settings.class_label if config.data.num_classes and settings.class_label >= 0 else None,
               "storage": settings.pair_storage, "software": {"torch": torch.__version__, "numpy": np.__version__},
               "config": config_to_dict(config)}

@@ -27,43 +27,35 @@ class InitialPoints:
         settings, shape = config.sampling, image_shape(config)
         self.direction, self.seed, self.num_classes = settings.direction, config.seed, config.data.num_classes
         self.class_label, self.random_flip = settings.class_label, settings.random_flip
-        self._check_class()
-        self.identity, limits = {}, []
-        self.noise = self.images = self.image_set = self.label_rows = None
-        if self.direction == "from_z1" or z0_path:
-            if z0_path:
-                self.noise = self._open(z0_path, "z0_path", shape, limits)
-        else:
+        self._check_classes(z1_path, label_path)
+        self.identity, self.available, self.noise, self.image_set = {}, None, None, None
+        self.images = self._open(z1_path, "z1_path", shape) if z1_path else None
+        self.label_rows = self._open_labels(label_path) if label_path else None
+        if z0_path:
+            self.noise = self._open(z0_path, "z0_path", shape)
+        elif self.direction != "from_z1":
             scale = 1.0 if self.direction == "gt_v_from_z1" else settings.init_noise_scale
             self.noise = NoiseSource(self.seed, shape, scale)
             self.identity["noise"] = self.noise.digest()
-        from_images = self.direction in ("from_z1", "gt_v_from_z1", "random_paired")
-        if z1_path:
-            self.images = self._open(z1_path, "z1_path", shape, limits)
-        if (from_images and not z1_path) or self.direction.startswith("gt_v"):
+        from_images = self.images is None and self.direction in ("from_z1", "gt_v_from_z1", "random_paired")
+        if from_images or self.direction.startswith("gt_v"):
             self.image_set = chosen_images(config)
-            self.identity["images"] = images_digest(self.image_set)
-        if from_images and not z1_path:
+            self.identity |= {"images": images_digest(self.image_set)}
+        if from_images:
             self.identity["sampling.random_flip"] = self.random_flip
-            if self.direction == "from_z1":  # no fresh noise: the second time round only flips make other pairs
-                limits.append(len(self.image_set) * (2 if self.random_flip else 1))
-        if label_path:
-            self.label_rows = self._open_labels(label_path, limits)
-        if self.num_classes and z1_path and not label_path and self.class_label < 0:
-            raise UserError("--z1_path holds images without their classes: give --label_path, or choose one class with "
-                            "config.sampling.class_label")
-        self.available = min(limits, default=None)
+        if from_images and self.noise is None:  # the second time round only flips make other pairs
+            self._limit(len(self.image_set) * (2 if self.random_flip else 1))
 
     def z0(self, indices):
         """Return the noise of the pairs `indices`."""
-        return as_float(self.noise[indices if isinstance(self.noise, NoiseSource) else _as_slice(indices)])
+        return as_float(self.noise[indices if isinstance(self.noise, NoiseSource) else np.array(indices)])
 
     def z1(self, indices):
         """Return the images of the pairs `indices`: pair i starts at image i mod N, the next time round mirrored."""
         if self.images is not None:
-            return as_float(self.images[_as_slice(indices)])
+            return as_float(self.images[np.array(indices)])
         rounds, numbers = np.divmod(np.array(indices), len(self.image_set))
-        images = pixels_to_float(torch.from_numpy(np.array(self.image_set.images[numbers])))
+        images = pixels_to_float(torch.from_numpy(self.image_set.images[numbers]))
         if not self.random_flip:
             return images
         draws = [seeds.index_generator(self.seed, int(k), seeds.FLIP).random() < 0.5 for k in numbers]
@@ -75,9 +67,11 @@ class InitialPoints:
         if not self.num_classes:
             return None
         if self.label_rows is not None:
-            label = torch.from_numpy(np.array(self.label_rows[_as_slice(indices)]))
-            return label.float() if label.ndim == 2 else one_hot(label, self.num_classes)
-        if self.class_label >= 0:
+            label = self.label_rows[np.array(indices)]
+            if label.ndim == 2:
+                return as_float(label)
+            label = torch.from_numpy(label.astype(np.int64))
+        elif self.class_label >= 0:
             label = torch.full((len(indices),), self.class_label)
         elif self.image_set is not None:
             label = torch.from_numpy(self.image_set.labels[np.array(indices) % len(self.image_set)])
@@ -85,41 +79,44 @@ class InitialPoints:
             label = seeds.index_labels(self.seed, indices, self.num_classes)
         return one_hot(label, self.num_classes)
 
-    def _check_class(self):
-        if self.class_label >= max(self.num_classes, 0):
+    def _check_classes(self, z1_path, label_path):
+        if self.class_label >= self.num_classes and self.class_label >= 0:
             raise UserError(f"config.sampling.class_label is {self.class_label}, but config.data.num_classes is "
                             f"{self.num_classes}")
-        if self.direction == "gt_v_from_z0" and self.num_classes and self.class_label < 0:
+        if not self.num_classes or self.class_label >= 0:
+            return
+        if self.direction == "gt_v_from_z0":
             raise UserError("the closed-form velocity of all images knows no classes: choose one with "
                             "config.sampling.class_label, or set config.data.num_classes 0")
+        if z1_path and not label_path:
+            raise UserError("--z1_path holds images without their classes: give --label_path, or choose one class with "
+                            "config.sampling.class_label")
 
-    def _open(self, path, flag, shape, limits):
+    def _limit(self, count):
+        self.available = count if self.available is None else min(count, self.available)
+
+    def _open(self, path, flag, shape):
         """Return the rows of the npy file that `flag` names."""
         rows = open_rows(path)
         if rows.shape[1:] != shape or rows.dtype.kind != "f":
             raise UserError(f"{path} holds {rows.dtype} rows of shape {rows.shape[1:]}; the config asks for "
                             f"floating-point rows of shape {shape} (channels, height, width)")
         self.identity[flag] = file_digest(path)
-        limits.append(len(rows))
+        self._limit(len(rows))
         return rows
 
-    def _open_labels(self, path, limits):
+    def _open_labels(self, path):
         """Return the rows of the npy file of labels."""
-        rows = open_rows(path)
+        rows, advice = open_rows(path), f"but config.data.num_classes is {self.num_classes}"
         numbers = rows.ndim == 1 and rows.dtype.kind in "iu"
         if not numbers and rows.shape[1:] != (self.num_classes,):
-            raise UserError(f"{path} holds {rows.dtype} labels of shape {rows.shape[1:]}; class numbers (N,) or "
-                            f"one-hot rows (N, {self.num_classes}) are needed")
+            raise UserError(f"{path} holds {rows.dtype} labels of shape {rows.shape[1:]}, {advice}: class numbers (N,) "
+                            "or one-hot rows (N, num_classes) are needed")
         if numbers and len(rows) and (rows.min() < 0 or rows.max() >= self.num_classes):
-            raise UserError(f"{path} has classes {rows.min()} to {rows.max()}, but config.data.num_classes is "
-                            f"{self.num_classes}")
+            raise UserError(f"{path} has classes {rows.min()} to {rows.max()}, {advice}")
         self.identity["label_path"] = file_digest(path)
-        limits.append(len(rows))
+        self._limit(len(rows))
         return rows
-
-
-def _as_slice(indices):
-    return slice(indices.start, indices.stop)
 
 
 def image_shape(config):

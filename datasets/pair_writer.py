@@ -10,7 +10,6 @@ before, so nobody reads a row that is missing, and a folder that is being extend
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import io
 import json
 import os
@@ -20,7 +19,7 @@ import shutil
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import write_json, write_text
+from runtime.files import file_lock, write_json, write_text
 
 LAYOUT_VERSION = 1
 RECORD, JOURNAL, LOCK = "pairs.json", "blocks.jsonl", ".lock"
@@ -72,17 +71,10 @@ def row_offset(layout, row):
     return len(npy_header(layout, 0)) + row * layout.itemsize
 
 
-@contextlib.contextmanager
 def locked(folder):
-    """Keep every other run out of `folder` (made if missing); the lock ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is making pairs in {folder}; wait for it, or choose another --data_root "
-                            "or --config.seed") from None
-        yield
+    """Keep every other run out of `folder` (made if missing) inside a `with` block."""
+    return file_lock(folder / LOCK, "making pairs", f"another run is making pairs in {folder}; wait for it, or choose "
+                     "another --data_root or --config.seed")
 
 
 def prepare(folder, job):
@@ -103,8 +95,6 @@ def prepare(folder, job):
     if offered >= job.count:
         return offered, []
     with disk_errors(folder):
-        for leftover in folder.glob(".*.tmp*"):  # of a process that was killed: nobody else writes under our lock
-            leftover.unlink()
         merge_journals(folder)
         if record is None:
             write_json(folder / RECORD, {"complete": False, "count": 0, "version": LAYOUT_VERSION,

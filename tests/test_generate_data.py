@@ -20,6 +20,7 @@ from configs.command_line import config_to_dict, load_config, parse_command_line
 from configs.default import set_field
 from datasets import load_images
 from datasets.initial_points import chosen_images
+from datasets.pair_writer import read_record
 from datasets.pairs import PairFolder
 from models import create_model
 from models.checkpoint import write_checkpoint
@@ -345,9 +346,8 @@ def test_a_checkpoint_replaced_after_it_was_read_is_not_recorded_as_what_made_th
         return loaded
 
     monkeypatch.setattr(generate_data, "load_with_config", load_and_replace)
-    folder = make(tmp_path / "pairs", {"ckpt_path": path}, sampling__direction="from_z0")
-    record = json.loads((folder / "pairs.json").read_text())
-    assert record["checkpoint_digest"] == file_digest(network) != file_digest(path)
+    folder = make_by_network(tmp_path / "pairs", path)
+    assert read_record(folder)["checkpoint_digest"] == file_digest(network) != file_digest(path)
 
 
 def test_the_licence_of_a_teacher_is_said_once(tmp_path, network, monkeypatch):
