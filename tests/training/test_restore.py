@@ -1,16 +1,15 @@
 """Where weights come from: layouts in memory, teachers and pre-trained networks that do not fit."""
 
-import copy
-
 import pytest
 import torch
 
+from configs.command_line import config_to_dict, save_config
 from configs.default import get_default_config
 from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
 from runtime.errors import UserError
-from training.state import load_pretrained, load_teacher, restore
+from training.state import find_state, load_pretrained, load_teacher, restore, take_architecture
 from training.update import UpdateStats, apply_update, create_optimizer
 
 
@@ -83,28 +82,86 @@ def test_state_of_another_network_is_refused_in_one_sentence():
 
 def save(network, config, path):
     """Write a network's checkpoint."""
-    from configs.command_line import config_to_dict
-
     optimizer, ema, stats = training_parts(network)
     write_checkpoint(path, {**state_of(network, optimizer, ema, stats), "config": config_to_dict(config)})
 
 
-def test_pretrained_weights_of_another_width_are_counted(tmp_path):
+@pytest.fixture
+def pretrained(tmp_path):
+    """A config, in a folder of its own, that starts from a network of 16 channels; its own has 8."""
     config = small_config(nf=16)
     save(create_model(config), config, tmp_path / "wide.pth")
-    narrow_config = small_config()
-    narrow_config.flow.pre_train_model = str(tmp_path / "wide.pth")
+    narrow = small_config()
+    narrow.work_dir, narrow.expr, narrow.flow.pre_train_model = str(tmp_path), "run", str(tmp_path / "wide.pth")
+    return narrow
+
+
+def test_a_forgotten_model_flag_is_taken_from_the_pretrained_network_and_a_wrong_one_is_refused(pretrained):
+    """Otherwise 2 of 143 tensors fit, warm-up is off, and a random network is trained for days."""
+    config, (message,) = take_architecture(pretrained, frozenset())
+    assert config.model.nf == 16 and "model.nf (8 there, 16 here)" in message
+    assert load_pretrained(create_model(config), config)[0].endswith(", 0 did not")
+    with pytest.raises(UserError, match="model.nf is 16 in the checkpoint and 8 here.*flow.pre_train_partial"):
+        take_architecture(pretrained, frozenset({"model.nf"}))
+
+
+def test_a_run_that_is_there_keeps_its_architecture_when_the_pretrained_file_is_gone(pretrained, tmp_path):
+    config, _ = take_architecture(pretrained, frozenset())
+    save_config(config, tmp_path / "run" / "config.json")
+    (tmp_path / "wide.pth").unlink()
+    assert take_architecture(pretrained, frozenset())[0].model.nf == 16
+
+
+def test_tensors_that_fit_are_copied_where_partial_loading_is_asked_for_and_counted(pretrained):
+    narrow = create_model(pretrained)
     with pytest.raises(UserError, match=r"only \d+ of \d+ tensors fit this network.*flow.pre_train_partial"):
-        load_pretrained(create_model(narrow_config), narrow_config)
-    narrow_config.flow.pre_train_partial = True
-    narrow = create_model(narrow_config)
-    before = copy.deepcopy(narrow.state_dict())
-    (message,) = load_pretrained(narrow, narrow_config)
+        load_pretrained(narrow, pretrained)
+    pretrained.flow.pre_train_partial = True
+    assert take_architecture(pretrained, frozenset()) == (pretrained, [])
+    (message,) = load_pretrained(narrow, pretrained)
     matched = int(message.split(": ")[1].split(" ")[0])
-    assert 0 < matched < len(before) and f"{len(before) - matched} did not" in message
-    same_config = small_config(nf=16)
-    same_config.flow.pre_train_model = str(tmp_path / "wide.pth")
-    assert load_pretrained(create_model(same_config), same_config)[0].endswith(", 0 did not")
+    assert 0 < matched < len(narrow.state_dict()) and f"{len(narrow.state_dict()) - matched} did not" in message
+
+
+@pytest.mark.parametrize("name, form", [
+    ("weights alone", lambda state: {"model": state["model"], "config": state["config"]}),
+    ("wrapped", lambda state: state | {"model": {f"module._orig_mod.{k}": v for k, v in state["model"].items()}}),
+])
+def test_weights_alone_and_wrapped_names_are_enough_to_start_from(name, form, pretrained):
+    path = pretrained.flow.pre_train_model
+    torch.save(form(torch.load(path, weights_only=True)), path)
+    config, _ = take_architecture(pretrained, frozenset())
+    assert load_pretrained(create_model(config), config)[0].endswith(", 0 did not")
+
+
+def test_options_of_the_optimizer_are_those_of_the_run_not_of_the_state_it_goes_on_from():
+    """Also those that only a GPU knows: a state of a CUDA run goes on on a CPU."""
+    network = create_model(small_config())
+    optimizer, ema, stats = training_parts(network)
+    do_update(network, optimizer, ema, stats, 0)
+    state = state_of(network, optimizer, ema, stats)
+    state["optimizer"]["param_groups"][0] |= {"betas": (0.1, 0.2), "eps": 1.0, "weight_decay": 9.0, "capturable": True}
+    other = create_model(small_config())
+    optimizer, ema, stats = training_parts(other)
+    restore(state, other, ema, optimizer, stats)
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0)
+    do_update(other, optimizer, ema, stats, 1)
+
+
+def test_another_optimizer_cannot_go_on_and_other_values_are_said(tmp_path):
+    there, here = small_config(), small_config()
+    there.work_dir = here.work_dir = str(tmp_path)
+    there.expr, here.expr, here.training.resume_from = "there", "here", str(tmp_path / "there")
+    (tmp_path / "there" / "checkpoints").mkdir(parents=True)
+    save(create_model(there), there, tmp_path / "there" / "checkpoints" / "checkpoint_1.pth")
+    here.optim.beta1 = 0.5
+    said = []
+    assert find_state(here, said.append)[0]["step"] == 3
+    assert "optim.beta1 (0.9 there, 0.5 here)" in said[0]
+    here.optim.optimizer = "RAdam"
+    with pytest.raises(UserError, match="was trained with config.optim.optimizer Adam"):
+        find_state(here, said.append)
 
 
 def test_teacher_of_other_images_is_refused(tmp_path):

@@ -1,0 +1,128 @@
+"""Small wrong changes, one at a time, and whether the tests of their area notice: `python tests/mutations.py [WORD]`.
+
+Each row replaces a text that occurs once in a file of a copy of the working tree and runs the named tests there; what
+they pass is printed as SURVIVED, and the exit status is then 1. WORD runs the rows whose file has it in its name. Not
+part of `make test`: it takes some seconds a row.
+"""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+REFERENCE, UPDATE = "tests/training/test_reference.py", "tests/training/test_update.py"
+STATE, RUN, RESTORE = "tests/training/test_state.py", "tests/training/test_run.py", "tests/training/test_restore.py"
+OBJECTIVE, LOSSES = "tests/flows/test_objective.py", "tests/flows/test_losses.py"
+SCHEDULES, EMA = "tests/flows/test_schedules.py", "tests/models/test_ema.py"
+BATCHES, FILES, SEEDS = "tests/datasets/test_batches.py", "tests/runtime/test_files.py", "tests/runtime/test_seeds.py"
+
+MUTATIONS = [  # (file, text, wrong text, tests)
+    # the same draws, masks and flips at every update; the update miscounted
+    ("train.py", "step_generator(config.seed, update, DRAWS", "step_generator(config.seed, 0, DRAWS", REFERENCE),
+    ("train.py", "seed_dropout(config.seed, update,", "seed_dropout(config.seed, 0,", REFERENCE),
+    ("train.py", "self.objective(self.velocity, batch, draws, update)",
+     "self.objective(self.velocity, batch, draws, update + 1)", REFERENCE),
+    ("train.py", "self.source.batch(update,", "self.source.batch(update + 1,", REFERENCE),
+    ("train.py", "self.source.batch(update,", "self.source.batch(0,", REFERENCE),
+    ("train.py", "warmup_factor(update, 0 if self.config.flow.pre_train_model else optim.warmup)",
+     "warmup_factor(update, optim.warmup)", REFERENCE),
+    ("train.py", "warmup_factor(update, 0 if", "warmup_factor(update + 1, 0 if", REFERENCE),
+    ("train.py", "group[\"lr\"] = self.learning_rate(update)", "pass", REFERENCE),
+    ("train.py", "self.optimizer.zero_grad(set_to_none=True)", "pass", REFERENCE),
+    ("train.py", "self.network.train()", "self.network.eval()", REFERENCE),
+    ("datasets/batches.py", "self._draw(update, seeds.FLIP", "self._draw(0, seeds.FLIP", REFERENCE),
+    ("runtime/seeds.py", "SeedSequence([seed, update, stream])", "SeedSequence([seed, update])", REFERENCE),
+    ("runtime/seeds.py", "SeedSequence([seed, update, rank, DROPOUT])", "SeedSequence([seed, update, DROPOUT])",
+     REFERENCE),
+    ("runtime/seeds.py", "key=[seed % 2**64, stream], counter=[0, 0, 0, index])",
+     "key=[seed % 2**64, 0], counter=[0, 0, 0, index])", f"{SEEDS} {REFERENCE}"),
+    # the teacher, the start, the averages
+    ("training/state.py", "load_model(path, use_ema=True", "load_model(path, use_ema=False", REFERENCE),
+    ("training/state.py", "config.flow.teacher_model or config.flow.pre_train_model", "config.flow.pre_train_model",
+     RESTORE),
+    ("training/state.py", "unmatched and not config.flow.pre_train_partial", "False", RESTORE),
+    ("models/ema.py", "(1 + self.num_updates) / (10 + self.num_updates)",
+     "(2 + self.num_updates) / (10 + self.num_updates)", f"{EMA} {REFERENCE}"),
+    ("models/ema.py", "decay = min(self.decay,", "decay = max(self.decay,", f"{EMA} {REFERENCE}"),
+    ("models/ema.py", "torch._foreach_mul_(change, keep * (1 - decay))", "torch._foreach_mul_(change, (1 - decay))",
+     f"{EMA} {UPDATE}"),
+    ("models/ema.py", "self.num_updates = int(state[\"num_updates\"])", "pass", EMA),
+    # one update
+    ("training/update.py", "torch.clamp(grad_clip / (norm + 1e-6), max=1.0)", "grad_clip / (norm + 1e-6)", REFERENCE),
+    ("training/update.py", "if grad_clip >= 0:", "if grad_clip > 10:", f"{UPDATE} {REFERENCE}"),
+    ("training/update.py", "torch.isfinite(loss + norm)", "torch.isfinite(loss)", UPDATE),
+    ("training/update.py", "torch.isfinite(loss + norm)", "torch.isfinite(norm)", UPDATE),
+    ("training/update.py", "ema.update(keep=1.0 - nonfinite)", "ema.update()", UPDATE),
+    ("training/update.py", "return min(1.0, update / warmup)", "return update / warmup", UPDATE),
+    ("training/update.py", "p.grad.masked_fill_(skip, 0.0)", "pass", UPDATE),
+    ("training/update.py", "rho_inf = 2 / (1 - beta2) - 1", "rho_inf = 2 / (1 - beta2)", UPDATE),
+    ("training/update.py", "rectified = (rho > 5)", "rectified = (rho > 4)", UPDATE),
+    ("training/update.py", "\"betas\": (beta1, 0.999)", "\"betas\": (beta1, 0.99)", REFERENCE),
+    ("training/update.py", "consecutive.add_(1.0).mul_(nonfinite)", "consecutive.add_(nonfinite)", UPDATE),
+    ("training/update.py", "scale.mul_(1.0 - 0.5 * overflow)", "scale.mul_(1.0 + 0.5 * overflow)", UPDATE),
+    ("training/update.py", "self.values[:3] = 0.0", "self.values[:2] = 0.0", UPDATE),
+    ("training/update.py", "if stats[\"most_consecutive\"] > limit", "if stats[\"consecutive\"] > limit", UPDATE),
+    # the state on disk, and who may go on
+    ("training/state.py", "state[\"step\"] > best[\"step\"]", "state[\"step\"] < best[\"step\"]", STATE),
+    ("training/state.py", "moments[name].shape != expected", "False", STATE),
+    ("training/state.py", "list(numbered_checkpoints(folder).values())[:-count]",
+     "list(numbered_checkpoints(folder).values())[:count]", STATE),
+    ("training/state.py", "state = copy_to_host(state)", "pass", STATE),
+    ("training/state.py", "torch.empty_like(parameter, dtype=value.dtype).copy_(value)", "value", RESTORE),
+    ("training/state.py", "{**ours, \"params\": theirs[\"params\"]}", "theirs", RESTORE),
+    ("training/run.py", "os.path.normpath(value) if", "value if", RUN),
+    ("training/run.py", "if said != changed", "if False", RUN),
+    ("training/run.py", "self.signal = self.signal or number", "self.signal = number", RUN),
+    ("runtime/files.py", "os.replace(temporary, path)", "os.replace(temporary, temporary)", FILES),
+    ("runtime/files.py", "time.time() - os.fstat(opened.fileno()).st_mtime > STALE_AFTER", "True", FILES),
+    # the objective
+    ("flows/objective.py", "u = v_xi if first_step == \"student\"", "u = v_xi if first_step == \"teacher\"",
+     f"{REFERENCE} {OBJECTIVE}"),
+    ("flows/objective.py", "GUIDANCE_TIMES = (0.2, 0.8)", "GUIDANCE_TIMES = (0.0, 1.0)", f"{REFERENCE} {OBJECTIVE}"),
+    ("flows/objective.py", "per_sample(1 - t, xi) * teacher(x_t", "per_sample(t, xi) * teacher(x_t", REFERENCE),
+    ("flows/objective.py", "choices.weigh(choices.distance(v_xi, guided), t))",
+     "choices.weigh(choices.distance(v_xi, guided), start))", OBJECTIVE),
+    ("flows/losses.py", "return 0.5 * values", "return values", f"{LOSSES} {OBJECTIVE}"),
+    ("flows/losses.py", "HUBER_C = 0.00054", "HUBER_C = 0.0054", LOSSES),
+    ("flows/losses.py", "per_sample(1 - point.alpha, v) * v", "per_sample(point.alpha, v) * v", LOSSES),
+    ("flows/schedules.py", "1 - min(1.0, update / n)", "1 - min(1.0, (update + 1) / n)", f"{SCHEDULES} {REFERENCE}"),
+    ("flows/schedules.py", "torch.randint(int(k),", "torch.randint(int(k) + 1,", SCHEDULES),
+    ("flows/rectified_flow.py", "TIME_SCALE = 999.0", "TIME_SCALE = 1000.0", REFERENCE),
+]
+
+
+def notices(tree, file, text, wrong, tests):
+    """Return whether the tests fail with the change made in the copy `tree`."""
+    path = tree / file
+    original = path.read_text()
+    if original.count(text) != 1:
+        raise SystemExit(f"{file} has {text!r} {original.count(text)} times: this row is out of date")
+    path.write_text(original.replace(text, wrong))
+    try:
+        command = [sys.executable, "-B", "-m", "pytest", "-n0", "-q", "-x", "-p", "no:cacheprovider", *tests.split()]
+        return subprocess.run(command, cwd=tree, capture_output=True, check=False, timeout=600).returncode == 1
+    finally:
+        path.write_text(original)
+
+
+def main(word=""):
+    """Run the rows; return the number of survivors."""
+    rows, survivors = [row for row in MUTATIONS if word in row[0]], 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = pathlib.Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "logs", "reflow_data"))
+        for number, (file, text, wrong, tests) in enumerate(rows, 1):
+            start = time.monotonic()
+            noticed = notices(tree, file, text, wrong, tests)
+            survivors += not noticed
+            print(f"{number}/{len(rows)} {'noticed' if noticed else 'SURVIVED'} in {time.monotonic() - start:.0f} s: "
+                  f"{file}: {text} → {wrong}", flush=True)
+    print(f"{survivors} of {len(rows)} survived")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(*sys.argv[1:])))
