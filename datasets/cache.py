@@ -7,6 +7,7 @@ as a hidden folder beside its place and renamed when it is complete, so an entry
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ import pathlib
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,21 +27,60 @@ from runtime.progress import progress_bar
 VERSION = 2  # of what decoding does; a change makes old entries unused
 
 
-def open_cached(source, spec, cache_dir, progress):
-    """Return the decoded `Source` as `(images, labels, about)`, decoding it on first use.
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Decoded images: a data set, or a part of one on its way into the cache.
 
-    images: uint8 `(N, C, H, W)`, mapped read-only. labels: int64 `(N,)` or None. about: dict of `about.json`:
-    source, count, shape, class_names, skipped, notes, folder. progress: config field `training.progress`.
+    images: uint8 `(N, C, H, W)`, memory-mapped where they come from the cache. labels: int64 `(N,)` or None.
+    class_names: names of classes 0, 1, …, or None. source: where they come from, for messages and reports.
+    notes: how many images were converted how. cache: folder of the cache entry, or None. skipped: corrupt images.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    class_names: tuple | None = None
+    source: str = ""
+    notes: dict = dataclasses.field(default_factory=dict)
+    cache: str | None = None
+    skipped: tuple = ()
+
+    def __len__(self):
+        """Return the number of images."""
+        return len(self.images)
+
+
+class Source(NamedTuple):
+    """Images on disk that can be decoded into the cache.
+
+    name: short, for folder names. title: for messages, with the path. identity: digest of the files' paths, sizes and
+    times (`identify`). open: returns an iterator over `ImageSet`s, how many images there are at most (None if only
+    reading tells) and the class names or None; called only when the images are not cached.
+    """
+
+    name: str
+    title: str
+    identity: str
+    open: Callable[[], tuple]
+
+
+def open_cached(source, spec, cache_dir, progress):
+    """Return the `ImageSet` of a `Source`, mapped into memory read-only; decode it into `cache_dir` on first use.
+
+    progress: config field `training.progress`. Raises UserError for images that cannot be decoded or written, and for
+    an entry that was cached without its corrupt images, unless `spec` skips them.
     """
     entry = entry_folder(source, spec, cache_dir)
-    found = _open_entry(entry)
+    found = _open_entry(entry, spec)
     if found is None:
         lock = entry.with_name(f".{entry.name}.lock")
         with _explain_failures(cache_dir), file_lock(lock, f"decoding {source.title}"):
-            found = _open_entry(entry)  # the process that held the lock may have made it
+            found = _open_entry(entry, spec)  # the process that held the lock may have made it
             if found is None:
                 _write_entry(source, spec, entry, progress)
-                found = _open_entry(entry)
+                found = _open_entry(entry, spec)
+    if found.skipped and not spec.skip_corrupt:
+        raise UserError(f"{source.title} was cached without {len(found.skipped)} corrupt images, the first "
+                        f"{found.skipped[0]}: repair them, or go on without them with --config.data.skip_corrupt true")
     return found
 
 
@@ -49,20 +91,23 @@ def entry_folder(source, spec, cache_dir):
     return pathlib.Path(cache_dir) / f"{source.name}-{spec.channels}x{spec.size}x{spec.size}-{key}"
 
 
-def _open_entry(entry):
-    """Return `(images, labels, about)` of an entry, or None when it is absent or damaged."""
+def _open_entry(entry, spec):
+    """Return the `ImageSet` of an entry, or None when it is absent or damaged."""
     if not entry.is_dir():
         return None
     try:
         about = json.loads((entry / "about.json").read_text())
         images = np.load(entry / "images.npy", mmap_mode="r")
         labels = np.load(entry / "labels.npy") if about["labelled"] else None
-        if images.shape != (about["count"], *about["shape"]) or (about["labelled"] and len(labels) != about["count"]):
+        shape = about["count"], spec.channels, spec.size, spec.size
+        if images.shape != shape or images.dtype != np.uint8 or (labels is not None and len(labels) != len(images)):
             raise ValueError("its parts do not fit together")
+        names = about["class_names"]
+        return ImageSet(images, labels, names and tuple(names), about["source"], dict(about["notes"]), str(entry),
+                        tuple(about["skipped"]))
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         print(f"the cache entry {entry} is damaged ({error}): decoding again", file=sys.stderr, flush=True)
         return None
-    return images, labels, about | {"folder": str(entry)}
 
 
 def _write_entry(source, spec, entry, progress):
@@ -117,7 +162,7 @@ def _decode(source, chunks, shape, folder, bar):
         raise UserError(f"{source.title} has no usable image" + (f": {skipped[0]}" if skipped else ""))
     if labels:
         np.save(folder / "labels.npy", np.concatenate(labels))
-    return {"count": count, "shape": shape, "labelled": bool(labels), "skipped": skipped, "notes": notes,
+    return {"count": count, "labelled": bool(labels), "skipped": skipped, "notes": notes,
             "decoded": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.cache import open_cached
+from datasets.cache import ImageSet, Source, open_cached
 from datasets.image_files import (
     LABEL_FILE,
     CorruptImage,
@@ -45,42 +45,6 @@ ROWS_AT_ONCE = 10_000  # images of an array resized and written at a time
 SPLITS = {"train", "val", "valid", "validation", "test"}
 RELEASED_NAMES = {"plane": "airplane", "car": "automobile"}  # of CIFAR-10's classes, in the released code
 SUBSET_SEED = 0  # random_N are the same images under every seed
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSet:
-    """Decoded images: a data set, or a part of one on its way into the cache.
-
-    images: uint8 `(N, C, H, W)`, memory-mapped where they come from the cache. labels: int64 `(N,)` or None.
-    class_names: names of classes 0, 1, …, or None. source: where they come from, for messages and reports.
-    notes: how many images were converted how. cache: folder of the cache entry, or None. skipped: corrupt images.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray | None = None
-    class_names: tuple | None = None
-    source: str = ""
-    notes: dict = dataclasses.field(default_factory=dict)
-    cache: str | None = None
-    skipped: tuple = ()
-
-    def __len__(self):
-        """Return the number of images."""
-        return len(self.images)
-
-
-class Source(NamedTuple):
-    """Images on disk that can be decoded into the cache.
-
-    name: short, for folder names. title: for messages, with the path. identity: digest of the files' paths, sizes and
-    times (`identify`). open: returns an iterator over `ImageSet`s, how many images there are at most (None if only
-    reading tells) and the class names or None; called only when the images are not cached.
-    """
-
-    name: str
-    title: str
-    identity: str
-    open: Callable[[], tuple]
 
 
 class DataSet(NamedTuple):
@@ -112,8 +76,9 @@ def load_images(config):
     if row.files and not root.exists():
         raise UserError(f"{data.dataset}: there is nothing at {root}: put {row.files} there, or set "
                         "--config.data.data_root to where it is")
-    opened = row.open(root, spec)
-    image_set = opened if isinstance(opened, ImageSet) else _load_cached(opened, spec, config)
+    image_set = row.open(root, spec)
+    if isinstance(image_set, Source):
+        image_set = open_cached(image_set, spec, data.cache_dir, config.training.progress)
     if data.num_classes:
         check_classes(image_set, data.num_classes)
     return subset(image_set, *_chosen_subset(config))
@@ -123,16 +88,6 @@ def array_set(images, labels, spec, source="", class_names=None):
     """Return an `ImageSet` of uint8 images `(N, C, H, W)`, brought to `spec`, with int64 labels `(N,)` or None."""
     images, notes = fit_images(images, spec)
     return ImageSet(images, labels, class_names, source, dict(notes))
-
-
-def _load_cached(source, spec, config):
-    images, labels, about = open_cached(source, spec, config.data.cache_dir, config.training.progress)
-    skipped = about["skipped"]
-    if skipped and not spec.skip_corrupt:
-        raise UserError(f"{source.title} was cached without {len(skipped)} corrupt images, the first {skipped[0]}: "
-                        "repair them, or go on without them with --config.data.skip_corrupt true")
-    class_names = about["class_names"] and tuple(about["class_names"])
-    return ImageSet(images, labels, class_names, source.title, about["notes"], about["folder"], tuple(skipped))
 
 
 def check_classes(image_set, num_classes):

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 
 from datasets import cache
-from datasets.cache import entry_folder
+from datasets.cache import ImageSet, Source, entry_folder
 from datasets.image_files import ImageSpec
-from datasets.sources import ImageSet, Source
 from runtime.errors import UserError
 from tests.datasets.image_files import random_images
 from tests.processes import SERVER
 
 IMAGES, LABELS = random_images(10, 3, 8), np.arange(10)
-SPEC = ImageSpec(8, 3)
+SPEC = ImageSpec(8, 3, skip_corrupt=True)
 
 
 def chunks_of_two():
@@ -49,21 +48,21 @@ def entries(folder):
 
 def test_first_use_decodes_and_later_ones_map_the_same_pixels(tmp_path, capsys):
     open_cached(make_source(), tmp_path)
-    images, labels, about = open_cached(make_source(unopened), tmp_path)
-    np.testing.assert_array_equal(images, IMAGES)
-    np.testing.assert_array_equal(labels, LABELS)
-    assert isinstance(images, np.memmap) and images.dtype == np.uint8 and labels.dtype == np.int64
-    assert about["class_names"] == list("abcdefghij")
-    assert about["skipped"][1] == "bad2" and about["notes"]["turned"] == 5
+    found = open_cached(make_source(unopened), tmp_path)
+    np.testing.assert_array_equal(found.images, IMAGES)
+    np.testing.assert_array_equal(found.labels, LABELS)
+    assert isinstance(found.images, np.memmap) and found.labels.dtype == np.int64
+    assert found.class_names == tuple("abcdefghij")
+    assert found.skipped[1] == "bad2" and found.notes == {"turned": 5}
 
 
 def test_the_user_is_told_once_what_was_cached_where(tmp_path, capsys):
     for _ in range(2):
-        _, _, about = open_cached(make_source(), tmp_path)
+        found = open_cached(make_source(), tmp_path)
     said = capsys.readouterr().err
-    assert said.count("cached tiny at somewhere: 10 images in") == 1 and about["folder"] in said
+    assert said.count("cached tiny at somewhere: 10 images in") == 1 and found.cache in said
     assert "5 images: turned" in said and "5 corrupt images skipped, the first bad0" in said
-    written = json.loads((pathlib.Path(about["folder"]) / "about.json").read_text())
+    written = json.loads((pathlib.Path(found.cache) / "about.json").read_text())
     assert written["source"] == "tiny at somewhere" and written["count"] == 10
 
 
@@ -81,7 +80,7 @@ def test_a_failed_decode_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="corrupt image"):
         open_cached(make_source(failing), tmp_path)
     assert entries(tmp_path) == []
-    assert len(open_cached(make_source(), tmp_path)[0]) == 10
+    assert len(open_cached(make_source(), tmp_path)) == 10
 
 
 def test_an_interrupt_at_the_last_moment_leaves_no_entry(tmp_path, monkeypatch):
@@ -123,8 +122,7 @@ def test_a_killed_decode_is_not_trusted_and_its_lock_is_free(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert entries(tmp_path / "cache")[0].endswith(".partial")  # what the killed process left
-    images, _, _ = open_cached(make_source(), tmp_path / "cache")
-    np.testing.assert_array_equal(images, IMAGES)
+    np.testing.assert_array_equal(open_cached(make_source(), tmp_path / "cache").images, IMAGES)
     assert len(entries(tmp_path / "cache")) == 1  # and that is gone
 
 
@@ -139,20 +137,22 @@ def test_processes_that_start_together_decode_once(tmp_path):
         process.join()
         assert process.exitcode == 0
     assert len(list(marks.iterdir())) == 2  # "go" and one decoder
-    np.testing.assert_array_equal(open_cached(make_source(unopened), tmp_path / "cache")[0], IMAGES)
+    np.testing.assert_array_equal(open_cached(make_source(unopened), tmp_path / "cache").images, IMAGES)
 
 
 @pytest.mark.parametrize("damage", [
     lambda entry: os.truncate(entry / "images.npy", 1000), lambda entry: os.remove(entry / "labels.npy"),
-    lambda entry: (entry / "about.json").write_text("{"), lambda entry: np.save(entry / "labels.npy", LABELS[:3]),
+    lambda entry: (entry / "about.json").write_text("{"),
+    lambda entry: (entry / "about.json").write_text('{"count": 10, "labelled": true}'),
+    lambda entry: np.save(entry / "labels.npy", LABELS[:3]),
     lambda entry: shutil.rmtree(entry) or entry.mkdir(),
 ])
 def test_a_damaged_entry_is_decoded_again(tmp_path, damage, capsys):
     open_cached(make_source(), tmp_path)
     damage(entry_folder(make_source(), SPEC, tmp_path))
-    images, labels, _ = open_cached(make_source(), tmp_path)
-    np.testing.assert_array_equal(images, IMAGES)
-    np.testing.assert_array_equal(labels, LABELS)
+    found = open_cached(make_source(), tmp_path)
+    np.testing.assert_array_equal(found.images, IMAGES)
+    np.testing.assert_array_equal(found.labels, LABELS)
     assert "is damaged" in capsys.readouterr().err
 
 
@@ -188,7 +188,7 @@ def test_a_cache_that_is_read_only_serves_what_it_has(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(cache, "file_lock", refuse)
-    assert len(open_cached(make_source(unopened), tmp_path)[0]) == 10
+    assert len(open_cached(make_source(unopened), tmp_path)) == 10
     with pytest.raises(UserError, match="Permission denied"):
         open_cached(make_source(identity="other"), tmp_path)
 
@@ -197,5 +197,5 @@ def test_a_source_of_unknown_count_without_labels_is_cached(tmp_path):
     def chunks():
         yield ImageSet(IMAGES[:7])
 
-    images, labels, _ = open_cached(make_source(chunks, count=None), tmp_path)
-    assert images.shape == (7, 3, 8, 8) and labels is None
+    found = open_cached(make_source(chunks, count=None), tmp_path)
+    assert found.images.shape == (7, 3, 8, 8) and found.labels is None

@@ -287,6 +287,6 @@ def test_a_data_set_from_outside_is_a_function_and_a_row(tmp_path, monkeypatch, 
     assert not train.main(*parse_command_line(["train.py", *words]))
     assert (tmp_path / "logs/stripes/checkpoints-meta/checkpoint.pth").exists()
     assert "resampled to 8×8 with the lanczos filter" in load_images(parse_command_line(["x", *words])[0]).notes
-    assert "custom | stripes" in help_text("", {})
+    assert "custom | stripes" in " ".join(help_text("", {}, ["data"]).split())
     with pytest.raises(UserError, match="num_channels is 3, but stripes has 1"):
         train.main(*parse_command_line(["train.py", *words, "--config.data.num_channels", "3"]))
