@@ -1,25 +1,27 @@
-"""Sample pictures from every checkpoint of a run, or from one .pth, all from the same noise.
+"""Sample images from every checkpoint of a run, or from one file, all from the same noise.
 
 Into {run}/eval_sample/{checkpoint}/ go a grid for each sampler, {sampler}_sample_{nfe}.png; where there are several,
-the sheet that compares them, contact_sheet.png; ways of a few pixels from noise to image, pixel_trajectories.png; and
-samples.json with sampler, NFE, seconds, straightness, seed and checkpoint of each grid. Checkpoints are those of the
-folder, or from eval.begin_ckpt to eval.end_ckpt where these are given. With --config.sampling.use_ode_sampler given,
-that sampler is used; otherwise a survey: rk45, then Euler with 1, 2, 5, 10, 20, 50 and 100 steps. A grid has
-eval.batch_size images where that is given, 64 otherwise, or with --classes a row of ten for each class.
+contact_sheet.png, which compares them; pixel_trajectories.png, the values of a few pixels from noise to image; and
+samples.json with sampler, NFE, seconds, straightness, seed and checkpoint of each grid. What else makes an image
+another is in the name, as in euler_sample_2_seed7_class3.png. Checkpoints are those of the folder, or from
+eval.begin_ckpt to eval.end_ckpt where these are given. With --config.sampling.use_ode_sampler that sampler is used;
+otherwise a survey: rk45, then Euler with 1, 2, 5, 10, 20, 50 and 100 steps. A grid has eval.batch_size images where
+that is given, 64 otherwise, or with --classes a row of ten for each class.
 """
 
 import json
 import math
 import pathlib
 import time
+import zlib
 
 import torch
 
 from configs.command_line import run_script
-from configs.default import Field
-from datasets import one_hot
+from configs.default import Field, find_field, get_field
+from datasets import load_images, one_hot
 from flows.rectified_flow import velocity_from_network
-from flows.samplers import Trajectories, create_sampler, euler, sampler_values, straightness
+from flows.samplers import SAMPLERS, Trajectories, create_sampler, euler, sampler_values, straightness
 from metrics.sweep import checkpoint_folder, run_folder, sweep
 from models.checkpoint import is_remote, load_with_config, numbered_checkpoints
 from runtime.devices import in_precision, set_precision, start_processes, stop_processes
@@ -32,7 +34,7 @@ from runtime.seeds import index_labels, index_noise
 FLAGS = {
     "sampling_dir": Field("", "run folder whose checkpoints are sampled, or one .pth or .pkl (hf:// and https:// too)"),
     "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
-    "classes": Field("", "class-conditional models: a grid row for each of these classes, as 0,3,7 or all"),
+    "classes": Field("", "class-conditional models: a grid row for each of these classes: 0,3,7 or cat,dog or all"),
 }
 
 IMAGES = 64  # in a grid, unless eval.batch_size is given
@@ -40,6 +42,9 @@ ROW = 10  # images in a row of the contact sheet, and of a class
 SURVEY_STEPS = (1, 2, 5, 10, 20, 50, 100)  # of Euler's rule, after rk45
 STRAIGHTNESS_STEPS = 100
 TRACED_SAMPLES, TRACED_PIXELS = 4, 6  # in the plot of pixels over time
+# Fields beside the sampler's own that make an image another where they are given, and their words in a file's name.
+NAMED = {"seed": "seed", "sampling.class_label": "class", "sampling.init_noise_scale": "scale", "flow.eps": "eps",
+         "training.precision": ""}
 
 
 def main(config, args, given):
@@ -80,7 +85,8 @@ def sample_checkpoint(path, config, args, given, device):
     """Sample one checkpoint and write everything about it; nothing is written before all of it is sampled."""
     config, net, digest = load_with_config(path, config, given, args.use_ema, device)
     velocity = velocity_from_network(in_precision(net, config.training.precision, device))
-    z, label, row_labels = start_of_samples(config, args.classes, given, device)
+    classes, names = class_rows(args.classes, config, given)
+    z, label = start_of_samples(config, classes, given, device)
     name = pathlib.Path(path).stem + ("" if args.use_ema else "_raw")
     about = {"checkpoint": str(path), "digest": digest,
              "weights": "EMA" if args.use_ema else "raw", "seed": config.seed, "images": len(z)}
@@ -89,20 +95,28 @@ def sample_checkpoint(path, config, args, given, device):
     with progress_bar(total=len(z) * len(choices), desc=f"sampling {name}", unit="images",
                       enabled=config.training.progress) as bar:
         grids = [sample_grid(velocity, z, label, choice, bar.update) for choice in choices]
-    first = slice(0, min(len(z), config.sampling.batch_size))
-    bend = straightness(velocity, z[first], None if label is None else label[first], steps=STRAIGHTNESS_STEPS,
-                        t_start=config.flow.eps).mean().item()
-
-    folder = output_folder(path) / "eval_sample" / name
-    columns = ROW if row_labels else math.isqrt(len(z) - 1) + 1
+    folder, bend = output_folder(path) / "eval_sample" / name, None
+    suffix = name_suffix(NAMED, config, given) + name_of_classes(classes)
+    if not classes and len(z) != IMAGES:
+        suffix += f"_{len(z)}images"
+    columns = ROW if names else math.isqrt(len(z) - 1) + 1
     for images, entry in grids:
-        save_grid(folder / entry["file"], images, columns, row_labels)
+        own = {f"sampling.{field}": field for field in SAMPLERS[entry["sampler"]].fields if field != "sample_N"}
+        title = f"{entry['sampler']}_sample_{round(entry['nfe'])}"
+        entry["file"] = title + name_suffix(own, config, given) + suffix + ".png"
+        save_grid(folder / entry["file"], images, columns, names)
     if len(grids) > 1:  # of one sampler the grid tells as much, and the sheet of an earlier survey stays
         sheet = torch.cat([images[:ROW] for images, _ in grids])
-        save_grid(folder / "contact_sheet.png", sheet, min(ROW, len(z)), [title_of(entry) for _, entry in grids])
-    draw_trajectories(folder / "pixel_trajectories.png", velocity, z, label, config.flow.eps, name)
+        save_grid(folder / f"contact_sheet{suffix}.png", sheet, min(ROW, len(z)), [title_of(e) for _, e in grids])
+    if config.flow.flow_t_schedule != "t0" and max(entry["nfe"] for _, entry in grids) > 1:
+        # A one-step model knows no time but the first: it has no trajectory.
+        first = slice(0, min(len(z), config.sampling.batch_size))
+        bend = straightness(velocity, z[first], None if label is None else label[first], steps=STRAIGHTNESS_STEPS,
+                            t_start=config.flow.eps).mean().item()
+        draw_trajectories(folder / f"pixel_trajectories{suffix}.png", velocity, z, label, config.flow.eps, name)
     write_entries(folder / "samples.json", [about | {"straightness": bend} | entry for _, entry in grids])
-    print(f"{folder}: {', '.join(title_of(entry) for _, entry in grids)}; straightness {bend:.4g}", flush=True)
+    print(f"{folder}: {', '.join(title_of(entry) for _, entry in grids)}"
+          + ("" if bend is None else f"; straightness {bend:.4g}"), flush=True)
 
 
 def output_folder(path):
@@ -110,47 +124,66 @@ def output_folder(path):
     return pathlib.Path() if is_remote(path) else run_folder(path)
 
 
+def name_suffix(words, config, given):
+    """Return `_seed7_scale2`: {field: its word} of the given fields that differ from their default, for file names."""
+    values = {name: get_field(config, name) for name in words if name in given}
+    return "".join(f"_{words[name]}{value}" for name, value in values.items() if value != find_field(name).default)
+
+
+def name_of_classes(classes):
+    """Return what --classes adds to the name of a file."""
+    text = "-".join(map(str, classes))
+    return f"_classes{text if len(text) < 60 else f'{len(classes)}-{zlib.crc32(text.encode()):08x}'}" if classes else ""
+
+
 def start_of_samples(config, classes, given, device):
-    """Return noise z `(N, C, H, W)`, one-hot label `(N, K)` or None, and a text per grid row or None."""
+    """Return noise z `(N, C, H, W)` and one-hot label `(N, K)` or None; `classes` has the class of each row of ten."""
     count = config.eval.batch_size if "eval.batch_size" in given else IMAGES
-    rows = class_rows(classes, config, given)
-    if rows:
-        count = ROW * len(rows)
-    data = config.data
+    if classes:
+        count = ROW * len(classes)
+    data, chosen = config.data, config.sampling.class_label
     z = index_noise(config.seed, range(count), (data.num_channels, data.image_size, data.image_size))
     z = (z * config.sampling.init_noise_scale).to(device)
-    chosen = config.sampling.class_label
     if not data.num_classes:
         if "sampling.class_label" in given:
             raise UserError(f"config.sampling.class_label is {chosen}, but this model has no classes")
-        return z, None, None
+        return z, None
     if chosen >= data.num_classes:
         raise UserError(f"config.sampling.class_label is {chosen}, but the classes are 0 to {data.num_classes - 1}")
-    if rows:
-        numbers = torch.tensor(rows).repeat_interleave(ROW)
+    if classes:
+        numbers = torch.tensor(classes).repeat_interleave(ROW)
     elif chosen >= 0:
         numbers = torch.full((count,), chosen)
     else:
         numbers = index_labels(config.seed, range(count), data.num_classes)
-    return z, one_hot(numbers.to(device), data.num_classes), [f"class {k}" for k in rows] or None
+    return z, one_hot(numbers.to(device), data.num_classes)
 
 
-def class_rows(classes, config, given):
-    """Return the classes of --classes, a row each; an empty list without the flag."""
-    if not classes:
-        return []
-    if not config.data.num_classes:
-        raise UserError(f"--classes {classes}: this model has no classes; leave the flag out")
+def class_rows(asked, config, given):
+    """Return the classes that --classes asks for and a title for each; ([], None) without the flag.
+
+    Names are those of the data set that the model was trained on, which is read only where they are asked for.
+    """
+    if not asked:
+        return [], None
+    count = config.data.num_classes
+    if not count:
+        raise UserError(f"--classes {asked}: this model has no classes; leave the flag out")
     if "sampling.class_label" in given:
         raise UserError("--classes and --config.sampling.class_label are both given; give one of them")
-    if classes == "all":
-        return list(range(config.data.num_classes))
-    words = [word.strip() for word in classes.split(",")]
-    wrong = next((word for word in words if not word.isdecimal() or int(word) >= config.data.num_classes), None)
-    if wrong is not None:
-        raise UserError(f"--classes {classes}: {wrong!r} is no class; the classes are 0 to "
-                        f"{config.data.num_classes - 1}, or all")
-    return [int(word) for word in words]
+    words = [str(k) for k in range(count)] if asked == "all" else [word.strip() for word in asked.split(",")]
+    names = [f"class {k}" for k in range(count)]
+    if not all(word.isdecimal() for word in words):
+        try:
+            names = load_images(config).class_names or names
+        except UserError as error:
+            raise UserError(f"--classes {asked}: the classes' names are not known ({error}); give numbers") from None
+    wrong = [word for word in words if word not in names and not (word.isdecimal() and int(word) < count)]
+    if wrong:
+        raise UserError(f"--classes {asked}: {wrong[0]!r} is no class; the classes are 0 to {count - 1}, or all, or "
+                        f"names: {', '.join(names[:12])}{', …' if count > 12 else ''}")
+    numbers = [int(word) if word.isdecimal() else names.index(word) for word in words]
+    return numbers, [names[number] for number in numbers]
 
 
 def chosen_samplers(config, given):
@@ -177,14 +210,8 @@ def sample_grid(velocity, z, label, config, finished):
     if len(bad):
         raise UserError(f"{name}: sample {bad[0].item()} is not finite; the network has diverged, or needs "
                         "--config.training.precision fp32")
-    mean_nfe = nfe.double().mean().item()
-    entry = {
-        "file": f"{name}_sample_{round(mean_nfe)}.png",
-        "sampler": name,
-        "nfe": mean_nfe,
-        "seconds": round(seconds, 4),
-    } | sampler_values(config)
-    return images, entry
+    about = {"sampler": name, "nfe": nfe.double().mean().item(), "seconds": round(seconds, 4)}
+    return images, about | sampler_values(config)
 
 
 def title_of(entry):
@@ -193,19 +220,20 @@ def title_of(entry):
 
 
 def draw_trajectories(path, velocity, z, label, eps, name):
-    """Plot the values of a few pixels of a few samples over t: straight lines are what reflow is after."""
-    few, ways = slice(0, TRACED_SAMPLES), Trajectories()
+    """Plot the values of a few pixels of a few samples over t; reflow straightens them."""
+    few, trajectories = slice(0, TRACED_SAMPLES), Trajectories()
     samples = torch.arange(len(z[few]))
     with torch.no_grad():
         euler(velocity, z[few], None if label is None else label[few], steps=STRAIGHTNESS_STEPS, t_start=eps,
-              record=lambda t, x: ways(samples, t, x))
+              record=lambda t, x: trajectories(samples, t, x))
     curves = []
     for sample in samples.tolist():
-        t, states = ways.of(sample)
+        t, states = trajectories.of(sample)
         pixels = states.flatten(1)
         for place in torch.linspace(0, pixels.shape[1] - 1, TRACED_PIXELS + 2).long()[1:-1].tolist():
             curves.append((t.tolist(), pixels[:, place].tolist(), f"sample {sample}"))
-    save_lines(path, curves, f"{name}: pixels on their way ({STRAIGHTNESS_STEPS} Euler steps)", "t", "pixel value")
+    save_lines(path, curves, f"{name}: {TRACED_PIXELS} pixels a sample, {STRAIGHTNESS_STEPS} Euler steps",
+               "time t (0: noise, 1: image)", "pixel value (images: -1 to 1)")
 
 
 def write_entries(path, entries):

@@ -267,8 +267,9 @@ def help_groups(words):
     return asked or groups
 
 
-def help_text(doc, script_flags, groups, config=None):
+def help_text(doc, script_flags, groups=None, config=None):
     """Return what `--help` prints: the script's purpose, its flags, and the fields of `groups` with their values."""
+    groups = help_groups([]) if groups is None else groups
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
 
     def entry(name, field, value):

@@ -7,7 +7,7 @@ from runtime.errors import UserError
 # These decide nothing once a network is trained: where this machine keeps data, and what training drew.
 NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.use_aug", "data.reflow_data_root",
                   "data.real_pairs_root")
-RUN_FIELDS = ("flow.eps", "sampling.init_noise_scale",
+RUN_FIELDS = ("flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale",
               *(name for name in field_names() if name.startswith("data.") and name not in NOT_OF_THE_RUN))
 ROOTS = ("data.data_root", "data.custom_data_root")
 

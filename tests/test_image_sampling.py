@@ -1,9 +1,6 @@
 """image_sampling.py from checkpoints to pictures, and its one-sentence errors."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ from models.checkpoint import write_checkpoint
 from models.create import create_model
 from runtime.errors import UserError
 from runtime.pictures import GAP
+from tests.processes import run_script
 
 SURVEY = ["rk45", *["euler"] * 7]
 CELL = 48 + GAP
@@ -25,7 +23,7 @@ CELL = 48 + GAP
 @pytest.fixture(scope="module")
 def script():
     """The script as a module."""
-    image_sampling.STRAIGHTNESS_STEPS = 4  # saves seconds
+    image_sampling.STRAIGHTNESS_STEPS, image_sampling.IMAGES = 4, 4  # saves seconds
     return image_sampling
 
 
@@ -131,13 +129,12 @@ def test_one_file_can_be_sampled_and_the_same_noise_gives_the_same_picture(scrip
     picture = run_folder / "eval_sample" / "checkpoint_2" / "euler_sample_2.png"
     words = ["--sampling_dir", str(path), "--config.sampling.use_ode_sampler", "euler"]
 
-    def picture_of(*more, steps="2"):
-        sample(script, run_folder, *words, "--config.sampling.sample_N", steps, *more)
+    def picture_of(*more):
+        sample(script, run_folder, *words, "--config.sampling.sample_N", "2", *more)
         return pixels(picture)
 
     first = picture_of()
     assert (picture_of("--config.sampling.batch_size", "3") == first).all()
-    assert (picture_of("--config.seed", "7") != first).any()
 
 
 def test_raw_weights_are_other_pictures_in_another_folder(script, run_folder):
@@ -159,30 +156,64 @@ def test_the_network_is_the_checkpoints_whatever_the_config_file_says(script, ru
 
 @pytest.fixture(scope="module")
 def conditional_folder(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("logs") / "classes", model__name="DhariwalUNet", model__nf=8,
-                     data__num_classes=3, data__num_channels=3)
+    folder = tmp_path_factory.mktemp("logs")
+    for name in ("cat", "dog", "eel"):
+        (folder / "animals" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "animals" / name / "1.png")
+    return write_run(folder / "classes", model__name="DhariwalUNet", model__nf=8, data__num_classes=3,
+                     data__num_channels=3, data__dataset="custom", data__data_root=str(folder / "animals"),
+                     data__cache_dir=str(folder / "cache"))
 
 
 def test_classes_get_a_row_each_drawn_or_chosen(script, conditional_folder):
     words = ["--config.sampling.use_ode_sampler", "one_step"]
-    picture = conditional_folder / "eval_sample" / "checkpoint_1" / "one_step_sample_1.png"
+    folder = conditional_folder / "eval_sample" / "checkpoint_1"
 
-    def picture_of(*more):
+    def picture_of(name, *more):
         sample(script, conditional_folder, *words, *more)
-        return pixels(picture)
+        return pixels(folder / f"one_step_sample_1{name}.png")
 
-    drawn, zero, one = (picture_of(*more) for more in ([], ["--config.sampling.class_label", "0"],
-                                                        ["--config.sampling.class_label", "1"]))
+    drawn = picture_of("")
+    zero, one = (picture_of(f"_class{k}", "--config.sampling.class_label", f"{k}") for k in (0, 1))
     assert drawn.shape[2] == 3 and (zero != one).any() and (drawn != one).any()
-    rows = picture_of("--classes", "2,0")
+    rows = picture_of("_classes2-0", "--classes", "2,0")
     assert rows.shape[0] == 2 * CELL + GAP and rows.shape[1] > 10 * CELL + GAP
-    assert picture_of("--classes", "all").shape[0] == 3 * CELL + GAP
+    assert picture_of("_classes0-1-2", "--classes", "all").shape[0] == 3 * CELL + GAP
+    by_name = picture_of("_classes2-0", "--classes", "eel, cat")
+    assert (by_name[:, -10 * CELL:] == rows[:, -10 * CELL:]).all() and by_name.shape[1] < rows.shape[1]  # shorter words
+    assert {entry["file"] for entry in entries(conditional_folder)} == {
+        f"one_step_sample_1{name}.png" for name in ("", "_class0", "_class1", "_classes2-0", "_classes0-1-2")}
+    assert (pixels(folder / "one_step_sample_1.png") == drawn).all()
+
+
+def test_what_makes_an_image_another_is_in_its_name(script, run_folder):
+    folder = run_folder / "eval_sample" / "checkpoint_1"
+
+    def picture_of(name, *more):
+        sample(script, run_folder, "--config.eval.end_ckpt", "1", "--config.sampling.use_ode_sampler", "heun",
+               "--config.sampling.sample_N", "1", *more)
+        return pixels(folder / f"heun_sample_{name}.png")
+
+    first = picture_of("1")
+    assert (picture_of("1_seed7", "--config.seed", "7") != first).any()
+    assert (picture_of("1_scale0.5", "--config.sampling.init_noise_scale", "0.5") != first).any()
+    assert picture_of("1_9images", "--config.eval.batch_size", "9").shape[0] == 3 * CELL + GAP
+    picture_of("3_rho2.0", "--config.sampling.rho", "2", "--config.sampling.sample_N", "2")
+    assert (pixels(folder / "heun_sample_1.png") == first).all()
+
+
+def test_a_one_step_model_has_no_straightness_and_no_trajectories(script, tmp_path, capsys):
+    folder = write_run(tmp_path / "run", flow__flow_t_schedule="t0")
+    sample(script, folder, "--config.sampling.use_ode_sampler", "euler", "--config.sampling.sample_N", "2")
+    assert "straightness" not in capsys.readouterr().out and entries(folder)[0]["straightness"] is None
+    assert not list(folder.rglob("pixel_trajectories*"))
 
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--config.sampling.class_label", "3"], "class_label is 3, but the classes are 0 to 2"),
     (["--classes", "1,5"], "'5' is no class; the classes are 0 to 2"),
-    (["--classes", "cat"], "'cat' is no class"),
+    (["--classes", "1,bat"], "'bat' is no class; the classes are 0 to 2, or all, or names: cat, dog, eel"),
+    (["--config.training.compile", "true"], "config.training.compile is for training; leave it out here"),
     (["--classes", "1", "--config.sampling.class_label", "0"], "both given"),
 ])
 def test_a_class_that_does_not_exist_is_refused(script, conditional_folder, words, message):
@@ -221,12 +252,9 @@ def test_a_network_that_diverged_leaves_no_picture(script, tmp_path):
     assert not (folder / "eval_sample").exists()
 
 
-def test_command_line_reports_an_empty_folder_in_one_sentence_with_status_two(tmp_path, repository):
+def test_command_line_reports_an_empty_folder_in_one_sentence_with_status_two(tmp_path):
     (tmp_path / "empty").mkdir()
-    done = subprocess.run(
-        [sys.executable, "image_sampling.py", "--config", "configs/rectified_flow/cifar10_rf_gaussian.py",
-         "--sampling_dir", str(tmp_path / "empty")],
-        cwd=repository, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"), check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "has no checkpoint_{k}.pth" in done.stderr
+    status, printed = run_script(tmp_path, "image_sampling.py", "--config",
+                                 "configs/rectified_flow/cifar10_rf_gaussian.py", "--sampling_dir", tmp_path / "empty")
+    assert status == 2 and printed.count("\n") == 1 and "has no checkpoint_{k}.pth" in printed
     assert list((tmp_path / "empty").iterdir()) == []
