@@ -21,7 +21,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,24 +29,9 @@ sys.path.insert(0, str(ROOT))
 from models import dhariwal_unet, layers, ncsnpp  # noqa: E402
 from models.create import create_from_fields  # noqa: E402
 from models.describe import describe  # noqa: E402
+from models.released import PUBLISHED  # noqa: E402
 
-NCSNPP_SIZES = {"27.9M": (128, 2, (1, 2, 2)), "15.7M": (96, 2, (1, 2, 2)), "7.0M": (64, 2, (1, 2, 2)),
-                "3.4M": (64, 1, (1, 1, 2))}
-DHARIWAL_SIZES = {"80.7M": (1, 2, 2, 4), "44.7M": (1, 2, 2, 2)}
 GMACS_PER_RUN = 5.0  # small networks get a batch that makes at least about this much work
-
-
-def configurations():
-    """Yield (name, dotted config fields) of every configuration of the paper."""
-    yield "CIFAR32 61.8M", {}
-    for data, size in (("CIFAR32", 32), ("FFHQ64", 64)):
-        for name, (nf, blocks, mult) in NCSNPP_SIZES.items():
-            yield f"{data} {name}", {"model.nf": nf, "model.num_res_blocks": blocks, "model.ch_mult": mult,
-                                     "data.image_size": size}
-    for name, mult in DHARIWAL_SIZES.items():
-        yield f"ImageNet64 {name}", {
-            "model.name": "DhariwalUNet", "model.num_res_blocks": 2, "model.ch_mult": mult, "data.num_classes": 1000,
-            "data.image_size": 64, "model.attn_resolutions": (32, 16)}
 
 
 # The peer: modules of ours with the forward pass of the released way.
@@ -121,7 +105,7 @@ class FilterDownsample(layers.BoxDownsample):
 class ReleasedNCSNpp(ncsnpp.NCSNpp):
     """Each block activates and projects the time embedding itself."""
 
-    def time_shifts(self, t999):
+    def time_shifts(self, t999, label):
         """Return an iterator over the blocks' shifts."""
         net = self.time_embedding
         emb = net.linear1(F.silu(net.linear0(self.time_features(t999))))
@@ -138,11 +122,10 @@ class ReleasedDhariwal(dhariwal_unet.DhariwalUNet):
 
 
 RELEASED_WAY = {
-    "ncsnpp": {layers.SelfAttention: NINAttention, layers.BoxUpsample: ReshapeUpsample, layers.Dropout: nn.Dropout,
+    "ncsnpp": {layers.SelfAttention: NINAttention, layers.BoxUpsample: ReshapeUpsample,
                layers.BoxDownsample: ReshapeDownsample, ncsnpp.NCSNpp: ReleasedNCSNpp},
     "DhariwalUNet": {layers.SelfAttention: EinsumAttention, layers.BoxUpsample: FilterUpsample,
-                     layers.Dropout: nn.Dropout, layers.BoxDownsample: FilterDownsample,
-                     dhariwal_unet.DhariwalUNet: ReleasedDhariwal},
+                     layers.BoxDownsample: FilterDownsample, dhariwal_unet.DhariwalUNet: ReleasedDhariwal},
 }
 
 
@@ -228,7 +211,7 @@ def compare(name, fields, rounds):
 
 def print_operations():
     """Print how many operations each way dispatches for the CIFAR 3.4M network."""
-    net = create_from_fields(dict(configurations())["CIFAR32 3.4M"])
+    net = create_from_fields(PUBLISHED["CIFAR32 3.4M"][1])
     inputs = torch.randn(1, 3, 32, 32), torch.rand(1)
     found = []
     for arm in (net, released_way(net)):
@@ -253,7 +236,7 @@ def main():
     print(f"{'':<31} {'forward, images/s':^36} {'forward+backward, images/s':^26}")
     print(f"{'configuration':<17} {'GMACs':>7} {'batch':>5}{both} {'ours c.l.':>9} {'ratio':>6}{both} {'ratio':>6} "
           f"{'GFLOP/s':>8}")
-    ratios = [compare(name, fields, rounds) for name, fields in configurations()]
+    ratios = [compare(name, fields, rounds) for name, (_, fields) in PUBLISHED.items()]
     print(f"torch.mm: {mm_peak():.1f} GFLOP/s after")
     for work, values in zip(("forward", "forward+backward"), zip(*ratios, strict=True), strict=True):
         print(f"{work}: ours {statistics.geometric_mean(values):.2f} times as fast as the peer (geometric mean), from "

@@ -152,7 +152,7 @@ class ResidualBlock(nn.Module):
         self.conv0 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.affine = nn.Linear(emb_channels, 2 * channels_out)
         self.norm1 = layers.GroupNorm(channels_out, EPS)
-        self.dropout = layers.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.conv1 = zeroed(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
         heads = head_count(channels_out) if attention else 0

@@ -57,33 +57,6 @@ class SelfAttention(nn.Module):
         return out.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
-class Dropout(nn.Dropout):
-    """Dropout (Srivastava et al. 2014); on a CPU in eager mode with the probability's nearest multiple of 2⁻¹⁶.
-
-    torch draws its mask there one value at a time; sixteen random bits a value take a fifth of that time. Both draw
-    from the global generator.
-    """
-
-    def forward(self, x):
-        """Return x with values zero and the others divided by 1 - p in training, x itself in evaluation."""
-        dropped = round(self.p * 2**16)
-        fused = x.device.type != "cpu" or torch.compiler.is_compiling()
-        if fused or not self.training or not 0 < dropped < 2**16:
-            return super().forward(x)
-        return x * sixteen_bit_mask(x, dropped)
-
-
-def sixteen_bit_mask(x, dropped):
-    """Return the factors of dropout with probability dropped/2¹⁶: 0 or 2¹⁶/(2¹⁶ - dropped), in the layout of x."""
-    count = x.numel()
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    mask = torch.empty_like(x, dtype=torch.float32)
-    in_memory_order = mask.as_strided((count,), (1,))
-    in_memory_order.copy_(words.view(torch.int16)[:count])  # uniform in -2¹⁵ … 2¹⁵-1
-    in_memory_order.ge_(dropped - 2**15).mul_(2**16 / (2**16 - dropped))
-    return mask.to(x.dtype)
-
-
 def parallel_linears(linears, x):
     """Return an iterator over `linear(x)` of each of the layers, all computed as one matrix product.
 

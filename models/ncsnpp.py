@@ -322,7 +322,7 @@ class ResidualBlock(nn.Module):
         self.conv0 = init_uniform(nn.Conv2d(channels_in, channels_out, 3, padding=1))
         self.time = init_uniform(nn.Linear(time_channels, channels_out))
         self.norm1 = layers.GroupNorm(channels_out, EPS)
-        self.dropout = layers.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.conv1 = init_uniform(nn.Conv2d(channels_out, channels_out, 3, padding=1), init_scale)
         self.shortcut = None
         if channels_in != channels_out or resample is not None:

@@ -134,43 +134,6 @@ def test_parallel_linears_are_the_layers_one_by_one():
         torch.testing.assert_close(found, linear(x))
 
 
-@pytest.mark.parametrize("p", [0.15, 0.5, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_zeroes_its_share_and_keeps_the_mean(p, dtype):
-    """Each value alone: also those that share a random word, and in channels_last, whose layout stays."""
-    torch.manual_seed(0)
-    x = torch.ones(3, 7, 101, 101).to(memory_format=torch.channels_last).to(dtype)
-    out = layers.Dropout(p)(x)
-    kept, count = (out > 0).float(), x.numel()
-    assert out.dtype == dtype and out.stride() == x.stride()
-    low, high = out.unique().tolist()
-    assert low == 0 and high == pytest.approx(1 / (1 - p), rel=2e-4 if dtype == torch.float32 else 5e-3)
-    deviation = (p * (1 - p) / count) ** 0.5
-    assert abs(kept.mean().item() - (1 - p)) < 4 * deviation + 2**-17
-    values = kept.as_strided((count,), (1,)) - kept.mean()  # in the order of memory
-    for lag in (1, 2, 3, 4, 101):
-        assert abs((values[lag:] * values[:-lag]).mean().item()) < 4 * p * (1 - p) / count**0.5
-
-
-def test_dropout_is_a_function_of_the_global_seed_and_its_gradient_is_its_mask():
-    x = torch.full((5, 3, 4, 4), 2.0, requires_grad=True)
-    dropout = layers.Dropout(0.3)
-    outs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outs.append(dropout(x))
-    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
-    outs[2].sum().backward()
-    assert torch.equal(x.grad * x, outs[2])
-
-
-@pytest.mark.parametrize("p", [0.0, 1.0, 1e-9])
-def test_dropout_of_nothing_and_of_everything(p):
-    x = torch.randn(2, 3)
-    assert torch.equal(layers.Dropout(p)(x), F.dropout(x, p))
-    assert layers.Dropout(0.5).eval()(x) is x
-
-
 def test_indivisible_groups_are_refused_by_name():
     """The message says which fields make such a width."""
     with pytest.raises(UserError, match=r"model\.nf and model\.ch_mult make a layer of 90 channels"):
