@@ -68,7 +68,7 @@ def checkpoint_paths(place, settings, given):
     """
     if not place:
         raise UserError("name a run folder or a .pth or .pkl file with --sampling_dir")
-    if is_remote(place) or (place.endswith((".pth", ".pkl")) and pathlib.Path(place).is_file()):
+    if is_remote(place) or pathlib.Path(place).is_file():
         return [place]
     if not pathlib.Path(place).is_dir():
         raise UserError(f"--sampling_dir {place} is neither a run folder nor a .pth or .pkl file")

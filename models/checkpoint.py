@@ -1,11 +1,14 @@
 """Checkpoints: reading and writing files, ours and the released ones, and what the scripts need to know of them.
 
 A checkpoint is a dict: `model` (state dict), `ema` (see models/ema.py), `optimizer`, `step`, and in ours `config`, the
-config of the run as a nested dict. A file may also hold weights alone: a dict with `model`, or the bare state dict. A
-file of the released layout is translated once its network is known, so that the rest of the program knows one layout.
+config of the run as a nested dict. A file may also hold weights alone: a dict with `model`, or the bare state dict;
+`weights` "EMA" says that they are the averages. A file of the released layout is translated once its network is known,
+so that the rest of the program knows one layout.
 """
 
 import hashlib
+import itertools
+import os
 import pathlib
 import re
 import urllib.parse
@@ -14,7 +17,7 @@ import torch
 
 from models import edm, edm_pickle, released
 from models.create import create_from_fields, create_model, tuple_of
-from models.safe_load import read_file
+from models.safe_load import PART_BYTES, read_file
 from runtime.downloads import cached_file
 from runtime.errors import UserError
 from runtime.files import atomic_path, file_digest
@@ -28,14 +31,8 @@ def write_checkpoint(path, state):
 
     Raises OSError, naming the file, where it cannot be written.
     """
-    try:
-        with atomic_path(path) as temporary, open(temporary, "wb") as opened:
-            torch.save(state, opened)
-    except (OSError, RuntimeError) as error:
-        said = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides what the system said
-        if not isinstance(said, OSError):
-            raise
-        raise OSError(said.errno, said.strerror, str(path)) from None
+    with atomic_path(path) as temporary, open(temporary, "wb") as opened:
+        torch.save(state, opened)
 
 
 def numbered_checkpoints(folder):
@@ -73,7 +70,11 @@ def local_file(path):
     except ImportError as error:
         raise UserError(f"{path} needs the package huggingface_hub; run pip install huggingface_hub") from error
     try:
-        return hf_hub_download(f"{owner}/{repository}", file)
+        fetched = part = hf_hub_download(f"{owner}/{repository}", file)
+        for number in itertools.count(2):  # of a file that is cut into parts
+            if os.path.getsize(part) != PART_BYTES:
+                return fetched
+            part = hf_hub_download(f"{owner}/{repository}", f"{file}.part{number}")
     except Exception as error:  # the library raises a dozen kinds, from its own, requests, httpx and the system
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} could not be fetched: {first_line}") from error
@@ -163,7 +164,10 @@ def load_weights(net, checkpoint, use_ema):
 
     Raises UserError with the difference if it is another's, or lacks the averages or the raw weights asked for.
     """
-    path = checkpoint["path"]
+    path, averaged_alone = checkpoint["path"], checkpoint.get("weights") == "EMA"
+    if averaged_alone and not use_ema:
+        raise UserError(f"{path} holds the moving average (EMA) of the weights alone, not the raw ones")
+    use_ema = use_ema and not averaged_alone
     if use_ema and "ema" not in checkpoint:
         raise UserError(f"{path} holds weights without their moving average (EMA): it can be sampled with --use_ema "
                         "false, and a training can start from it with config.flow.pre_train_model")

@@ -26,6 +26,7 @@ from runtime.errors import UserError
 
 FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I",
            "u2": "H", "u1": "B", "b1": "?"}
+PART_BYTES = 16 * 2**20  # of a file that is cut: every part but the last has this length
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                      "I64": torch.int64}
 
@@ -120,6 +121,22 @@ def _read_safetensors(file, size):
         data = torch.frombuffer(content[first:last], dtype=kind) if last > first else torch.empty(0, dtype=kind)
         tensors[name] = data.reshape(entry["shape"])
     return about | {"model": tensors}
+
+
+def safetensors_bytes(content):
+    """Return the bytes of a safetensors file of a checkpoint dict: its `model` as tensors, the rest as metadata."""
+    names = {kind: name for name, kind in SAFETENSORS_TYPES.items()}
+    header, end = {}, 0
+    parts = [(name, tensor, tensor.contiguous().numpy().tobytes()) for name, tensor in content["model"].items()]
+    for name, tensor, part in parts:
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
+        header[name]["data_offsets"] = [end, end := end + len(part)]
+    data = b"".join(part for *_, part in parts)
+    about = {key: value for key, value in content.items() if key != "model"}
+    about["sha256"] = hashlib.sha256(data).hexdigest()
+    text = json.dumps({"__metadata__": {"slimflow": json.dumps(about)}} | header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def _why_unreadable(error):

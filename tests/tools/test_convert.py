@@ -1,12 +1,20 @@
 """Rewriting a checkpoint in the other layout."""
 
+import json
+
 import pytest
 import torch
 
 from models import load_model
+from models.checkpoint import load_matching, read_checkpoint, write_checkpoint
+from models.create import create_from_fields
 from models.safe_load import read_file
+from runtime.errors import UserError
+from runtime.files import file_digest
 from tests.models.released_numbers import fields_of, inputs_of, path_of
+from tests.models.test_checkpoint import tiny_checkpoint
 from tests.models.test_released import assert_same
+from tools import convert
 from tools.convert import main
 
 
@@ -23,8 +31,8 @@ def config_file(folder, name):
 def test_there_and_back_is_the_same_checkpoint(tmp_path, name, capsys):
     """Weights, averages, Adam's moments and step: nothing is lost in our layout. The config stays with the file."""
     ours, released = str(tmp_path / "ours.pth"), str(tmp_path / "released.pth")
-    assert main([str(path_of(name)), ours, "--config", config_file(tmp_path, name)]) == 0
-    assert main([ours, released]) == 0
+    main([str(path_of(name)), ours, "--config", config_file(tmp_path, name)])
+    main([ours, released])
     assert capsys.readouterr().out.splitlines() == [f"{ours}: our layout", f"{released}: released layout"]
     expected, found = read_file(path_of(name))[0], read_file(released)[0]
     assert {key: found.pop(key) for key in ["config"]}["config"]["data"]["image_size"] == 16
@@ -45,8 +53,64 @@ def test_converted_file_needs_no_flags(tmp_path):
             assert (net(x, t999, label) - torch.from_numpy(recorded["v_ema"])).abs().max() < 1e-4
 
 
-def test_unreadable_file_is_one_sentence_and_status_2(tmp_path, capsys):
-    """Nothing is written."""
+def test_nothing_is_written_for_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "text.pth").write_text("text")
-    assert main([str(tmp_path / "text.pth"), str(tmp_path / "out.pth")]) == 2
-    assert capsys.readouterr().err.startswith("convert: ") and not (tmp_path / "out.pth").exists()
+    with pytest.raises(UserError, match="text.pth cannot be read as a checkpoint"):
+        main([str(tmp_path / "text.pth"), str(tmp_path / "out.pth")])
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.fixture
+def ours(tmp_path):
+    """A checkpoint of ours, in a run folder."""
+    path = tmp_path / "run" / "checkpoints" / "checkpoint_1.pth"
+    write_checkpoint(path, tiny_checkpoint()[1])
+    return path
+
+
+@pytest.mark.parametrize("name, words", [
+    ("slim.pth", ["--slim"]), ("a.safetensors", []), ("b.safetensors", ["--slim"])])
+def test_averaged_weights_alone_are_read_like_any_checkpoint(tmp_path, ours, name, words):
+    """Without flags, with step and architecture; float32 to the last bit, float16 rounded; raw weights are refused."""
+    target = tmp_path / name
+    main([str(ours), str(target), *words])
+    source, found = load_model(ours), load_model(target)
+    assert found.config_fields == source.config_fields
+    for ours_p, theirs in zip(source.parameters(), found.parameters(), strict=True):
+        assert torch.equal(theirs, ours_p.half().float() if words else ours_p)
+    assert target.stat().st_size < (0.35 if words else 0.5) * ours.stat().st_size
+    read = read_checkpoint(target)
+    assert (read["step"], read["source"]) == (7, file_digest(ours))
+    net = create_from_fields(source.config_fields)
+    assert load_matching(net, target)[1] == []
+    with pytest.raises(UserError, match="holds the moving average"):
+        load_model(target, use_ema=False)
+
+
+def test_a_slim_file_is_cut_into_parts_that_belong_together(tmp_path, ours, monkeypatch):
+    monkeypatch.setattr(convert, "PART_BYTES", 20000)
+    (tmp_path / "slim.pth.part9").write_text("of an earlier file")
+    main([str(ours), str(tmp_path / "slim.pth"), "--slim"])
+    parts = sorted(tmp_path.glob("slim.pth*"))
+    assert len(parts) > 1 and all(part.stat().st_size <= 20000 for part in parts) and "part9" not in str(parts)
+    assert torch.equal(next(load_model(parts[0]).parameters()), next(load_model(ours).parameters()).half().float())
+    parts[-1].unlink()
+    with pytest.raises(UserError, match="slim.pth cannot be read"):
+        load_model(parts[0])
+
+
+def test_weights_that_float16_cannot_hold_are_refused(tmp_path):
+    checkpoint = tiny_checkpoint()[1]
+    checkpoint["ema"]["shadow_params"][0].fill_(1e5)
+    write_checkpoint(tmp_path / "ours.pth", checkpoint)
+    with pytest.raises(UserError, match="ours.pth has weights that are not finite, or too large for float16"):
+        main([str(tmp_path / "ours.pth"), str(tmp_path / "slim.pth"), "--slim"])
+
+
+def test_a_folder_for_hugging_face_has_the_model_its_config_and_a_card(tmp_path, ours):
+    main([str(ours), str(tmp_path / "hub"), "--hub"])
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    model, card = tmp_path / "hub" / "model.safetensors", (tmp_path / "hub" / "README.md").read_text()
+    assert file_digest(model) in card and file_digest(ours) in card and "3×8×8" in card and "Nothing yet" in card
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["model"]["nf"] == 8
+    assert torch.equal(next(load_model(model).parameters()), next(load_model(ours).parameters()))
