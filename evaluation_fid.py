@@ -4,7 +4,9 @@ Results go to {ckpt_dir}/eval/results.jsonl, one line for each checkpoint and sa
 not computed again. torchrun splits the samples over its processes.
 """
 
+import contextlib
 import datetime
+import functools
 import json
 import pathlib
 import sys
@@ -22,18 +24,11 @@ from metrics.features import check_finite, quantise
 from metrics.image_files import open_images
 from metrics.reference import Reference
 from metrics.scores import compare, nearest_distances
-from metrics.statistics import (
-    gather_rows,
-    measure,
-    measure_source,
-    raise_everywhere,
-    share_of,
-    sum_over_processes,
-)
-from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
-from models.checkpoint import config_of_run, is_remote, network_of, read_checkpoint
+from metrics.statistics import gather_rows, measure, measure_source, share_of, sum_over_processes
+from metrics.sweep import read_checkpoints, run_folder
+from models.checkpoint import config_of_run, is_remote, network_of
 from models.describe import measure as count_operations
-from runtime.devices import in_precision, set_precision, start_processes, stop_processes
+from runtime.devices import in_precision, memory_errors, set_precision, start_processes, stop_processes
 from runtime.errors import UserError
 from runtime.files import state_digest
 from runtime.progress import progress_bar
@@ -59,15 +54,12 @@ def main(config, args, given):
     processes = start_processes(PATIENCE)
     set_precision(config.training.precision)
     try:
-        path, done = (measure_files if args.data_dir else measure_checkpoints)(config, args, given, processes)
-        if processes.is_main:
-            best = results_file.best_of(done)
-            name = results_file.main_metric(best)
-            print(f"{results_file.table(done)}\nbest: {best['checkpoint']}, {results_file.TITLES[name]} "
-                  f"{best[name]:.4g}; results in {path}")
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory is full: free some, or lower config.eval.batch_size "
-                        f"({str(error).splitlines()[0]})") from None
+        with memory_errors("lower config.eval.batch_size, or free memory of the GPU"):
+            path, done = (measure_files if args.data_dir else measure_checkpoints)(config, args, given, processes)
+        best = results_file.best_of(done)
+        name = results_file.main_metric(best)
+        processes.say(f"{results_file.table(done)}\nbest: {best['checkpoint']}, {results_file.TITLES[name]} "
+                      f"{best[name]:.4g}; results in {path}")
     finally:
         stop_processes()
 
@@ -75,73 +67,54 @@ def main(config, args, given):
 def measure_checkpoints(config, args, given, processes):
     """Measure every checkpoint of --ckpt_dir that has no result yet; return (results file, results of the sweep)."""
     path = results_file.results_path(results_folder(args.ckpt_dir, config.work_dir))
-    checkpoints, reference, cost, done, said = read_checkpoints(config, args.ckpt_dir, processes), None, None, [], set()
-    for file, checkpoint in checkpoints:
+    reference, cost, done, said = None, None, [], set()
+    for checkpoint in read_checkpoints(args.ckpt_dir, config.eval, processes):
+        name = pathlib.Path(checkpoint["path"]).name
         own, remarks = config_of_run(config, checkpoint, given)
         for remark in [remark for remark in remarks if remark not in said]:
-            say(processes, f"{file}: {remark}")
+            processes.say(f"{checkpoint['path']}: {remark}")
         said.update(remarks)
         if reference is None or reference.config.data != own.data:
-            reference = Reference(own, args.target_path, processes, lambda sentence: say(processes, sentence))
-        identity = {"checkpoint": pathlib.Path(file).name, "digest": checkpoint["digest"],
-                    "weights": "EMA" if args.use_ema else "raw", **sampling_identity(own), **reference.identity}
-        earlier = earlier_result(path, identity, args.force, processes)
-        if earlier is not None:
-            done.append(earlier)
-            continue
-        net = network_of(own, checkpoint, args.use_ema, processes.device)
-        if cost is None:
-            cost = results_file.cost_of(net, sum(count_operations(net, 1).macs.values()) / 1e9, processes.device)
-            say(processes, results_file.cost_line(cost))
-        result = identity | {"step": int(checkpoint.get("step", 0))} | cost
-        result |= measure_network(net, pathlib.Path(file).stem, own, reference, path, processes)
+            reference = Reference(own, args.target_path, processes)
+        identity = {"checkpoint": name, "digest": checkpoint["digest"], "weights": "EMA" if args.use_ema else "raw",
+                    **sampling_identity(own), **reference.identity}
+        result = earlier_result(path, identity, args.force, processes)
+        if result is None:
+            net = network_of(own, checkpoint, args.use_ema, processes.device)
+            if cost is None:
+                cost = results_file.cost_of(net, sum(count_operations(net, 1).macs.values()) / 1e9, processes.device)
+                processes.say(results_file.cost_line(cost))
+            result = identity | {"step": int(checkpoint.get("step", 0))} | cost
+            result |= measure_network(net, pathlib.Path(name).stem, own, reference, path, processes)
+            publish(result, path, processes)
         done.append(result)
-        publish(result, path, processes)
     return path, done
 
 
-def read_checkpoints(config, ckpt_dir, processes):
-    """Yield (path, content with the digest of what was read) of the checkpoints --ckpt_dir and config.eval ask for."""
-    if pathlib.Path(ckpt_dir).is_dir() or (config.eval.wait and not ckpt_dir.endswith(".pth")):
-        paths = sweep_paths(config.eval, checkpoint_folder(ckpt_dir), processes, read_checkpoint)
-    elif is_remote(ckpt_dir) or pathlib.Path(ckpt_dir).is_file():
-        paths = iter([(ckpt_dir, None)])
-    else:
-        raise UserError(f"--ckpt_dir {ckpt_dir} is neither a run folder nor a checkpoint file")
-    found = {}  # here and not shared: every process reads the file itself
-
-    def advance():
-        path, found["content"] = next(paths, (None, None))
-        return path
-
-    while (path := processes.from_main(advance)) is not None:
-        content = found.get("content") or read_checkpoint(path)
-        replaced = content["digest"] != processes.share(content["digest"])
-        raise_everywhere(UserError(f"{path} was replaced while it was read") if replaced else None)
-        yield path, content
-
-
-def sweep_paths(settings, folder, processes, read):
-    """Return an iterator over (path, content or None) of the checkpoints of a sweep; `settings` is config.eval."""
-
-    def last_of(content):
-        training = content.get("config", {}).get("training")
-        return training and training["n_iters"] // training["snapshot_freq"]
-
-    def skipped(first, last):
-        names = f"checkpoint_{first}.pth is" if first == last else f"checkpoint_{first}.pth to _{last}.pth are"
-        say(processes, f"{names} not in {folder}: passed over")
-
-    if settings.wait:
-        return sweep_and_wait(folder, max(1, settings.begin_ckpt), settings.end_ckpt, settings.wait_limit * 3600, read,
-                              last_of)
-    return ((path, None) for path in sweep(folder, settings.begin_ckpt, settings.end_ckpt, skipped))
+def measure_files(config, args, given, processes):
+    """Measure the images of --data_dir; return (results file, list of one result)."""
+    source = open_images(args.data_dir, config)
+    path = results_file.results_path(source.path.parent)
+    count = min(config.eval.num_samples, len(source))
+    spread = ", evenly spread over them" if count < len(source) else ""
+    processes.say(f"{count} of the {len(source)} images in {args.data_dir} are measured{spread}")
+    reference = Reference(config, args.target_path, processes)
+    reference.check_samples(source)
+    identity = {"checkpoint": source.path.name, "digest": state_digest(source.path), "sampler": None,
+                "num_samples": count, "seeds": {"subsets": config.seed}, **reference.identity}
+    result = earlier_result(path, identity, args.force, processes)
+    if result is None:
+        measured = functools.partial(measure_source, source, reference.extractor, config.eval.batch_size, processes,
+                                     count)
+        result = identity | {"step": None, "nfe": None} | measure_images(measured, reference)
+        publish(result, path, processes)
+    return path, [result]
 
 
 def results_folder(ckpt_dir, work_dir):
     """Return the folder whose eval/ takes the results: the run folder, also of a single checkpoint file.
 
-    What comes from Hugging Face or another address has none: its results go to a folder of its name in config.work_dir.
+    What has an address has none: its results go to a folder of its name in config.work_dir.
     """
     if is_remote(ckpt_dir):
         return pathlib.Path(work_dir, pathlib.Path(ckpt_dir).stem)
@@ -176,16 +149,11 @@ def measure_network(net, stem, config, reference, path, processes):
     first, last = share_of(processes.rank, processes.world_size, count)
     nfes = [torch.zeros(0, dtype=torch.int64)]
     batches = sample_batches(net, config, shape, range(first, last), processes, stem, nfes.append)
-
-    def measured(observers):
-        return measure(batches, reference.extractor, first, count, processes.device, stem, observers)
-
-    if config.eval.save_samples:
-        sampler = results_file.sampler_name(sampling_identity(config)).split()[0]
-        with results_file.sample_store(path.with_name(f"{stem}_{sampler}.npy"), count, shape, processes) as keep:
-            found = measure_images(measured, config, reference, processes, [keep])
-    else:
-        found = measure_images(measured, config, reference, processes)
+    sampler = results_file.sampler_name(sampling_identity(config)).split()[0]
+    store = results_file.sample_store(path.with_name(f"{stem}_{sampler}.npy"), count, shape, processes)
+    with store if config.eval.save_samples else contextlib.nullcontext() as keep:
+        measured = functools.partial(measure, batches, reference.extractor, first, count, processes.device, stem)
+        found = measure_images(measured, reference, keep)
     evaluations = sum_over_processes(torch.cat(nfes).sum().to(processes.device)).item()
     return {"nfe": evaluations / count} | found
 
@@ -232,32 +200,12 @@ def draw_labels(config, indices, device):
     return one_hot((labels if chosen < 0 else torch.full_like(labels, chosen)).to(device), classes)
 
 
-def measure_files(config, args, given, processes):
-    """Measure the images of --data_dir; return (results file, list of one result)."""
-    source = open_images(args.data_dir, config)
-    path = results_file.results_path(source.path.parent)
-    count = min(config.eval.num_samples, len(source))
-    say(processes, f"{count} of the {len(source)} images in {args.data_dir} are measured"
-        + (", evenly spread over them" if count < len(source) else ""))
-    reference = Reference(config, args.target_path, processes, lambda sentence: say(processes, sentence))
-    reference.check_samples(source)
-    identity = {"checkpoint": source.path.name, "digest": state_digest(source.path), "sampler": None,
-                "num_samples": count, "seeds": {"subsets": config.seed}, **reference.identity}
-    earlier = earlier_result(path, identity, args.force, processes)
-    if earlier is not None:
-        return path, [earlier]
+def measure_images(measured, reference, keep=None):
+    """Return {what: value}, all metrics of images whose `Statistics` are `measured(observers)`.
 
-    def measured(observers):
-        return measure_source(source, reference.extractor, config.eval.batch_size, processes, count, observers)
-
-    result = identity | {"step": None, "nfe": None} | measure_images(measured, config, reference, processes)
-    publish(result, path, processes)
-    return path, [result]
-
-
-def measure_images(measured, config, reference, processes, observers=()):
-    """Return {what: value}, all metrics of images whose `Statistics` are `measured(observers)`."""
-    started = time.monotonic()
+    keep: called with the number of a batch's first image and the batch, if given.
+    """
+    started, config, processes = time.monotonic(), reference.config, reference.processes
     target = reference.statistics  # measured by all processes together
     distances, training_images = [torch.zeros(0)], reference.training_images
 
@@ -266,7 +214,7 @@ def measure_images(measured, config, reference, processes, observers=()):
         if training_images is not None and len(asked) and images.shape[1:] == training_images.images.shape[1:]:
             distances.append(nearest_distances(asked, training_images.images).cpu())
 
-    samples = measured([find_nearest, *observers])
+    samples = measured(observers=[find_nearest, keep] if keep else [find_nearest])
     distances = gather_rows(torch.cat(distances))
     return processes.from_main(lambda: {
         **compare(samples, target, reference.extractor, processes.device, config.seed, reference.radii,
@@ -286,13 +234,13 @@ def earlier_result(path, identity, force, processes):
     found = None if force else processes.from_main(
         lambda: results_file.find_result(results_file.read_results(path), identity))
     if found is not None:
-        say(processes, f"{identity['checkpoint']}: already measured ({path}); --force measures it again")
+        processes.say(f"{identity['checkpoint']}: already measured ({path}); --force measures it again")
     return found
 
 
 def publish(result, path, processes):
     """Say a result on the terminal, and write it to its file; what cannot be written is printed whole."""
-    say(processes, results_file.protocol_line(result))
+    processes.say(results_file.protocol_line(result))
 
     def write():
         try:
@@ -304,12 +252,6 @@ def publish(result, path, processes):
             raise
 
     processes.from_main(write)
-
-
-def say(processes, message):
-    """Print a remark once, not once a process."""
-    if processes.is_main:
-        print(message, flush=True)
 
 
 if __name__ == "__main__":

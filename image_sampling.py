@@ -78,7 +78,7 @@ def checkpoint_paths(place, settings, given):
     if not numbered_checkpoints(folder):
         raise UserError(f"--sampling_dir {place} has no checkpoint_{{k}}.pth in {folder}; train first, or name a "
                         "run folder")
-    return list(sweep(folder, begin, end, skipped=lambda first, last: None))
+    return [path for path, _ in sweep(folder, begin, end, read=lambda path: None, skipped=lambda first, last: None)]
 
 
 def sample_checkpoint(path, config, args, given, device):

@@ -102,8 +102,8 @@ def open_images(path, config):
     path, data = pathlib.Path(path), config.data
     spec = ImageSpec(data.image_size if config.eval.feature_extractor == "pixels" else None, data.num_channels,
                      DATASETS[data.dataset].resample)
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
+    if not (path.is_dir() or path.is_file()):  # a named pipe would never end
+        raise UserError(f"{path} is no file or folder" if path.exists() else f"{path} does not exist")
     if path.is_dir() or path.suffix == ".zip":
         return FileImages(path, spec)
     if path.suffix in (".npy", ".npz"):

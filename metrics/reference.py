@@ -2,8 +2,6 @@
 
 import functools
 import pathlib
-import zipfile
-import zlib
 
 import numpy as np
 import torch
@@ -19,8 +17,6 @@ from runtime.files import atomic_path, state_digest
 
 CIFAR10_URL = "https://www.cs.cmu.edu/~clean-fid/stats/cifar10_legacy_tensorflow_train_32.npz"
 CIFAR10_NAME = "CIFAR-10 train (clean-fid's statistics)"
-NPZ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError,
-              KeyError, MemoryError, SyntaxError, OverflowError)  # what damaged archives make numpy and zipfile raise
 
 
 class Reference:
@@ -29,12 +25,9 @@ class Reference:
     Every process must ask for `statistics` at the same place of the program.
     """
 
-    def __init__(self, config, target_path, processes, say):
-        """Take what config.eval, config.data and --target_path ask for; say(sentence) tells what cannot be had.
-
-        Raises UserError where there is nothing to compare with.
-        """
-        self.config, self.processes, self.say = config, processes, say
+    def __init__(self, config, target_path, processes):
+        """Take what config.eval, config.data and --target_path ask for; UserError where nothing is there."""
+        self.config, self.processes = config, processes
         self.extractor = create_extractor(config, processes.device)
         pixels = self.extractor.name == "pixels" and not target_path
         self.training_images = self._training_images(needed=pixels)
@@ -61,7 +54,7 @@ class Reference:
         except UserError as error:
             if needed:
                 raise
-            self.say(f"no distance to the nearest training image: {error}")
+            self.processes.say(f"no distance to the nearest training image: {error}")
             return None
 
     @functools.cached_property
@@ -69,7 +62,8 @@ class Reference:
         """The `ImageSource` of the reference's images, or None where the reference is a file of statistics."""
         if self.path is None:
             return ArrayImages(self.training_images.images, self.training_images.source)
-        return None if is_statistics(self.path) else open_images(self.path, self.config)
+        statistics = self.path.suffix == ".npz" and not self.path.is_dir() and read_npz(self.path, ["mu", "sigma"])
+        return None if statistics else open_images(self.path, self.config)
 
     @functools.cached_property
     def statistics(self):
@@ -81,9 +75,9 @@ class Reference:
     def check_samples(self, samples):
         """Say where an `ImageSource` of samples has another size."""
         if self.source is not None and samples.shape[1:] != self.source.shape[1:]:
-            sizes = ("×".join(map(str, source.shape[1:])) for source in (samples, self.source))
-            self.say("{}: the images are {}, those that they are compared with {}: Inception resizes both, and the "
-                     "distance measures that, too".format(samples.name, *sizes))
+            ours, theirs = ("×".join(map(str, source.shape[1:])) for source in (samples, self.source))
+            self.processes.say(f"{samples.name}: its images are {ours}, those they are compared with {theirs}: "
+                               "Inception resizes both, and the distance measures that, too")
 
     @functools.cached_property
     def radii(self):
@@ -114,28 +108,17 @@ def published_statistics(config):
                     "python -m tools.reference_statistics)")
 
 
-def read_npz(path):
-    """Return {name: array} of an npz. Raises UserError, naming the file, for one that is damaged or no npz."""
-    path = pathlib.Path(path)
-    if not path.is_file():  # opening a named pipe would wait for ever
+def read_npz(path, names=None):
+    """Return {name: array} of an npz, of the arrays `names` (None: all).
+
+    Raises UserError, naming the file, for one that is damaged or no npz.
+    """
+    if not pathlib.Path(path).is_file():  # opening a named pipe would wait for ever
         raise UserError(f"{path} is not a file")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except (*NPZ_ERRORS, AttributeError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as an npz ({error}): make it again") from None
-
-
-def is_statistics(path):
-    """Return whether `path` is an npz of statistics rather than of images; UserError for one that cannot be read."""
-    if path.suffix != ".npz" or path.is_dir():
-        return False
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return bool({"mu.npy", "sigma.npy"} & set(archive.namelist()))
-    except NPZ_ERRORS as error:
+            return {name: arrays[name] for name in (arrays.files if names is None else names) if name in arrays.files}
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds for damaged files
         raise UserError(f"{path} cannot be read as an npz ({error}): make it again") from None
 
 

@@ -10,7 +10,6 @@ import pathlib
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 
@@ -23,6 +22,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, NullFormatter
 from flows.samplers import sampler_fields, sampler_title
 from runtime.errors import UserError
 from runtime.files import atomic_path
+from runtime.versions import git_commit
 
 # What two results must share to be compared with each other, and with what else they are the same evaluation, which
 # is not computed again: the checkpoint and how it was sampled.
@@ -288,21 +288,8 @@ def cost_line(cost):
 
 def versions(device):
     """Return {name: version} of what the numbers depend on: this code, Python, torch, numpy, the device."""
-    cuda = device.type == "cuda"
-    found = {"slimflow": _commit(), "python": platform.python_version(), "torch": torch.__version__,
-             "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if cuda else "cpu"}
+    cuda, commit = device.type == "cuda", git_commit()
+    found = {"slimflow": commit[:7] + commit[40:] if commit else "not a git checkout",
+             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+             "device": torch.cuda.get_device_name(device) if cuda else "cpu"}
     return found | ({"cuda": str(torch.version.cuda)} if cuda else {})
-
-
-def _commit():
-    """Return the short commit of the checkout this file is in, with a + when files differ from it."""
-
-    def git(*words):
-        return subprocess.run(["git", "-C", pathlib.Path(__file__).parent, *words], capture_output=True, text=True,
-                              check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "not a git checkout"

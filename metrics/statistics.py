@@ -1,6 +1,5 @@
 """Mean, covariance and features of images that arrive in batches, on one process or on many."""
 
-import collections
 import dataclasses
 import sys
 
@@ -85,19 +84,15 @@ def measure_source(source, extractor, batch_size, processes, count=None, observe
     """Return the `Statistics` of an `ImageSource`, split over the processes.
 
     count: how many of its images, evenly spread (None: all). observers, max_features: as of `measure`; the images are
-    numbered from 0 to count - 1. What was converted is counted and printed.
+    numbered from 0 to count - 1.
     """
     count = len(source) if count is None else count
     first, last = share_of(processes.rank, processes.world_size, count)
     chosen = evenly_spread(count, len(source))[first:last]
     batches = read_batches(source, chosen, batch_size, processes)
     part = "" if count == len(source) else f"{count} of "
-    found = measure(batches, extractor, first, count, processes.device, f"{source.name}, {part}{len(source)} images",
-                    observers, max_features)
-    notes = sum(map(collections.Counter, gather_objects(source.notes)), collections.Counter())
-    for note, number in notes.items() if processes.is_main else ():
-        print(f"{source.name}: {number} images: {note}", flush=True)
-    return found
+    return measure(batches, extractor, first, count, processes.device, f"{source.name}, {part}{len(source)} images",
+                   observers, max_features)
 
 
 def read_batches(source, chosen, batch_size, processes):

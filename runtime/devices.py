@@ -23,6 +23,11 @@ class Processes:
         """Whether this process writes what is written once: logs, pictures, reports."""
         return self.rank == 0
 
+    def say(self, message):
+        """Print a line once, not once a process."""
+        if self.is_main:
+            print(message, flush=True)
+
     def barrier(self):
         """Wait until every process has come here."""
         if self.world_size > 1:

@@ -36,7 +36,7 @@ def small_config():
 
 
 def reference(target, config=None):
-    return Reference(config or small_config(), str(target), ALONE, print)
+    return Reference(config or small_config(), str(target), ALONE)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from metrics import sweep as sweep_module
-from metrics.sweep import checkpoint_folder, run_folder, sweep, sweep_and_wait
+from metrics.sweep import checkpoint_folder, run_folder, sweep
 from runtime.errors import UserError
 
 
@@ -26,9 +26,15 @@ def read(path):
     return path.name
 
 
+def there(folder, begin, end, skipped):
+    """The paths that a sweep yields which does not wait."""
+    return (path for path, _ in sweep(folder, begin, end, read, lambda *gap: skipped.append(gap)))
+
+
 def awaited(*arguments):
     """The numbers that a waiting sweep visits; the content goes with each path."""
-    found = list(sweep_and_wait(*arguments))
+    folder, begin, end, limit, last_of = arguments
+    found = list(sweep(folder, begin, end, read, lambda *gap: None, limit, last_of))
     assert all(path.name == content for path, content in found)
     return names(path for path, _ in found)
 
@@ -36,23 +42,23 @@ def awaited(*arguments):
 def test_an_open_sweep_goes_to_the_newest_and_tells_of_gaps(tmp_path):
     touch(tmp_path, 1, 2, 4, 5)
     skipped = []
-    assert names(sweep(tmp_path, 2, 0, lambda *gap: skipped.append(gap))) == [2, 4, 5]
+    assert names(there(tmp_path, 2, 0, skipped)) == [2, 4, 5]
     assert skipped == [(3, 3)]
-    assert names(sweep(tmp_path, 1, 2, lambda *gap: skipped.append(gap))) == [1, 2]
+    assert names(there(tmp_path, 1, 2, skipped)) == [1, 2]
 
 
 def test_a_checkpoint_of_a_huge_number_is_reached_without_counting(tmp_path):
     touch(tmp_path, 1, 99999999)
     skipped = []
-    assert names(sweep(tmp_path, 1, 0, lambda *gap: skipped.append(gap))) == [1, 99999999]
-    assert names(sweep(tmp_path, 1, 10**9, lambda *gap: skipped.append(gap))) == [1, 99999999]
+    assert names(there(tmp_path, 1, 0, skipped)) == [1, 99999999]
+    assert names(there(tmp_path, 1, 10**9, skipped)) == [1, 99999999]
     assert skipped == [(2, 99999998), (2, 99999998), (100000000, 10**9)]
 
 
 def test_a_checkpoint_that_training_deletes_during_the_sweep_is_told_of_and_left_out(tmp_path):
     touch(tmp_path, 1, 2, 3)
     skipped = []
-    paths = sweep(tmp_path, 1, 0, lambda *gap: skipped.append(gap))
+    paths = there(tmp_path, 1, 0, skipped)
     assert names([next(paths)]) == [1]
     (tmp_path / "checkpoint_2.pth").unlink()
     assert names(paths) == [3]
@@ -62,9 +68,9 @@ def test_a_checkpoint_that_training_deletes_during_the_sweep_is_told_of_and_left
 def test_a_sweep_without_any_checkpoint_says_what_is_there(tmp_path):
     touch(tmp_path, 1, 2, 3)
     with pytest.raises(UserError, match="checkpoints 1 to 3 are in .*begin_ckpt 9"):
-        list(sweep(tmp_path, 9, 26, print))
+        list(there(tmp_path, 9, 26, []))
     with pytest.raises(UserError, match="no checkpoint"):
-        list(sweep(tmp_path / "absent", 1, 0, print))
+        list(there(tmp_path / "absent", 1, 0, []))
 
 
 def test_the_run_folder_of_a_checkpoint_is_above_its_checkpoints_folder(tmp_path):
@@ -81,24 +87,24 @@ def test_waiting_goes_on_when_the_awaited_checkpoint_is_complete(tmp_path):
     started = time.monotonic()
     threading.Timer(0.3, lambda: (tmp_path / "checkpoint_2.pth").write_bytes(b"complete")).start()
     threading.Timer(0.6, lambda: touch(tmp_path, 3)).start()
-    assert awaited(tmp_path, 1, 3, 30, read, lambda content: None) == [1, 2, 3]
+    assert awaited(tmp_path, 1, 3, 30, lambda content: None) == [1, 2, 3]
     assert time.monotonic() - started >= 0.6
 
 
 def test_an_open_sweep_that_waits_ends_with_the_last_checkpoint_of_the_run(tmp_path):
     touch(tmp_path, 1)
     threading.Timer(0.2, lambda: touch(tmp_path, 2)).start()
-    assert awaited(tmp_path, 1, 0, 30, read, lambda content: 2) == [1, 2]
+    assert awaited(tmp_path, 1, 0, 30, lambda content: 2) == [1, 2]
 
 
 def test_an_open_sweep_of_a_run_that_does_not_say_its_end_stops_at_the_limit(tmp_path):
     touch(tmp_path, 1, 2)
-    assert awaited(tmp_path, 1, 0, 0.1, read, lambda content: None) == [1, 2]
+    assert awaited(tmp_path, 1, 0, 0.1, lambda content: None) == [1, 2]
 
 
 def test_checkpoints_that_training_has_deleted_are_not_waited_for(tmp_path):
     touch(tmp_path, 3, 5)
-    assert awaited(tmp_path, 1, 5, 0.1, read, lambda content: None) == [3, 5]
+    assert awaited(tmp_path, 1, 5, 0.1, lambda content: None) == [3, 5]
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_passed_over(tmp_path, monkeypatch):
@@ -111,13 +117,13 @@ def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_passed_over(tmp_p
         return found
 
     monkeypatch.setattr(sweep_module, "numbered_checkpoints", delete_after_listing)
-    assert awaited(tmp_path, 1, 2, 30, read, lambda content: None) == [2]
+    assert awaited(tmp_path, 1, 2, 30, lambda content: None) == [2]
 
 
 def test_a_checkpoint_that_never_comes_or_never_completes_is_named(tmp_path):
     touch(tmp_path, 1)
     with pytest.raises(UserError, match=r"checkpoint_2\.pth did not come"):
-        awaited(tmp_path, 1, 2, 0.1, read, lambda content: None)
+        awaited(tmp_path, 1, 2, 0.1, lambda content: None)
     (tmp_path / "checkpoint_2.pth").write_bytes(b"comp")
     with pytest.raises(UserError, match=r"checkpoint_2\.pth was there but did not become complete.*cut short"):
-        awaited(tmp_path, 1, 2, 0.1, read, lambda content: None)
+        awaited(tmp_path, 1, 2, 0.1, lambda content: None)
