@@ -53,7 +53,8 @@ class FieldParser(flags.ArgumentParser):
             raise ValueError(f"this takes {needed}") from None
 
 
-PARSERS = {kind: FieldParser(kind) for kind in (bool, int, tuple)} | {str: flags.ArgumentParser()}
+PARSERS = {kind: FieldParser(kind) for kind in (bool, int, tuple)}
+PARSERS |= {str: flags.ArgumentParser(), float: flags.FloatParser()}
 for kind in (bool, int, tuple):
     config_flags.register_flag_parser_for_type(kind, PARSERS[kind])
 

@@ -11,16 +11,16 @@ import csv
 import pathlib
 import re
 import statistics
-import sys
 
 import numpy as np
 import torch
-from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from runtime.errors import UserError, run_program
+from configs.command_line import run_program
+from configs.default import Field
+from runtime.errors import UserError
 from runtime.files import atomic_path, write_text
 
 COLUMNS = ("step", "kind", "seed", "digest", "commit", "processor", "seconds", "nfe", "feature_distance",
@@ -202,38 +202,33 @@ def draw_samples(path, runs, columns=16):
     save_grid(path, torch.cat(list(rows.values())), columns=columns, labels=list(rows))
 
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("table", "experiments/results.csv", "table of finished steps")
-flags.DEFINE_list("show", [], "only the steps whose names contain one of these")
-flags.DEFINE_string("compare", "", "two steps, A:B, with {seed} for the seed")
-flags.DEFINE_string("figure", "feature_distance", "what is compared")
-flags.DEFINE_string("plots", "docs", "folder of the plots")
-flags.DEFINE_string("samples", "", "a picture to write instead: rows of samples of the runs named after --runs")
-flags.DEFINE_list("runs", [], "folders of runs for --samples, the 1-flow first")
+FLAGS = {
+    "table": Field("experiments/results.csv", "table of finished steps"),
+    "show": Field("", "only the steps whose names contain one of these texts, separated by commas"),
+    "compare": Field("", "two steps, A:B, with {seed} for the seed"),
+    "figure": Field("feature_distance", "what is compared", choices=NUMBERS),
+    "plots": Field("docs", "folder of the plots"),
+    "samples": Field("", "a picture to write instead: rows of samples of the runs named in --runs"),
+    "runs": Field("", "folders of runs for --samples, separated by commas, the 1-flow first"),
+}
 
 
-def main(argv):
-    """Print the tables and draw the plots; end with one sentence when something is wrong."""
-    try:
-        if FLAGS.samples:
-            draw_samples(pathlib.Path(FLAGS.samples), {pathlib.Path(run).name: pathlib.Path(run) for run in FLAGS.runs})
-            return
-        rows = read_table(FLAGS.table)
-        rows = {name: row for name, row in rows.items() if any(text in name for text in FLAGS.show or [""])}
-        if not rows:
-            raise UserError(f"{FLAGS.table} has no such rows: run python -m experiments.run first")
-        if FLAGS.compare:
-            print(compare(rows, *FLAGS.compare.split(":", 1), FLAGS.figure))
-            return
-        print(table(rows))
-        draw_miniature(rows, pathlib.Path(FLAGS.plots))
-    except UserError as error:
-        print(f"experiments.report: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"experiments.report: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+def main(args):
+    """Print the tables and draw the plots."""
+    if args.samples:
+        draw_samples(pathlib.Path(args.samples), {pathlib.Path(run).name: pathlib.Path(run)
+                                                  for run in args.runs.split(",")})
+        return
+    rows = {name: row for name, row in read_table(args.table).items()
+            if any(text in name for text in args.show.split(","))}
+    if not rows:
+        raise UserError(f"{args.table} has no such rows: run python -m experiments.run first")
+    if args.compare:
+        print(compare(rows, *args.compare.split(":", 1), args.figure))
+        return
+    print(table(rows))
+    draw_miniature(rows, pathlib.Path(args.plots))
 
 
 if __name__ == "__main__":
-    run_program(main, "experiments.report")
+    run_program(main, __doc__, FLAGS)

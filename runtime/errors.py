@@ -50,20 +50,3 @@ def stop(message, status):
     """Print one line on stderr and exit."""
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(status)
-
-
-def run_program(main, name):
-    """Call `main(argv)` with absl's flags of the command line; exit 2 with one sentence when these are wrong."""
-    from absl import app, flags
-
-    def parse(argv):
-        try:
-            return flags.FLAGS(argv)
-        except flags.Error as error:
-            stop(f"{name}: {error} (--help lists the flags)", 2)
-
-    def run(argv):
-        with one_sentence(name):
-            sys.exit(main(argv))
-
-    app.run(run, flags_parser=parse)

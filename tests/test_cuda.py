@@ -1,0 +1,198 @@
+"""What only a GPU can tell: the same numbers as the CPU, no waits of the host, the scripts at every precision.
+
+SLIMFLOW_TEST_DEVICE=cuda runs these tests on a GPU, SLIMFLOW_TEST_DEVICE=cpu tries the tests themselves; otherwise they
+are skipped. Scripts are started by subprocess: a process that has asked for CUDA cannot be forked.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+DEVICE = os.environ.get("SLIMFLOW_TEST_DEVICE", "")
+if not DEVICE or (DEVICE == "cuda" and not torch.cuda.is_available()):
+    pytest.skip("needs SLIMFLOW_TEST_DEVICE=cuda and a GPU", allow_module_level=True)
+
+from configs.command_line import load_config  # noqa: E402
+from configs.default import set_field  # noqa: E402
+from flows.rectified_flow import velocity_from_network  # noqa: E402
+from flows.runge_kutta import rk45_per_sample  # noqa: E402
+from metrics.features import full_float32  # noqa: E402
+from models import load_model  # noqa: E402
+from models.ema import ExponentialMovingAverage  # noqa: E402
+from runtime.devices import Processes, in_precision, set_deterministic, set_precision  # noqa: E402
+from tests.models.released_numbers import fields_of, path_of  # noqa: E402
+from train import Training  # noqa: E402
+from training.update import UpdateStats, apply_update, create_optimizer  # noqa: E402
+
+ON_GPU = DEVICE == "cuda"
+TOLERANCES = {"fp32": 1e-5, "tf32": 3e-3, "bf16": 3e-2}
+DIGITS = "configs/rectified_flow/digits_rf_gaussian.py"
+
+
+@pytest.fixture(autouse=True)
+def settings_come_back():
+    yield
+    set_precision("fp32")
+    set_deterministic(False)
+
+
+def relative(found, wanted):
+    found, wanted = found.double().cpu(), wanted.double().cpu()
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("name", ["ncsnpp_cifar", "ncsnpp_deep", "ncsnpp_fourier_fir_residual", "dhariwal_cond"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_networks_compute_what_they_compute_on_a_cpu(name, precision, layout):
+    net, there = (load_model(path_of(name), device=device, fields=fields_of(name)) for device in ("cpu", DEVICE))
+    there = there.to(memory_format=layout)
+    fields = net.config_fields
+    x = torch.randn(8, fields["data.num_channels"], fields["data.image_size"], fields["data.image_size"])
+    t, classes = torch.rand(8), fields["data.num_classes"]
+    label = torch.eye(classes)[torch.arange(8) % classes] if classes else None
+    with torch.no_grad():
+        wanted = velocity_from_network(net)(x, t, label)
+        set_precision(precision)
+        velocity = velocity_from_network(in_precision(there, precision, torch.device(DEVICE)))
+        found = velocity(x.to(DEVICE), t.to(DEVICE), None if label is None else label.to(DEVICE))
+    assert found.dtype == torch.float32 and relative(found, wanted) < TOLERANCES[precision]
+
+
+class Updates:
+    """Updates of a few tensors from gradients made on the CPU."""
+
+    def __init__(self, device, name):
+        generator = torch.Generator().manual_seed(0)
+        self.parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device))
+                           for shape in ((16, 3, 3, 3), (16,), (10, 16))]
+        self.optimizer = create_optimizer(self.parameters, name=name, lr=1e-3, beta1=0.9, eps=1e-8, weight_decay=0.01)
+        self.ema, self.stats = ExponentialMovingAverage(self.parameters, 0.9), UpdateStats(torch.device(device))
+
+    def __call__(self, number, loss=1.0):
+        generator = torch.Generator().manual_seed(number + 1)
+        for p in self.parameters:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.device)
+        loss = torch.tensor(loss, device=p.device)
+        apply_update(number, self.optimizer, self.ema, self.stats, loss, grad_clip=1.0)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam"])
+def test_updates_lead_where_they_lead_on_a_cpu_and_a_broken_one_changes_nothing(name):
+    here, there = Updates("cpu", name), Updates(DEVICE, name)
+    for number in range(8):  # RAdam is rectified from the sixth on
+        here(number)
+        there(number)
+    assert max(map(relative, there.parameters, here.parameters)) < 1e-5
+    assert max(map(relative, there.ema.shadow_params, here.ema.shadow_params)) < 1e-5
+    before = [t.clone() for t in (*there.parameters, *there.ema.shadow_params)]
+    there(8, loss=float("nan"))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*there.parameters, *there.ema.shadow_params), strict=True))
+    assert there.stats.read()["nonfinite"] == 1 and there.stats.read()["steps"] == [8]
+
+
+@pytest.mark.parametrize("name", ["Adam", "RAdam"])
+def test_an_optimizer_state_of_the_gpu_continues_on_a_cpu(name):
+    here, there = Updates("cpu", name), Updates(DEVICE, name)
+    for number in range(7):
+        here(number)
+        there(number)
+    here.optimizer.load_state_dict(copy.deepcopy(there.optimizer.state_dict()))
+    here(7)
+    there(7)
+    assert max(map(relative, there.parameters, here.parameters)) < 1e-5
+
+
+def create_training(repository, **fields):
+    config = load_config(repository / DIGITS)
+    own = {"model.nf": 8, "training.batch_size": 16, "optim.warmup": 0, "training.progress": "false"} | fields
+    for name, value in own.items():
+        set_field(config, name, value)
+    return Training(config, Processes(0, 1, torch.device(DEVICE, 0) if ON_GPU else torch.device("cpu")))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="fp16 needs CUDA")
+def test_fp16_scale_falls_after_an_overflow_and_training_goes_on(repository):
+    training = create_training(repository, **{"training.precision": "fp16"})
+    training.stats.scale.fill_(2.0**40)
+    for number in range(40):
+        training.update(number)
+    stats = training.stats.read()
+    assert 0 < stats["nonfinite"] < 40 and stats["scale"] < 2.0**40 and stats["consecutive"] == 0
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU has nothing to wait for")
+@pytest.mark.parametrize("on_device", ["true", "false"])
+@pytest.mark.parametrize("optimizer", ["Adam", "RAdam"])
+def test_an_update_waits_for_the_device_nowhere(repository, on_device, optimizer):
+    training = create_training(repository, **{"data.on_device": on_device, "optim.optimizer": optimizer})
+    for number in range(3):
+        training.update(number)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.update(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_deterministic_training_repeats_its_bits(repository):
+    ends = []
+    for _ in range(2):
+        training = create_training(repository, **{"training.deterministic": True})
+        for number in range(5):
+            training.update(number)
+        ends.append([p.detach().clone() for p in training.network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_adaptive_steps_take_the_evaluations_that_they_take_on_a_cpu():
+    found = {}
+    for device in ("cpu", DEVICE):
+        net = load_model(path_of("ncsnpp_cifar"), device=device, fields=fields_of("ncsnpp_cifar")).requires_grad_(False)
+        size, channels = (net.config_fields[f"data.{name}"] for name in ("image_size", "num_channels"))
+        z = torch.randn(6, channels, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+        found[device] = rk45_per_sample(velocity_from_network(net), z, tol=1e-3, slots=4, shrink_slots=True)
+    (x, nfe), (y, evaluations) = found["cpu"], found[DEVICE]
+    assert relative(y, x) < 1e-3 and (nfe - evaluations).abs().max() <= 12
+
+
+def test_features_in_full_float32_keep_cudnn():
+    set_precision("tf32")
+    with full_float32():
+        assert torch.backends.cudnn.enabled and not torch.backends.cudnn.allow_tf32
+
+
+def run(*words):
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("words", [["precision=tf32"], ["precision=bf16"], ["precision=fp16"],
+                                   ["precision=bf16", "compile=true"]], ids=" ".join)
+def test_the_scripts_run_and_a_run_continues(words, repository, tmp_path):
+    common = ["--config", repository / DIGITS, "--config.model.nf=8", "--config.training.progress=false",
+              *(f"--config.training.{word}" for word in words)]
+    flow = [f"--config.work_dir={tmp_path}", "--config.expr=flow", "--config.training.snapshot_freq=20",
+            "--config.training.record_iters=5"]
+    run(repository / "train.py", *common, *flow, "--config.training.n_iters=20")
+    run(repository / "train.py", *common, *flow, "--config.training.n_iters=40")
+    entries = [json.loads(line) for line in (tmp_path / "flow/log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries] == list(range(5, 41, 5)) and all(e["loss"] < 2 for e in entries[1:])
+    checkpoint = tmp_path / "flow/checkpoints/checkpoint_2.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    assert {t.device.type for t in state["model"].values()} == {"cpu"}
+    run(repository / "generate_data.py", *common, "--ckpt_path", checkpoint, "--data_root", tmp_path / "pairs",
+        "--config.sampling.total_number_of_samples=128", "--config.training.batch_size=32",
+        "--config.sampling.ode_tol=1e-2")
+    run(repository / "train.py", *common, f"--config.work_dir={tmp_path}", "--config.expr=distilled",
+        "--config.training.n_iters=10", f"--config.data.reflow_data_root={tmp_path / 'pairs'}",
+        "--config.flow.flow_t_schedule=t0", "--config.flow.use_teacher=true",
+        f"--config.flow.pre_train_model={checkpoint}")
+    run(repository / "evaluation_fid.py", *common, "--ckpt_dir", checkpoint, "--config.eval.num_samples=256",
+        "--config.sampling.use_ode_sampler=euler")
+    run(repository / "image_sampling.py", *common, "--sampling_dir", checkpoint, "--config.eval.batch_size=8")
