@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -46,31 +47,47 @@ class ImageSpec:
     skip_corrupt: bool = False
 
 
-class CorruptImage(Exception):
-    """A file that is no usable image; its text says why."""
-
-
 class FileTree:
     """The image files of a folder (recursively, links followed) or a zip archive, by their paths inside it.
 
-    names: sorted, with forward slashes. label_files: the files named dataset.json, the outermost first. Hidden files
-    and folders, and what macOS adds, are left out. Archives are never unpacked to disk; several threads may read.
+    A folder with one archive and nothing else stands for the archive. Hidden files and folders, and what macOS adds,
+    are left out. Archives are never unpacked to disk; several threads may read.
     """
 
     def __init__(self, root):
-        """List `root`. Raises UserError if it cannot be listed or holds no image."""
-        self.root, self.archive = pathlib.Path(root), None
-        if self.root.is_dir():
-            names = list(_walk(self.root))
-        else:
-            self.archive = _open_archive(self.root)
-            names = self.archive.namelist()
-        names = sorted(name for name in names if not _is_hidden(name))
-        self.names = [name for name in names if name.lower().endswith(SUFFIXES)]
-        self.label_files = sorted((name for name in names if name.split("/")[-1] == LABEL_FILE), key=len)
-        if not self.names:
+        """Find the folder or archive `root`. Raises UserError for what is neither, and for a folder of archives."""
+        self.root = pathlib.Path(root)
+        archives = sorted(self.root.glob("*.zip"))
+        if archives and not any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in self.root.iterdir()):
+            if len(archives) > 1:
+                raise UserError(f"{root} holds {len(archives)} zip archives ({', '.join(p.name for p in archives)}): "
+                                "name one")
+            self.root = archives[0]
+        if not self.root.is_dir() and not self.root.is_file():
+            raise UserError(f"{root} is neither a folder nor a zip archive of images")
+
+    @functools.cached_property
+    def archive(self):
+        """The open zip archive, None for a folder."""
+        try:
+            return None if self.root.is_dir() else zipfile.ZipFile(self.root)
+        except Exception as error:  # a damaged archive raises many kinds
+            raise UserError(f"{self.root} is no readable zip archive ({error})") from None
+
+    @functools.cached_property
+    def files(self):
+        """The paths of all files, sorted, with forward slashes. Raises UserError for a folder that cannot be listed."""
+        names = self.archive.namelist() if self.archive else _walk(self.root)
+        return sorted(name for name in names if not _is_hidden(name))
+
+    @functools.cached_property
+    def names(self):
+        """The paths of the image files. Raises UserError if there are none."""
+        names = [name for name in self.files if name.lower().endswith(SUFFIXES)]
+        if not names:
             raise UserError(f"{self.root} holds no images ({', '.join(SUFFIXES)}): put images there or name another "
                             "folder or zip archive")
+        return names
 
     def read(self, name):
         """Return the bytes of a file. Raises UserError if it is no regular file, damaged, encrypted or too large."""
@@ -85,26 +102,11 @@ class FileTree:
             raise UserError(f"{self.root}: {name} cannot be unpacked: {error}") from None
 
     def identity(self):
-        """Return a digest that changes when an image or label file of the folder is written, added or removed."""
-        return identify([*self.names, *self.label_files], self.root)
-
-
-def find_tree(root):
-    """Return the path to list: the zip archive that stands in for the folder `root` (nothing else in it), else `root`.
-
-    Raises UserError for several archives in one folder, and for what is neither a folder nor a file.
-    """
-    root = pathlib.Path(root)
-    if not root.is_dir():
-        if not root.is_file():
-            raise UserError(f"{root} is neither a folder nor a zip archive of images")
-        return root
-    archives = sorted(root.glob("*.zip"))
-    if not archives or any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in root.iterdir()):
-        return root
-    if len(archives) > 1:
-        raise UserError(f"{root} holds {len(archives)} zip archives ({', '.join(p.name for p in archives)}): name one")
-    return archives[0]
+        """Return a digest that changes when an image or label file is written, added or removed."""
+        if not self.root.is_dir():  # an archive need not be opened
+            return identify([self.root])
+        labels = [name for name in self.files if name.endswith(LABEL_FILE)]
+        return identify([*self.names, *labels], self.root)
 
 
 def find_labels(tree):
@@ -113,10 +115,10 @@ def find_labels(tree):
     Both are looked for below the innermost folder that holds all images, dataset.json also above it.
     """
     folders = [name.split("/")[:-1] for name in tree.names]
-    common = os.path.commonprefix(folders)
+    common, files = os.path.commonprefix(folders), set(tree.files)
     for depth in range(len(common) + 1):
         above = "".join(f"{folder}/" for folder in common[:depth])
-        if above + LABEL_FILE in tree.label_files:
+        if above + LABEL_FILE in files:
             return _labels_from_json(tree, above)
     if common in folders:  # images lie in it directly: it is the one class, unless it is the root
         return ([0] * len(folders), (common[-1],)) if common else (None, None)
@@ -187,7 +189,7 @@ def decode_image(data, spec):
     """Return the pixels of an encoded image, uint8 `(C, H, W)`, and a list of notes on what was converted.
 
     The image is turned upright (EXIF), laid on white where it is transparent, reduced to 8 bits and brought to `spec`;
-    of several frames the first counts. Raises `CorruptImage` for bytes that are no image of `FORMATS`, for damaged
+    of several frames the first counts. Raises UserError for bytes that are no image of `FORMATS`, for damaged
     ones and for decompression bombs (more than twice Pillow's limit of 89 million pixels).
     """
     try:
@@ -196,15 +198,9 @@ def decode_image(data, spec):
             with _large_image if large else contextlib.nullcontext():
                 opened.load()
                 return _fit_image(ImageOps.exif_transpose(opened), spec)
-    except CorruptImage:
-        raise
-    except Image.DecompressionBombError as error:
-        raise CorruptImage(f"a decompression bomb: {error}") from None
-    except MemoryError:
-        raise CorruptImage("it does not fit in memory") from None
     except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-        text = (str(error).splitlines() or [""])[0]
-        raise CorruptImage("not an image" if not text or text.startswith("cannot identify") else text) from None
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError("not an image" if text.startswith("cannot identify") else text) from None
 
 
 def fit_images(images, spec):
@@ -214,8 +210,8 @@ def fit_images(images, spec):
         return np.ascontiguousarray(images), notes
     fitted = []
     for image in images:
-        pixels, conversions = _fit_image(Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)),
-                                         spec)
+        image = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+        pixels, conversions = _fit_image(image, spec)
         fitted.append(pixels)
         notes.update(conversions)
     return np.stack(fitted), notes
@@ -243,11 +239,11 @@ def _to_channels(image, channels):
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise CorruptImage("its pixels have more than 16 bits")
+            raise UserError("its pixels have more than 16 bits")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # round(v / 257); Pillow would clip
         notes.append("16-bit grey, divided by 257")
     elif image.mode == "F":
-        raise CorruptImage("its pixels are floating-point numbers of unknown range")
+        raise UserError("its pixels are floating-point numbers of unknown range")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -281,12 +277,3 @@ def _refuse(error):
 def _is_hidden(name):
     """Return whether a path is hidden, or what macOS adds to archives."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def _open_archive(path):
-    if not path.is_file():
-        raise UserError(f"{path} is neither a folder nor a zip archive of images")
-    try:
-        return zipfile.ZipFile(path)
-    except Exception as error:  # a damaged archive raises many kinds
-        raise UserError(f"{path} is no readable zip archive ({error})") from None

@@ -26,12 +26,10 @@ import numpy as np
 from datasets.cache import ImageSet, Source, open_cached
 from datasets.image_files import (
     LABEL_FILE,
-    CorruptImage,
     FileTree,
     ImageSpec,
     decode_image,
     find_labels,
-    find_tree,
     fit_images,
     identify,
     read_file,
@@ -161,15 +159,13 @@ def open_files(name, with_labels, root, spec):
     with_labels: classes by dataset.json, as EDM's dataset_tool.py writes it, or else by sub-folder; FFHQ's only keep
     folders small.
     """
-    place = find_tree(root)
-    tree = FileTree(place) if place.is_dir() else None  # an archive is opened only to decode it
+    tree = FileTree(root)
 
     def open_tree():
-        opened = tree or FileTree(place)
-        labels, class_names = find_labels(opened) if with_labels else (None, None)
-        return _decode_tree(opened, labels, spec), len(opened.names), class_names
+        labels, class_names = find_labels(tree) if with_labels else (None, None)
+        return _decode_tree(tree, labels, spec), len(tree.names), class_names
 
-    return Source(name, f"{name} at {place}", tree.identity() if tree else identify([place]), open_tree)
+    return Source(name, f"{name} at {tree.root}", tree.identity(), open_tree)
 
 
 def _decode_tree(tree, labels, spec):
@@ -192,7 +188,7 @@ def _decode_files(tree, labels, spec, part):
     for place, name in enumerate(tree.names[part]):
         try:
             pixels, conversions = decode_image(tree.read(name), spec)
-        except (CorruptImage, UserError) as error:
+        except UserError as error:
             if not spec.skip_corrupt:
                 raise UserError(f"corrupt image {name} in {tree.root} ({error}): remove or replace it, or skip such "
                                 "files with --config.data.skip_corrupt true") from None
@@ -210,8 +206,7 @@ def _decode_files(tree, labels, spec, part):
 
 
 def check_labels(labels, place, lowest, highest):
-    """Return labels as int64 array. Raises `UserError` unless all are whole numbers from `lowest` to `highest`."""
-    labels = np.asarray(labels)
+    """Return an array of labels as int64. Raises `UserError` unless they are whole numbers from `lowest` to `highest`."""
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise UserError(f"{place}: its labels are no list of whole numbers")
     if len(labels) and (labels.min() < lowest or labels.max() > highest):
@@ -233,9 +228,11 @@ def _batch_chunks(batches, size, first_label, classes, spec):
     data: uint8 `(n, 3·size·size)`. labels: n class numbers from `first_label` on. Raises UserError for others.
     """
     for place, batch in batches:
-        data, labels = (batch.get("data"), batch.get("labels")) if isinstance(batch, dict) else (None, None)
-        right = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape == (len(data), 3 * size**2)
-        if not right or not isinstance(labels, (list, np.ndarray)) or len(labels) != len(data):
+        try:
+            data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
+        except (TypeError, KeyError, IndexError, ValueError):  # no dict, or lists of lists
+            data = labels = np.empty(0)
+        if data.dtype != np.uint8 or data.shape != (len(labels), 3 * size**2):
             raise UserError(f"{place} is no batch of images (a dict of data, N×{3 * size**2} uint8, and N labels): "
                             "fetch it again")
         labels = check_labels(labels, place, first_label, first_label + classes - 1) - first_label
@@ -387,7 +384,7 @@ def read_idx(path, dimensions):
     if len(data) < head or data[:4] != bytes([0, 0, 8, dimensions]):
         raise UserError(f"{path} is no IDX file of unsigned bytes with {dimensions} dimensions: fetch it again")
     shape = np.frombuffer(data, ">u4", dimensions, offset=4).astype(int)
-    if len(data) - head != shape.prod():
+    if len(data) - head != shape.prod() or 0 in shape:
         raise UserError(f"{path} should hold {shape.prod()} values and holds {len(data) - head}: fetch it again")
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import torch
 
-from datasets.image_files import CorruptImage, FileTree, ImageSpec, decode_image, find_tree, fit_images
+from datasets.image_files import FileTree, ImageSpec, decode_image, fit_images
 from datasets.sources import DATASETS
 from metrics.features import check_finite, quantise
 from runtime.errors import UserError
@@ -72,7 +72,7 @@ class FileImages(ImageSource):
     """Image files of one size in a folder or zip."""
 
     def __init__(self, path, spec):
-        self.tree, self.spec = FileTree(find_tree(path)), spec
+        self.tree, self.spec = FileTree(path), spec
         super().__init__(path, len(self.tree.names))
         lossy = sum(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in self.tree.names)
         self.notes.update({LOSSY: lossy} if lossy else {})
@@ -82,7 +82,7 @@ class FileImages(ImageSource):
         for name in self.tree.names[low:high]:
             try:
                 image, conversions = decode_image(self.tree.read(name), self.spec)
-            except CorruptImage as error:
+            except UserError as error:
                 raise UserError(f"{self.path}: {name} is not a readable image ({error})") from None
             if image.shape != (shape := getattr(self, "shape", image.shape)):
                 raise UserError(f"{self.path} holds images of different sizes: {self.tree.names[0]} is "

@@ -16,11 +16,9 @@ from datasets import image_files
 from datasets.image_files import (
     COLOUR_TO_GREY,
     GREY_TO_COLOUR,
-    CorruptImage,
     FileTree,
     ImageSpec,
     decode_image,
-    find_tree,
     fit_images,
 )
 from runtime.errors import UserError
@@ -48,13 +46,13 @@ def test_no_image_is_one_sentence(tmp_path):
     write_zip(tmp_path / "images.zip", {"readme.txt": b"-"})
     for root in ("folder", "images.zip"):
         with pytest.raises(UserError, match=f"{root} holds no images"):
-            FileTree(tmp_path / root)
+            FileTree(tmp_path / root).names  # noqa: B018
 
 
 def test_what_is_no_zip_is_named(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"PK but no more")
     with pytest.raises(UserError, match="x.zip is no readable zip archive"):
-        FileTree(tmp_path / "x.zip")
+        FileTree(tmp_path / "x.zip").names  # noqa: B018
 
 
 def test_a_damaged_and_an_encrypted_member_are_named(tmp_path):
@@ -109,17 +107,17 @@ def test_a_folder_that_cannot_be_listed_does_not_renumber_the_classes(tmp_path, 
 
     monkeypatch.setattr(os, "scandir", scandir)  # permissions do not stop root
     with pytest.raises(UserError, match="/a cannot be listed: Permission denied"):
-        FileTree(tmp_path)
+        FileTree(tmp_path).names  # noqa: B018
 
 
 def test_a_folder_with_one_zip_stands_for_the_zip_and_two_are_named(tmp_path):
     write_zip(tmp_path / "ffhq-64x64.zip", {"a.png": b"-"})
-    assert find_tree(tmp_path) == tmp_path / "ffhq-64x64.zip"
+    assert FileTree(tmp_path).root == tmp_path / "ffhq-64x64.zip"
     write_zip(tmp_path / "other.zip", {"a.png": b"-"})
     with pytest.raises(UserError, match="2 zip archives .ffhq-64x64.zip, other.zip.: name one"):
-        find_tree(tmp_path)
+        FileTree(tmp_path)
     write_folder(tmp_path, {"b.png": b"-"})
-    assert find_tree(tmp_path) == tmp_path
+    assert FileTree(tmp_path).root == tmp_path
 
 
 def test_identity_changes_with_every_image_and_label_and_with_nothing_else(tmp_path):
@@ -144,7 +142,7 @@ def test_a_file_written_anew_with_its_old_size_and_time_is_another(tmp_path):
 
 def test_an_eps_file_named_png_starts_no_program(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *words, **options: pytest.fail(f"started {words}"))
-    with pytest.raises(CorruptImage, match="not an image"):
+    with pytest.raises(UserError, match="not an image"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", ImageSpec(8, 3))
 
 
@@ -301,20 +299,20 @@ def test_lanczos_filter_keeps_a_flat_picture_flat_when_enlarging_and_reducing():
 def test_damaged_and_foreign_files_are_corrupt():
     data = encode(to_picture(random_images(1, 3, 64)[0]), "JPEG")
     for broken in (b"", b"hello", data[: len(data) // 2], png(COLOUR)[:-30]):
-        with pytest.raises(CorruptImage):
+        with pytest.raises(UserError):
             decode_image(broken, ImageSpec(6, 3))
 
 
 def test_a_decompression_bomb_is_refused_before_it_unpacks(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(CorruptImage, match="decompression bomb"):
+    with pytest.raises(UserError, match="decompression bomb"):
         decode_image(png(random_images(1, 1, 16)[0]), ImageSpec(6, 3))
 
 
 def test_pixels_of_unknown_range_are_refused():
     picture = Image.fromarray(np.ones((6, 6), np.float32))
-    with pytest.raises(CorruptImage, match="floating-point"):
+    with pytest.raises(UserError, match="floating-point"):
         decode_image(encode(picture, "TIFF"), ImageSpec(6, 3))
     picture = Image.fromarray(np.full((6, 6), 70000, np.int32))
-    with pytest.raises(CorruptImage, match="16 bits"):
+    with pytest.raises(UserError, match="16 bits"):
         decode_image(encode(picture, "TIFF"), ImageSpec(6, 3))
