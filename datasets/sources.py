@@ -206,7 +206,7 @@ def _decode_files(tree, labels, spec, part):
 
 
 def check_labels(labels, place, lowest, highest):
-    """Return an array of labels as int64. Raises `UserError` unless they are whole numbers from `lowest` to `highest`."""
+    """Return an array of labels as int64. Raises `UserError` unless they are whole numbers, `lowest` to `highest`."""
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise UserError(f"{place}: its labels are no list of whole numbers")
     if len(labels) and (labels.min() < lowest or labels.max() > highest):
