@@ -10,9 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 from runtime.errors import UserError
 from runtime.files import atomic_path
 
-SMALLEST_CELL = 48  # pixels; smaller images are enlarged by a whole factor, each pixel to a square
-GAP = 2  # pixels between images
-FONT_SIZE = 14
+SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor, each pixel to a square
+GAP = 4  # pixels between images
+FONT_SIZE = 16
+MANY_POINTS = 50  # of a curve, whose dots would hide the line
 
 
 def to_uint8(images):
@@ -25,7 +26,7 @@ def save_grid(path, images, columns, labels=None):
     """Write images `(N, C, H, W)` in [-1, 1], grey (C = 1) or colour (C = 3), as one picture, row by row.
 
     `columns` is the number of images in a row; `labels`, if given, holds one text per row, written left of it.
-    Small images are enlarged to cells of at least 48 pixels. The file appears whole or not at all.
+    Small images are enlarged to cells of at least 64 pixels. The file appears whole or not at all.
     Raises `UserError` for another number of channels, for no images, and for labels that do not match the rows.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
@@ -59,7 +60,8 @@ def save_lines(path, curves, title, x_label, y_label):
     colours = matplotlib.colormaps["tab10"].colors
     names = list(dict.fromkeys(label for _, _, label in curves))
     for x, y, label in curves:
-        axes.plot(x, y, color=colours[names.index(label) % len(colours)], linewidth=1, marker=".", markersize=3)
+        marker = "." if len(x) < MANY_POINTS else ""
+        axes.plot(x, y, color=colours[names.index(label) % len(colours)], linewidth=1, marker=marker, markersize=3)
     for number, label in enumerate(name for name in names if name is not None):
         axes.plot([], [], color=colours[number % len(colours)], label=label)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)

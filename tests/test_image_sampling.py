@@ -13,11 +13,11 @@ from configs.default import get_default_config
 from models.checkpoint import write_checkpoint
 from models.create import create_model
 from runtime.errors import UserError
-from runtime.pictures import GAP
+from runtime.pictures import GAP, SMALLEST_CELL
 from tests.processes import run_script
 
 SURVEY = ["rk45", *["euler"] * 7]
-CELL = 48 + GAP
+CELL = SMALLEST_CELL + GAP
 
 
 @pytest.fixture(scope="module")

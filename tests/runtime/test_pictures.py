@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from runtime.errors import UserError
-from runtime.pictures import GAP, save_grid, save_lines, to_uint8
+from runtime.pictures import GAP, SMALLEST_CELL, save_grid, save_lines, to_uint8
 
 
 def ramp(count, channels, size):
@@ -16,7 +16,7 @@ def ramp(count, channels, size):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("size", "cell"), [(8, 48), (32, 64), (64, 64)])
+@pytest.mark.parametrize(("size", "cell"), [(8, 64), (32, 64), (64, 64)])
 def test_grid_shows_each_image_in_its_place_at_a_size_people_can_see(tmp_path, channels, size, cell):
     save_grid(tmp_path / "grid.png", ramp(6, channels, size), columns=3)
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
@@ -30,8 +30,8 @@ def test_grid_shows_each_image_in_its_place_at_a_size_people_can_see(tmp_path, c
 def test_enlarged_pixels_stay_as_they_are(tmp_path):
     images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     save_grid(tmp_path / "grid.png", images, columns=1)
-    picture = np.asarray(Image.open(tmp_path / "grid.png"))[GAP : GAP + 48, GAP : GAP + 48]
-    assert (picture[::6, ::6] == to_uint8(images)[0]).all() and (picture[5::6, 5::6] == to_uint8(images)[0]).all()
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))[GAP : GAP + 64, GAP : GAP + 64]
+    assert (picture[::8, ::8] == to_uint8(images)[0]).all() and (picture[7::8, 7::8] == to_uint8(images)[0]).all()
 
 
 def test_values_outside_the_range_are_clipped():
@@ -45,14 +45,15 @@ def test_labels_stand_left_of_their_rows(tmp_path):
     plain, labelled = (np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "labelled.png"))
     margin = labelled.shape[1] - plain.shape[1]
     assert (labelled[:, margin:] == plain).all()
+    step = SMALLEST_CELL + GAP
     ink = (labelled[:, :margin] < 128).sum(1)
-    rows = [ink[row * 50 + GAP : (row + 1) * 50].sum() for row in range(3)]
+    rows = [ink[row * step + GAP : (row + 1) * step].sum() for row in range(3)]
     assert rows[1] == 0 and 0 < rows[0] < rows[2]
 
 
 def test_a_last_row_may_be_short(tmp_path):
     save_grid(tmp_path / "grid.png", ramp(5, 1, 64), columns=3)
-    assert Image.open(tmp_path / "grid.png").size == (3 * 66 + 2, 2 * 66 + 2)
+    assert Image.open(tmp_path / "grid.png").size == (3 * (64 + GAP) + GAP, 2 * (64 + GAP) + GAP)
 
 
 @pytest.mark.parametrize(("images", "labels", "words"), [

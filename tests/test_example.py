@@ -1,0 +1,56 @@
+"""example.py makes a grid of any checkpoint: ours, a published one, EDM's."""
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import example
+from models import load_model
+from models.create import create_from_fields
+from models.ema import ExponentialMovingAverage
+from models.released import PUBLISHED, to_released
+from runtime.pictures import GAP, SMALLEST_CELL, to_uint8
+from tests.test_image_sampling import write_run
+
+
+def write_published(path):
+    """Write the smallest network of the published ones as it is published, with fresh weights."""
+    net = create_from_fields(PUBLISHED["CIFAR32 3.4M"][1])
+    ema = ExponentialMovingAverage(net.parameters(), 0.999).state_dict()
+    state = to_released({"model": net.state_dict(), "ema": ema, "step": 1,
+                         "optimizer": torch.optim.Adam(net.parameters()).state_dict()}, net)
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["SlimFlow's", "EDM's"])
+def test_a_published_checkpoint_becomes_a_grid_of_64_images(data_folder, tmp_path, kind):
+    path = data_folder / "edm/edm_adm_cond.pkl" if kind == "EDM's" else write_published(tmp_path / "released.pth")
+    example.main(path, tmp_path / "samples.png")
+    size = 8 * (SMALLEST_CELL + GAP) + GAP
+    assert Image.open(tmp_path / "samples.png").size == (size, size)
+
+
+def test_one_of_ours_is_sampled_at_the_eps_and_noise_scale_of_its_run(tmp_path):
+    write_run(tmp_path, flow__eps=0.3, sampling__init_noise_scale=0.5)
+    path = tmp_path / "checkpoints" / "checkpoint_1.pth"
+    example.main(path, tmp_path / "samples.png")
+    torch.manual_seed(0)
+    z0 = 0.5 * torch.randn(64, 1, 8, 8)
+    with torch.no_grad():
+        images = z0 + 0.7 * load_model(path)(z0, torch.full((64,), 999 * 0.3))
+    first = slice(GAP, GAP + SMALLEST_CELL, 8)
+    found = np.asarray(Image.open(tmp_path / "samples.png"))[first, first]
+    assert np.abs(found.astype(int) - to_uint8(images[:1])[0, :, :, 0]).max() <= 1
+
+
+def test_a_file_that_is_missing_is_one_sentence(repository, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["example.py", "absent.pth"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(repository / "example.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert said.startswith("example.py: absent.pth ") and said.count("\n") == 1
