@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from models.create import create_from_fields
+from models.layers import SelfAttention
 
 SHARED = "time and class"  # the part of what runs outside every level: embeddings and their projections
 
@@ -23,6 +24,7 @@ class Cost:
     size: int  # height and width of its features, 0 if it has none
     parameters: int
     gmacs: float  # 10⁹ multiply-accumulates of a forward pass
+    plain_gmacs: float  # those without attention and its projections, which the paper's tables leave out
     activation_bytes: int  # what a float32 forward pass keeps for the backward pass, for each image of the batch
 
 
@@ -41,10 +43,19 @@ def describe(config_fields):
     parameters = collections.Counter()
     for name, parameter in net.named_parameters():
         parameters[part_of(name)] += parameter.numel()
-    rows = [Cost(part, one.size(part), parameters[part], one.macs[part] / 1e9, two.kept[part] - one.kept[part])
+    rows = [Cost(part, one.size(part), parameters[part], one.macs[part] / 1e9,
+                 (one.macs[part] - one.attention_macs[part]) / 1e9, two.kept[part] - one.kept[part])
             for part in parameters]
-    total = [sum(getattr(row, name) for row in rows) for name in ("parameters", "gmacs", "activation_bytes")]
+    total = [sum(getattr(row, field.name) for row in rows) for field in dataclasses.fields(Cost)[2:]]
     return [*rows, Cost("total", 0, *total)]
+
+
+def training_bytes(total, batch):
+    """Return the memory that training in float32 needs at `batch` images a pass, for the last of `describe`.
+
+    Weights, gradients, EMA and Adam's two moments, and what the backward pass needs; convolutions' workspace is extra.
+    """
+    return 5 * 4 * total.parameters + batch * total.activation_bytes
 
 
 def measure(net, batch):
@@ -75,10 +86,10 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, net, count_resampling):
         super().__init__()
-        self.macs, self.kept = collections.Counter(), collections.Counter()
+        self.macs, self.attention_macs, self.kept = collections.Counter(), collections.Counter(), collections.Counter()
         self.sizes = collections.defaultdict(collections.Counter)
         self.count_resampling = count_resampling
-        self.running = [SHARED]
+        self.running, self.attending = [SHARED], 0
         self.seen = {p.untyped_storage()._cdata: p for p in [*net.parameters(), *net.buffers()]}
         self.hooks = []
         for name, module in net.named_modules():
@@ -89,10 +100,12 @@ class Meter(TorchDispatchMode):
     def enter(self, part, module, inputs):
         """Note that a module of `part` begins."""
         self.running.append(part)
+        self.attending += isinstance(module, SelfAttention)
 
     def leave(self, module, inputs, output):
         """Note that it ends, and the size of its features."""
         part = self.running.pop()
+        self.attending -= isinstance(module, SelfAttention)
         if isinstance(output, torch.Tensor) and output.dim() == 4:
             self.sizes[part][output.shape[-1]] += 1
 
@@ -115,23 +128,26 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        operation = function.overloadpacket
+        operation, macs = function.overloadpacket, 0
         if operation in flop_registry:
-            self.macs[self.running[-1]] += flop_registry[operation](*args, **(kwargs or {}), out_val=out) // 2
+            macs = flop_registry[operation](*args, **(kwargs or {}), out_val=out) // 2
         elif operation is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            self.macs[self.running[-1]] += sdpa_flop_count(*(a.shape for a in args[:3])) // 2
+            macs = sdpa_flop_count(*(a.shape for a in args[:3])) // 2
         elif self.count_resampling and operation is torch.ops.aten.avg_pool2d:
-            self.macs[self.running[-1]] += 4 * out.numel()
+            macs = 4 * out.numel()
         elif self.count_resampling and operation is torch.ops.aten.upsample_nearest2d:
-            self.macs[self.running[-1]] += out.numel()
+            macs = out.numel()
+        self.macs[self.running[-1]] += macs
+        self.attention_macs[self.running[-1]] += macs if self.attending else 0
         return out
 
 
 def table(rows):
     """Return the costs as lines of text for people."""
-    lines = [f"{'part':<15} {'size':>6} {'parameters':>12} {'GMACs':>9} {'activations':>12}"]
+    lines = [f"{'part':<15} {'size':>6} {'parameters':>12} {'GMACs':>9} {'no attention':>13} {'activations':>12}"]
     for row in rows:
         size = f"{row.size}²" if row.size else ""
         memory = f"{row.activation_bytes / 2**20:.2f} MiB"
-        lines.append(f"{row.part:<15} {size:>6} {row.parameters:>12,} {row.gmacs:>9.4f} {memory:>12}")
+        lines.append(f"{row.part:<15} {size:>6} {row.parameters:>12,} {row.gmacs:>9.4f} {row.plain_gmacs:>13.4f} "
+                     f"{memory:>12}")
     return "\n".join(lines)

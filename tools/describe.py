@@ -1,31 +1,77 @@
-"""Show what a network costs, level by level: parameters, GMACs and activation memory of one image.
+"""Show what a network costs, level by level: parameters, GMACs, activation memory of one image, memory of training.
 
     python -m tools.describe --config configs/rectified_flow/cifar10_rf_gaussian.py --config.model.nf 64
     python -m tools.describe --config configs/rectified_flow/cifar10_rf_gaussian.py \
-        --ckpt_path logs/1_rectified_flow/checkpoints/checkpoint_14.pth
+        --ckpt_path logs/1_rectified_flow/checkpoints/checkpoint_14.pth --measure
 
-With --ckpt_path (a file, ours, released or EDM's, hf:// or https://) the architecture is the checkpoint's.
-GMACs: 10⁹ multiply-accumulates of a forward pass. activations: what a float32 forward pass keeps for the backward pass
-for each image, with the config's dropout.
+With --ckpt_path (any checkpoint file, or hf://owner/repo/file) the architecture is the checkpoint's.
+GMACs: 10⁹ multiply-accumulates of a forward pass; the paper's tables give those without attention. activations: what a
+float32 forward pass keeps for the backward pass for each image, with the config's dropout.
 """
 
+import statistics
+import time
+
+import torch
 
 from configs.command_line import run_script
 from configs.default import Field
-from models.checkpoint import apply_architecture, read_checkpoint
-from models.describe import describe, table
+from models import create_model
+from models.checkpoint import apply_architecture, model_fields, read_checkpoint
+from models.describe import describe, table, training_bytes
+from models.ema import ExponentialMovingAverage
+from runtime.devices import autocast, set_precision
+from training.update import UpdateStats, apply_update, create_optimizer
+
+BATCHES = (16, 32, 64, 128, 256, 512)
+UPDATES = 5
 
 FLAGS = {
     "ckpt_path": Field("", "checkpoint to describe"),
+    "measure": Field(False, "measure the seconds of an update on this machine, at config.training.batch_size"),
 }
 
 
 def main(config, args, given):
-    """Print the table."""
+    """Print the tables."""
     if args.ckpt_path:
         config = apply_architecture(config, read_checkpoint(args.ckpt_path), given)
-    fields = {f"{group}.{name}": value for group in ("model", "data") for name, value in config[group].items()}
-    print(table(describe(fields)))
+    rows = describe(model_fields(config))
+    print(table(rows))
+    memory = (f"{batch}: {training_bytes(rows[-1], batch) / 2**30:.1f}" for batch in BATCHES)
+    print(f"GiB to train in float32, by images a pass: {', '.join(memory)}")
+    if args.measure:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        print(f"{seconds_of_update(config, device):.3f} s an update of {config.training.batch_size} images, without "
+              f"reading data or LPIPS, on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}")
+
+
+def seconds_of_update(config, device):
+    """Return the median seconds of network, Adam and EMA for one batch, in config.training.precision, after one more.
+
+    The loss is the squared error to random targets. Raises UserError as `create_model` does.
+    """
+    set_precision(config.training.precision)
+    net, data, count = create_model(config).to(device), config.data, config.training.batch_size
+    net = net.to(memory_format=torch.channels_last)
+    ema, stats = ExponentialMovingAverage(net.parameters(), 0.999), UpdateStats(device)
+    optimizer = create_optimizer(list(net.parameters()), name="Adam", lr=1e-4, beta1=0.9, eps=1e-8, weight_decay=0.0)
+    steps = config.training.accumulation_steps
+    x = torch.randn(count // steps, data.num_channels, data.image_size, data.image_size, device=device)
+    t999 = torch.full((len(x),), 500.0, device=device)
+    label = torch.zeros(len(x), data.num_classes, device=device) if data.num_classes else None
+    times = []
+    for update in range(UPDATES + 1):
+        started = time.perf_counter()
+        for _ in range(steps):
+            with autocast(config.training.precision, device):
+                loss = (net(x, t999, label).float() - x).square().mean() / steps
+            loss.backward()
+        apply_update(update, optimizer, ema, stats, loss.detach(), grad_clip=1.0)
+        optimizer.zero_grad(set_to_none=True)
+        next(net.parameters()).sum().item()  # waits for the GPU
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
 
 
 if __name__ == "__main__":

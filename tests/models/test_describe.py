@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.create import create_from_fields
-from models.describe import describe, measure, table
+from models.describe import describe, measure, table, training_bytes
 from tests.models.released_numbers import LAYOUTS, layout_fields
 
 SMALL = {"model.nf": 64, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 16,
@@ -21,6 +21,20 @@ def test_totals_are_those_of_the_paper(name):
     levels = len(layout_fields(name).get("model.ch_mult", (1, 2, 2, 2)))
     assert [p.part for p in parts] == ["time and class", "input", *(f"encoder {i + 1}" for i in range(levels)),
                                        "middle", *(f"decoder {i + 1}" for i in range(levels)), "output"]
+
+
+@pytest.mark.parametrize("name, paper", [("cifar10_1flow_61.8M", 10.3), ("cifar32_27.9M", 6.6),
+                                         ("cifar32_15.7M", 3.7)])
+def test_without_attention_the_totals_are_those_of_the_papers_tables(name, paper):
+    """Its counter does not see the products of attention nor their projections."""
+    assert round(describe(layout_fields(name))[-1].plain_gmacs, 1) == paper
+
+
+def test_memory_of_training_grows_with_the_batch():
+    """Five numbers of four bytes a parameter, and the activations of each image."""
+    total = describe(SMALL)[-1]
+    assert training_bytes(total, 0) == 20 * total.parameters
+    assert training_bytes(total, 3) - training_bytes(total, 2) == total.activation_bytes
 
 
 @pytest.mark.parametrize("network", ["ncsnpp", "DhariwalUNet"])
@@ -46,5 +60,5 @@ def test_parts_have_the_sizes_and_parameters_of_their_levels():
 def test_table_has_a_line_for_each_part():
     """Numbers with their units, the total last."""
     lines = table(describe(SMALL)).splitlines()
-    assert lines[0].split() == ["part", "size", "parameters", "GMACs", "activations"]
+    assert lines[0].split() == ["part", "size", "parameters", "GMACs", "no", "attention", "activations"]
     assert lines[-1].startswith("total") and lines[-1].endswith("MiB")

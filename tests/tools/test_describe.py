@@ -24,7 +24,18 @@ def test_configuration_is_described_in_a_table(monkeypatch, repository, capsys):
     """The smallest published network: 3,437,123 parameters, 0.74 GMACs."""
     status = run(monkeypatch, repository, "--config.model.nf", "64", "--config.model.num_res_blocks", "1",
                  "--config.model.ch_mult", "(1, 1, 2)")
-    assert not status and capsys.readouterr().out.splitlines()[-1].split()[:3] == ["total", "3,437,123", "0.7356"]
+    lines = capsys.readouterr().out.splitlines()
+    assert not status and lines[-2].split()[:3] == ["total", "3,437,123", "0.7356"]
+    assert lines[-1].startswith("GiB to train in float32, by images a pass: 16: ")
+
+
+def test_seconds_of_an_update_are_measured_on_request(monkeypatch, repository, capsys):
+    """With accumulation, in the config's precision, and for a network with classes."""
+    status = run(monkeypatch, repository, "--measure", "--config.training.batch_size", "4", "--config.model.nf", "8",
+                 "--config.training.accumulation_steps", "2", "--config.model.ch_mult", "(1, 2)",
+                 "--config.model.num_res_blocks", "1", "--config.data.num_classes", "3")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert not status and float(last.split()[0]) > 0 and "s an update of 4 images" in last and "on the CPU" in last
 
 
 def test_checkpoint_is_described_without_its_architecture_given(monkeypatch, repository, capsys, tmp_path):
