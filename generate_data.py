@@ -14,6 +14,8 @@ sampling.train_subset (all, a class name, random_N) chooses the images; training
 solved at a time.
 """
 
+from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
+
 import contextlib
 import datetime
 import pathlib
@@ -29,11 +31,9 @@ from datasets.pairs import NoiseSource, PairFolder, as_float
 from flows.analytic import analytic_velocity
 from flows.couplings import COUPLINGS, create_coupling
 from flows.rectified_flow import interpolate, velocity_from_network
-from flows.samplers import SAMPLERS, sampler_values
+from flows.samplers import SAMPLERS
 from models.checkpoint import load_with_config
-from runtime import devices
-from runtime.devices import autocast, set_precision
-from runtime.errors import UserError
+from runtime.devices import autocast, memory_errors, set_precision, start_processes, stop_processes
 from runtime.pictures import save_grid
 from runtime.progress import progress_bar
 
@@ -54,7 +54,7 @@ def main(config, args, given):
     """Make the pairs, in as many processes as torchrun started."""
     check_arguments(config, args)
     set_precision(config.training.precision)
-    processes = devices.start_processes(patience=datetime.timedelta(days=7))  # a slow one may be hours behind
+    processes = start_processes(patience=datetime.timedelta(days=7))  # a slow one may be hours behind
     try:
         config, net, teacher = load_teacher(config, args, given, processes)
         points = InitialPoints(config, args.z0_path, args.z1_path, args.label_path)
@@ -68,38 +68,7 @@ def main(config, args, given):
         say(processes, f"{folder} {'is complete: it ' if offered >= job.count else ''}holds "
                        f"{max(offered, job.count)} pairs")
     finally:
-        devices.stop_processes()
-
-
-def lock_and_prepare(held, folder, job):
-    """Lock `folder` for as long as `held` lives and make it ready; return (pairs it offers, blocks to make)."""
-    held.enter_context(pair_writer.locked(folder))
-    return pair_writer.prepare(folder, job)
-
-
-def make_blocks(config, folder, job, todo, coupling, processes):
-    """Solve and write this process's blocks of `todo`: every world_size-th."""
-    done = job.count - sum(len(job.block_range(block)) for block in todo)
-    say(processes, f"{folder}: {job.count} pairs {config.sampling.direction}{flips(config)}, blocks of "
-                   f"{job.block_size}; {done} are there, {len(todo)} blocks to make")
-    enabled = config.training.progress if processes.is_main else "false"
-    with (pair_writer.BlockWriter(folder, job, processes.rank) as writer,
-          progress_bar(total=job.count, desc="pairs", unit="pairs", initial=done, enabled=enabled) as bar,
-          autocast(config.training.precision, processes.device)):  # the network; samplers add in float64
-
-        def finished(pairs):  # the other processes are about as far
-            bar.update(min(pairs * processes.world_size, job.count - bar.n))
-
-        for block in todo[processes.rank::processes.world_size]:
-            indices = job.block_range(block)
-            try:
-                z0, z1, label, nfe = coupling(indices, finished)
-                writer.write(block, {"z0.npy": z0, "z1.npy": z1, "label.npy": label}, nfe)
-            except UserError as error:
-                raise UserError(f"pairs {indices.start} to {indices.stop - 1}: {error}") from None
-            bar.set_postfix(NFE=nfe.double().mean().item())
-        processes.barrier()
-        finished(job.count)
+        stop_processes()
 
 
 def check_arguments(config, args):
@@ -119,22 +88,22 @@ def check_arguments(config, args):
 
 
 def load_teacher(config, args, given, processes):
-    """Return (config, network, record): the network of --ckpt_path, its architecture in the config.
+    """Return (config, net, record): the network of --ckpt_path, the config of its run, and what pairs.json says of it.
 
-    record: what pairs.json says of it. Without a network: (config, None, an empty record).
+    Without a network: (config, None, {}).
     """
-    empty = {"checkpoint": None, "checkpoint_digest": None, "network": None}
     if COUPLINGS[config.sampling.direction].velocity != "network":
         if args.ckpt_path:
             say(processes, f"sampling.direction {config.sampling.direction} uses no network: --ckpt_path is ignored")
-        return config, None, empty
+        return config, None, {}
     config, net, digest = load_with_config(args.ckpt_path, config, given, device=processes.device,
                                            say=lambda text: say(processes, text))
     if processes.share(digest) != digest:
         raise UserError(f"{args.ckpt_path} was replaced while it was read: run the same command again")
-    if note := getattr(net, "licence_note", None):
-        say(processes, note)
-    return config, net, {"checkpoint": args.ckpt_path, "checkpoint_digest": digest, "network": type(net).__name__}
+    if net.licence_note:
+        say(processes, net.licence_note)
+    return config, net, {"checkpoint": args.ckpt_path, "checkpoint_digest": digest, "network": config.model.name,
+                         "preconditioning": config.model.preconditioning}
 
 
 def create_velocity(net, points, device):
@@ -148,22 +117,22 @@ def create_velocity(net, points, device):
 
 def create_job(config, given, points, teacher):
     """Return the `PairJob`: how many pairs, in which blocks and arrays, and all that their values depend on."""
-    count, available = config.sampling.total_number_of_samples, points.available
-    if available is not None and count > available:
+    count, settings = config.sampling.total_number_of_samples, config.sampling
+    if points.available is not None and count > points.available:
         if "sampling.total_number_of_samples" in given:
-            raise UserError(f"config.sampling.total_number_of_samples is {count}, but there are only {available} "
-                            "initial points: ask for no more")
-        count = available
+            raise UserError(f"config.sampling.total_number_of_samples is {count}, but there are only "
+                            f"{points.available} initial points: ask for no more")
+        count = points.available
     names = ["seed", "data.image_size", "data.num_channels", "data.num_classes", "sampling.direction",
              "sampling.pair_storage", "sampling.class_label", "sampling.init_noise_scale"]
     if COUPLINGS[points.direction].velocity:
         names += ["sampling.use_ode_sampler", "flow.eps", "training.batch_size"]
-        names += [f"sampling.{name}" for name in SAMPLERS[config.sampling.use_ode_sampler].fields]
-    if teacher["checkpoint"]:
+        names += [f"sampling.{name}" for name in SAMPLERS[settings.use_ode_sampler].fields]
+    if teacher:
         names.append("training.precision")
-    block_size = config.sampling.block_size or BLOCK_BATCHES * config.training.batch_size
+    block_size = settings.block_size or BLOCK_BATCHES * config.training.batch_size
     identity = {name: get_field(config, name) for name in names} | points.identity
-    identity |= {"sampling.block_size": block_size, "checkpoint": teacher["checkpoint_digest"]}
+    identity |= {"sampling.block_size": block_size, "checkpoint": teacher.get("checkpoint_digest")}
     return pair_writer.PairJob(count, block_size, create_layouts(config, points), identity)
 
 
@@ -180,40 +149,62 @@ def create_layouts(config, points):
     return {name: np.dtype(layout) for name, layout in layouts.items() if name != "label.npy" or classes}
 
 
-def say(processes, text):
-    """Print one line, once."""
-    if processes.is_main:
-        print(text, flush=True)
+def lock_and_prepare(held, folder, job):
+    """Lock `folder` for as long as `held` lives and make it ready; return (pairs it offers, blocks to make)."""
+    held.enter_context(pair_writer.locked(folder))
+    return pair_writer.prepare(folder, job)
 
 
-def flips(config):
-    """Return what happens to the starting images, for the line that says what is made."""
-    if COUPLINGS[config.sampling.direction].given == "noise":
-        return ""
-    return ", images flipped at random" if config.sampling.random_flip else ", images as they are, unflipped"
+def make_blocks(config, folder, job, todo, coupling, processes):
+    """Solve and write this process's blocks of `todo`: every world_size-th."""
+    done = job.count - sum(len(job.block_range(block)) for block in todo)
+    flips = ", images flipped at random" if config.sampling.random_flip else ", images as they are, unflipped"
+    say(processes, f"{folder}: {job.count} pairs {config.sampling.direction}"
+                   f"{flips if COUPLINGS[config.sampling.direction].given != 'noise' else ''}, blocks of "
+                   f"{job.block_size}; {done} are there, {len(todo)} blocks to make")
+    with (pair_writer.BlockWriter(folder, job, processes.rank) as writer,
+          progress_bar(total=job.count, desc="pairs", unit="pairs", initial=done,
+                       enabled=config.training.progress if processes.is_main else "false") as bar,
+          memory_errors("lower config.training.batch_size"),
+          autocast(config.training.precision, processes.device)):  # the network; samplers add in float64
+
+        def finished(pairs):  # the other processes are about as far
+            bar.update(min(pairs * processes.world_size, job.count - bar.n))
+
+        for block in todo[processes.rank::processes.world_size]:
+            indices = job.block_range(block)
+            try:
+                z0, z1, label, nfe = coupling(indices, finished)
+                writer.write(block, {"z0.npy": z0, "z1.npy": z1, "label.npy": label}, nfe)
+            except UserError as error:
+                raise UserError(f"pairs {indices.start} to {indices.stop - 1}: {error}") from None
+            bar.set_postfix(NFE=nfe.double().mean().item())
+        processes.barrier()
+        finished(job.count)
 
 
 def complete(folder, job, config, teacher):
-    """Complete the folder: headers, `pairs.json`, picture."""
+    """Complete the folder: headers, `pairs.json`, and `pairs.png`, the first pairs as noise, midpoint and image."""
     settings = config.sampling
     sampler = settings.use_ode_sampler if COUPLINGS[settings.direction].velocity else None
-    record = {"seed": config.seed, "shape": list(image_shape(config)), "direction": settings.direction, **teacher,
-              "sampler": sampler, "sampler_settings": sampler_values(config) if sampler else None,
+    fields = SAMPLERS[sampler].fields if sampler else ()
+    record = {"seed": config.seed, "shape": image_shape(config), "direction": settings.direction, **teacher,
+              "sampler": sampler, "sampler_settings": {name: settings[name] for name in fields},
               "class": settings.class_label if config.data.num_classes and settings.class_label >= 0 else None,
               "storage": settings.pair_storage, "software": {"torch": torch.__version__, "numpy": np.__version__},
               "config": config_to_dict(config)}
     pair_writer.finish(folder, job, record)
-    save_picture(PairFolder(folder))
+    pairs, indices = PairFolder(folder), np.arange(min(PICTURED, job.count))
+    if pairs.shape[0] in (1, 3):
+        z0, z1 = as_float(pairs.z0[indices]), as_float(pairs.z1[indices])
+        save_grid(folder / "pairs.png", torch.cat([z0, interpolate(z0, z1, 0.5), z1]), len(indices),
+                  labels=["z0", "midpoint", "z1"])
 
 
-def save_picture(folder):
-    """Write `pairs.png`: the first pairs of a `PairFolder`, each a column of noise, midpoint and image."""
-    if folder.shape[0] not in (1, 3):
-        return
-    indices = np.arange(min(PICTURED, len(folder)))
-    z0, z1 = as_float(folder.z0[indices]), as_float(folder.z1[indices])
-    rows = torch.cat([z0, interpolate(z0, z1, 0.5), z1])
-    save_grid(folder.path / "pairs.png", rows, columns=len(indices), labels=["z0", "midpoint", "z1"])
+def say(processes, text):
+    """Print one line, once."""
+    if processes.is_main:
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
