@@ -14,23 +14,13 @@ import pytest
 import torch
 
 from models.checkpoint import read_checkpoint
-from models.edm_pickle import Bytes, Call, Name, Reader
+from models.edm_pickle import Bytes, Call, Reader
 from runtime.errors import UserError
-from tests.models.edm_networks import golden_file
+from tests.models.edm_networks import bytes_of, emit, golden_file, legacy_storage, state_of, text
 
 START = b"\x80\x04"
 MUTATIONS = int(os.environ.get("SLIMFLOW_MUTATIONS", "40"))  # a long run: 100000
 MEMORY = 2**27  # bytes that reading the small files of this module may take
-
-
-def text(value):
-    """Return the opcode of text."""
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def bytes_of(value):
-    """Return the opcode of bytes."""
-    return b"B" + struct.pack("<I", len(value)) + value
 
 
 def call(name, *args):
@@ -39,41 +29,9 @@ def call(name, *args):
     return b"c" + f"{module}\n{function}\n".encode() + b"(" + b"".join(args) + b"tR"
 
 
-def emit(value):
-    """Return the opcodes of a value of `Reader`: what it read can be written again, changed."""
-    if type(value) is Name:
-        module, _, name = value.text.rpartition(".")
-        return b"c" + f"{module}\n{name}\n".encode()
-    if type(value) is Call:
-        if not value.name:
-            return emit(value.args[0]) + b"Q"
-        items = b"(" + b"".join(emit(k) + emit(v) for k, v in value.items.items()) + b"u" if value.items else b""
-        state = b"" if value.state is None else emit(value.state) + b"b"
-        return emit(Name(value.name)) + emit(value.args) + b"R" + items + state
-    if type(value) is dict:
-        return b"}(" + b"".join(emit(k) + emit(v) for k, v in value.items()) + b"u"
-    if type(value) in (list, tuple):
-        inner = b"(" + b"".join(map(emit, value))
-        return b"]" + inner + b"e" if type(value) is list else inner + b"t"
-    if type(value) is str:
-        return text(value)
-    if type(value) in (bytes, memoryview):
-        return bytes_of(bytes(value))
-    if type(value) is set:
-        return b"\x8f"
-    return pickle.dumps(value, 2)[2:-1]  # numbers, None
-
-
 def snapshot():
     """Return the content of a recorded file as `Reader` reads it."""
     return Reader(Bytes(memoryview(golden_file("edm_ncsnpp.pkl").read_bytes()))).load()
-
-
-def state_of(network, *names):
-    """Return the state dict of a network, or of a module in it."""
-    for name in names:
-        network = (state_of(network)["_modules"].items)[name]
-    return network.state if network.state is not None else network.args[0]["state"]
 
 
 def tensor_at(content):
@@ -96,14 +54,6 @@ def with_storage(data):
         tensor_at(content).args[0].args = (data,)
 
     return change
-
-
-def legacy_storage(count=64, stated=None, numbers=64, about=b"}", kind="FloatStorage"):
-    """Return a storage in torch.save's first format, with what it claims."""
-    reference = b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text("0") + text("cpu") + emit(count)
-    pickles = (pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), b"\x80\x02" + about + b".",
-               b"\x80\x02" + reference + b"NtQ.", pickle.dumps(["0"], 2))
-    return b"".join(pickles) + struct.pack("<q", count if stated is None else stated) + bytes(4 * numbers)
 
 
 def nested_modules(depth):
@@ -311,7 +261,7 @@ def test_random_damage_is_a_sentence_or_a_network(tmp_path, canary):
     for number in range(MUTATIONS):
         draw, damaged = random.Random(number), bytearray(content)
         for _ in range(draw.randint(1, 4)):
-            place, length = draw.choice(places), draw.randint(1, 8)
+            place, length = min(draw.choice(places), len(damaged) - 1), draw.randint(1, 8)
             match draw.randrange(4):
                 case 0:
                     damaged[place] = draw.randrange(256)
