@@ -1,33 +1,44 @@
-"""List the runs of a folder with their step, loss and last sample: `python -m tools.runs [--work_dir logs]`."""
+"""List the runs of a folder: updates done, loss, newest checkpoint and the last figure measured.
 
-import json
+    python -m tools.runs --work_dir logs
+"""
+
 import pathlib
 import time
 
-from configs.command_line import run_program
+from configs.command_line import load_config, run_program
 from configs.default import Field
+from metrics.results import TITLES, main_metric, read_results, results_path, sampler_name
 from models.checkpoint import numbered_checkpoints
 from runtime.errors import UserError
 from runtime.files import read_json_lines
 
 FLAGS = {"work_dir": Field("logs", "folder of the runs, searched with its sub-folders")}
 
-COLUMNS = ("run", "step", "of", "loss", "images/s", "skipped", "newest checkpoint", "last sample", "last written")
+COLUMNS = ("run", "step", "loss", "images/s", "newest", "last figure", "last written")
 
 
 def describe_run(path, root):
     """Return the texts of one row for the run folder `path` below `root`."""
-    entries = read_json_lines(path / "log.jsonl")
+    entries, figures = read_json_lines(path / "log.jsonl"), read_results(results_path(path))
     last = entries[-1] if entries else {}
-    config = json.loads((path / "config.json").read_text())
-    samples = sorted((path / "samples").glob("*.png"), key=lambda p: p.stat().st_mtime)
-    checkpoints = list(numbered_checkpoints(path / "checkpoints").values())
-    written = max((p.stat().st_mtime for p in path.iterdir()), default=0)
-    loss = last.get("loss")
-    return [str(path.relative_to(root)), str(last.get("step", 0)), str(config["training"]["n_iters"]),
-            "-" if loss is None else f"{loss:.4f}", f"{last.get('images_per_second', 0):.0f}",
-            str(last.get("skipped", 0)), checkpoints[-1].name if checkpoints else "-",
-            str(samples[-1]) if samples else "-", time.strftime("%Y-%m-%d %H:%M", time.localtime(written))]
+    try:
+        updates = load_config(path / "config.json").training.n_iters
+    except UserError:  # of another program, or damaged: the rest of the table is of use all the same
+        updates = "?"
+    newest = list(numbered_checkpoints(path / "checkpoints").values())[-1:]
+    written = max(p.stat().st_mtime for p in path.iterdir())
+    return [str(path.relative_to(root)), f"{last.get('step', 0)} of {updates}",
+            f"{last['loss']:.4f}" if last.get("loss") is not None else "-",
+            f"{last['images_per_second']:.0f}" if last.get("images_per_second") is not None else "-",
+            newest[0].stem if newest else "-", figure_of(figures[-1]) if figures else "-",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(written))]
+
+
+def figure_of(result):
+    """Return a result's metric with what it is of: `FID 4.53 (checkpoint_16, euler-1)`."""
+    metric = main_metric(result)
+    return f"{TITLES[metric]} {result[metric]:.4g} ({pathlib.Path(result['checkpoint']).stem}, {sampler_name(result)})"
 
 
 def find_runs(root):

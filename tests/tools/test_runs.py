@@ -1,0 +1,54 @@
+"""tools.runs lists every run with its last figure, whatever state it is in."""
+
+import json
+import types
+
+import pytest
+
+from configs.command_line import save_config
+from configs.default import get_default_config
+from runtime.errors import UserError
+from tools import runs
+
+
+def write_run(folder, log=(), results=()):
+    """Write a run folder with a config, a log and results."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "eval").mkdir()
+    save_config(get_default_config(), folder / "config.json")
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    (folder / "eval" / "results.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in results))
+    return folder
+
+
+def result(number, value):
+    """A line of results.jsonl as evaluation_fid.py writes it."""
+    return {"checkpoint": f"checkpoint_{number}.pth", "sampler": "euler", "sample_N": 1, "num_samples": 10, "step": 5,
+            "nfe": 1.0, "seconds": 1.0, "reference": "x", "protocol": "y", "versions": {}, "seeds": {}, "fid": value}
+
+
+def test_a_row_has_step_loss_newest_checkpoint_and_the_last_figure(tmp_path, capsys):
+    run = write_run(tmp_path / "a" / "distilled", [{"step": 500, "loss": 0.25, "images_per_second": 99.6}],
+                    [result(1, 9.0), result(2, 4.5321)])
+    (run / "checkpoints" / "checkpoint_2.pth").touch()
+    write_run(tmp_path / "started")
+    runs.main(types.SimpleNamespace(work_dir=tmp_path))
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["run", "step", "loss", "images/s", "newest", "last", "figure", "last", "written"]
+    row = next(row for row in rows if row.startswith("a/distilled"))
+    for text in ("500 of 1300001", "0.2500", "100", "checkpoint_2 ", "FID 4.532 (checkpoint_2, euler-1)"):
+        assert text in row
+    assert len(rows) == 2 and all(len(row) < 120 for row in rows)
+
+
+def test_a_damaged_config_hides_no_other_run(tmp_path, capsys):
+    (write_run(tmp_path / "damaged") / "config.json").write_text("{")
+    write_run(tmp_path / "whole")
+    runs.main(types.SimpleNamespace(work_dir=tmp_path))
+    printed = capsys.readouterr().out
+    assert "0 of ?" in printed and "0 of 1300001" in printed
+
+
+def test_a_folder_without_runs_is_named(tmp_path):
+    with pytest.raises(UserError, match="no runs in .*; name their folder with --work_dir"):
+        runs.main(types.SimpleNamespace(work_dir=tmp_path))
