@@ -2,8 +2,13 @@
 
 The pair of formulas is of Dormand and Prince (1980); the control law is that of Hairer, Nørsett and Wanner,
 "Solving Ordinary Differential Equations I", section II.4, as `scipy.integrate.RK45` has it: root-mean-square error
-norm, safety factor 0.9, step factors between 0.2 and 10, automatic first step. `StepControl` says where the steps
-of single samples differ from it.
+norm, safety factor 0.9, step factors between 0.2 and 10, none above 1 after a refused step, automatic first step.
+`StepControl` says where the steps of single samples differ from it.
+
+What decides a step is computed in operations that IEEE 754 rounds correctly (+ - × ÷ √), so a sample's steps follow
+from its states alone. The states come from the network: they are the same to the last bit with the same number of slots
+and threads on the same instruction set, and up to rounding otherwise, since a network's rows are then rounded
+differently (with 3 or 6 threads even in one batch).
 """
 
 import dataclasses
@@ -84,35 +89,24 @@ def split_last_step(h, to_go):
 
 @dataclasses.dataclass(frozen=True)
 class StepControl:
-    """How a step follows from the error of the one before.
+    """How a step follows from the error of the one before: by an integral controller, at all tolerances.
 
-    norm: whose errors count together; a step is accepted with an error e below 1, in units of `tolerated` times the
-    tolerance. The next step is safety·e^(-exponent) times as long (after a refused one 0.9·e^(-1/5)); `first` times
-    the automatic first step is the first; `fit(h, to_go)` has the last word on each.
+    norm: whose errors count together; a step is accepted with an error e below 1, in units of the tolerance
+    gain: the integral gain k of h ← 0.9·e^(-k/5)·h after an accepted step (after a refused one k is 1): 1 or 1/2
+    fit: `fit(h, to_go)` has the last word on each step
     """
 
     norm: Callable
-    tolerated: float
-    safety: float
-    exponent: float
-    first: float
+    gain: float
     fit: Callable
 
 
-JOINT = StepControl(joint_norm, tolerated=1.0, safety=0.9, exponent=1 / 5, first=1.0, fit=chosen_step)  # scipy's
-# Where the norm of a batch is below 1, that of many a sample in it is above: for the same mean error, a sample on its
-# own is allowed a little more. At coarse tolerances its error is a noisier guide than that of a batch, and velocities
-# of networks are rough on the scale of a step (their time embedding turns over within 1/999), so half of scipy's
-# exponent refuses fewer steps. Short steps see a smooth velocity: there the formula's own order is the better guide.
-# Measured by benchmarks/ode.py.
-COARSE = StepControl(per_sample_norm, tolerated=1.2, safety=0.95, exponent=1 / 10, first=1.4, fit=split_last_step)
-FINE = StepControl(per_sample_norm, tolerated=1.05, safety=0.9, exponent=1 / 5, first=1.4, fit=split_last_step)
-FINE_TOLERANCE = 3e-5
-
-
-def default_control(tol):
-    """Return the `StepControl` of samples on their own at the tolerance `tol`."""
-    return COARSE if tol > FINE_TOLERANCE else FINE
+JOINT = StepControl(joint_norm, gain=1.0, fit=chosen_step)  # scipy's
+# Half the gain (Söderlind, "Automatic control and adaptive time-stepping", Numerical Algorithms 31, 2002, section 4:
+# k in (0, 1] trades speed for smoothness): the error of a single sample is a noisier guide than that of a batch, and
+# the velocity of a network is rough on the scale of a step, so a slower controller refuses fewer steps and leaves
+# smaller errors. Measured by benchmarks/ode.py.
+PER_SAMPLE = StepControl(per_sample_norm, gain=0.5, fit=split_last_step)
 
 
 def on_device(numbers, device):
@@ -183,7 +177,7 @@ def start_slots(velocity, z, label, t_start, t_end, tol, control):
     d2 = control.norm(mean_square((slope_1 - slope) / scale)) / h0
     steepest = torch.maximum(d1, d2)
     h1 = torch.where(steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), inverse_fifth_root(steepest / 0.01))
-    h = (control.first * torch.minimum(100 * h0, h1)).clamp(max=abs(t_end - t_start))
+    h = torch.minimum(100 * h0, h1).clamp(max=abs(t_end - t_start))
     return Slots(x, slope, t, h, torch.zeros_like(t, dtype=torch.bool), label)
 
 
@@ -207,10 +201,10 @@ def attempt_step(velocity, slots, t_end, tol, control, dtype):
 
     scale = tol + torch.maximum(x.abs(), x_new.abs()) * tol
     own_error = mean_square(h_x * weighted_sum(ERROR_WEIGHTS, slopes) / scale)
-    error = control.norm(own_error) / control.tolerated
+    error = control.norm(own_error)
     accepted = error < 1
     root = inverse_fifth_root(error)
-    factor = torch.where(accepted, control.safety * (root if control.exponent == 1 / 5 else root.sqrt()), SAFETY * root)
+    factor = SAFETY * torch.where(accepted, root if control.gain == 1 else root.sqrt(), root)
     factor = factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
     factor = torch.where(slots.refused & accepted, factor.clamp(max=1), factor)
     factor = torch.where(error.isfinite(), factor, SMALLEST_FACTOR)
@@ -309,18 +303,18 @@ def drop_idle_slots(state, samples, steps, slots):
 
 @torch.no_grad()
 def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, slots=64, max_steps=10000,
-                    control=None, record=None, finished=None, shrink_slots=False):
+                    control=PER_SAMPLE, record=None, finished=None, shrink_slots=False):
     """Integrate dx/dt = velocity(x, t, label) from `z` `(N, ...)` at `t_start` to `t_end`, each sample on its own.
 
     N samples flow through `slots` slots: a slot whose sample is finished takes the next one waiting, so that every
-    evaluation has exactly `slots` rows (idle ones at the end are computed and ignored), and a sample's result does
-    not depend on N, on its neighbours or on the order. With `shrink_slots` idle slots are given up, in eighths of all,
-    when no sample waits: fewer rows are computed, but the rounding of the last samples then depends on all of z.
+    evaluation has exactly `slots` rows (idle ones at the end are computed and ignored), and a sample's steps do not
+    depend on N, on its neighbours or on the order; nor does its result, to the last bit, where the network rounds all
+    rows of a batch alike. With `shrink_slots` idle slots are given up, in eighths of all, when no sample waits: fewer
+    rows are computed, but the rounding of the last samples then depends on all of z.
 
     velocity: takes x `(slots, ...)`, t `(slots,)` and label `(slots, K)` or None, in the dtype of z; the state is
-    float64. tol is both rtol and atol, on the root mean square over a sample; control, that of `default_control(tol)`
-    where none is given, makes the steps of it. `record(samples, t, x)`, if given,
-    sees sample numbers `(n,)`, times `(n,)` and states `(n, ...)` at the start and after every step.
+    float64. tol is both rtol and atol, on the root mean square over a sample. `record(samples, t, x)`, if given, sees
+    sample numbers `(n,)`, times `(n,)` and states `(n, ...)` at the start and after every step.
     `finished(n)` is told how many more samples are done, for a progress bar.
     Returns x `(N, ...)` like z and the number of evaluations of each sample, int64 `(N,)` on the CPU, counted as
     scipy does. Raises `UserError` naming sample and time for a velocity that is not finite, a step that shrinks
@@ -329,7 +323,6 @@ def rk45_per_sample(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-
     x, nfe = torch.empty_like(z), torch.zeros(len(z), dtype=torch.int64)
     if len(z) == 0:
         return x, nfe
-    control = control or default_control(tol)
     queue = Queue(velocity, z, label, t_start, t_end, tol, slots, control)
     state, samples = queue.first()
     steps = [0] * slots

@@ -45,7 +45,7 @@ def test_uint8_images_are_spread_over_minus_one_to_one():
                                rtol=1e-5, atol=1e-5)
 
 
-def test_one_image_is_reached_on_a_straight_way():
+def test_one_image_is_reached_on_a_straight_trajectory():
     data, z = pixels(1, 1, 4, 4), noise(5, 1, 4, 4)
     x, _ = one_step(analytic_velocity(data), z, t_start=0.0)
     torch.testing.assert_close(x, (data.double() / 127.5 - 1).expand_as(x))

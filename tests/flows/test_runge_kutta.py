@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import subprocess
@@ -18,11 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flows import runge_kutta
 from flows.runge_kutta import (
-    COARSE,
-    FINE,
     JOINT,
+    PER_SAMPLE,
     attempt_step,
-    default_control,
     inverse_fifth_root,
     joint_norm,
     per_sample_norm,
@@ -86,11 +85,11 @@ def test_joint_steps_are_scipys(tol):
     np.testing.assert_allclose(x.numpy().reshape(-1), expected.y[:, -1], atol=tol)
 
 
-LANE_COUNT = 5  # odd: the last slots of a row are computed by other machine instructions than the first
+SLOT_COUNT = 5  # odd: the last slots of a row are computed by other machine instructions than the first
 NETWORK = tiny_network()
 SAMPLES = noise(23, 2, 4, 4, seed=1) * torch.linspace(0.2, 3, 23).view(-1, 1, 1, 1)
 LABELS = torch.linspace(-1, 1, 46).view(23, 2)
-ALL_X, ALL_NFE = rk45_per_sample(NETWORK, SAMPLES, LABELS, tol=1e-4, slots=LANE_COUNT)
+ALL_X, ALL_NFE = rk45_per_sample(NETWORK, SAMPLES, LABELS, tol=1e-4, slots=SLOT_COUNT)
 
 
 def in_float32(x, t, label=None):
@@ -98,24 +97,68 @@ def in_float32(x, t, label=None):
     return NETWORK(x.float(), t.float(), label).double()
 
 
-EXACT = {tol: rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=tol, slots=LANE_COUNT) for tol in (1e-4, 1e-5)}
+EXACT = {tol: rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=tol, slots=SLOT_COUNT) for tol in (1e-4, 1e-5)}
 
 
 @pytest.mark.parametrize("tol", EXACT)
 @settings(max_examples=15, deadline=None)
 @given(chosen=st.lists(st.integers(0, 22), min_size=1, max_size=23, unique=True))
-def test_a_sample_is_the_same_bits_in_any_company_and_order(tol, chosen):
-    x, nfe = rk45_per_sample(in_float32, SAMPLES.double()[chosen], LABELS[chosen], tol=tol, slots=LANE_COUNT)
+def test_a_sample_is_the_same_bits_beside_any_others_and_in_any_order(tol, chosen):
+    x, nfe = rk45_per_sample(in_float32, SAMPLES.double()[chosen], LABELS[chosen], tol=tol, slots=SLOT_COUNT)
     assert torch.equal(x, EXACT[tol][0][chosen])
     assert torch.equal(nfe, EXACT[tol][1][chosen])
 
 
-def test_coarse_and_fine_tolerances_have_their_default_control():
-    assert default_control(1e-4) is COARSE and default_control(1e-5) is FINE and default_control(1e-9) is FINE
-    x, nfe = rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=1e-5, slots=LANE_COUNT, control=COARSE)
-    assert not torch.equal(nfe, EXACT[1e-5][1])
-    assert torch.equal(rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=1e-5, slots=LANE_COUNT,
-                                       control=FINE)[0], EXACT[1e-5][0])
+def rough(x, t, label=None):
+    """A velocity with a sharp bend at t = 0.4, at which steps are refused."""
+    bend = torch.tanh(300 * (t - 0.4)).view(-1, *(1,) * (x.ndim - 1))
+    return 3 * bend * x + 20 * bend
+
+
+def steps_of(solver, z, tol):
+    """Return the times that the first sample's steps end at, refused ones repeating theirs."""
+    times = []
+    solver(rough, z, tol=tol, slots=len(z), record=lambda samples, t, x: times.append(t[0].item()))
+    return times
+
+
+def test_joint_steps_after_refusals_are_scipys_to_rounding():
+    """So no step grows right after a refused one, and the refused one shrinks by 0.9·e^(-1/5)."""
+    z = noise(3, 4, dtype=torch.float64)
+
+    def right_side(t, flat):
+        x = torch.from_numpy(flat).view_as(z)
+        return rough(x, torch.full((3,), t, dtype=torch.float64)).numpy().reshape(-1)
+
+    expected = solve_ivp(right_side, (1e-3, 1), z.numpy().reshape(-1), rtol=1e-4, atol=1e-4)
+    times = steps_of(rk45_joint, z, 1e-4)
+    refused = sum(a == b for a, b in itertools.pairwise(times))
+    assert refused >= 3 and expected.nfev == 2 + 6 * (len(times) - 1)
+    np.testing.assert_allclose(list(dict.fromkeys(times)), expected.t, rtol=1e-9)
+
+
+@pytest.mark.parametrize("control", [JOINT, PER_SAMPLE])
+def test_no_step_grows_right_after_a_refused_one(control):
+    z = noise(2, 3, dtype=torch.float64)
+    state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, 1e-4, control)
+    for refused, growth in ((False, 2.0), (True, 1.0)):
+        small = dataclasses.replace(state, h=torch.full_like(state.h, 1e-3), refused=torch.full((2,), refused))
+        after, _ = attempt_step(gaussian_velocity, small, 1.0, 1e-4, control, z.dtype)
+        assert not after.refused.any() and ((after.h > 1e-3 * growth) if growth > 1 else (after.h == 1e-3)).all()
+
+
+def test_the_gain_is_that_of_the_control_at_every_tolerance():
+    """A step that was accepted with the error e is followed by one 0.9·e^(-k/5) times as long, k = 1 or 1/2."""
+    z = noise(2, 3, dtype=torch.float64)
+    for tol in (1e-2, 1e-4, 1e-5, 1e-7):
+        found = {}
+        for control in (JOINT, PER_SAMPLE):
+            control = dataclasses.replace(control, norm=per_sample_norm)
+            state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, tol, control)
+            after, _ = attempt_step(gaussian_velocity, state, 1.0, tol, control, z.dtype)
+            assert not after.refused.any()
+            found[control.gain] = after.h / state.h / 0.9
+        torch.testing.assert_close(found[0.5] ** 2, found[1.0].clamp(max=10 / 0.9), rtol=1e-9, atol=0)
 
 
 @settings(max_examples=15, deadline=None)
@@ -136,11 +179,11 @@ def test_every_evaluation_is_full_and_no_sample_waits_for_another():
         sizes.append(len(x))
         return NETWORK(x, t, label)
 
-    rk45_per_sample(velocity, SAMPLES, LABELS, tol=1e-4, slots=LANE_COUNT)
-    assert set(sizes) == {LANE_COUNT}
+    rk45_per_sample(velocity, SAMPLES, LABELS, tol=1e-4, slots=SLOT_COUNT)
+    assert set(sizes) == {SLOT_COUNT}
     work, longest = int(ALL_NFE.sum()), int(ALL_NFE.max())
-    # All the work spread over the slots, the slopes of the padding, and one sample's way at the end.
-    assert len(sizes) * LANE_COUNT <= work + 2 * LANE_COUNT + (LANE_COUNT - 1) * longest
+    # All the work spread over the slots, the slopes of the padding, and one sample's trajectory at the end.
+    assert len(sizes) * SLOT_COUNT <= work + 2 * SLOT_COUNT + (SLOT_COUNT - 1) * longest
 
 
 @BOTH
@@ -150,11 +193,11 @@ def test_no_samples_give_no_samples(solver):
 
 
 @BOTH
-def test_recorded_ways_run_from_start_to_end(solver):
-    ways = Trajectories()
-    x, _ = solver(NETWORK, SAMPLES[:7], tol=1e-3, slots=3, record=ways)
+def test_recorded_trajectories_run_from_start_to_end(solver):
+    trajectories = Trajectories()
+    x, _ = solver(NETWORK, SAMPLES[:7], tol=1e-3, slots=3, record=trajectories)
     for sample in range(7):
-        t, states = ways.of(sample)
+        t, states = trajectories.of(sample)
         assert t[0] == 1e-3 and t[-1] == 1 and (t.diff() > 0).all()
         assert torch.equal(states[0].float(), SAMPLES[sample]) and torch.equal(states[-1].float(), x[sample])
 
@@ -195,7 +238,7 @@ def test_a_step_that_shrinks_to_nothing_is_named(solver):
 
 
 @BOTH
-def test_a_way_of_too_many_steps_is_given_up(solver):
+def test_a_trajectory_of_too_many_steps_is_given_up(solver):
     with pytest.raises(UserError, match=r"sample 0 at t = 0\.\d+: 4 steps were not enough.*max_steps"):
         solver(NETWORK, SAMPLES[:3], tol=1e-6, max_steps=4, slots=2)
 
@@ -240,16 +283,16 @@ def test_the_device_is_read_once_per_step_and_never_else(solver, status_reads):
         return NETWORK(x, t, label)
 
     with ReadsBack() as reads:
-        solver(velocity, SAMPLES, LABELS, tol=1e-3, slots=LANE_COUNT)
+        solver(velocity, SAMPLES, LABELS, tol=1e-3, slots=SLOT_COUNT)
     assert reads.found == []
-    starts = -(-len(SAMPLES) // LANE_COUNT)
+    starts = -(-len(SAMPLES) // SLOT_COUNT)
     assert len(status_reads) == (len(evaluations) - 2 * starts) // 6
 
 
 @BOTH
 @pytest.mark.parametrize("device", ["cuda", "meta"])
 def test_steps_and_refills_stay_on_the_device(solver, device, status_reads, monkeypatch):
-    solver(NETWORK, SAMPLES, LABELS, tol=1e-3, slots=LANE_COUNT)
+    solver(NETWORK, SAMPLES, LABELS, tol=1e-3, slots=SLOT_COUNT)
     recorded = iter(list(status_reads))
     monkeypatch.setattr(runge_kutta, "read_status", lambda status: next(recorded))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # fake tensors cannot be pinned
@@ -259,7 +302,7 @@ def test_steps_and_refills_stay_on_the_device(solver, device, status_reads, monk
 
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext(), ReadsBack() as reads:
         z, label = torch.empty(SAMPLES.shape, device=device), torch.empty(LABELS.shape, device=device)
-        x, nfe = solver(velocity, z, label, tol=1e-3, slots=LANE_COUNT)
+        x, nfe = solver(velocity, z, label, tol=1e-3, slots=SLOT_COUNT)
     assert x.device.type == device and x.shape == z.shape and x.dtype == torch.float32
     assert reads.found == []
     assert next(recorded, None) is None

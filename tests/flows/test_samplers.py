@@ -74,7 +74,7 @@ def times_seen(sampler, **options):
     return times
 
 
-def test_one_step_looks_once_at_eps_and_goes_the_whole_way():
+def test_one_step_looks_once_at_eps_and_steps_to_the_end():
     z = noise(2, 3, dtype=torch.float64)
     assert times_seen(one_step, t_start=0.01) == [0.01]
     torch.testing.assert_close(one_step(constant, z, t_start=0.01)[0], z + 2 * 0.99)
@@ -178,11 +178,11 @@ def test_every_sample_keeps_its_label(name, batch_size):
 
 
 @ALL
-def test_recorded_ways_run_from_start_to_end(name):
-    ways, z = Trajectories(), noise(5, 1, 2, 2)
-    x, _ = create_sampler(config_of(name, batch_size=2))(gaussian_velocity, z, record=ways)
+def test_recorded_trajectories_run_from_start_to_end(name):
+    trajectories, z = Trajectories(), noise(5, 1, 2, 2)
+    x, _ = create_sampler(config_of(name, batch_size=2))(gaussian_velocity, z, record=trajectories)
     for row in range(5):
-        t, states = ways.of(row)
+        t, states = trajectories.of(row)
         assert t[0] == pytest.approx(1 / 81 if name == "edm" else 1e-3) and t[-1] == 1 and (t.diff() > 0).all()
         assert name == "edm" or torch.equal(states[0].float(), z[row])
         assert torch.equal(states[-1].float(), x[row])
@@ -237,10 +237,10 @@ def test_fixed_steps_stay_on_the_device(name, device):
     assert nfe.device.type == "cpu"
 
 
-def test_straight_ways_have_straightness_zero_and_bent_ways_the_integral():
+def test_straight_trajectories_have_straightness_zero_and_bent_trajectories_the_integral():
     z = noise(6, 1, 2, 2, dtype=torch.float64)
     assert straightness(constant, z).abs().max() < 1e-12
-    # v = (t, 1): the way ends at z + (1/2, 1), and ‖v - (1/2, 1)‖ = |t - 1/2| has the mean 1/4.
+    # v = (t, 1): the trajectory ends at z + (1/2, 1), and ‖v - (1/2, 1)‖ = |t - 1/2| has the mean 1/4.
     values = straightness(lambda x, t, label: torch.stack([t, torch.ones_like(t)], 1), z[:, 0, 0], t_start=0.0)
     assert values.shape == (6,)
     torch.testing.assert_close(values, torch.full((6,), 0.25, dtype=torch.float64), rtol=0, atol=1e-3)

@@ -63,7 +63,7 @@ def test_joint_rk45_reaches_the_recorded_images_with_as_many_evaluations(recorde
 
 
 @pytest.mark.parametrize("name", ["ncsnpp_deep", "dhariwal_cond"])
-def test_a_sample_of_a_real_network_is_the_same_bits_in_any_company_and_order(recorded, name):
+def test_a_sample_of_a_real_network_is_the_same_bits_beside_any_others_and_in_any_order(recorded, name):
     velocity, z, label, _ = recorded(name)
     order = [2, 0, 1, 2, 0]
     label = torch.zeros(3, 1) if label is None else label
