@@ -1,6 +1,7 @@
 """Image files in folders and zip archives: one lister and one decoder, for training and for measuring."""
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -10,7 +11,7 @@ import json
 import os
 import pathlib
 import stat
-import threading
+import warnings
 import zipfile
 
 import numpy as np
@@ -24,13 +25,14 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 LABEL_FILE = "dataset.json"
 LARGEST_CLASS = 99_999  # a class number beyond it is a mistake
 LARGEST_FILE = 2**28  # bytes of one image file, also when unpacked from an archive
-LARGE_IMAGE = 2**24  # pixels; of larger images one is decoded at a time, or sixteen threads would fill the memory
+LARGE_IMAGE = 2**24  # pixels; larger images are decoded by one thread, or each of many would keep their memory
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 GREY_TO_COLOUR = "grey, repeated into three channels"
 COLOUR_TO_GREY = "colour, converted to grey (ITU-R 601 luma)"
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_large_image = threading.Lock()
+_large_images = concurrent.futures.ThreadPoolExecutor(1, "decode large images")
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice its size is an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,14 +195,19 @@ def decode_image(data, spec):
     ones and for decompression bombs (more than twice Pillow's limit of 89 million pixels).
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            large = opened.width * opened.height > LARGE_IMAGE
-            with _large_image if large else contextlib.nullcontext():
-                opened.load()
-                return _fit_image(ImageOps.exif_transpose(opened), spec)
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        if opened.width * opened.height <= LARGE_IMAGE:
+            return _decode(opened, spec)
+        return _large_images.submit(_decode, opened, spec).result()
     except Exception as error:  # Pillow's plugins raise many kinds for damaged files
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError("not an image" if text.startswith("cannot identify") else text) from None
+
+
+def _decode(opened, spec):
+    with opened:
+        ImageOps.exif_transpose(opened, in_place=True)  # a copy of a large image is hundreds of megabytes
+        return _fit_image(opened, spec)
 
 
 def fit_images(images, spec):
@@ -249,10 +256,11 @@ def _to_channels(image, channels):
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         if rgba.getchannel("A").getextrema()[0] < 255:
             notes.append("transparent, laid on white")
+    if image.mode != "RGB" and (channels == 3 or not grey):  # CMYK has no direct way to grey
+        image = image.convert("RGB")
     if channels == 3:
-        return image.convert("RGB"), notes + [GREY_TO_COLOUR] * grey
-    # By RGB, since CMYK has no direct way to grey.
-    return (image if grey else image.convert("RGB")).convert("L"), notes + [COLOUR_TO_GREY] * (not grey)
+        return image, notes + [GREY_TO_COLOUR] * grey
+    return image.convert("L"), notes + [COLOUR_TO_GREY] * (not grey)
 
 
 def _walk(root):
