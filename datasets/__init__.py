@@ -27,8 +27,8 @@ def create_batches(config, device):
         raise UserError(f"{image_set.source} has {len(image_set)} images, fewer than training.batch_size {size}: lower "
                         "it or add images")
     if not DATASETS[data.dataset].mirror and os.environ.get("RANK", "0") == "0":
-        said = "mirrored at random: data.random_flip false leaves" if data.random_flip or data.use_aug else (
-            "not mirrored: data.random_flip true mirrors")
-        print(f"images of {image_set.source} are {said} them", file=sys.stderr, flush=True)
+        said = "mirrored at random" if data.random_flip or data.use_aug else (
+            "not mirrored (data.random_flip true would mirror them)")
+        print(f"images of {image_set.source} are {said}", file=sys.stderr, flush=True)
     return ImageBatches(image_set, size, config.seed, device, on_device=data.on_device, num_classes=data.num_classes,
                         flips=Flips(config.seed, size, data.random_flip, data.use_aug))

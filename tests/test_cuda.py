@@ -19,6 +19,7 @@ if not DEVICE or (DEVICE == "cuda" and not torch.cuda.is_available()):
 
 from configs.command_line import load_config  # noqa: E402
 from configs.default import set_field  # noqa: E402
+from datasets import create_batches  # noqa: E402
 from flows.rectified_flow import velocity_from_network  # noqa: E402
 from flows.runge_kutta import rk45_per_sample  # noqa: E402
 from metrics.features import full_float32  # noqa: E402
@@ -138,6 +139,17 @@ def test_an_update_waits_for_the_device_nowhere(repository, on_device, optimizer
         training.update(3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("on_device", ["true", "false"])
+def test_batches_of_images_are_those_of_a_cpu_but_for_the_flips(repository, on_device):
+    config = load_config(repository / DIGITS)
+    config.data.on_device, config.data.num_classes = on_device, 10
+    there, here = create_batches(config, DEVICE), create_batches(config, "cpu")
+    for number in range(3):
+        found, wanted = there.batch(number, 4, 12), here.batch(number, 4, 12)
+        assert found.z1.device.type == DEVICE and torch.equal(found.label.cpu(), wanted.label)
+        assert relative(found.z1, wanted.z1) < 1e-6
 
 
 def test_deterministic_training_repeats_its_bits(repository):

@@ -107,17 +107,6 @@ def test_images_that_were_told_to_live_on_a_full_gpu_are_one_sentence(monkeypatc
         copy_to_device(SET.images, torch.device("cuda"), "true")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("on_device", ["true", "false"])
-def test_batches_on_a_gpu_are_those_of_the_cpu(on_device):
-    source = ImageBatches(SET, 16, 7, torch.device("cuda", 0), on_device=on_device, num_classes=10)
-    expected = make_batches(mirror=False)
-    for update in range(3):
-        found, wanted = source.batch(update, 4, 12), expected.batch(update, 4, 12)
-        assert found.z1.is_cuda and torch.equal(found.label.cpu(), wanted.label)
-        torch.testing.assert_close(found.z1.cpu(), wanted.z1, atol=1e-6, rtol=0)
-
-
 def test_labels_become_one_hot_float():
     expected = torch.tensor([[0.0, 0, 1], [1, 0, 0]])
     found = one_hot(torch.tensor([2, 0]), 3)
