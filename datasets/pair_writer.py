@@ -9,7 +9,6 @@ before, so nobody reads a row that is missing, and a folder that is being extend
 
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import os
@@ -94,16 +93,15 @@ def prepare(folder, job):
     offered = record["count"] if record and record["complete"] else 0
     if offered >= job.count:
         return offered, []
-    with disk_errors(folder):
-        merge_journals(folder)
-        if record is None:
-            write_json(folder / RECORD, {"complete": False, "count": 0, "version": LAYOUT_VERSION,
-                                         "identity": job.identity})
-        for name, layout in job.layouts.items():
-            with _open(folder / name) as file:
-                _write_at(file, npy_header(layout, offered), 0)
-                if os.fstat(file.fileno()).st_size < row_offset(layout, job.count):
-                    file.truncate(row_offset(layout, job.count))
+    merge_journals(folder)
+    if record is None:
+        write_json(folder / RECORD, {"complete": False, "count": 0, "version": LAYOUT_VERSION,
+                                     "identity": job.identity})
+    for name, layout in job.layouts.items():
+        with _open(folder / name) as file:
+            _write_at(file, npy_header(layout, offered), 0)
+            if os.fstat(file.fileno()).st_size < row_offset(layout, job.count):
+                file.truncate(row_offset(layout, job.count))
     return offered, job.unfinished(done)
 
 
@@ -217,7 +215,7 @@ class BlockWriter(contextlib.ExitStack):
         """Write a block's `rows`, {file name: float tensor}, and then its line in the journal.
 
         One-hot labels become class numbers where the layout has numbers. nfe: int64 `(n,)`. Raises UserError for
-        values that are not finite, and when the disk is full: what was finished stays finished.
+        values that are not finite. On a full disk (OSError) what was finished stays finished.
         """
         indices = self.job.block_range(block)
         for name, values in rows.items():
@@ -230,13 +228,12 @@ class BlockWriter(contextlib.ExitStack):
             raise UserError("z1 has values beyond the range of float16: use --config.sampling.pair_storage full")
         entry = {"block": block, "pairs": len(indices), "nfe_sum": int(nfe.sum()), "nfe_worst": int(nfe.max()),
                  "z1_rounding": rounding}
-        with disk_errors(self.folder):
-            for name, layout in self.job.layouts.items():
-                _write_at(self.files[name], stored[name].reshape(-1).view(np.uint8), row_offset(layout, indices.start))
-            for file in self.files.values():
-                os.fsync(file)
-            _write_at(self.journal, (json.dumps(entry) + "\n").encode(), os.fstat(self.journal.fileno()).st_size)
-            os.fsync(self.journal)
+        for name, layout in self.job.layouts.items():
+            _write_at(self.files[name], stored[name].reshape(-1).view(np.uint8), row_offset(layout, indices.start))
+        for file in self.files.values():
+            os.fsync(file)
+        _write_at(self.journal, (json.dumps(entry) + "\n").encode(), os.fstat(self.journal.fileno()).st_size)
+        os.fsync(self.journal)
 
 
 def _as_stored(rows, layout):
@@ -250,44 +247,34 @@ def finish(folder, job, record):
 
     The caller holds the lock and every block is in the journals, which are merged.
     """
-    with disk_errors(folder):
-        done = merge_journals(folder)
-        if missing := job.unfinished(done):
-            raise UserError(f"{folder}: block {missing[0]} is missing; run the same command again")
-        for name, layout in job.layouts.items():
-            with _open(folder / name) as file:
-                file.truncate(row_offset(layout, _rows_written(job, done)))
-                _write_at(file, npy_header(layout, job.count), 0)
-                os.fsync(file)
-        entries = [done[block] for block in job.blocks]
-        pairs = sum(entry["pairs"] for entry in entries)  # a last block may hold more than are asked for now
-        measured = {"nfe_mean": sum(entry["nfe_sum"] for entry in entries) / pairs,
-                    "nfe_worst": max(entry["nfe_worst"] for entry in entries),
-                    "z1_rounding": max(entry["z1_rounding"] for entry in entries)}
-        write_json(folder / RECORD, {"complete": True, "count": job.count, "version": LAYOUT_VERSION, **record,
-                                     **measured, "identity": job.identity})
-
-
-@contextlib.contextmanager
-def disk_errors(folder):
-    """Turn a full disk into one sentence for the user."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(f"no room in {folder} ({error.strerror}): the blocks that were finished are safe; make room "
-                        "and run the same command again, or ask for no more pairs than are finished") from None
+    done = merge_journals(folder)
+    if missing := job.unfinished(done):
+        raise UserError(f"{folder}: block {missing[0]} is missing; run the same command again")
+    for name, layout in job.layouts.items():
+        with _open(folder / name) as file:
+            file.truncate(row_offset(layout, _rows_written(job, done)))
+            _write_at(file, npy_header(layout, job.count), 0)
+            os.fsync(file)
+    entries = [done[block] for block in job.blocks]
+    pairs = sum(entry["pairs"] for entry in entries)  # a last block may hold more than are asked for now
+    measured = {"nfe_mean": sum(entry["nfe_sum"] for entry in entries) / pairs,
+                "nfe_worst": max(entry["nfe_worst"] for entry in entries),
+                "z1_rounding": max(entry["z1_rounding"] for entry in entries)}
+    write_json(folder / RECORD, {"complete": True, "count": job.count, "version": LAYOUT_VERSION, **record,
+                                 **measured, "identity": job.identity})
 
 
 def _open(path):
-    """Return the file at `path`, made if missing, for reading and writing in place."""
-    return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+    """Return the file at `path`, made if missing, for writing in place."""
+    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o644))
 
 
 def _write_at(file, content, offset):
     """Write all of `content` (bytes) at `offset`."""
     content = memoryview(content)
     while len(content):
-        written = os.pwrite(file.fileno(), content, offset)
+        try:
+            written = os.pwrite(file.fileno(), content, offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(file.name)) from None
         content, offset = content[written:], offset + written

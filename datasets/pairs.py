@@ -124,8 +124,13 @@ class PairFolder:
         rows = self.label[indices]
         return as_float(rows) if rows.ndim == 2 else one_hot(torch.from_numpy(rows.astype(np.int64)), num_classes)
 
-    def check(self, indices):
-        """Return the `moments` of the pairs `indices`; raise UserError for a value that is not finite or no class."""
+    def check(self, indices=None):
+        """Return the `moments` of the pairs `indices` (a few all over the folder, if None).
+
+        Raises UserError for a value that is not finite or no class.
+        """
+        if indices is None:
+            indices = np.unique(np.linspace(0, len(self) - 1, QUICK_ROWS).round().astype(np.int64))
         rows = {"z0": as_float(self.z0[indices]), "z1": as_float(self.z1[indices])}
         wrong = {f"{name} of pair {{}} is not finite": ~values.isfinite().flatten(1).all(1).numpy()
                  for name, values in rows.items()}
@@ -144,8 +149,8 @@ def moments(z0, z1):
     """Return sums over pairs `(n, C, H, W)` that `findings` judges; parts are added up (but "low" and "high")."""
     z0, z1 = z0.double(), z1.double()
     return {"pairs": len(z0), "values": z0.numel(), "low": z1.min().item(), "high": z1.max().item(),
-            "z0_sum": z0.sum(0), "z1_sum": z1.sum(0), "product": (z0 * z1).sum().item(),
-            "z0_square": z0.square().sum().item(), "z1_square": z1.square().sum().item(),
+            "product": (z0 * z1).sum().item(), "z0_square": z0.square().sum().item(),
+            "z1_square": z1.square().sum().item(),
             "z0_beyond": (z0.abs() > BEYOND).sum().item(), "z1_beyond": (z1.abs() > BEYOND).sum().item()}
 
 
@@ -170,11 +175,6 @@ def findings(folder, found):
         said.append(f"z1 reaches from {low:.2f} to {high:.2f}, {beyond['z1']:.0%} of it beyond {BEYOND}; images are in "
                     "[-1, 1]")
     return [f"{folder.path}: {text}" for text in said]
-
-
-def spread_rows(folder):
-    """Return the numbers of a few pairs all over a `PairFolder`, the first and the last among them."""
-    return np.unique(np.linspace(0, len(folder) - 1, QUICK_ROWS).round().astype(np.int64))
 
 
 def open_folders(root):
@@ -248,7 +248,7 @@ def open_pairs(root, config):
         if folder.shape != wanted:
             raise UserError(f"{folder.path} holds pairs of shape {folder.shape}, but config.data.num_channels and "
                             f"config.data.image_size ask for {wanted}")
-        for text in findings(folder, folder.check(spread_rows(folder))):
+        for text in findings(folder, folder.check()):
             print(text, file=sys.stderr)
         if config.data.num_classes:
             folder.check_classes(config.data.num_classes)
