@@ -4,6 +4,8 @@ Results go to {ckpt_dir}/eval/results.jsonl, one line for each checkpoint and sa
 not computed again. torchrun splits the samples over its processes.
 """
 
+from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
+
 import contextlib
 import datetime
 import functools
@@ -29,7 +31,6 @@ from metrics.sweep import read_checkpoints, run_folder
 from models.checkpoint import config_of_run, is_remote, network_of
 from models.describe import measure as count_operations
 from runtime.devices import in_precision, memory_errors, set_precision, start_processes, stop_processes
-from runtime.errors import UserError
 from runtime.files import state_digest
 from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise

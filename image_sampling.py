@@ -9,6 +9,8 @@ otherwise a survey: rk45, then Euler with 1, 2, 5, 10, 20, 50 and 100 steps. A g
 that is given, 64 otherwise, or with --classes a row of ten for each class.
 """
 
+from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
+
 import json
 import math
 import pathlib
@@ -25,7 +27,6 @@ from flows.samplers import SAMPLERS, Trajectories, create_sampler, euler, sample
 from metrics.sweep import checkpoint_folder, run_folder, sweep
 from models.checkpoint import is_remote, load_with_config, numbered_checkpoints
 from runtime.devices import in_precision, set_precision, start_processes, stop_processes
-from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.pictures import save_grid, save_lines
 from runtime.progress import progress_bar

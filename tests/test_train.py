@@ -3,9 +3,13 @@
 import errno
 import functools
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from importlib import metadata
 
 import numpy as np
@@ -14,9 +18,10 @@ import torch
 
 from models.checkpoint import write_checkpoint
 from runtime.files import read_json_lines
-from tests.processes import Script, run_ranks, run_script
+from tests.processes import run_ranks, run_script, start_ranks
 from training import state
 
+KILLS = int(os.environ.get("SLIMFLOW_KILLS", 2))  # of each killed run; more for a long form of the test
 DIGITS = "configs/rectified_flow/digits_rf_gaussian.py"
 TINY = ["--config.model.nf", 8, "--config.model.ch_mult", "(1, 2)", "--config.training.batch_size", 16,
         "--config.training.record_iters", 4, "--config.training.snapshot_freq", 10,
@@ -84,24 +89,32 @@ def losses(run):
     return [[entry[name] for name in names] for entry in read_json_lines(run / "log.jsonl")]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_killed_and_resumed_run_ends_bit_identical(objective, tmp_path, pairs, pretrained):
+@pytest.mark.parametrize("objective, count", [("1-flow", 1), ("annealing", 2), ("guided distillation", 1)])
+def test_killed_and_resumed_run_ends_bit_identical(objective, count, tmp_path, pairs, pretrained):
+    """Killed KILLS times at random moments, starts and writes included, in one process and in two."""
     chosen = [*EXACT, *OBJECTIVES[objective](pairs, pretrained)]
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "whole", "run", *chosen))
-    assert status == 0, log
+    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "whole", "run", *chosen), count=count):
+        assert status == 0, log
     run = tmp_path / "killed" / "run"
     moments = random.Random(objective)
-    for records in sorted(moments.sample(range(1, 5), 2)):  # kill after this many records, at any moment
-        script = Script(tmp_path, "train.py", words(tmp_path / "killed", "run", *chosen))
-        script.kill_when(lambda n=records: len(read_json_lines(run / "log.jsonl")) >= n)
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "killed", "run", *chosen))
-    assert status == 0, log
+    for records in sorted(moments.choices(range(1, 5), k=KILLS)):
+        scripts = start_ranks(tmp_path, "train.py", *words(tmp_path / "killed", "run", *chosen), count=count)
+        while len(read_json_lines(run / "log.jsonl")) < records:
+            assert scripts[0].process.is_alive(), scripts[0].log
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.1))
+        for script in scripts:
+            script.kill()
+    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "killed", "run", *chosen), count=count):
+        assert status == 0, log
     whole = tmp_path / "whole" / "run"
-    for name in ("checkpoints-meta/checkpoint.pth", "checkpoints/checkpoint_1.pth", "checkpoints/checkpoint_2.pth"):
+    names = ["checkpoints-meta/checkpoint.pth", *(f"checkpoints/checkpoint_{k}.pth" for k in (1, 2))]
+    for name in names:
         expected, found = load(whole / name), load(run / name)
         expected["config"]["work_dir"] = found["config"]["work_dir"]
         assert same(expected, found), name
     assert losses(whole) == losses(run)
+    assert not list(run.rglob(".*.tmp*"))
 
 
 def test_two_processes_train_to_the_losses_of_one(tmp_path):
@@ -138,18 +151,36 @@ def test_two_processes_train_a_network_that_does_not_see_the_time(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_finishes_the_update_writes_the_state_and_exits_with_its_status(number, status, tmp_path):
+@pytest.mark.parametrize("number, status, count", [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
+def test_signal_finishes_the_update_writes_the_state_and_exits_with_its_status(number, status, count, tmp_path):
+    """Two processes have a Ctrl-C twice: from the terminal and from torchrun."""
     chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 100000)
-    script = Script(tmp_path, "train.py", chosen)
+    scripts = start_ranks(tmp_path, "train.py", *chosen, count=count)
     log = tmp_path / "run" / "log.jsonl"
     while not read_json_lines(log):
-        assert script.process.is_alive(), script.log
-    script.send(number)
-    assert script.wait() == status
+        assert scripts[0].process.is_alive(), scripts[0].log
+    for _ in range(count):
+        for script in scripts:
+            script.send(number)
+    assert [script.wait() for script in scripts] == [status] * count, scripts[0].log
     done = load(tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth")["step"]
     assert done >= read_json_lines(log)[-1]["step"]
     assert f"after update {done}" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate_data.py", "evaluation_fid.py", "image_sampling.py"])
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(script, repository):
+    program = f"""if True:
+        import os, runpy, signal, sys
+        class Interrupt:
+            def find_spec(self, name, path=None, target=None):
+                if name == "torch":
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Interrupt())
+        runpy.run_path({script!r})"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, check=False,
+                           env=os.environ | {"PYTHONPATH": str(repository)})
+    assert ended.returncode == -signal.SIGINT and not ended.stderr
 
 
 def test_corrupt_state_falls_back_to_the_one_before_and_says_so(tmp_path):
