@@ -79,7 +79,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("training/state.py", "moments[name].shape != expected", "False", STATE),
     ("training/state.py", "list(numbered_checkpoints(folder).values())[:-count]",
      "list(numbered_checkpoints(folder).values())[:count]", STATE),
-    ("training/state.py", "state = copy_to_host(state)", "pass", STATE),
+    ("training/state.py", "_write, copy_to_host(state)", "_write, state", STATE),
     ("training/state.py", "torch.empty_like(parameter, dtype=value.dtype).copy_(value)", "value", RESTORE),
     ("training/state.py", "{**ours, \"params\": theirs[\"params\"]}", "theirs", RESTORE),
     ("training/run.py", "os.path.normpath(value) if", "value if", RUN),

@@ -1,8 +1,8 @@
 """The state of a run: what a checkpoint holds, written beside the training thread; where a run's weights come from."""
 
+import concurrent.futures
 import os
 import pathlib
-import threading
 
 import torch
 
@@ -27,8 +27,8 @@ class Writer:
     """Writes checkpoints on a thread of its own, one after the other; a failed write is raised at the next call."""
 
     def __init__(self):
-        self._thread = None
-        self._error = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint-writer")
+        self._pending = None
 
     def submit(self, state, paths, keep=None):
         """Write `state` (its tensors are copied now) to every path of `paths`; a file called STATE keeps its elder.
@@ -37,29 +37,22 @@ class Writer:
         this one failed with.
         """
         self.wait()
-        state = copy_to_host(state)
-        self._thread = threading.Thread(target=self._write, args=(state, paths, keep), name="checkpoint-writer")
-        self._thread.start()
-
-    def _write(self, state, paths, keep):
-        try:
-            for path in paths:
-                if path.name == STATE and path.exists():
-                    keep_previous(path)
-                write_checkpoint(path, state)
-            if keep is not None:
-                keep()
-        except Exception as error:  # handed to the training thread, which raises it
-            self._error = error
+        self._pending = self._thread.submit(_write, copy_to_host(state), paths, keep)
 
     def wait(self):
         """Wait until everything submitted is on disk; raise what went wrong."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _write(state, paths, keep):
+    for path in paths:
+        if path.name == STATE and path.exists():
+            keep_previous(path)
+        write_checkpoint(path, state)
+    if keep is not None:
+        keep()
 
 
 def copy_to_host(value):

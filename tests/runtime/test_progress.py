@@ -14,12 +14,12 @@ def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
         bar.update(50)
     written = capsys.readouterr()
     assert written.out == ""
-    assert written.err.startswith("pairs: 150/200 samples (75.0 %), ") and written.err.endswith("loss 0.1235, nfe 20\n")
+    assert written.err.startswith("pairs: 150/200 samples (75.0 %), ") and written.err.endswith("left, loss=0.123, nfe=20\n")
 
 
 def test_speed_and_time_left_count_from_where_a_resumed_task_starts(capsys, monkeypatch):
     now = 100.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
     bar = progress_bar(total=1000, initial=900, unit="pairs")
     now += 40
     bar.update(20)
