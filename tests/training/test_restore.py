@@ -168,7 +168,8 @@ def test_teacher_of_other_images_is_refused(tmp_path):
     config = small_config()
     save(create_model(config), config, tmp_path / "teacher.pth")
     student = small_config()
-    student.flow.use_teacher, student.flow.pre_train_model = True, str(tmp_path / "teacher.pth")
+    student.flow.use_teacher, student.flow.teacher_model = True, str(tmp_path / "teacher.pth")
+    student.flow.pre_train_model = "absent.pth"  # the student's start is another network than its teacher
     teacher = load_teacher(student, torch.device("cpu"))
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     student.data.image_size = 16
