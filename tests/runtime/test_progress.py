@@ -14,7 +14,8 @@ def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
         bar.update(50)
     written = capsys.readouterr()
     assert written.out == ""
-    assert written.err.startswith("pairs: 150/200 samples (75.0 %), ") and written.err.endswith("left, loss=0.123, nfe=20\n")
+    assert written.err.startswith("pairs: 150/200 samples (75.0 %), ")
+    assert written.err.endswith("left, loss=0.123, nfe=20\n")
 
 
 def test_speed_and_time_left_count_from_where_a_resumed_task_starts(capsys, monkeypatch):
