@@ -8,7 +8,7 @@ from configs.command_line import config_to_dict, load_config
 from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
-from tests.flows.additions import add_midpoint
+from tests.flows.additions import add_loss, add_midpoint
 from tests.processes import run_script
 
 CONFIG = "configs/rectified_flow/digits_rf_gaussian.py"
@@ -51,6 +51,20 @@ def test_a_sampler_added_to_the_table_makes_pairs_pictures_and_figures(tmp_path,
     assert status == 0 and "midpoint-3" in log, log
     status, log = run(tmp_path, "evaluation_fid.py", *figures)
     assert status == 0 and "already measured" in log, log
+
+
+def test_a_distance_a_weight_and_a_time_schedule_added_to_their_tables_train(tmp_path):
+    words = ["--config", CONFIG, "--config.work_dir", tmp_path, "--config.expr", "added", "--config.model.nf", "8",
+             "--config.training.n_iters", "2", "--config.training.batch_size", "4",
+             "--config.training.record_iters", "1", "--config.training.snapshot_sampling", "0",
+             "--config.training.loss_type", "cubed", "--config.training.weight_schedule", "t",
+             "--config.flow.flow_t_schedule", "half_2"]
+    status, log = run_script(tmp_path, "train.py", *words, prepare=add_loss)
+    assert status == 0, log
+    rows = [json.loads(line) for line in (tmp_path / "added" / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["loss"] > 0 for row in rows)
+    status, log = run_script(tmp_path, "train.py", *words)
+    assert status == 2 and "training.loss_type must be one of l2, l1" in log
 
 
 def test_without_the_row_the_name_is_refused_with_the_samplers_there_are(tmp_path):

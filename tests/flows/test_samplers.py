@@ -23,6 +23,7 @@ from flows.samplers import (
     straightness,
 )
 from runtime.errors import UserError
+from runtime.seeds import PATH_NOISE, index_noise
 from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 
 ALL = pytest.mark.parametrize("name", samplers.SAMPLERS)
@@ -154,6 +155,15 @@ def test_a_sample_does_not_depend_on_batch_size_or_order(name, batch_size, order
     x, _ = create_sampler(config_of(name))(network, z[order], label[order], indices=order, batch_size=batch_size)
     tolerance = {"rk45": 1e-2, "edm": 80 * 1e-5}.get(name, 1e-5)  # edm multiplies slopes by steps of σ, up to 80
     torch.testing.assert_close(x, expected[order], rtol=0, atol=tolerance)
+
+
+def test_noise_on_the_way_is_not_the_noise_at_the_start():
+    """Each purpose has a random stream of its own, or a sample would meet its z0 again."""
+    fresh = samplers.path_noise(3, range(4), (1, 4, 4), "cpu")
+    first, second = fresh(), fresh()
+    for stream in range(10):
+        assert torch.equal(first, index_noise(3, range(4), (1, 4, 4), stream)) == (stream == PATH_NOISE)
+    assert not torch.equal(first, second)
 
 
 def test_fresh_noise_of_cm_stochastic_belongs_to_seed_and_sample():
