@@ -173,8 +173,7 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
             part = indices[low : low + size * BATCHES_AT_ONCE]
             z = index_noise(config.seed, part, shape, EVALUATION).to(device) * config.sampling.init_noise_scale
             try:
-                # Autocast keeps what it casts until its outermost context ends: so weights are cast once.
-                with torch.autocast(device.type, enabled=False):
+                with torch.autocast(device.type, enabled=False):  # while it lasts, in_precision's keeps cast weights
                     x, nfe = sample(velocity, z, draw_labels(config, part, device), indices=part, batch_size=size,
                                     finished=bar.update)
             except torch.OutOfMemoryError:

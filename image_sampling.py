@@ -204,7 +204,8 @@ def sample_grid(velocity, z, label, config, finished):
     """Return the images from noise z on the CPU and what samples.json says of their sampler."""
     sample, settings, name = create_sampler(config), config.sampling, config.sampling.use_ode_sampler
     started = time.perf_counter()
-    x, nfe = sample(velocity, z, label, batch_size=min(settings.batch_size, len(z)), finished=finished)
+    with torch.autocast(z.device.type, enabled=False):  # while it lasts, in_precision's autocast keeps cast weights
+        x, nfe = sample(velocity, z, label, batch_size=min(settings.batch_size, len(z)), finished=finished)
     images = x.float().cpu()
     seconds = time.perf_counter() - started
     bad = (~images.flatten(1).isfinite().all(1)).nonzero()
@@ -240,7 +241,12 @@ def draw_trajectories(path, velocity, z, label, eps, name):
 def write_entries(path, entries):
     """Write the entries, and keep those of earlier calls whose pictures were not replaced."""
     new = {entry["file"] for entry in entries}
-    old = json.loads(path.read_text()) if path.exists() else []
+    try:
+        old = json.loads(path.read_text(errors="replace")) if path.is_file() else []
+        old = [entry for entry in old if isinstance(entry["file"], str)]
+    except (ValueError, TypeError, KeyError):
+        print(f"{path} is damaged: what it says of earlier images is dropped", flush=True)
+        old = []
     kept = [entry for entry in old if entry["file"] not in new and (path.parent / entry["file"]).exists()]
     write_json(path, kept + entries)
 

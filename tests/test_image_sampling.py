@@ -258,3 +258,10 @@ def test_command_line_reports_an_empty_folder_in_one_sentence_with_status_two(tm
                                  "configs/rectified_flow/cifar10_rf_gaussian.py", "--sampling_dir", tmp_path / "empty")
     assert status == 2 and printed.count("\n") == 1 and "has no checkpoint_{k}.pth" in printed
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["[{", "{}", '[{"file": 3}]', "[1]", '"x"'])
+def test_a_damaged_description_of_earlier_images_is_said_and_replaced(script, tmp_path, content):
+    (tmp_path / "samples.json").write_text(content)
+    script.write_entries(tmp_path / "samples.json", [{"file": "a.png"}])
+    assert json.loads((tmp_path / "samples.json").read_text()) == [{"file": "a.png"}]
