@@ -12,6 +12,7 @@ channels, that is the architecture of edm-cifar10-32x32-uncond-vp.pkl.
 """
 
 import argparse
+import multiprocessing
 import os
 import pathlib
 import sys
@@ -50,7 +51,6 @@ def load(path):
     seconds, peak, size = time.process_time() - started, memory("VmHWM") - before, path.stat().st_size
     print(f"{path.name}: {sum(p.numel() for p in net.parameters()):,} parameters, {size / 1e6:.1f} MB loaded in "
           f"{seconds:.2f} s with a peak of {peak / size:.2f} times the file", flush=True)
-    return net
 
 
 def mixture_velocity(x, t, label=None):
@@ -67,7 +67,7 @@ def solve(velocity, z, solver, value, label):
     """Return (images, evaluations) of a solver; `value` is its number of steps or its tolerance."""
     config = get_default_config()
     config.sampling.update({"use_ode_sampler": solver, "ode_tol" if solver == "rk45" else "sample_N": value})
-    return create_sampler(config)(velocity, z, label)
+    return create_sampler(config)(velocity, z, label, batch_size=len(z))
 
 
 def compare(velocity, z, label=None, tolerance=1e-6):
@@ -84,7 +84,10 @@ def compare(velocity, z, label=None, tolerance=1e-6):
 
 def measure(path):
     """Load a snapshot, then compare the solvers on it, or time an evaluation where it is large."""
-    net = load(path)
+    fresh = multiprocessing.get_context("spawn").Process(target=load, args=(path,))  # with no memory to use again
+    fresh.start()
+    fresh.join()
+    net = load_model(path)
     size, classes = net.config_fields["data.image_size"], net.config_fields["data.num_classes"]
     z = index_noise(0, range(IMAGES), (net.config_fields["data.num_channels"], size, size))
     label = torch.eye(classes)[torch.arange(IMAGES) % classes] if classes else None

@@ -161,20 +161,6 @@ class Reader(pickle._Unpickler):
             raise ValueError
         entries.update(zip(items[::2], items[1::2], strict=True))
 
-    def load_appends(self):
-        """Extend a list."""
-        items, target = self.pop_mark(), self.stack[-1]
-        if type(target) is not list:
-            raise ValueError
-        target.extend(items)
-
-    def load_append(self):
-        """Append to a list."""
-        value, target = self.stack.pop(), self.stack[-1]
-        if type(target) is not list:
-            raise ValueError
-        target.append(value)
-
     # All that EDM's files and torch's storages have; any other opcode is a KeyError.
     dispatch = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in (
         pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.MEMOIZE,
@@ -182,10 +168,10 @@ class Reader(pickle._Unpickler):
         pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1,
         pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES,
         pickle.BINBYTES8, pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_SET, pickle.EMPTY_TUPLE, pickle.TUPLE,
-        pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)}
+        pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.APPEND, pickle.APPENDS)}
     dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.BUILD[0]: load_build,
                  pickle.BINPERSID[0]: load_binpersid, pickle.SETITEM[0]: load_setitem,
-                 pickle.SETITEMS[0]: load_setitems, pickle.APPEND[0]: load_append, pickle.APPENDS[0]: load_appends}
+                 pickle.SETITEMS[0]: load_setitems}
 
 
 def find_network(content):

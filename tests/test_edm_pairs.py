@@ -131,5 +131,5 @@ def test_teacher_can_be_sampled_and_described(tmp_path):
     snapshot.write_bytes(golden_file(snapshot.name).read_bytes())
     run(tmp_path, "image_sampling.py", "--config", CONFIG, "--sampling_dir", snapshot, "--classes", "0,3",
         "--config.sampling.use_ode_sampler", "euler", "--config.sampling.sample_N", 2)
-    assert (tmp_path / f"eval_sample/{TEACHER}/euler_sample_2.png").exists()
+    assert list((tmp_path / "eval_sample" / TEACHER).glob("euler*.png"))
     assert "decoder 2" in run(tmp_path, "tools.describe", "--config", CONFIG, "--ckpt_path", snapshot)
