@@ -54,7 +54,7 @@ class DhariwalUNet(nn.Module):
                 blocks.append(block(channels, width, attention=image_size >> i in attn_resolutions))
                 channels = width
                 skips.append(channels)
-            self.encoder.append(Level(down, blocks))
+            self.encoder.append(layers.Level(resample=down, blocks=blocks))
 
         self.middle = nn.ModuleList([block(channels, channels, attention=True), block(channels, channels)])
 
@@ -65,7 +65,7 @@ class DhariwalUNet(nn.Module):
             for _ in range(num_res_blocks + 1):
                 blocks.append(block(channels + skips.pop(), width, attention=image_size >> i in attn_resolutions))
                 channels = width
-            self.decoder.append(Level(up, blocks))
+            self.decoder.append(layers.Level(resample=up, blocks=blocks))
 
         self.output_norm = layers.GroupNorm(channels, EPS)
         self.output_conv = zeroed(nn.Conv2d(channels, num_channels, 3, padding=1))
@@ -170,15 +170,6 @@ class ResidualBlock(nn.Module):
         h = self.conv1(self.dropout(h))
         h = h + (x if self.shortcut is None else self.shortcut(x))
         return h if self.attention is None else h + self.attention(h)
-
-
-class Level(nn.Module):
-    """The blocks of one resolution and the block that leads into it (None at the first level)."""
-
-    def __init__(self, resample, blocks):
-        super().__init__()
-        self.resample = resample
-        self.blocks = blocks
 
 
 def head_count(channels):

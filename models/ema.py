@@ -41,11 +41,6 @@ class ExponentialMovingAverage:
         torch._foreach_mul_(change, keep * (1 - decay))
         torch._foreach_add_(self.shadow_params, change)
 
-    @torch.no_grad()
-    def copy_to(self, parameters):
-        """Overwrite the trained ones among `parameters` (those of a network of the same architecture)."""
-        torch._foreach_copy_(trained(parameters), self.shadow_params)
-
     @contextlib.contextmanager
     def average_parameters(self):
         """Within `with ema.average_parameters():` the network computes with the averaged weights.

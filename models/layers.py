@@ -57,6 +57,15 @@ class SelfAttention(nn.Module):
         return out.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
+class Level(nn.Module):
+    """The modules of one resolution of a U-Net, by name; None where it has none."""
+
+    def __init__(self, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
 def parallel_linears(linears, x):
     """Return an iterator over `linear(x)` of each of the layers, all computed as one matrix product.
 

@@ -64,7 +64,7 @@ class NCSNpp(nn.Module):
         # Noise level of step i; only scale_by_sigma reads it, but it is part of every released state dict.
         self.register_buffer("sigmas", noise_levels(sigma_max, sigma_min, num_scales))
         self.num_classes = num_classes
-        make = Maker(
+        make = BlockFactory(
             time_channels=4 * nf,
             activation=ACTIVATIONS[nonlinearity],
             dropout=dropout,
@@ -154,7 +154,7 @@ class NCSNpp(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Maker:
+class BlockFactory:
     """Makes the modules of one network, which share these options."""
 
     time_channels: int
@@ -221,10 +221,10 @@ def make_encoder(make, levels, num_res_blocks, channels, num_channels, progressi
                 pyramid = InputSkip(make.resample("down"), pyramid_channels, channels, combine)
                 channels = 2 * channels if combine == "cat" else channels
             elif progressive_input == "residual":
-                pyramid = InputResidual(make.resample("down", (pyramid_channels, channels)), make.rescale)
+                pyramid = PyramidResidual("down", make.resample("down", (pyramid_channels, channels)), make.rescale)
                 pyramid_channels = channels
             skips.append(channels)
-        encoder.append(EncoderLevel(blocks, attentions, down, pyramid))
+        encoder.append(layers.Level(blocks=blocks, attentions=attentions, down=down, pyramid=pyramid))
     return encoder, skips
 
 
@@ -243,12 +243,13 @@ def make_decoder(make, levels, num_res_blocks, skips, num_channels, progressive)
         if progressive == "output_skip":
             pyramid = OutputSkip(make.head(width, num_channels), None if coarsest else make.resample("up"))
         elif progressive == "residual" and coarsest:
-            pyramid = OutputResidualStart(OutputHead(width, width, make.activation, 1.0))
+            pyramid = OutputSkip(OutputHead(width, width, make.activation, 1.0), None)
         elif progressive == "residual":
-            pyramid = OutputResidual(make.resample("up", (pyramid_channels, width)), make.rescale)
+            pyramid = PyramidResidual("up", make.resample("up", (pyramid_channels, width)), make.rescale)
         pyramid_channels = width
         up = make.between_levels("up", width) if i else None
-        decoder.append(DecoderLevel(blocks, make.attention(width) if attends else nn.Identity(), pyramid, up))
+        attention = make.attention(width) if attends else nn.Identity()
+        decoder.append(layers.Level(blocks=blocks, attention=attention, pyramid=pyramid, up=up))
     return decoder
 
 
@@ -358,17 +359,6 @@ class AttentionBlock(nn.Module):
         return rescaled_sum(x, self.attention(x), self.rescale)
 
 
-class EncoderLevel(nn.Module):
-    """The blocks of one resolution, the module that leaves it (`down`) and what the input pyramid adds after it."""
-
-    def __init__(self, blocks, attentions, down, pyramid):
-        super().__init__()
-        self.blocks = blocks
-        self.attentions = attentions
-        self.down = down
-        self.pyramid = pyramid
-
-
 class Middle(nn.Module):
     """Block, attention, block at the coarsest resolution."""
 
@@ -381,17 +371,6 @@ class Middle(nn.Module):
     def forward(self, h, shifts):
         """Return the middle's output for h (N, C, H, W)."""
         return self.block1(self.attention(self.block0(h, shifts)), shifts)
-
-
-class DecoderLevel(nn.Module):
-    """The blocks of one resolution, its attention, what it adds to the output pyramid, and the way up."""
-
-    def __init__(self, blocks, attention, pyramid, up):
-        super().__init__()
-        self.blocks = blocks
-        self.attention = attention
-        self.pyramid = pyramid
-        self.up = up
 
 
 class OutputHead(nn.Module):
@@ -424,22 +403,27 @@ class InputSkip(nn.Module):
         return pyramid, torch.cat([image, h], dim=1) if self.concatenate else image + h
 
 
-class InputResidual(nn.Module):
-    """Progressive input `residual`: a convolved, downsampled pyramid takes up the features and replaces them."""
+class PyramidResidual(nn.Module):
+    """Progressive input or output `residual`: a resampled pyramid takes up the features and replaces them."""
 
-    def __init__(self, down, rescale):
+    def __init__(self, direction, resample, rescale):
+        """direction: "down" or "up", also the name under which checkpoints have the resampling."""
         super().__init__()
-        self.down = down
+        self.direction = direction
+        self.add_module(direction, resample)
         self.rescale = rescale
 
     def forward(self, pyramid, h):
         """Return (pyramid, features), which are the same tensor."""
-        pyramid = rescaled_sum(self.down(pyramid), h, self.rescale)
+        pyramid = rescaled_sum(getattr(self, self.direction)(pyramid), h, self.rescale)
         return pyramid, pyramid
 
 
 class OutputSkip(nn.Module):
-    """Progressive output `output_skip`: the image so far, doubled, plus what this level adds to it."""
+    """Progressive output `output_skip`: the image so far, doubled, plus what this level adds to it.
+
+    Without `up` it is the coarsest level, where image, or pyramid of progressive output `residual`, begins.
+    """
 
     def __init__(self, head, up):
         super().__init__()
@@ -447,35 +431,9 @@ class OutputSkip(nn.Module):
         self.head = head
 
     def forward(self, pyramid, h):
-        """Return (image, features); `pyramid` is None at the coarsest level."""
+        """Return (image or pyramid, features); `pyramid` is None at the coarsest level."""
         image = self.head(h)
         return image if self.up is None else self.up(pyramid) + image, h
-
-
-class OutputResidualStart(nn.Module):
-    """Progressive output `residual`, coarsest level: the pyramid begins with the convolved features."""
-
-    def __init__(self, head):
-        super().__init__()
-        self.head = head
-
-    def forward(self, pyramid, h):
-        """Return (pyramid, features)."""
-        return self.head(h), h
-
-
-class OutputResidual(nn.Module):
-    """Progressive output `residual`: the doubled, convolved pyramid takes up the features and replaces them."""
-
-    def __init__(self, up, rescale):
-        super().__init__()
-        self.up = up
-        self.rescale = rescale
-
-    def forward(self, pyramid, h):
-        """Return (pyramid, features), which are the same tensor."""
-        pyramid = rescaled_sum(self.up(pyramid), h, self.rescale)
-        return pyramid, pyramid
 
 
 def noise_levels(sigma_max, sigma_min, num_scales):

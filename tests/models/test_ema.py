@@ -102,16 +102,6 @@ def test_updating_or_saving_the_traded_weights_is_an_error():
                 action()
 
 
-def test_copy_to_another_network():
-    """The averages go to the trained parameters only."""
-    net, other = network(), network()
-    ema = ExponentialMovingAverage(net.parameters(), 0.9)
-    torch._foreach_add_(ema.shadow_params, 1.0)
-    frozen = other[0].bias.clone()
-    ema.copy_to(other.parameters())
-    assert torch.equal(other[1].weight, net[1].weight + 1.0) and torch.equal(other[0].bias, frozen)
-
-
 def test_state_has_the_released_form_and_resumes():
     """decay, num_updates, shadow_params; a second object goes on where the first was."""
     net = network()
