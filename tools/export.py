@@ -6,7 +6,23 @@
 Writes {run}/export/{checkpoint}.onnx and {checkpoint}_int8.onnx (8-bit weights and activations) and
 {checkpoint}.json with their sizes, one-image latencies on this CPU beside PyTorch's, and how far they are from
 PyTorch: at most 1e-4 for the float32 file, or the command fails; docs/export.md shows how to use the files. The number
-of images is free; a class-conditional model has a second input, the class numbers.
+of images is free; a class-conditional model has a second input, the class numbers, and refuses those it does not know.
+flow.eps and the noise scale are those of the checkpoint's run. The same command twice gives the same model, though not
+the same bytes.
+
+A picture, with onnxruntime and Pillow alone:
+
+    import numpy as np
+    import onnxruntime
+    from PIL import Image
+
+    model = onnxruntime.InferenceSession("logs/distilled/export/checkpoint_1.onnx")
+    _, channels, height, width = model.get_inputs()[0].shape
+    noise = np.random.default_rng(0).standard_normal((16, channels, height, width), dtype=np.float32)
+    images = model.run(None, {"noise": noise})[0]  # a class-conditional model takes "label", too: int64 (16,)
+    pixels = ((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+    sheet = pixels.reshape(4, 4, channels, height, width).transpose(0, 3, 1, 4, 2)
+    Image.fromarray(sheet.reshape(4 * height, 4 * width, channels).squeeze()).save("images.png")
 """
 
 import argparse
@@ -27,13 +43,11 @@ import torch
 
 from configs.command_line import load_config
 from configs.default import get_default_config
-from configs.provenance import take_run_fields
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
 from metrics.sweep import run_folder
-from models import load_model
-from models.checkpoint import is_remote, model_fields, read_checkpoint
-from runtime.errors import UserError
+from models.checkpoint import is_remote, load_with_config
+from runtime.errors import UserError, one_sentence
 from runtime.files import atomic_path, write_json
 from runtime.seeds import EVALUATION, index_labels, index_noise
 
@@ -58,11 +72,14 @@ class Generator(torch.nn.Module):
     def forward(self, noise, label=None):
         """Return the images, about [-1, 1], not clipped."""
         if label is not None:
-            label = (label[:, None] == torch.arange(self.classes)).float()
+            # Indexing, which onnxruntime checks, refuses a number that is no class: all zeros mean the unknown class.
+            index = torch.where(label < 0, torch.full_like(label, self.classes), label)
+            known = torch.ones(self.classes).index_select(0, index)
+            label = (label[:, None] == torch.arange(self.classes)).float() * known[:, None]
         velocity, z = velocity_from_network(self.net), noise * self.noise_scale
         if self.steps is None:
-            return one_step(velocity, z, label, eps=self.eps)[0]
-        return euler(velocity, z, label, steps=self.steps, eps=self.eps)[0]
+            return one_step(velocity, z, label, t_start=self.eps)[0]
+        return euler(velocity, z, label, steps=self.steps, t_start=self.eps)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,40 +95,23 @@ class Measured:
 
 
 def main(words=None):
-    """Export what the words name; return the exit status."""
-    args = parse_words(words)
-    try:
-        export(args)
-    except UserError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def parse_words(words):
-    """Return the parsed command line."""
+    """Write the two ONNX files and the report that the words name, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a .pth file, or hf://owner/repo/file")
+    parser.add_argument("checkpoint", help="a checkpoint file; hf://owner/repo/file or https://…/file, too")
     parser.add_argument("--out", default="", help="folder of the files (default: {run}/export)")
     parser.add_argument("--sampler", choices=("one_step", "euler"), default="one_step")
     parser.add_argument("--steps", type=int, default=1, help="number of Euler steps")
     parser.add_argument("--config", help="config file with the architecture, of a file that does not tell it")
     parser.add_argument("--raw", action="store_true", help="the raw weights, not their moving average")
-    return parser.parse_args(words)
-
-
-def export(args):
-    """Write the two ONNX files and the report, and print a table."""
+    args = parser.parse_args(words)
     onnxruntime = require_packages()
     if args.steps < 1:
         raise UserError(f"--steps must be 1 or more, not {args.steps}")
-    net = load_model(args.checkpoint, use_ema=not args.raw,
-                     fields=model_fields(load_config(args.config)) if args.config else None)
-    run = get_default_config()
-    take_run_fields(run, read_checkpoint(args.checkpoint).get("config", {}), (), args.checkpoint)
-    model = Generator(net, args.steps if args.sampler == "euler" else None, run.flow.eps,
-                      run.sampling.init_noise_scale).eval()
+    config = load_config(args.config) if args.config else get_default_config()
+    config, net, digest = load_with_config(args.checkpoint, config, frozenset(), not args.raw, say=lambda remark: None)
+    model = Generator(net, args.steps if args.sampler == "euler" else None, config.flow.eps,
+                      config.sampling.init_noise_scale).eval()
     folder = pathlib.Path(args.out) if args.out else default_folder(args.checkpoint)
     path = folder / f"{pathlib.Path(args.checkpoint).stem}.onnx"
     small = path.with_name(f"{path.stem}_int8.onnx")
@@ -121,7 +121,8 @@ def export(args):
     rows = [measure_torch(model),
             measure_onnx(onnxruntime, "onnx float32", path, model),
             measure_onnx(onnxruntime, "onnx int8", small, model)]
-    report = {"checkpoint": args.checkpoint, "sampler": args.sampler, "steps": args.steps, "shape": model.shape,
+    report = {"checkpoint": args.checkpoint, "digest": digest, "sampler": args.sampler, "steps": args.steps,
+              "eps": model.eps, "noise_scale": model.noise_scale, "shape": model.shape,
               "classes": model.classes, "parameters": sum(p.numel() for p in net.parameters()), "threads": 1,
               "files": [dataclasses.asdict(row) for row in rows],
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")}}
@@ -264,4 +265,5 @@ def print_table(rows, report):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_sentence("export"):
+        sys.exit(main())

@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import onnxruntime
@@ -18,6 +19,7 @@ from flows.samplers import euler, one_step
 from models import create_model, load_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
+from runtime.errors import UserError
 from runtime.seeds import index_noise
 from tests.models.released_numbers import fields_of
 from tests.tools.test_convert import config_file
@@ -34,7 +36,7 @@ def conditional(recorded, tmp_path_factory):
     """A released class-conditional checkpoint, exported; (checkpoint, folder of the files)."""
     folder = tmp_path_factory.mktemp("conditional")
     config = config_file(tmp_path_factory.mktemp("config"), "dhariwal_cond")
-    assert export.main([str(recorded / "dhariwal_cond.pth"), "--out", str(folder), "--config", config]) == 0
+    export.main([str(recorded / "dhariwal_cond.pth"), "--out", str(folder), "--config", config])
     return recorded / "dhariwal_cond.pth", folder
 
 
@@ -45,7 +47,7 @@ def two_steps(recorded, tmp_path_factory):
     config = config_file(tmp_path_factory.mktemp("config"), "ncsnpp_cifar")
     words = [str(recorded / "ncsnpp_cifar.pth"), "--out", str(folder), "--sampler", "euler", "--steps", "2",
              "--config", config, "--raw"]
-    assert export.main(words) == 0
+    export.main(words)
     return recorded / "ncsnpp_cifar.pth", folder
 
 
@@ -112,11 +114,10 @@ def test_eight_bits_need_less_than_half_of_the_bytes(conditional):
     assert small.stat().st_size < 0.5 * full.stat().st_size
 
 
-def readme(repository):
-    """Return what the README shows of export: (the checkpoint it names, its Python lines)."""
-    section = (repository / "README.md").read_text().partition("### Use a one-step model without PyTorch\n")[2]
-    checkpoint = re.search(r"`python -m tools.export (\S+\.pth)`", section)[1]
-    return pathlib.Path(checkpoint), re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+def shown_lines():
+    """Return what the help of the command shows: (the checkpoint it names, the lines that use its file)."""
+    checkpoint = re.search(r"python -m tools.export (\S+\.pth)", export.__doc__)[1]
+    return pathlib.Path(checkpoint), textwrap.dedent(export.__doc__.partition("Pillow alone:\n\n")[2])
 
 
 def run_without_torch(lines, folder):
@@ -127,19 +128,18 @@ def run_without_torch(lines, folder):
     return done.returncode, done.stderr
 
 
-def test_the_ten_lines_of_the_readme_make_a_picture_without_torch_of_what_its_command_exports(
-        repository, tmp_path, monkeypatch):
-    checkpoint, lines = readme(repository)
+def test_the_ten_lines_shown_make_a_picture_without_torch_of_what_the_command_shown_exports(tmp_path, monkeypatch):
+    checkpoint, lines = shown_lines()
     assert len([line for line in lines.splitlines() if line]) <= 10
     write_checkpoint(tmp_path / checkpoint, digits_checkpoint())
     monkeypatch.chdir(tmp_path)
-    assert export.main([str(checkpoint)]) == 0
+    export.main([str(checkpoint)])
     status, err = run_without_torch(lines, tmp_path)
     assert status == 0, err
     velocity = velocity_from_network(load_model(checkpoint))
     noise = np.random.default_rng(0).standard_normal((16, 1, 8, 8), dtype=np.float32)
     with torch.no_grad():
-        images = one_step(velocity, 1.5 * torch.from_numpy(noise), eps=0.1)[0]  # as the run was trained
+        images = one_step(velocity, 1.5 * torch.from_numpy(noise), t_start=0.1)[0]  # as the run was trained
     expected = (255 * ((images + 1) / 2).clamp(0, 1)).to(torch.uint8)[:, 0].numpy()
     with Image.open(tmp_path / "images.png") as opened:
         found = np.asarray(opened).reshape(4, 8, 4, 8).transpose(0, 2, 1, 3).reshape(16, 8, 8)
@@ -147,9 +147,9 @@ def test_the_ten_lines_of_the_readme_make_a_picture_without_torch_of_what_its_co
     assert np.abs(found.astype(int) - expected).max() <= 1  # truncation turns the last bit of a float into a level
 
 
-def test_the_lines_of_the_readme_make_colour_pictures_too(repository, two_steps, tmp_path):
+def test_the_lines_shown_make_colour_pictures_too(two_steps, tmp_path):
     _, folder = two_steps
-    _, lines = readme(repository)
+    _, lines = shown_lines()
     path = tmp_path / re.search(r'"(logs/[^"]+\.onnx)"', lines)[1]
     path.parent.mkdir(parents=True)
     path.symlink_to(folder / "ncsnpp_cifar.onnx")
@@ -165,22 +165,31 @@ def test_the_process_of_these_tests_cannot_import_torch(tmp_path):
     assert "import of torch halted" in err
 
 
-def test_missing_packages_and_wrong_words_are_one_sentence(recorded, monkeypatch, capsys):
-    assert export.main([str(recorded / "dhariwal_cond.pth"), "--steps", "0"]) == 2
-    assert "--steps must be 1 or more" in capsys.readouterr().err
-    assert export.main([str(recorded / "absent.pth")]) == 2
-    assert "absent.pth" in capsys.readouterr().err
+def test_missing_packages_and_wrong_words_are_one_sentence(recorded, monkeypatch):
+    for words, sentence in (([recorded / "dhariwal_cond.pth", "--steps", 0], "--steps must be 1 or more"),
+                            ([recorded / "absent.pth"], "absent.pth cannot be opened")):
+        with pytest.raises(UserError, match=sentence):
+            export.main([str(word) for word in words])
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert export.main([str(recorded / "dhariwal_cond.pth")]) == 2
-    assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
+    with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
+        export.main([str(recorded / "dhariwal_cond.pth")])
 
 
-def test_a_file_that_differs_from_pytorch_fails_the_command(conditional, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["", "_int8"])
+@pytest.mark.parametrize("label", [99, -1])
+def test_a_number_that_is_no_class_is_refused_by_the_file_itself(conditional, kind, label):
+    _, folder = conditional
+    noise = np.zeros((2, 3, 16, 16), dtype=np.float32)
+    with pytest.raises(Exception, match="out of data bounds"):
+        session(folder / f"dhariwal_cond{kind}.onnx").run(None, {"noise": noise, "label": np.array([0, label])})
+
+
+def test_a_file_that_differs_from_pytorch_fails_the_command(conditional, tmp_path, monkeypatch):
     """Three Euler steps are asked for, and the file of a single one is put in their place."""
     checkpoint, folder = conditional
     other = (folder / "dhariwal_cond.onnx").read_bytes()
     monkeypatch.setattr(export, "write_onnx", lambda model, path, settings: path.write_bytes(other))
     monkeypatch.setattr(export, "write_int8", lambda model, path, small: small.write_bytes(other))
-    assert export.main([str(checkpoint), "--sampler", "euler", "--steps", "3", "--out", str(tmp_path), "--config",
-                        config_file(tmp_path, "dhariwal_cond")]) == 2
-    assert "do not use it" in capsys.readouterr().err
+    with pytest.raises(UserError, match="do not use it"):
+        export.main([str(checkpoint), "--sampler", "euler", "--steps", "3", "--out", str(tmp_path), "--config",
+                     config_file(tmp_path, "dhariwal_cond")])
