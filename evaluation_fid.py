@@ -205,9 +205,9 @@ def measure_images(measured, reference, keep=None):
 
     keep: called with the number of a batch's first image and the batch, if given.
     """
-    started, config, processes = time.monotonic(), reference.config, reference.processes
-    target = reference.statistics  # measured by all processes together
-    distances, training_images = [torch.zeros(0)], reference.training_images
+    config, processes, training_images = reference.config, reference.processes, reference.training_images
+    target = reference.statistics  # measured by all processes together, once for all checkpoints
+    started, distances = time.monotonic(), [torch.zeros(0)]
 
     def find_nearest(number, images):
         asked = images[: max(0, config.eval.nearest - number)]

@@ -41,8 +41,8 @@ class Reference:
         self.identity = {
             "features": self.extractor.name, "extractor_digest": self.extractor.digest, "target": self.name,
             "target_state": state_digest(self.path) if path else None, "training_images": trained,
-            "image_shape": [data.num_channels, data.image_size, data.image_size], "nearest": config.eval.nearest,
-            "precision_recall": config.eval.precision_recall,
+            "dataset": data.dataset, "image_shape": [data.num_channels, data.image_size, data.image_size],
+            "nearest": config.eval.nearest, "precision_recall": config.eval.precision_recall,
         }
 
     def _training_images(self, needed):

@@ -28,8 +28,8 @@ from runtime.versions import git_commit
 # is not computed again: the checkpoint and how it was sampled.
 COMPARABLE = ("features", "extractor_digest", "target", "target_state", "image_shape", "num_samples")
 IDENTITY = (*COMPARABLE, "checkpoint", "digest", "weights", "sampler", *sampler_fields(), "eps", "arithmetic",
-            "init_noise_scale", "class_label", "num_classes", "batch_size", "seeds", "training_images", "nearest",
-            "precision_recall")
+            "init_noise_scale", "class_label", "num_classes", "batch_size", "seeds", "dataset", "training_images",
+            "nearest", "precision_recall")
 TITLES = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recall",
           "inception_score": "Inception score", "pixel_frechet_distance": "pixel Fréchet distance",
           "pixel_kernel_distance": "pixel kernel distance", "pixel_precision": "pixel precision",

@@ -35,8 +35,11 @@ def read_checkpoints(ckpt_dir, settings, processes):
         processes.say(f"{names} not in {folder}: passed over")
 
     def last_of(content):
-        training = content.get("config", {}).get("training")
-        return training and training["n_iters"] // training["snapshot_freq"]
+        try:
+            training = content["config"]["training"]
+            return training["n_iters"] // training["snapshot_freq"]
+        except (KeyError, TypeError, ZeroDivisionError):  # a released checkpoint, or a config of another program
+            return None
 
     if is_remote(ckpt_dir) or pathlib.Path(ckpt_dir).is_file():
         found = iter([(ckpt_dir, None)])
