@@ -86,55 +86,56 @@ def sample_checkpoint(path, config, args, given, device):
     """Sample one checkpoint and write everything about it; nothing is written before all of it is sampled."""
     config, net, digest = load_with_config(path, config, given, args.use_ema, device)
     velocity = velocity_from_network(in_precision(net, config.training.precision, device))
-    classes, names = class_rows(args.classes, config, given)
+    classes, titles = class_rows(args.classes, config, given)
     z, label = start_of_samples(config, classes, given, device)
     name = pathlib.Path(path).stem + ("" if args.use_ema else "_raw")
-    about = {"checkpoint": str(path), "digest": digest,
-             "weights": "EMA" if args.use_ema else "raw", "seed": config.seed, "images": len(z)}
-
     choices = chosen_samplers(config, given)
     with progress_bar(total=len(z) * len(choices), desc=f"sampling {name}", unit="images",
                       enabled=config.training.progress) as bar:
         grids = [sample_grid(velocity, z, label, choice, bar.update) for choice in choices]
-    folder, bend = output_folder(path) / "eval_sample" / name, None
-    suffix = name_suffix(NAMED, config, given) + name_of_classes(classes)
-    if not classes and len(z) != IMAGES:
-        suffix += f"_{len(z)}images"
-    columns = ROW if names else math.isqrt(len(z) - 1) + 1
-    for images, entry in grids:
-        own = {f"sampling.{field}": field for field in SAMPLERS[entry["sampler"]].fields if field != "sample_N"}
-        title = f"{entry['sampler']}_sample_{round(entry['nfe'])}"
-        entry["file"] = title + name_suffix(own, config, given) + suffix + ".png"
-        save_grid(folder / entry["file"], images, columns, names)
-    if len(grids) > 1:  # of one sampler the grid tells as much, and the sheet of an earlier survey stays
-        sheet = torch.cat([images[:ROW] for images, _ in grids])
-        save_grid(folder / f"contact_sheet{suffix}.png", sheet, min(ROW, len(z)), [title_of(e) for _, e in grids])
+
+    bend, trajectories = None, None
     if config.flow.flow_t_schedule != "t0" and max(entry["nfe"] for _, entry in grids) > 1:
         # A one-step model knows no time but the first: it has no trajectory.
         first = slice(0, min(len(z), config.sampling.batch_size))
         bend = straightness(velocity, z[first], None if label is None else label[first], steps=STRAIGHTNESS_STEPS,
                             t_start=config.flow.eps).mean().item()
-        draw_trajectories(folder / f"pixel_trajectories{suffix}.png", velocity, z, label, config.flow.eps, name)
-    write_entries(folder / "samples.json", [about | {"straightness": bend} | entry for _, entry in grids])
+        trajectories = trace_pixels(velocity, z, label, config.flow.eps)
+
+    folder = (pathlib.Path() if is_remote(path) else run_folder(path)) / "eval_sample" / name
+    suffix = file_suffix(NAMED, config, given) + suffix_of_images(classes, len(z))
+    columns = ROW if titles else math.isqrt(len(z) - 1) + 1
+    for images, entry in grids:
+        own = {f"sampling.{field}": field for field in SAMPLERS[entry["sampler"]].fields if field != "sample_N"}
+        stem = f"{entry['sampler']}_sample_{round(entry['nfe'])}"  # the evaluations tell sample_N
+        entry["file"] = stem + file_suffix(own, config, given) + suffix + ".png"
+        save_grid(folder / entry["file"], images, columns, titles)
+    if len(grids) > 1:  # of one sampler the grid tells as much, and the sheet of an earlier survey stays
+        sheet = torch.cat([images[:ROW] for images, _ in grids])
+        save_grid(folder / f"contact_sheet{suffix}.png", sheet, min(ROW, len(z)), [title_of(e) for _, e in grids])
+    if trajectories:
+        save_lines(folder / f"pixel_trajectories{suffix}.png", trajectories,
+                   f"{name}: {TRACED_PIXELS} pixels a sample, {STRAIGHTNESS_STEPS} Euler steps",
+                   "time t (0: noise, 1: image)", "pixel value (images: -1 to 1)")
+    about = {"checkpoint": str(path), "digest": digest, "weights": "EMA" if args.use_ema else "raw",
+             "seed": config.seed, "images": len(z), "straightness": bend}
+    write_entries(folder / "samples.json", [about | entry for _, entry in grids])
     print(f"{folder}: {', '.join(title_of(entry) for _, entry in grids)}"
           + ("" if bend is None else f"; straightness {bend:.4g}"), flush=True)
 
 
-def output_folder(path):
-    """Return the folder that gets eval_sample/: the run's, or the current one for a checkpoint from elsewhere."""
-    return pathlib.Path() if is_remote(path) else run_folder(path)
-
-
-def name_suffix(words, config, given):
+def file_suffix(words, config, given):
     """Return `_seed7_scale2`: {field: its word} of the given fields that differ from their default, for file names."""
     values = {name: get_field(config, name) for name in words if name in given}
     return "".join(f"_{words[name]}{value}" for name, value in values.items() if value != find_field(name).default)
 
 
-def name_of_classes(classes):
-    """Return what --classes adds to the name of a file."""
+def suffix_of_images(classes, count):
+    """Return what the rows of --classes, or another number of images than usual, add to the name of a file."""
+    if not classes:
+        return "" if count == IMAGES else f"_{count}images"
     text = "-".join(map(str, classes))
-    return f"_classes{text if len(text) < 60 else f'{len(classes)}-{zlib.crc32(text.encode()):08x}'}" if classes else ""
+    return "_classes" + (text if len(text) < 60 else f"{len(classes)}-{zlib.crc32(text.encode()):08x}")
 
 
 def start_of_samples(config, classes, given, device):
@@ -221,21 +222,19 @@ def title_of(entry):
     return f"{entry['sampler']}, NFE {entry['nfe']:.4g}"
 
 
-def draw_trajectories(path, velocity, z, label, eps, name):
-    """Plot the values of a few pixels of a few samples over t; reflow straightens them."""
-    few, trajectories = slice(0, TRACED_SAMPLES), Trajectories()
-    samples = torch.arange(len(z[few]))
+def trace_pixels(velocity, z, label, eps):
+    """Return (times, values, title) of a few pixels of a few samples; reflow straightens these curves."""
+    trajectories, samples = Trajectories(), torch.arange(min(len(z), TRACED_SAMPLES))
     with torch.no_grad():
-        euler(velocity, z[few], None if label is None else label[few], steps=STRAIGHTNESS_STEPS, t_start=eps,
-              record=lambda t, x: trajectories(samples, t, x))
+        euler(velocity, z[:len(samples)], None if label is None else label[:len(samples)], steps=STRAIGHTNESS_STEPS,
+              t_start=eps, record=lambda t, x: trajectories(samples, t, x))
     curves = []
     for sample in samples.tolist():
         t, states = trajectories.of(sample)
         pixels = states.flatten(1)
         for place in torch.linspace(0, pixels.shape[1] - 1, TRACED_PIXELS + 2).long()[1:-1].tolist():
             curves.append((t.tolist(), pixels[:, place].tolist(), f"sample {sample}"))
-    save_lines(path, curves, f"{name}: {TRACED_PIXELS} pixels a sample, {STRAIGHTNESS_STEPS} Euler steps",
-               "time t (0: noise, 1: image)", "pixel value (images: -1 to 1)")
+    return curves
 
 
 def write_entries(path, entries):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.command_line import config_to_dict, run_script
+from configs.command_line import config_to_dict, differences, run_script
 from configs.validation import check_training
 from datasets import create_batches
 from flows.objective import Draws, create_objective
@@ -72,7 +72,8 @@ def train(config, processes, messages):
     if found:
         messages.append(f"continuing from {found_path}, {step} updates done")
     messages += [f"from update {step} on: {phrase}" for phrase in changed] + training.messages + data_changed
-    for message in [*messages, *run.endless_schedules(config), training.describe()]:
+    changed = f"config, where it is not the default (in brackets): {differences(config) or 'nowhere'}"
+    for message in [*messages, changed, *run.endless_schedules(config), training.describe()]:
         logger.say(message)
 
     writer, signal, first, started = state.Writer(), 0, step, time.monotonic()
