@@ -219,13 +219,50 @@ def test_averages_of_another_network_are_reported(tmp_path):
     checkpoint = tiny_checkpoint()[1]
     checkpoint["ema"]["shadow_params"] = checkpoint["ema"]["shadow_params"][:-1]
     write_checkpoint(tmp_path / "ours.pth", checkpoint)
-    with pytest.raises(UserError, match=r"ours\.pth does not fit the network: the EMA"):
+    with pytest.raises(UserError, match=r"ours\.pth .* the EMA has \d+ tensors there and \d+ here"):
         load_model(tmp_path / "ours.pth")
     released = read_file(path_of("ncsnpp_cifar"))[0]
     released["ema"]["shadow_params"] = released["ema"]["shadow_params"][1:]
     write_checkpoint(tmp_path / "released.pth", released)
-    with pytest.raises(UserError, match=r"released\.pth is damaged"):
+    with pytest.raises(UserError, match=r"released\.pth is damaged.*the EMA has \d+ tensors there and \d+ here"):
         load_model(tmp_path / "released.pth", fields=fields_of("ncsnpp_cifar"))
+
+
+@pytest.mark.parametrize("form", ["model alone", "bare state dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.module."])
+def test_weights_alone_are_read_whatever_wrapped_the_network(tmp_path, form, prefix):
+    """For sampling with raw weights and for starting a training, but not as averages that they are not."""
+    net, checkpoint = tiny_checkpoint()
+    state = {prefix + name: tensor for name, tensor in checkpoint["model"].items()}
+    torch.save({"model": state} if form == "model alone" else state, tmp_path / "weights.pth")
+    found = load_model(tmp_path / "weights.pth", use_ema=False, fields=TINY)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), net.parameters(), strict=True))
+    assert load_matching(create_from_fields(TINY), tmp_path / "weights.pth")[1] == []
+    with pytest.raises(UserError, match=r"weights.pth holds weights without their moving average.*--use_ema false"):
+        load_model(tmp_path / "weights.pth", fields=TINY)
+
+
+def test_prefixes_of_a_released_file_do_not_matter(tmp_path):
+    content = read_file(path_of("ncsnpp_cifar"))[0]
+    content["model"] = {f"_orig_mod.{name}": tensor for name, tensor in content["model"].items()}
+    torch.save(content, tmp_path / "wrapped.pth")
+    ours, theirs = (load_model(path, fields=fields_of("ncsnpp_cifar"))
+                    for path in (tmp_path / "wrapped.pth", path_of("ncsnpp_cifar")))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("group, field, value", [
+    ("model", "nf", "wide"), ("model", "nf", None), ("model", "ch_mult", 3), ("model", "ch_mult", [1, "x"]),
+    ("model", "attn_resolutions", [[4]]), ("data", "image_size", [8]), ("model", "name", ["ncsnpp"]),
+    ("data", "num_channels", -1),
+])
+def test_config_of_wrong_types_is_one_sentence(tmp_path, group, field, value):
+    """A checkpoint's config is read like any file that somebody else wrote."""
+    checkpoint = tiny_checkpoint()[1]
+    checkpoint["config"][group][field] = value
+    write_checkpoint(tmp_path / "ours.pth", checkpoint)
+    with pytest.raises(UserError, match=r"ours\.pth holds a config that makes no network"):
+        read_checkpoint(tmp_path / "ours.pth")
 
 
 # The architecture comes from the checkpoint.
@@ -370,8 +407,10 @@ def test_missing_hub_package_is_named(monkeypatch):
 
 def test_the_numbers_in_the_names_decide_and_other_files_do_not_count(tmp_path):
     for name in ("checkpoint_2.pth", "checkpoint_10.pth", "checkpoint_9.pth", "checkpoint.pth", "checkpoint_x.pth",
-                 ".checkpoint_3.17.tmp.pth", "checkpoint_4.pth.part"):
+                 ".checkpoint_3.17.tmp.pth", "checkpoint_4.pth.part", "checkpoint_010.pth", "checkpoint_٣.pth"):
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / "checkpoint_11.pth").mkdir()
+    os.mkfifo(tmp_path / "checkpoint_12.pth")
     found = numbered_checkpoints(tmp_path)
     assert list(found) == [2, 9, 10]
     assert found[9] == tmp_path / "checkpoint_9.pth"
