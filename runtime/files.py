@@ -86,11 +86,22 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path):
+    """Return the JSON object in the file `path`; raise UserError, naming it, where it holds none."""
+    try:
+        value = json.loads(pathlib.Path(path).read_text())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; restore or remove it")
+    return value
+
+
 def read_json_lines(path):
     """Return the JSON objects of a file with one a line, [] without the file; a line cut off by a crash is left out."""
     path, found = pathlib.Path(path), []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [entry for entry in found if isinstance(entry, dict)]
 

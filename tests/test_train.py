@@ -217,7 +217,7 @@ def test_numbered_checkpoint_that_found_no_space_is_written_after_the_next_start
 
 
 def test_run_folder_says_how_the_run_was_made(tmp_path):
-    chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 12, "--config.training.snapshot_sampling", 6,
+    chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 14, "--config.training.snapshot_sampling", 6,
                    "--config.training.keep_checkpoints", 1, "--config.training.snapshot_freq", 4)
     assert run_script(tmp_path, "train.py", *chosen)[0] == 0
     run = tmp_path / "run"
@@ -226,13 +226,16 @@ def test_run_folder_says_how_the_run_was_made(tmp_path):
     assert json.loads((run / "versions.json").read_text())["torch"] == metadata.version("torch")
     assert "commit" in json.loads((run / "git.json").read_text())
     assert (run / "uncommitted.patch").exists()
-    assert {p.name for p in (run / "samples").iterdir()} == {"step_6.png", "step_12.png"}
+    assert {p.name for p in (run / "samples").iterdir()} == {"step_6.png", "step_12.png", "step_14.png"}
     assert (run / "loss.png").stat().st_size > 1000
     assert list((run / "tensorboard").iterdir())
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"checkpoint_3.pth"}  # the newest alone is kept
-    assert [e["step"] for e in read_json_lines(run / "log.jsonl")] == [4, 8, 12]
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"checkpoint_4.pth"}  # the last state alone is kept
+    assert [e["step"] for e in read_json_lines(run / "log.jsonl")] == [4, 8, 12, 14]
     record = read_json_lines(run / "log.jsonl")[-1]
     assert {"loss", "lr", "grad_norm", "images_per_second", "memory_mb", "beta", "skipped"} <= record.keys()
+    told = (run / "log.txt").read_text()
+    assert "parameters on cpu (1 process), 1,797 images of 1×8×8, batch 16, 14 updates" in told
+    assert f"{run / 'checkpoints' / 'checkpoint_4.pth'} and {run / 'samples' / 'step_14.png'}" in told
 
 
 @pytest.mark.parametrize("more, status, sentence", [

@@ -24,7 +24,7 @@ from configs.default import field_names, get_field
 from datasets import one_hot
 from flows import samplers
 from runtime.errors import UserError
-from runtime.files import atomic_path, file_lock, read_json_lines, state_digest, write_json, write_text
+from runtime.files import atomic_path, file_lock, read_json, read_json_lines, state_digest, write_json, write_text
 from runtime.pictures import save_grid
 from runtime.progress import progress_bar
 from runtime.seeds import index_labels, index_noise
@@ -132,7 +132,7 @@ def _changed_data(config, record):
     if not data.reflow_data_root:
         roots += [data.data_root or data.custom_data_root or f"data/{data.dataset}"]
     found = {root: state_digest(root) for root in roots if root and os.path.exists(root)}
-    before = json.loads(record.read_text()) if record.exists() else {}
+    before = read_json(record) if record.exists() else {}
     write_json(record, found)
     return [f"the files in {root} changed since this run was last started (names, sizes or times): it goes on with "
             "what is there now" for root in found if before.get(root, found[root]) != found[root]]
@@ -222,7 +222,7 @@ class RunLogger:
 def _forget_after(path, step):
     """Drop the records that come after `step`, from which the run goes on: it will write them again."""
     entries = read_json_lines(path)
-    kept = [entry for entry in entries if entry["step"] <= step]
+    kept = [entry for entry in entries if entry.get("step", step) <= step]
     if len(kept) < len(entries) or (entries and not path.read_text().endswith("\n")):
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
@@ -236,7 +236,7 @@ def _memory_mb(device):
 
 def draw_loss(log, path):
     """Draw the loss and the gradient norm of a log.jsonl against the step, both axes logarithmic in height."""
-    entries = [e for e in read_json_lines(log) if e["loss"] is not None]
+    entries = [e for e in read_json_lines(log) if e.get("loss") is not None]
     if not entries:
         return
     figure = Figure(figsize=(9, 3), layout="constrained")

@@ -6,7 +6,7 @@ import pathlib
 
 import torch
 
-from configs.command_line import config_from_dict
+from configs.command_line import config_from_dict, config_to_dict, load_config
 from models import load_model
 from models.checkpoint import (
     apply_architecture,
@@ -154,10 +154,11 @@ def read_state(path):
     """Return the checkpoint at `path`; raise UserError where its entries cannot belong to one training."""
     state = read_translated(path)
     step, optimizer = state.get("step"), state.get("optimizer")
-    if not isinstance(step, int) or not isinstance(optimizer, dict):
+    moments_of = optimizer.get("state", {}) if isinstance(optimizer, dict) else None
+    if not isinstance(step, int) or not isinstance(moments_of, dict):
         raise UserError(f"{path} cannot be continued: it lacks the number of updates or the optimizer's state")
     shadow = state["ema"]["shadow_params"]
-    for number, moments in optimizer.get("state", {}).items():
+    for number, moments in moments_of.items():
         for name in ("exp_avg", "exp_avg_sq"):
             expected = shadow[number].shape if number in range(len(shadow)) else None
             if not isinstance(moments.get(name), torch.Tensor) or moments[name].shape != expected:
@@ -179,13 +180,13 @@ def restore(state, network, ema, optimizer, stats):
             "state": state["optimizer"]["state"],
             "param_groups": [{**ours, "params": theirs["params"]} for ours, theirs in
                              zip(own, state["optimizer"]["param_groups"], strict=True)]})
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        match_layout(optimizer)
+        counted = state.get("stats", state.get("guard"))  # absent in the released layout
+        if counted is not None:
+            stats.load_state_dict(counted)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint does not fit config.model and config.optim: {reason}") from None
-    match_layout(optimizer)
-    stats_there = state.get("stats", state.get("guard"))  # absent in the released layout
-    if stats_there is not None:
-        stats.load_state_dict(stats_there)
 
 
 def match_layout(optimizer):
@@ -213,8 +214,6 @@ def take_architecture(config, given):
         return config, []
     saved = run_path(config) / "config.json"
     if saved.exists():
-        from configs.command_line import config_to_dict, load_config
-
         fields = saved_fields(config_to_dict(load_config(saved)), saved)
         source = {"model": {}, "fields": fields, "path": saved}
     else:

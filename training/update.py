@@ -145,7 +145,7 @@ def check_finite(stats, limit):
     """Raise UserError if more than `limit` updates in a row were non-finite (`stats` is what `UpdateStats` read)."""
     if stats["most_consecutive"] > limit:
         raise UserError(f"the loss or its gradient was not finite for {stats['most_consecutive']:.0f} updates in a "
-                        "row, more than config.training.max_skipped; the last checkpoint is intact: start the same "
+                        "row, more than config.training.max_skipped; checkpoints of before are intact: start the same "
                         "run again with a lower config.optim.lr or config.training.precision fp32, or a new "
                         "config.expr with this run's folder as config.training.resume_from")
 

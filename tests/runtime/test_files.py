@@ -8,7 +8,7 @@ import time
 import pytest
 
 from runtime.errors import UserError
-from runtime.files import atomic_path, file_lock, read_json_lines, state_digest
+from runtime.files import atomic_path, file_lock, read_json, read_json_lines, state_digest
 
 
 def write(path, text, time):
@@ -105,3 +105,10 @@ def test_an_error_inside_frees_the_lock(tmp_path):
     for _ in range(2):
         with pytest.raises(KeyError), file_lock(tmp_path / "lock", "testing", refusal="held"):
             raise KeyError
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100000])
+def test_a_damaged_json_file_is_one_sentence_that_names_it(tmp_path, content):
+    (tmp_path / "data.json").write_bytes(content)
+    with pytest.raises(UserError, match="data.json is damaged"):
+        read_json(tmp_path / "data.json")
