@@ -4,6 +4,7 @@ ml_collections' config_flags reads it, with the types that the fields of the con
 with one sentence on stderr and status 2, before any file is written.
 """
 
+import argparse
 import ast
 import difflib
 import importlib.util
@@ -24,7 +25,19 @@ from datasets.sources import DATASETS
 from runtime.errors import UserError, one_sentence
 from runtime.files import write_json
 
-HELP, PRINT = ("--help", "-h", "-help", "--helpfull", "--helpshort"), "--print_config"
+
+class CommonFlags(argparse.ArgumentParser):
+    """The flags that are no fields: --config, --help [GROUP], --print_config."""
+
+    def __init__(self):
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("--config")
+        self.add_argument("--print_config", action="store_true")
+        self.add_argument("--help", "-h", "--helpfull", "--helpshort", nargs="?", const="")
+
+    def error(self, message):
+        """Raise UserError where argparse would print its usage."""
+        raise UserError(message)
 
 
 class FieldParser(flags.ArgumentParser):
@@ -74,7 +87,7 @@ def run_script(main, doc, script_flags=None):
 def run_program(main, doc, program_flags):
     """As `run_script`, of a program without a config: call `main(args)`."""
     with one_sentence(pathlib.Path(sys.argv[0]).name):
-        if any(word in HELP for word in sys.argv[1:]):
+        if CommonFlags().parse_known_args()[0].help is not None:
             sys.exit(print(help_text(doc, program_flags, groups=())))
         sys.exit(main(parse_flags(sys.argv[1:], program_flags)))
 
@@ -85,9 +98,11 @@ def parse_command_line(argv, doc="", script_flags=None):
     Returns None after --help [GROUP] and --print_config, which print. Raises UserError for an unknown field or flag,
     a value of the wrong type or outside its choices, a missing config file, and leftover words.
     """
-    words, path = take_config_path(argv[1:])
-    if any(word in HELP for word in words):
-        print(help_text(doc, script_flags or {}, help_groups(words), load_config(path) if path else None))
+    common, words = CommonFlags().parse_known_args(argv[1:])
+    path = common.config
+    if common.help is not None:
+        groups = help_groups(common.help)
+        print(help_text(doc, script_flags or {}, groups, load_config(path) if path else None))
         return None
     for word in words:
         if re.match("--?(no)?config[.]", word):
@@ -96,34 +111,25 @@ def parse_command_line(argv, doc="", script_flags=None):
         raise UserError("no config: name one with --config, for instance "
                         "--config configs/rectified_flow/cifar10_rf_gaussian.py")
     config = load_config(path)
-    args = parse_flags([word for word in words if word != PRINT], script_flags or {}, config)
+    args = parse_flags(words, script_flags or {}, config)
     given = set(args["config"].override_values)
-    if (config.model.name == "DhariwalUNet" and "model.dropout" not in given and not path.endswith(".json")
-            and config.model.dropout == find_field("model.dropout").default):
-        config.model.dropout = 0.13  # what it was trained with, unless somebody chose another
-    if "data.random_flip" not in given and not path.endswith(".json"):
-        # A mirrored digit is no digit. An unknown data set is refused below.
-        known = DATASETS.get(config.data.dataset)
-        config.data.random_flip = config.data.random_flip and (known is None or known.mirror)
+    if not path.endswith(".json"):
+        _follow_defaults(config, given)
     check_fields(config)
-    if PRINT in words:
+    if common.print_config:
         print(json.dumps(config_to_dict(config), indent=2))
         return None
     return config, args, frozenset(given | {name for name in script_flags or () if args[name].present})
 
 
-def take_config_path(words):
-    """Return the words without `--config FILE` (or `--config=FILE`), and FILE, the last of several, or None."""
-    rest, path, words = [], None, list(words)
-    while words:
-        name, equals, text = words.pop(0).partition("=")
-        if name not in ("--config", "-config"):
-            rest.append(name + equals + text)
-        elif equals or words:
-            path = text if equals else words.pop(0)
-        else:
-            raise UserError("--config needs a file")
-    return rest, path
+def _follow_defaults(config, given):
+    """Set the two defaults that depend on other fields, unless they were given."""
+    dropout = find_field("model.dropout").default
+    if config.model.name == "DhariwalUNet" and "model.dropout" not in given and config.model.dropout == dropout:
+        config.model.dropout = 0.13  # what it was trained with
+    known = DATASETS.get(config.data.dataset)  # None: refused later
+    if known is not None and not known.mirror and "data.random_flip" not in given:
+        config.data.random_flip = False  # a mirrored digit is no digit
 
 
 def parse_flags(words, fields, config=None):
@@ -219,8 +225,8 @@ def load_config(path):
 def config_from_dict(values, source="config"):
     """Return a full config from nested dictionaries; absent fields keep their defaults.
 
-    Lists stand for tuples (JSON has none), and a number may stand for text (flow_t_schedule 4). `source` is named in
-    the UserError for an unknown field.
+    Lists stand for tuples (JSON has none), and an integer may stand for text (flow_t_schedule 4) or a float. `source`
+    is named in the UserError for an unknown field.
     """
     config = get_default_config()
 
@@ -235,8 +241,8 @@ def config_from_dict(values, source="config"):
             elif key not in fields:
                 raise UserError(f"{source}: {prefix}{key} is not a field{nearest_field(prefix + key)}")
             else:
-                if isinstance(fields[key].default, str) and type(value) is int:
-                    value = str(value)
+                if isinstance(fields[key].default, (str, float)) and type(value) is int:
+                    value = type(fields[key].default)(value)
                 set_field(config, prefix + key, tuple(value) if isinstance(value, list) else value)
 
     fill(values, "", FIELDS)
@@ -259,19 +265,18 @@ def differences(config):
     return ", ".join(f"{name} {value!r} ({default!r})" for name, value, default in changed if value != default)
 
 
-def help_groups(words):
-    """Return the groups of fields that `--help GROUP` names, all without a name; raise UserError for another."""
-    asked = [word for word, before in zip(words[1:], words, strict=False) if before in HELP and word[0] != "-"]
+def help_groups(asked):
+    """Return the groups of fields that `--help GROUP` names, all for ""; raise UserError for another name."""
     groups = ["", *(name for name in FIELDS if isinstance(FIELDS[name], dict))]
-    if asked and asked[0] not in groups:
-        raise UserError(f"--help {asked[0]}: the groups of fields are {', '.join(groups[1:])}")
-    return asked or groups
+    if asked not in groups:
+        raise UserError(f"--help {asked}: the groups of fields are {', '.join(groups[1:])}")
+    return [asked] if asked else groups
 
 
 def help_text(doc, script_flags, groups=None, config=None):
     """Return what `--help` prints: the script's purpose, its flags, and the fields of `groups` with their values."""
-    groups = help_groups([]) if groups is None else groups
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    groups = help_groups("") if groups is None else groups
 
     def entry(name, field, value):
         return textwrap.fill(f"{name}: {field.describe(value)}", width, initial_indent="  ", subsequent_indent="      ",
@@ -280,7 +285,7 @@ def help_text(doc, script_flags, groups=None, config=None):
     lines = [doc.strip(), "", "flags:"]
     if groups:
         lines += ["  --config FILE: Python config, or a run's config.json (needed)",
-                  f"  {PRINT}: print the config that this command line makes, and stop",
+                  "  --print_config: print the config that this command line makes, and stop",
                   "  --help GROUP: only the fields of one group"]
     lines += [entry(f"--{name}", field, field.default) for name, field in script_flags.items()]
     config = config or get_default_config()

@@ -100,7 +100,7 @@ def test_script_boolean_takes_the_space_form():
     (["--config.flow.use_teacher", "perhaps"], "--config.flow.use_teacher=perhaps: this takes true or false"),
     (["--config.training.x0_randomness", "warmup_0"], "config.training.x0_randomness must be one of"),
     (["--config.optim.lr"], "Missing value for flag --config.optim.lr"),
-    (["--config"], "--config needs a file"),
+    (["--config"], "argument --config: expected one argument"),
     (["--images", "0"], "--images must be at least 1, not 0"),
     (["--help", "modle"], "--help modle: the groups of fields are training, flow"),
     (["--ckpt_dri", "x"], "ckpt_dri"),
@@ -124,6 +124,13 @@ def test_missing_and_broken_config_files_are_named(tmp_path):
     (tmp_path / "empty.json").write_text("{")
     with pytest.raises(UserError, match="empty.json is not JSON"):
         load_config(tmp_path / "empty.json")
+
+
+def test_an_integer_in_a_config_file_stands_for_a_float_that_the_command_line_may_change(tmp_path):
+    (tmp_path / "clip.json").write_text('{"optim": {"grad_clip": 2}}')
+    assert load_config(tmp_path / "clip.json").optim.grad_clip == 2.0
+    words = ["script.py", "--config", str(tmp_path / "clip.json"), "--config.optim.grad_clip", "0.5"]
+    assert parse_command_line(words)[0].optim.grad_clip == 0.5
 
 
 def test_unknown_field_of_a_config_file_is_named():
@@ -159,7 +166,7 @@ def test_dhariwal_unet_gets_its_own_dropout_unless_it_is_given():
 
 
 def test_help_lists_every_field_with_meaning_choices_and_default():
-    text = " ".join(help_text("What the script does.", FLAGS, help_groups(["--help"])).split())
+    text = " ".join(help_text("What the script does.", FLAGS, help_groups("")).split())
     for name in field_names():
         field = find_field(name)
         assert f" {name}: {field.describe(field.default)}" in text
