@@ -1,6 +1,5 @@
 """Work against precision of adaptive integration: ours per sample, scipy, torchdiffeq and torchode on a trained 1-flow.
 
-    pip install -r benchmarks/requirements.txt
     python benchmarks/ode.py logs/demo/1_flow/checkpoints/checkpoint_1.pth | tee benchmarks/ode.txt
 
 All integrate the same float32 network (EMA weights) from the same noise, t = 0.001 to 1, with a float64 state and
@@ -9,7 +8,7 @@ each sample. Columns: evaluations a sample needs by its solver's own count (a st
 many times the network really saw it; the root mean square over a sample's pixels of the difference to a solution at
 tolerance 1e-6, as mean, median and worst of the samples; `over`, the mean error divided by that of ours at as many
 evaluations, interpolated on logarithms: above 1, ours is the more accurate for the same work.
-docs/work_precision.png shows the curves. --reference FILE keeps the tight solution, which costs as much as the rest.
+docs/work_precision.png shows the curves.
 """
 
 import argparse
@@ -34,12 +33,10 @@ sys.path.insert(0, str(ROOT))
 from flows.rectified_flow import velocity_from_network  # noqa: E402
 from flows.runge_kutta import rk45_per_sample  # noqa: E402
 from models import load_model  # noqa: E402
-from runtime.files import file_digest  # noqa: E402
 from runtime.seeds import index_noise  # noqa: E402
 
-EPS, TIGHT = 1e-3, 1e-6
+EPS, TIGHT, OURS = 1e-3, 1e-6, "ours, per sample"
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
-OURS = "ours, per sample"
 
 
 def scipy_rk45(velocity, z, tol):
@@ -100,18 +97,6 @@ def run(name, velocity, z, tol, batch):
     return x, nfe.double().mean().item(), sum(rows) / len(z)
 
 
-def tight_solution(velocity, z, batch, path, digest):
-    """Return the solution at the tolerance TIGHT; it is kept in the file `path` for `digest`, if there is a path."""
-    if path and path.exists():
-        kept = torch.load(path, map_location=z.device, weights_only=True)
-        if (kept["digest"], kept["tolerance"]) == (digest, TIGHT) and len(kept["x"]) >= len(z):
-            return kept["x"][: len(z)]
-    x = run(OURS, velocity, z, TIGHT, batch)[0]
-    if path:
-        torch.save({"digest": digest, "tolerance": TIGHT, "x": x}, path)
-    return x
-
-
 @torch.no_grad()
 def main():
     """Read the command line, print the table and draw the plot."""
@@ -119,7 +104,6 @@ def main():
     parser.add_argument("checkpoint", help="a .pth file")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=100, help="samples integrated together (slots)")
-    parser.add_argument("--reference", type=pathlib.Path, help="file that keeps the tight solution")
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,8 +116,7 @@ def main():
     print(f"{title}, batches (slots) of {options.batch}\n{'tolerance':>9}  {'solver':20}{'evaluations':>12}{'rows':>8}"
           f"{'mean error':>12}{'median':>10}{'worst':>10}{'over':>7}", flush=True)
     z = index_noise(0, range(options.samples), shape).to(device)
-    tight = tight_solution(velocity, z, options.batch, options.reference, file_digest(options.checkpoint))
-
+    tight = run(OURS, velocity, z, TIGHT, options.batch)[0]
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes, ours = figure.subplots(), None
     for name in (OURS, *PEERS):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 
+from flows.rectified_flow import per_sample
 from runtime.errors import UserError
 
 # Stage times, stage weights (the last row is the fifth-order solution: first same as last), and the weights of
@@ -137,11 +138,6 @@ def inverse_fifth_root(x):
     return y * root_of_2 * ((1023 - q) << 52).view(torch.float64)
 
 
-def per_slot(values, like):
-    """View `(B,)` values so that they multiply `(B, ...)` tensors."""
-    return values.view(-1, *(1,) * (like.ndim - 1))
-
-
 def mean_square(x):
     """Mean over everything but the slots: `(B, ...)` to `(B,)`."""
     return x.square().flatten(1).mean(1)
@@ -149,11 +145,8 @@ def mean_square(x):
 
 def weighted_sum(weights, tensors):
     """Sum of weight·tensor in the order given: each product and sum is rounded alike in every slot."""
-    terms = [weight * tensor for weight, tensor in zip(weights, tensors, strict=True) if weight]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    first, *others = [weight * tensor for weight, tensor in zip(weights, tensors, strict=True) if weight]
+    return sum(others, first)
 
 
 def start_slots(velocity, z, label, t_start, t_end, tol, control):
@@ -173,7 +166,7 @@ def start_slots(velocity, z, label, t_start, t_end, tol, control):
     scale = tol + x.abs() * tol
     d0, d1 = control.norm(mean_square(x / scale)), control.norm(mean_square(slope / scale))
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=abs(t_end - t_start))
-    slope_1 = slope_at(x + per_slot(direction * h0, x) * slope, t + direction * h0)
+    slope_1 = slope_at(x + per_sample(direction * h0, x) * slope, t + direction * h0)
     d2 = control.norm(mean_square((slope_1 - slope) / scale)) / h0
     steepest = torch.maximum(d1, d2)
     h1 = torch.where(steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), inverse_fifth_root(steepest / 0.01))
@@ -192,7 +185,7 @@ def attempt_step(velocity, slots, t_end, tol, control, dtype):
     h = control.fit(slots.h, to_go.abs())
     last = h >= to_go.abs()
     h = torch.where(last, to_go, torch.copysign(h, to_go))
-    h_x = per_slot(h, x)
+    h_x = per_sample(h, x)
     slopes = [slots.slope]
     for time, weights in zip(STAGE_TIMES, STAGE_WEIGHTS, strict=True):
         x_new = x + h_x * weighted_sum(weights, slopes)
@@ -209,7 +202,7 @@ def attempt_step(velocity, slots, t_end, tol, control, dtype):
     factor = torch.where(slots.refused & accepted, factor.clamp(max=1), factor)
     factor = torch.where(error.isfinite(), factor, SMALLEST_FACTOR)
 
-    keep_x = per_slot(accepted, x)
+    keep_x = per_sample(accepted, x)
     t_new = torch.where(accepted, torch.where(last, t_end, t + h), t)
     h_next = h.abs() * factor
     finished = t_new == t_end
