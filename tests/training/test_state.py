@@ -3,6 +3,7 @@
 import errno
 import pathlib
 import sys
+import threading
 
 import pytest
 import torch
@@ -76,10 +77,13 @@ def test_full_disk_is_one_sentence_for_the_user(monkeypatch, capsys):
     assert "logs/run/checkpoint.pth" in printed and "No space left" in printed
 
 
-def test_state_that_changes_after_submission_is_written_as_it_was(tmp_path):
-    writer, content = Writer(), checkpoint(1)
+def test_state_that_changes_after_submission_is_written_as_it_was(tmp_path, monkeypatch):
+    writer, content, changed = Writer(), checkpoint(1), threading.Event()
+    monkeypatch.setattr(state, "write_checkpoint", lambda path, content: changed.wait(30) and write_checkpoint(
+        path, content))
     writer.submit(content, [tmp_path / STATE])
     content["model"]["a"].fill_(7)
+    changed.set()
     writer.wait()
     assert torch.equal(torch.load(tmp_path / STATE, weights_only=True)["model"]["a"], torch.ones(2))
 
@@ -149,5 +153,5 @@ def test_numbers_not_names_decide_which_checkpoints_are_newest(tmp_path):
     assert list(numbered_checkpoints(tmp_path)) == [1, 2, 9, 10]
     keep_newest(tmp_path, 0)
     assert len(numbered_checkpoints(tmp_path)) == 4
-    keep_newest(tmp_path, 2)
-    assert list(numbered_checkpoints(tmp_path)) == [9, 10] and state.STATE == "checkpoint.pth"
+    keep_newest(tmp_path, 3)
+    assert list(numbered_checkpoints(tmp_path)) == [2, 9, 10] and state.STATE == "checkpoint.pth"

@@ -134,6 +134,7 @@ def test_too_many_skipped_in_a_row_stop_training():
     for update in range(4):
         stats.count(update, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0))
     check_finite(stats.read(), 4)
+    stats.count(4, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.0))  # a finite one since does not excuse it
     with pytest.raises(UserError, match="4 updates in a row"):
         check_finite(stats.read(), 3)
 
