@@ -28,6 +28,11 @@ OBJECTIVE, LOSSES = "tests/flows/test_objective.py", "tests/flows/test_losses.py
 SCHEDULES, EMA = "tests/flows/test_schedules.py", "tests/models/test_ema.py"
 BATCHES, FILES, SEEDS = "tests/datasets/test_batches.py", "tests/runtime/test_files.py", "tests/runtime/test_seeds.py"
 
+# Of evaluation: what runs in this process.
+SCORES, REFERENCES, SWEEP = (f"tests/metrics/test_{name}.py" for name in ("scores", "reference", "sweep"))
+SAMPLING = "tests/test_evaluation_fid.py -k starts_at_its_own"
+MEASURED = "tests/test_evaluation_fid.py -k another_evaluation"
+
 MUTATIONS = [  # (file, text, wrong text, tests)
     # the same draws, masks and flips at every update; the update miscounted
     ("train.py", "step_generator(config.seed, update, DRAWS", "step_generator(config.seed, 0, DRAWS", REFERENCE),
@@ -100,6 +105,17 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("flows/schedules.py", "1 - min(1.0, update / n)", "1 - min(1.0, (update + 1) / n)", f"{SCHEDULES} {REFERENCE}"),
     ("flows/schedules.py", "torch.randint(int(k),", "torch.randint(int(k) + 1,", SCHEDULES),
     ("flows/rectified_flow.py", "TIME_SCALE = 999.0", "TIME_SCALE = 1000.0", REFERENCE),
+    # evaluation: its noise, what makes a result another, the metrics
+    ("evaluation_fid.py", "index_noise(config.seed, part, shape, EVALUATION)", "index_noise(config.seed, part, shape)",
+     SAMPLING),
+    ("evaluation_fid.py", '"eps": config.flow.eps', '"eps": 0', MEASURED),
+    ("metrics/reference.py", '"nearest": config.eval.nearest', '"nearest": 0', MEASURED),
+    ("metrics/scores.py", "allowed = INDEFINITE * sigma.abs().max()", "allowed = 2 * sigma.abs().max()", SCORES),
+    ("metrics/scores.py", "extractor.probabilities(features)[order]", "extractor.probabilities(features)", SCORES),
+    ("metrics/scores.py", "min(NEIGHBOURS + 1, len(points))", "min(NEIGHBOURS, len(points))", SCORES),
+    ("metrics/scores.py", "covered |= (distances <= reach[:, None]).any(0)",
+     "covered |= (distances <= reference_radii).any(0)", SCORES),
+    ("metrics/sweep.py", "awaited = k + 1", "awaited = k + 2", SWEEP),
 ]
 
 
