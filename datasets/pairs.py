@@ -30,7 +30,7 @@ def open_rows(path):
         raise UserError(f"{path} does not exist or is no file")
     try:
         rows = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError, OverflowError, TypeError, SyntaxError, KeyError, MemoryError) as error:
+    except Exception as error:  # a damaged header raises ten kinds, of numpy's, ast's and tokenize's
         raise UserError(f"{path} cannot be read as an npy file ({error or type(error).__name__}): it is cut short, "
                         "damaged or of another kind; copy or make it again") from None
     if rows.ndim == 0 or rows.dtype.kind not in "fiub":
@@ -134,7 +134,7 @@ class PairFolder:
         rows = {"z0": as_float(self.z0[indices]), "z1": as_float(self.z1[indices])}
         wrong = {f"{name} of pair {{}} is not finite": ~values.isfinite().flatten(1).all(1).numpy()
                  for name, values in rows.items()}
-        if self.label is not None:
+        if self.label is not None and self.label.ndim < 3:  # `check_classes` refuses others
             label = np.asarray(self.label[indices])
             wrong["the label of pair {} is no class"] = (label < 0) | (label % 1 != 0) if label.ndim == 1 else (
                 ~np.isin(label, (0, 1)).all(1) | (label.sum(1) != 1))

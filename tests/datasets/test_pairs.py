@@ -172,6 +172,7 @@ def test_unconditional_training_ignores_labels(tmp_path):
     (np.eye(4, dtype=np.float32)[np.zeros(20, dtype=int)], r"labels of shape \(4,\)"),
     (np.full(20, 3), "has class 3"),
     (np.full(20, -1), "label of pair 0 is no class"),
+    (np.zeros((20, 3, 2)), r"labels of shape \(3, 2\)"),
     (np.full((20, 3), 0.5, dtype=np.float32), "label of pair 0 is no class"),
     (np.eye(3, dtype=np.float32)[np.zeros(19, dtype=int)], "label.npy has 19 rows, but z1.npy has 20"),
 ])
@@ -297,6 +298,7 @@ def test_numbers_of_any_width_and_byte_order_are_read(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("content", [b"", b"not an npy file", b"\x93NUMPY\x01\x00\xff\xff{'descr'", b"PK\x03\x04",
+    b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f4', 'fortran_order': False, 'shape': (40, 10), }     {eN\n    ",
     b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f4', 'fortran_order': False, 'shape': (-5, 1, 8, 8), }   \n",
     b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f4', 'fortran_order': False, 'shape': (10**30, 1, 8, 8)}\n",
     b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f4', 'fortran_order': False, 'shape': (20, 1, 8, 8), }   \n"])
