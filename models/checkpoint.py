@@ -6,12 +6,15 @@ config of the run as a nested dict. A file may also hold weights alone: a dict w
 so that the rest of the program knows one layout.
 """
 
+import functools
 import hashlib
 import itertools
 import os
 import pathlib
 import re
+import urllib.error
 import urllib.parse
+import urllib.request
 
 import torch
 
@@ -66,18 +69,32 @@ def local_file(path):
     if not (owner and repository and file):
         raise UserError(f"{path} is incomplete; it must be hf://owner/repo/file")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
     except ImportError as error:
         raise UserError(f"{path} needs the package huggingface_hub; run pip install huggingface_hub") from error
+    # Without a network the library would try for half a minute before it looks into its cache.
+    alone = constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT)
+    download = functools.partial(hf_hub_download, f"{owner}/{repository}", local_files_only=alone)
     try:
-        fetched = part = hf_hub_download(f"{owner}/{repository}", file)
+        fetched = part = download(file)
         for number in itertools.count(2):  # of a file that is cut into parts
             if os.path.getsize(part) != PART_BYTES:
                 return fetched
-            part = hf_hub_download(f"{owner}/{repository}", f"{file}.part{number}")
+            part = download(f"{file}.part{number}")
     except Exception as error:  # the library raises a dozen kinds, from its own, requests, httpx and the system
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first_line = "there is no network, and the cache does not have it" if alone else first_line
         raise UserError(f"{path} could not be fetched: {first_line}") from error
+
+
+def _is_reachable(address):
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:  # an answer
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def read_checkpoint(path):

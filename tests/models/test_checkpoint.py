@@ -1,8 +1,6 @@
 """Checkpoint files: what is read, what is refused and how the user hears of it."""
 
 import collections
-import contextlib
-import errno
 import os
 import pickle
 import sys
@@ -13,7 +11,7 @@ import torch
 from huggingface_hub import constants
 
 from configs.default import get_default_config, set_field
-from models import checkpoint, create_model, load_model
+from models import create_model, load_model
 from models.checkpoint import (
     apply_architecture,
     load_matching,
@@ -105,20 +103,6 @@ def test_interrupted_writing_leaves_the_old_checkpoint(ours):
         write_checkpoint(ours, {"model": {}, "step": lambda: None})
     assert ours.read_bytes() == before
     assert [p.name for p in ours.parent.iterdir()] == ["ours.pth"]
-
-
-@pytest.mark.parametrize("count", [1, 10**6])
-def test_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path, monkeypatch, count):
-    """/dev/full takes nothing, whether it is told at once or when the file is closed."""
-
-    @contextlib.contextmanager
-    def full(path):
-        yield "/dev/full"
-
-    monkeypatch.setattr(checkpoint, "atomic_path", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_checkpoint(tmp_path / "a.pth", {"model": {"a": torch.zeros(count)}})
-    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "a.pth")
 
 
 # Files that are refused. Each message names the file.
@@ -394,6 +378,15 @@ def test_incomplete_hub_path_is_reported(path):
 
 def test_unreachable_hub_file_is_reported(hub_cache):
     """A file that is neither in the cache nor to be fetched."""
+    with pytest.raises(UserError, match="hf://someone/SlimFlow/absent.pth could not be fetched"):
+        load_model("hf://someone/SlimFlow/absent.pth")
+
+
+def test_hub_without_network_is_one_sentence_at_once_and_its_cache_is_used(hub_cache, monkeypatch, ours):
+    """The library alone would retry for half a minute."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    load_model("hf://someone/SlimFlow/models/ours.pth")
     with pytest.raises(UserError, match="hf://someone/SlimFlow/absent.pth could not be fetched"):
         load_model("hf://someone/SlimFlow/absent.pth")
 
