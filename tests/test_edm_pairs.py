@@ -125,11 +125,17 @@ def test_student_that_starts_as_its_teacher_is_trained_resumed_and_used(pairs, t
     assert np.isfinite(np.load(tmp_path / "pairs/42/z1.npy")).all()
 
 
-def test_teacher_can_be_sampled_and_described(tmp_path):
-    """image_sampling.py and tools.describe take a snapshot where they take a checkpoint."""
+def test_teacher_can_be_sampled_measured_and_described(tmp_path):
+    """image_sampling.py, evaluation_fid.py and tools.describe take a snapshot where they take a checkpoint."""
     snapshot = tmp_path / f"{TEACHER}.pkl"
     snapshot.write_bytes(golden_file(snapshot.name).read_bytes())
     run(tmp_path, "image_sampling.py", "--config", CONFIG, "--sampling_dir", snapshot, "--classes", "0,3",
         "--config.sampling.use_ode_sampler", "euler", "--config.sampling.sample_N", 2)
     assert list((tmp_path / "eval_sample" / TEACHER).glob("euler*.png"))
     assert "decoder 2" in run(tmp_path, "tools.describe", "--config", CONFIG, "--ckpt_path", snapshot)
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).uniform(-1, 1, (16, 3, 16, 16)).astype(np.float32))
+    log = run(tmp_path, "evaluation_fid.py", "--config", CONFIG, "--ckpt_dir", snapshot, "--target_path",
+              tmp_path / "images.npy", "--config.eval.feature_extractor", "pixels", "--config.eval.num_samples", 16,
+              "--config.sampling.use_ode_sampler", "edm", "--config.sampling.sample_N", 2,
+              "--config.data.data_root", tmp_path)
+    assert f"best: {snapshot.name}" in log
