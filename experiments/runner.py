@@ -24,6 +24,7 @@ from metrics.results import read_results
 from runtime.errors import UserError
 from runtime.files import file_lock, write_json
 from runtime.progress import progress_bar
+from runtime.versions import git_commit
 
 KINDS = {"train.py": "train", "generate_data.py": "pairs", "evaluation_fid.py": "evaluate", "image_sampling.py": "look"}
 
@@ -183,10 +184,8 @@ class Study:
     def write_row(self, step, seconds):
         """Measure a finished step and put its row into the table, which other studies may be writing, too."""
         figures = figures_of(step, self.root, self.reference)
-        commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-                                check=False).stdout.strip()
         row = {"step": step.name, "kind": KINDS[step.script], "seed": step.seed, "digest": step.digest,
-               "commit": commit, "processor": processor(), "seconds": round(seconds, 1), **figures}
+               "commit": (git_commit() or "")[:10], "processor": processor(), "seconds": round(seconds, 1), **figures}
         with file_lock(self.root / "results.lock", "writing the results"):
             rows = read_table(self.results)
             earlier = rows.get(step.name)
