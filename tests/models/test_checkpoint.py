@@ -2,6 +2,7 @@
 
 import collections
 import os
+import pathlib
 import pickle
 import sys
 
@@ -359,6 +360,8 @@ def hub_cache(tmp_path, monkeypatch, ours):
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text(revision)
     (repository / f"snapshots/{revision}/models/ours.pth").write_bytes(ours.read_bytes())
+    snapshot = pathlib.Path(__file__).parent.parent / "data/edm/edm_ddpmpp_cond.pkl"
+    (repository / f"snapshots/{revision}/edm.pkl").write_bytes(snapshot.read_bytes())
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
@@ -367,6 +370,11 @@ def test_hub_path_is_read_from_the_local_cache(hub_cache, ours):
     """hf://owner/repo/file stands wherever a checkpoint path does; files in sub-folders, too."""
     net = load_model("hf://someone/SlimFlow/models/ours.pth")
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), load_model(ours).parameters(), strict=True))
+
+
+def test_a_snapshot_of_edm_is_read_from_the_hub_too(hub_cache):
+    net = load_model("hf://someone/SlimFlow/edm.pkl")
+    assert net.config_fields["model.preconditioning"] == "edm" and net.config_fields["data.num_classes"] == 10
 
 
 @pytest.mark.parametrize("path", ["hf://someone", "hf://someone/repo", "hf://someone/repo/"])
