@@ -198,7 +198,7 @@ def draw_samples(path, runs, columns=16):
         label = name.replace("_", "-")
         if number == 0:
             rows[f"{label}, rk45"] = samplers.create_sampler(config)(velocity, z0)[0]
-        rows[f"{label}, one step"] = samplers.one_step(velocity, z0, eps=config.flow.eps)[0]
+        rows[f"{label}, one step"] = samplers.one_step(velocity, z0, t_start=config.flow.eps)[0]
     save_grid(path, torch.cat(list(rows.values())), columns=columns, labels=list(rows))
 
 

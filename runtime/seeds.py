@@ -17,7 +17,7 @@ def index_generator(seed, index, stream=NOISE):
     Philox is counter-based (Salmon et al. 2011): the seed and stream are its key, the index the high word
     of its counter, so generators of different indices never overlap.
     """
-    bits = np.random.Philox(key=[seed % 2**64, stream], counter=[0, 0, 0, index])
+    bits = np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64), counter=[0, 0, 0, index])
     return np.random.Generator(bits)
 
 
@@ -43,7 +43,7 @@ def _fill_noise(out, seed, indices, stream):
 
     One bit generator is set anew for every row: making one costs as much as a hundred draws.
     """
-    bits = np.random.Philox(key=[seed % 2**64, stream])
+    bits = np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64))
     generator, state = np.random.Generator(bits), bits.state
     for row, index in zip(out, indices, strict=True):
         state["state"]["counter"][:] = 0, 0, 0, index
