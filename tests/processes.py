@@ -22,7 +22,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which does not get sys.path
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torch.optim", "torchvision", "ml_collections", "absl.flags", "scipy.linalg",
-                               "matplotlib.figure", "PIL.Image", "torch.utils.tensorboard", "tests.processes"])
+                               "matplotlib.figure", "PIL.Image", "torch.utils.tensorboard",
+                               "sklearn.datasets", "train", "generate_data", "evaluation_fid", "image_sampling",
+                               "tests.processes"])
 
 
 def _run(script, words, log, cwd, environment, prepare):
