@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_interrupted_writing_leaves_the_old_checkpoint(ours):
     """A state that cannot be written does not cost the one that is there."""
     before = ours.read_bytes()
     with pytest.raises(Exception, match="pickle"):
-        write_checkpoint(ours, {"model": {}, "step": lambda: None})
+        write_checkpoint(ours, {"model": {}, "step": threading.Lock()})
     assert ours.read_bytes() == before
     assert [p.name for p in ours.parent.iterdir()] == ["ours.pth"]
 
