@@ -29,7 +29,7 @@ from metrics.scores import compare, nearest_distances
 from metrics.statistics import gather_rows, measure, measure_source, share_of, sum_over_processes
 from metrics.sweep import read_checkpoints, run_folder
 from models.checkpoint import config_of_run, is_remote, network_of
-from models.describe import measure as count_operations
+from models.describe import cost_line, cost_of
 from runtime.devices import in_precision, memory_errors, set_precision, start_processes, stop_processes
 from runtime.files import state_digest
 from runtime.progress import progress_bar
@@ -83,8 +83,8 @@ def measure_checkpoints(config, args, given, processes):
         if result is None:
             net = network_of(own, checkpoint, args.use_ema, processes.device)
             if cost is None:
-                cost = results_file.cost_of(net, sum(count_operations(net, 1).macs.values()) / 1e9, processes.device)
-                processes.say(results_file.cost_line(cost))
+                cost = cost_of(net)
+                processes.say(cost_line(cost))
             result = identity | {"step": int(checkpoint.get("step", 0))} | cost
             result |= measure_network(net, pathlib.Path(name).stem, own, reference, path, processes)
             publish(result, path, processes)

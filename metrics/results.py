@@ -1,6 +1,4 @@
 """Results of evaluations: one JSON object a line in eval/results.jsonl, a table, a line to quote, a figure.
-
-Beside the metrics a result has what the network costs, and which software made it.
 """
 
 import contextlib
@@ -8,10 +6,7 @@ import json
 import os
 import pathlib
 import platform
-import resource
-import statistics
 import sys
-import time
 
 import numpy as np
 import torch
@@ -37,8 +32,6 @@ TITLES = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recal
 NUMBER, NONE = (int, float), type(None)
 TYPES = {"checkpoint": str, "sampler": (str, NONE), "num_samples": int, "step": (int, NONE), "nfe": (*NUMBER, NONE),
          "seconds": NUMBER, "reference": str, "protocol": str, "versions": dict, "seeds": dict}
-LATENCY_CALLS, LATENCY_LIMIT = 10, 2.0  # timed calls, and the seconds after which no further one begins
-LATENCY_BATCH = {"cuda": 64, "cpu": 8}  # images of the batch latency
 
 
 def results_path(folder):
@@ -238,52 +231,7 @@ def sample_store(path, count, shape, processes):
             partial.unlink(missing_ok=True)
 
 
-# What a network costs, and which software measured it.
-
-
-def cost_of(net, gmacs, device):
-    """Return {what: value} of a network that is called as net(x, t, label), in eval mode on `device`.
-
-    latency_ms: one evaluation of one image; batch_latency_ms: of `latency_batch` images. peak_memory_mib: of the
-    GPU during the batch, weights included; on a CPU the most that this process has held so far.
-    One multiply-accumulate counts as two floating-point operations.
-    """
-    batch, cuda = LATENCY_BATCH[device.type], device.type == "cuda"
-    one = median_ms(net, 1, device)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    many = median_ms(net, batch, device)
-    peak = torch.cuda.max_memory_allocated(device) if cuda else 1024 * resource.getrusage(
-        resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "parameters": sum(p.numel() for p in net.parameters()), "gmacs": round(gmacs, 6), "gflops": round(2 * gmacs, 6),
-        "latency_ms": round(one, 3), "batch_latency_ms": round(many, 3), "latency_batch": batch,
-        "peak_memory_mib": round(peak / 2**20, 1), "threads": torch.get_num_threads(),
-    }
-
-
-@torch.inference_mode()
-def median_ms(net, batch, device):
-    """Return the median milliseconds of an evaluation of a batch of zeros; one before the others is not counted."""
-    size, channels, classes = (net.config_fields[f"data.{name}"] for name in ("image_size", "num_channels",
-                                                                              "num_classes"))
-    label = torch.zeros(batch, classes, device=device) if classes else None
-    x, t, times = torch.zeros(batch, channels, size, size, device=device), torch.ones(batch, device=device), []
-    began = time.perf_counter()
-    while len(times) <= LATENCY_CALLS and (len(times) < 2 or time.perf_counter() - began < LATENCY_LIMIT):
-        started = time.perf_counter()
-        net(x, t, label)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[1:])
-
-
-def cost_line(cost):
-    """Return the cost as one line for people."""
-    return (f"{cost['parameters']:,} parameters, {cost['gmacs']:.4g} GMACs ({cost['gflops']:.4g} GFLOPs) "
-            f"an evaluation, {cost['latency_ms']:.3g} ms for one image, {cost['batch_latency_ms']:.3g} ms for "
-            f"{cost['latency_batch']}, {cost['peak_memory_mib']:.0f} MiB at most")
+# Which software measured it.
 
 
 def versions(device):

@@ -3,11 +3,13 @@
 import collections
 import dataclasses
 import functools
+import resource
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from models.create import create_from_fields
@@ -60,15 +62,48 @@ def training_bytes(total, batch):
 
 def measure(net, batch):
     """Return the `Meter` of a forward pass of `batch` images on the device of the network."""
-    device = next(net.parameters()).device
-    size, channels, classes = (net.config_fields[f"data.{name}"] for name in ("image_size", "num_channels",
-                                                                              "num_classes"))
-    label = torch.zeros(batch, classes, device=device) if classes else None
     meter = Meter(net, count_resampling=net.config_fields["model.name"] == "DhariwalUNet")
     with meter, saved_tensors_hooks(meter.keep, lambda kept: kept):
-        net(torch.zeros(batch, channels, size, size, device=device), torch.zeros(batch, device=device), label)
+        net(*_inputs(net, batch))
     meter.remove_hooks()
     return meter
+
+
+def _inputs(net, batch):
+    """Return x, t and label (None without classes) of `batch` images, all zero, on the device of the network."""
+    device, fields = next(net.parameters()).device, net.config_fields
+    size, classes = fields["data.image_size"], fields["data.num_classes"]
+    return (torch.zeros(batch, fields["data.num_channels"], size, size, device=device),
+            torch.zeros(batch, device=device), torch.zeros(batch, classes, device=device) if classes else None)
+
+
+def cost_of(net):
+    """Return {what: value} of evaluating a network in eval mode on its device: size, operations, median time, memory.
+
+    One multiply-accumulate counts as two floating-point operations. Memory: of the GPU during the batch, weights
+    included; on a CPU the most that this process has held so far.
+    """
+    device, gmacs = next(net.parameters()).device, sum(measure(net, 1).macs.values()) / 1e9
+    cuda, threads = device.type == "cuda", torch.get_num_threads()
+    batch = 64 if cuda else 8
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
+        one, many = (Timer("net(*inputs)", globals={"net": net, "inputs": _inputs(net, images)}, num_threads=threads)
+                     .blocked_autorange(min_run_time=0.5).median for images in (1, batch))
+    peak = torch.cuda.max_memory_allocated(device) if cuda else 1024 * resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss
+    return {"parameters": sum(p.numel() for p in net.parameters()), "gmacs": round(gmacs, 6),
+            "gflops": round(2 * gmacs, 6), "latency_ms": round(1000 * one, 3),
+            "batch_latency_ms": round(1000 * many, 3), "latency_batch": batch,
+            "peak_memory_mib": round(peak / 2**20, 1), "threads": threads}
+
+
+def cost_line(cost):
+    """Return the result of `cost_of` as one line for people."""
+    return (f"{cost['parameters']:,} parameters, {cost['gmacs']:.4g} GMACs ({cost['gflops']:.4g} GFLOPs) "
+            f"an evaluation, {cost['latency_ms']:.3g} ms for one image, {cost['batch_latency_ms']:.3g} ms for "
+            f"{cost['latency_batch']}, {cost['peak_memory_mib']:.0f} MiB at most")
 
 
 def part_of(name):

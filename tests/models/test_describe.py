@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.create import create_from_fields
-from models.describe import describe, measure, table, training_bytes
+from models.describe import cost_line, cost_of, describe, measure, table, training_bytes
 from tests.models.released_numbers import LAYOUTS, layout_fields
 
 SMALL = {"model.nf": 64, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 16,
@@ -62,3 +62,16 @@ def test_table_has_a_line_for_each_part():
     lines = table(describe(SMALL)).splitlines()
     assert lines[0].split() == ["part", "size", "parameters", "GMACs", "no", "attention", "activations"]
     assert lines[-1].startswith("total") and lines[-1].endswith("MiB")
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_the_measured_cost_is_of_one_image_and_of_a_batch(classes):
+    net = create_from_fields(SMALL | {"model.nf": 16, "model.name": "DhariwalUNet", "data.num_classes": classes})
+    seen = set()
+    net.register_forward_pre_hook(lambda net, inputs: seen.add((*inputs[0].shape, inputs[2] is None)))
+    cost = cost_of(net.eval())
+    assert seen == {(1, 3, 16, 16, classes == 0), (8, 3, 16, 16, classes == 0)}
+    assert cost["gmacs"] == pytest.approx(measure(net, 1).macs.total() / 1e9, abs=1e-6)
+    assert cost["gflops"] == pytest.approx(2 * cost["gmacs"], abs=2e-6)
+    assert min(cost["latency_ms"], cost["batch_latency_ms"]) > 0 and cost["peak_memory_mib"] > 10
+    assert f"{sum(p.numel() for p in net.parameters()):,} parameters" in cost_line(cost)
