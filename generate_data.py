@@ -61,12 +61,13 @@ def main(config, args, given):
         coupling = create_coupling(config, create_velocity(net, points, processes.device), points, processes.device)
         folder, job = pathlib.Path(args.data_root) / str(config.seed), create_job(config, given, points, teacher)
         with contextlib.ExitStack() as held:
-            offered, todo = processes.from_main(lambda: lock_and_prepare(held, folder, job))
+            processes.from_main(lambda: held.enter_context(pair_writer.locked(folder)))
+            offered, todo = processes.from_main(lambda: pair_writer.prepare(folder, job))
             if offered < job.count:
                 make_blocks(config, folder, job, todo, coupling, processes)
                 processes.from_main(lambda: complete(folder, job, config, teacher))
-        say(processes, f"{folder} {'is complete: it ' if offered >= job.count else ''}holds "
-                       f"{max(offered, job.count)} pairs")
+        processes.say(f"{folder} {'is complete: it ' if offered >= job.count else ''}holds "
+                      f"{max(offered, job.count)} pairs")
     finally:
         stop_processes()
 
@@ -94,14 +95,13 @@ def load_teacher(config, args, given, processes):
     """
     if COUPLINGS[config.sampling.direction].velocity != "network":
         if args.ckpt_path:
-            say(processes, f"sampling.direction {config.sampling.direction} uses no network: --ckpt_path is ignored")
+            processes.say(f"sampling.direction {config.sampling.direction} uses no network: --ckpt_path is ignored")
         return config, None, {}
-    config, net, digest = load_with_config(args.ckpt_path, config, given, device=processes.device,
-                                           say=lambda text: say(processes, text))
+    config, net, digest = load_with_config(args.ckpt_path, config, given, device=processes.device, say=processes.say)
     if processes.share(digest) != digest:
         raise UserError(f"{args.ckpt_path} was replaced while it was read: run the same command again")
     if net.licence_note:
-        say(processes, net.licence_note)
+        processes.say(net.licence_note)
     return config, net, {"checkpoint": args.ckpt_path, "checkpoint_digest": digest, "network": config.model.name,
                          "preconditioning": config.model.preconditioning}
 
@@ -149,21 +149,14 @@ def create_layouts(config, points):
     return {name: np.dtype(layout) for name, layout in layouts.items() if name != "label.npy" or classes}
 
 
-def lock_and_prepare(held, folder, job):
-    """Lock `folder` for as long as `held` lives and make it ready; return (pairs it offers, blocks to make)."""
-    held.enter_context(pair_writer.locked(folder))
-    return pair_writer.prepare(folder, job)
-
-
 def make_blocks(config, folder, job, todo, coupling, processes):
     """Solve and write this process's blocks of `todo`: every world_size-th."""
     done = job.count - sum(len(job.block_range(block)) for block in todo)
     flips = ", images flipped at random" if config.sampling.random_flip else ", images as they are, unflipped"
-    say(processes, f"{folder}: {job.count} pairs {config.sampling.direction}"
-                   f"{flips if COUPLINGS[config.sampling.direction].given != 'noise' else ''}, blocks of "
-                   f"{job.block_size}; {done} are there, {len(todo)} blocks to make")
-    with (pair_writer.BlockWriter(folder, job, processes.rank) as writer,
-          progress_bar(total=job.count, desc="pairs", unit="pairs", initial=done,
+    processes.say(f"{folder}: {job.count} pairs {config.sampling.direction}"
+                  f"{flips if COUPLINGS[config.sampling.direction].given != 'noise' else ''}, blocks of "
+                  f"{job.block_size}; {done} are there, {len(todo)} blocks to make")
+    with (progress_bar(total=job.count, desc="pairs", unit="pairs", initial=done,
                        enabled=config.training.progress if processes.is_main else "false") as bar,
           memory_errors("lower config.training.batch_size"),
           autocast(config.training.precision, processes.device)):  # the network; samplers add in float64
@@ -175,7 +168,8 @@ def make_blocks(config, folder, job, todo, coupling, processes):
             indices = job.block_range(block)
             try:
                 z0, z1, label, nfe = coupling(indices, finished)
-                writer.write(block, {"z0.npy": z0, "z1.npy": z1, "label.npy": label}, nfe)
+                rows = {"z0.npy": z0, "z1.npy": z1, "label.npy": label}
+                pair_writer.write_block(folder, job, block, rows, nfe)
             except UserError as error:
                 raise UserError(f"pairs {indices.start} to {indices.stop - 1}: {error}") from None
             bar.set_postfix(NFE=nfe.double().mean().item())
@@ -199,12 +193,6 @@ def complete(folder, job, config, teacher):
         z0, z1 = as_float(pairs.z0[indices]), as_float(pairs.z1[indices])
         save_grid(folder / "pairs.png", torch.cat([z0, interpolate(z0, z1, 0.5), z1]), len(indices),
                   labels=["z0", "midpoint", "z1"])
-
-
-def say(processes, text):
-    """Print one line, once."""
-    if processes.is_main:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import os
 import sys
 
-from datasets.batches import Batch, Flips, ImageBatches, one_hot, pixels_to_float
+from datasets.batches import Batch, Batches, EndlessOrder, Flips, one_hot, pixels_to_float
+from datasets.pairs import create_pair_batches
 from datasets.sources import DATASETS, DataSet, ImageSet, array_set, load_images, subset
 from runtime.errors import UserError
 
@@ -12,14 +13,11 @@ __all__ = ["DATASETS", "Batch", "DataSet", "ImageSet", "array_set", "create_batc
 
 
 def create_batches(config, device):
-    """Return the source of training batches: stored pairs with `data.reflow_data_root`, images otherwise.
+    """Return the `Batches` of training: of stored pairs with `data.reflow_data_root`, of images otherwise.
 
-    The source has `batch(update, low, high) -> Batch` for places [low, high) of the global batch of `update`,
-    `len()` and `shape` (C, H, W). Raises `UserError` for data that cannot be trained on.
+    Raises `UserError` for data that cannot be trained on.
     """
     if config.data.reflow_data_root:
-        from datasets.pairs import create_pair_batches
-
         return create_pair_batches(config, device)
     data, size = config.data, config.training.batch_size
     image_set = load_images(config)
@@ -30,5 +28,6 @@ def create_batches(config, device):
         said = "mirrored at random" if data.random_flip or data.use_aug else (
             "not mirrored (data.random_flip true would mirror them)")
         print(f"images of {image_set.source} are {said}", file=sys.stderr, flush=True)
-    return ImageBatches(image_set, size, config.seed, device, on_device=data.on_device, num_classes=data.num_classes,
-                        flips=Flips(config.seed, size, data.random_flip, data.use_aug))
+    order = EndlessOrder(len(image_set), size, config.seed)
+    flips = Flips(config.seed, size, data.random_flip, data.use_aug)
+    return Batches(image_set, order, flips, device, data.on_device, data.num_classes)

@@ -1,4 +1,4 @@
-"""Batches of images on the device: looked up by (update, place), flipped and converted to [-1, 1] there."""
+"""Batches on the device: samples looked up by (update, place), flipped and converted to [-1, 1] there."""
 
 import concurrent.futures
 import dataclasses
@@ -11,7 +11,7 @@ from runtime import seeds
 from runtime.errors import UserError
 
 RESIDENT_SHARE = 0.25  # of the free memory of a GPU, which the network needs, too
-COPIED_AT_ONCE = 4096  # images, when a whole set goes to a GPU
+COPIED_AT_ONCE = 4096  # samples, when all go to the device
 UPSIDE_DOWN = 0.06  # share of images turned upside down with data.use_aug, as in the released code
 
 
@@ -37,16 +37,24 @@ def one_hot(labels, num_classes):
     return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
+def check_labels(labels, place, num_classes=None, first=0):
+    """Raise UserError, naming `place`, unless an array `(N,)` or `(N, num_classes)` holds class numbers or is one-hot.
+
+    num_classes: how many there are (None: any number), numbered from `first` on.
+    """
+    last, right = (np.inf if num_classes is None else first + num_classes - 1), np.zeros(len(labels), bool)
+    if labels.ndim == 1 and labels.dtype.kind in "iuf":
+        right = (labels % 1 == 0) & (labels >= first) & (labels <= last)
+    elif labels.ndim == 2 and num_classes in (None, labels.shape[1]):
+        right = np.isin(labels, (0, 1)).all(1) & (labels.sum(1) == 1)
+    if not right.all():
+        raise UserError(f"{place} has {labels.dtype} labels of shape {labels.shape}, the first wrong one "
+                        f"{labels[~right][0]}; classes are numbers (N,) from {first} to {last} or one-hot (N, classes)")
+
+
 def pixels_to_float(pixels, dtype=torch.float32):
     """Return uint8 pixels as floats in [-1, 1]: `v / 127.5 - 1`."""
     return pixels.to(dtype).div_(127.5).sub_(1.0)
-
-
-def to_device(tensor, device):
-    """Return a small CPU tensor on `device` without waiting for the copy."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class EndlessOrder:
@@ -57,7 +65,7 @@ class EndlessOrder:
     """
 
     def __init__(self, count, batch_size, seed):
-        """Take the number of samples, the global batch size (over all processes) and the seed."""
+        """Take the number of samples, the global batch size and the seed."""
         self.count, self.batch_size, self.seed = count, batch_size, seed
 
     def indices(self, update, low, high):
@@ -93,29 +101,24 @@ class Flips:
 
         mirror: flip left-right with probability 1/2. use_aug: that, and upside down with probability 0.06.
         """
-        self.seed, self.batch_size, self.mirror, self.use_aug = seed, batch_size, mirror or use_aug, use_aug
+        self.seed, self.batch_size = seed, batch_size
+        self.kinds = [(seeds.FLIP, 0.5, -1)] if mirror or use_aug else []  # stream, probability, axis
+        self.kinds += [(seeds.AUGMENT, UPSIDE_DOWN, -2)] if use_aug else []
 
     def __call__(self, update, low, high, *images):
         """Return each of `images`, the samples `(high - low, C, H, W)` at places [low, high), flipped alike."""
-        if self.mirror:
-            chosen = self._draw(update, seeds.FLIP, 0.5, images[0].device)[low:high]
-            images = [torch.where(chosen, each.flip(-1), each) for each in images]
-        if self.use_aug:
-            chosen = self._draw(update, seeds.AUGMENT, UPSIDE_DOWN, images[0].device)[low:high]
-            images = [torch.where(chosen, each.flip(-2), each) for each in images]
+        for stream, probability, axis in self.kinds:
+            device = images[0].device
+            generator = seeds.step_generator(self.seed, update, stream, device)
+            draws = torch.rand(self.batch_size, 1, 1, 1, generator=generator, device=device)[low:high]
+            images = [torch.where(draws < probability, each.flip(axis), each) for each in images]
         return images
-
-    def _draw(self, update, stream, probability, device):
-        """Return which samples of the global batch are chosen, bool `(batch_size, 1, 1, 1)`."""
-        generator = seeds.step_generator(self.seed, update, stream, device)
-        return torch.rand(self.batch_size, 1, 1, 1, generator=generator, device=device) < probability
 
 
 class ReadAhead:
     """`read(update, low, high)`, called by a thread one update before it is asked for."""
 
     def __init__(self, read, device):
-        """Take the function and the device its tensors go to."""
         self.read = read
         # The thread must choose its GPU, or pinning memory would open a context on the first one in every process.
         choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
@@ -135,76 +138,77 @@ class ReadAhead:
         return found
 
 
-class ImageBatches:
-    """The batches of an image set.
+class Batches:
+    """The batches of a set of samples.
 
     `batch(update, low, high)` holds the samples at places [low, high) of the global batch of `update`. It is a
     pure function of (seed, update, place): neither the number of processes nor the updates before it matter.
     """
 
-    def __init__(self, image_set, batch_size, seed, device, *, on_device="auto", num_classes=0, flips=None):
-        """Take an `ImageSet`, the global batch size, the seed of the order and the device.
+    def __init__(self, samples, order, flips, device, on_device="auto", num_classes=0):
+        """Take the samples, their order (`count` and `indices`, as of `EndlessOrder`), `Flips` and the device.
 
-        on_device: the config field `data.on_device`. num_classes: width of the one-hot labels, 0 for none. flips:
-        `Flips`, or None.
+        samples: an `ImageSet`, or another with `shape`, `nbytes` and `take(indices)`. on_device: the config field
+        `data.on_device`; what does not stay on a GPU is read one update ahead. num_classes: width of the one-hot
+        labels, 0 for none. Raises UserError for samples that shall stay on the device and do not fit.
         """
-        self.image_set, self.num_classes, self.flips = image_set, num_classes, flips
-        self.device = torch.device(device)
-        self.order = EndlessOrder(len(image_set), batch_size, seed)
-        self.resident, self.gathered = None, None
-        if on_device == "false" or (on_device == "auto" and not fits(image_set.images.nbytes, self.device)):
-            self.gathered = ReadAhead(self._gather, self.device)
-        elif self.device.type != "cpu":  # on a CPU the memory map is read where it is
-            self.resident = copy_to_device(image_set.images, self.device, on_device)
+        self.samples, self.order, self.flips, self.num_classes = samples, order, flips, num_classes
+        self.device, self.resident = torch.device(device), None
+        ahead = on_device == "false" or self.device.type == "cuda"
+        self.read = ReadAhead(self._read, self.device) if ahead else self._read
+        if on_device == "true" or (on_device == "auto" and ahead and fits(samples.nbytes, self.device)):
+            try:
+                self.resident = copy_to_device(samples, self.device)
+            except torch.OutOfMemoryError:
+                raise UserError(f"data.on_device {on_device}: {samples.nbytes / 2**20:.0f} MiB do not fit: read them "
+                                "from disk with data.on_device false") from None
 
     def __len__(self):
-        """Return the number of images in the set."""
-        return len(self.image_set)
+        """Return the number of samples, real pairs that are mixed in not counted."""
+        return self.order.count
 
     @property
     def shape(self):
         """Shape (C, H, W) of an image."""
-        return self.image_set.images.shape[1:]
+        return self.samples.shape
 
     def batch(self, update, low, high):
         """Return the `Batch` of places [low, high) of `update`, on the device."""
-        indices = self.order.indices(update, low, high)
-        if self.resident is not None:
-            pixels = self.resident[to_device(torch.from_numpy(indices), self.device)]
-        elif self.gathered is not None:
-            pixels = self.gathered(update, low, high).to(self.device, non_blocking=True)
+        if self.resident:
+            places = self._pin(torch.from_numpy(self.order.indices(update, low, high)))
+            places = places.to(self.device, non_blocking=True)
+            found = {name: rows[places] for name, rows in self.resident.items()}
         else:
-            pixels = torch.from_numpy(self.image_set.images[indices])
-        if self.flips is not None:
-            [pixels] = self.flips(update, low, high, pixels)
-        label = None
-        if self.num_classes:
-            labels = torch.from_numpy(self.image_set.labels[indices])
-            label = one_hot(to_device(labels, self.device), self.num_classes)
-        return Batch(z0=None, z1=pixels_to_float(pixels), label=label)
+            found = self.read(update, low, high)
+            found = {name: rows.to(self.device, non_blocking=True) for name, rows in found.items()}
+        label = found.pop("label", None)
+        if label is not None and label.ndim == 1:
+            label = one_hot(label, self.num_classes) if self.num_classes else None
+        images = dict(zip(found, self.flips(update, low, high, *found.values()), strict=True))
+        z1 = images["z1"]
+        return Batch(images.get("z0"), pixels_to_float(z1) if z1.dtype == torch.uint8 else z1, label)
 
-    def _gather(self, update, low, high):
-        """Return the images of these places in one piece of host memory, pinned when a GPU will fetch it."""
-        images, indices = self.image_set.images, self.order.indices(update, low, high)
-        gathered = torch.empty((len(indices), *images.shape[1:]), dtype=torch.uint8,
-                               pin_memory=self.device.type == "cuda")
-        np.take(images, indices, axis=0, out=gathered.numpy(), mode="clip")  # clip: numpy's unbuffered way
-        return gathered
+    def _read(self, update, low, high):
+        """Return the samples of these places in host memory, pinned when a GPU will fetch them."""
+        taken = self.samples.take(self.order.indices(update, low, high))
+        return {name: self._pin(rows) for name, rows in taken.items()}
+
+    def _pin(self, tensor):
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
 
 def fits(size, device):
-    """Return whether `size` bytes may stay on `device` beside the network."""
-    return device.type != "cuda" or size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    """Return whether `size` bytes may stay on a GPU beside the network."""
+    return size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
-def copy_to_device(images, device, on_device):
-    """Return uint8 images `(N, C, H, W)`, usually memory-mapped, as a tensor on `device`; UserError if too large."""
-    try:
-        copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError:
-        raise UserError(f"data.on_device {on_device}: {images.nbytes / 2**20:.0f} MiB of images do not fit: "
-                        "stream them with data.on_device false") from None
-    for start in range(0, len(images), COPIED_AT_ONCE):
-        part = slice(start, start + COPIED_AT_ONCE)
-        copy[part] = torch.from_numpy(np.array(images[part]))
-    return copy
+def copy_to_device(samples, device):
+    """Return what `samples.take` gives of all samples, as tensors on `device`."""
+    whole = {}
+    for first in range(0, len(samples), COPIED_AT_ONCE):
+        part = samples.take(np.arange(first, min(first + COPIED_AT_ONCE, len(samples))))
+        for name, rows in part.items():
+            if first == 0:
+                whole[name] = torch.empty(len(samples), *rows.shape[1:], dtype=rows.dtype, device=device)
+            whole[name][first:first + len(rows)] = rows
+    return whole

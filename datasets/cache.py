@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from runtime.errors import UserError
 from runtime.files import file_lock
@@ -47,6 +48,21 @@ class ImageSet:
     def __len__(self):
         """Return the number of images."""
         return len(self.images)
+
+    @property
+    def shape(self):
+        """Shape (C, H, W) of an image."""
+        return self.images.shape[1:]
+
+    @property
+    def nbytes(self):
+        """Size of the pixels in bytes."""
+        return self.images.nbytes
+
+    def take(self, indices):
+        """Return {"z1": uint8 `(n, C, H, W)`, "label": int64 `(n,)`} of `indices` `(n,)`; no label without labels."""
+        arrays = {"z1": self.images} | ({} if self.labels is None else {"label": self.labels})
+        return {name: torch.from_numpy(rows[indices]) for name, rows in arrays.items()}
 
 
 class Source(NamedTuple):

@@ -48,7 +48,7 @@ class InitialPoints:
 
     def z0(self, indices):
         """Return the noise of the pairs `indices`."""
-        return as_float(self.noise[indices if isinstance(self.noise, NoiseSource) else np.array(indices)])
+        return as_float(self.noise[np.array(indices)])
 
     def z1(self, indices):
         """Return the images of the pairs `indices`: pair i starts at image i mod N, the next time round mirrored."""

@@ -1,13 +1,12 @@
 """The folder that generate_data.py fills: arrays written in place, block by block, consistent at any moment.
 
 A folder holds the arrays (`z0.npy`, `z1.npy`, `label.npy`), `pairs.json` (what the pairs are) and `blocks.jsonl`
-(which blocks are on disk). A block is a fixed range of consecutive pairs. It is finished once its line is in the
-journal, and that line is written after the block's rows have reached the disk. Each process appends to a journal of
-its own; the main process merges them. Until every block is finished the arrays' headers promise no more rows than
-before, so nobody reads a row that is missing, and a folder that is being extended stays usable.
+(which blocks are on disk). A block is a fixed range of consecutive pairs. It is finished once its line is in this
+journal, which all processes append to, and the line is written after the block's rows have reached the disk. Until
+every block is finished the arrays' headers promise no more rows than before, so nobody reads a row that is missing,
+and a folder that is being extended stays usable.
 """
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -18,16 +17,13 @@ import shutil
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import file_lock, write_json, write_text
+from runtime.files import file_lock, read_json, read_json_lines, write_json, write_text
 
 LAYOUT_VERSION = 1
 RECORD, JOURNAL, LOCK = "pairs.json", "blocks.jsonl", ".lock"
 ARRAYS = ("z0.npy", "z1.npy", "label.npy")
 SPARE_BYTES = 1 << 20  # for the journal, the record and the picture
-RECORD_TYPES = {"complete": bool, "count": int, "version": int, "identity": dict}
-IDENTITY_TYPES = {"seed": int, "sampling.direction": str, "sampling.pair_storage": str,
-                  "sampling.init_noise_scale": (int, float)}
-ENTRY_TYPES = {"block": int, "pairs": int, "nfe_sum": int, "nfe_worst": int, "z1_rounding": (int, float)}
+ENTRY = ("block", "pairs", "nfe_sum", "nfe_worst", "z1_rounding")  # the numbers in a line of the journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,73 +78,51 @@ def prepare(folder, job):
     The caller holds the lock. Raises UserError, changing nothing, for a folder of other pairs and for a disk that
     is too small.
     """
-    record, done = read_record(folder), read_journals(folder)
+    record, done = read_record(folder), read_journal(folder)
     foreign = [name for name in ARRAYS if (folder / name).exists()]
     if record is None and foreign:
         raise UserError(f"{folder} has {foreign[0]} but no {RECORD}: these pairs were not made by this program; "
                         "choose another --data_root or --config.seed")
     if record is not None:
-        _require_same(folder, record["identity"], job.identity)
-    _require_arrays(folder, job, done)
+        there, here = record["identity"], json.loads(json.dumps(job.identity))  # as read back: lists for tuples
+        differences = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+                       for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+        if differences:
+            raise UserError(f"{folder} holds other pairs: {'; '.join(differences)}. Give the same values to continue, "
+                            "or choose another --data_root or --config.seed")
+    _check_arrays(folder, job, done)
     offered = record["count"] if record and record["complete"] else 0
     if offered >= job.count:
         return offered, []
-    merge_journals(folder)
+    _write_journal(folder, done)
     if record is None:
         write_json(folder / RECORD, {"complete": False, "count": 0, "version": LAYOUT_VERSION,
                                      "identity": job.identity})
     for name, layout in job.layouts.items():
-        with _open(folder / name) as file:
-            _write_at(file, npy_header(layout, offered), 0)
-            if os.fstat(file.fileno()).st_size < row_offset(layout, job.count):
-                file.truncate(row_offset(layout, job.count))
+        _write(folder / name, npy_header(layout, offered), 0, least=row_offset(layout, job.count))
     return offered, job.unfinished(done)
 
 
 def read_record(folder):
     """Return the content of `pairs.json`, or None if there is none.
 
-    Raises UserError if it is damaged or of another layout version. `identity` of a complete record has at least the
-    names of IDENTITY_TYPES.
+    Raises UserError if it is damaged or of another layout version.
     """
     path = pathlib.Path(folder) / RECORD
-    try:
-        record = json.loads(path.read_text())
-        _require_types(record, RECORD_TYPES)
-        if record["complete"]:
-            _require_types(record["identity"], IDENTITY_TYPES)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete the folder and make its pairs again") from None
+    record = read_json(path)
+    numbers = record.get("count"), record.get("version")
+    if not (isinstance(record.get("complete"), bool) and isinstance(record.get("identity"), dict)
+            and all(isinstance(number, int) and number >= 0 for number in numbers)):
+        raise UserError(f"{path} is damaged: it does not say how many pairs of what kind there are; delete the folder "
+                        "and make its pairs again")
     if record["version"] != LAYOUT_VERSION:
         raise UserError(f"{path} has layout version {record['version']}; this program reads version {LAYOUT_VERSION}")
     return record
 
 
-def _require_types(values, types):
-    """Raise ValueError unless `values` is a dict with a value of its type, not below 0, for each name of `types`."""
-    if not isinstance(values, dict):
-        raise ValueError(f"a {type(values).__name__} where named values belong")
-    for name, kind in types.items():
-        value = values.get(name)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{name} is {'missing' if name not in values else repr(value)[:40]}")
-        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
-            raise ValueError(f"{name} is {value}")
-
-
-def _require_same(folder, there, here):
-    """Raise UserError with what differs between the pairs in `folder` and those asked for."""
-    here = json.loads(json.dumps(here))  # as it would come back from the file: lists for tuples
-    differences = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-                   for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-    if differences:
-        raise UserError(f"{folder} holds other pairs: {'; '.join(differences)}. Give the same values to continue, "
-                        "or choose another --data_root or --config.seed")
-
-
-def _require_arrays(folder, job, done):
+def _check_arrays(folder, job, done):
     """Raise UserError if an array lacks finished rows (somebody deleted or cut it), or the disk room for the others."""
     missing, rows = 0, _rows_written(job, done)
     for name, layout in job.layouts.items():
@@ -170,91 +144,61 @@ def _rows_written(job, done):
     return max((entry["block"] * job.block_size + entry["pairs"] for entry in done.values()), default=0)
 
 
-def merge_journals(folder):
-    """Replace the processes' journals by one, ordered by block; return {block: its entry}."""
-    done = read_journals(folder)
-    if done:
-        write_text(folder / JOURNAL, "".join(json.dumps(done[block]) + "\n" for block in sorted(done)))
-    for path in _process_journals(folder):
-        path.unlink()
-    return done
+def read_journal(folder):
+    """Return {block: its entry} of the journal in `folder`; of two entries for a block the one with more pairs.
 
-
-def read_journals(folder):
-    """Return {block: its entry} of all journals in `folder`; of two entries for a block the one with more pairs.
-
-    A line that is cut off, damaged or lacks a field counts for nothing: its block is made again.
+    A line that is cut off, damaged or lacks a number counts for nothing: its block is made again.
     """
     done = {}
-    for path in [folder / JOURNAL, *_process_journals(folder)]:
-        text = path.read_text(errors="replace") if path.exists() else ""
-        for line in text.split("\n")[:-1]:  # what follows the last newline was cut off
-            with contextlib.suppress(ValueError, RecursionError):
-                entry = json.loads(line)
-                _require_types(entry, ENTRY_TYPES)
-                if entry["pairs"] >= done.get(entry["block"], entry)["pairs"]:
-                    done[entry["block"]] = entry
+    for entry in read_json_lines(folder / JOURNAL):
+        if (all(isinstance(entry.get(name), (int, float)) and entry[name] >= 0 for name in ENTRY)
+                and entry["pairs"] >= done.get(entry["block"], entry)["pairs"]):
+            done[entry["block"]] = entry
     return done
 
 
-def _process_journals(folder):
-    return sorted(folder.glob("blocks.process*.jsonl"))
+def _write_journal(folder, done):
+    """Replace the journal by the entries `done`, ordered by block, without lines that were cut off."""
+    write_text(folder / JOURNAL, "".join(json.dumps(done[block]) + "\n" for block in sorted(done)))
 
 
-class BlockWriter(contextlib.ExitStack):
-    """Writes one process's blocks into a prepared folder; a context manager."""
+def write_block(folder, job, block, rows, nfe):
+    """Write a block's `rows`, {file name: float tensor}, into a prepared folder, and then its line in the journal.
 
-    def __init__(self, folder, job, rank):
-        """Open the arrays in `folder` and the journal of process `rank`."""
-        super().__init__()
-        self.folder, self.job = folder, job
-        self.files = {name: self.enter_context(_open(folder / name)) for name in job.layouts}
-        self.journal = self.enter_context(_open(folder / f"blocks.process{rank}.jsonl"))
-
-    def write(self, block, rows, nfe):
-        """Write a block's `rows`, {file name: float tensor}, and then its line in the journal.
-
-        One-hot labels become class numbers where the layout has numbers. nfe: int64 `(n,)`. Raises UserError for
-        values that are not finite. On a full disk (OSError) what was finished stays finished.
-        """
-        indices = self.job.block_range(block)
-        for name, values in rows.items():
-            bad = [] if values is None else (~values.isfinite().flatten(1).all(1)).nonzero()
-            if len(bad):
-                raise UserError(f"{name} of pair {indices[int(bad[0])]} is not finite; check the checkpoint's weights")
-        stored = {name: _as_stored(rows[name], layout) for name, layout in self.job.layouts.items()}
-        rounding = float(np.abs(stored["z1.npy"] - rows["z1.npy"].numpy()).max())
-        if not np.isfinite(rounding):
-            raise UserError("z1 has values beyond the range of float16: use --config.sampling.pair_storage full")
-        entry = {"block": block, "pairs": len(indices), "nfe_sum": int(nfe.sum()), "nfe_worst": int(nfe.max()),
-                 "z1_rounding": rounding}
-        for name, layout in self.job.layouts.items():
-            _write_at(self.files[name], stored[name].reshape(-1).view(np.uint8), row_offset(layout, indices.start))
-        for file in self.files.values():
-            os.fsync(file)
-        _write_at(self.journal, (json.dumps(entry) + "\n").encode(), os.fstat(self.journal.fileno()).st_size)
-        os.fsync(self.journal)
-
-
-def _as_stored(rows, layout):
-    """Return a tensor as an array in the layout's type; one-hot labels become numbers where the layout has numbers."""
-    with np.errstate(over="ignore"):  # float16 ends at 65504
-        return np.ascontiguousarray(rows.numpy() if layout.shape else rows.argmax(1).numpy(), dtype=layout.base)
+    One-hot labels become class numbers where the layout has numbers. nfe: int64 `(n,)`. Raises UserError for
+    values that are not finite. On a full disk (OSError) what was finished stays finished.
+    """
+    indices, stored = job.block_range(block), {}
+    for name, values in rows.items():
+        bad = [] if values is None else (~values.isfinite().flatten(1).all(1)).nonzero()
+        if len(bad):
+            raise UserError(f"{name} of pair {indices[int(bad[0])]} is not finite; check the checkpoint's weights")
+    for name, layout in job.layouts.items():
+        values = rows[name] if layout.shape else rows[name].argmax(1)
+        with np.errstate(over="ignore"):  # float16 ends at 65504
+            stored[name] = np.ascontiguousarray(values.numpy(), dtype=layout.base)
+    rounding = float(np.abs(stored["z1.npy"] - rows["z1.npy"].numpy()).max())
+    if not np.isfinite(rounding):
+        raise UserError("z1 has values beyond the range of float16: use --config.sampling.pair_storage full")
+    for name, layout in job.layouts.items():
+        _write(folder / name, stored[name].tobytes(), row_offset(layout, indices.start))
+    entry = {"block": block, "pairs": len(indices), "nfe_sum": int(nfe.sum()), "nfe_worst": int(nfe.max()),
+             "z1_rounding": rounding}
+    _write(folder / JOURNAL, (json.dumps(entry) + "\n").encode())
 
 
 def finish(folder, job, record):
     """Let the arrays' headers promise `job.count` rows, and write `record` with what was measured to `pairs.json`.
 
-    The caller holds the lock and every block is in the journals, which are merged.
+    The caller holds the lock and every block is in the journal.
     """
-    done = merge_journals(folder)
+    done = read_journal(folder)
     if missing := job.unfinished(done):
         raise UserError(f"{folder}: block {missing[0]} is missing; run the same command again")
+    _write_journal(folder, done)
     for name, layout in job.layouts.items():
-        with _open(folder / name) as file:
-            file.truncate(row_offset(layout, _rows_written(job, done)))
-            _write_at(file, npy_header(layout, job.count), 0)
-            os.fsync(file)
+        os.truncate(folder / name, row_offset(layout, _rows_written(job, done)))
+        _write(folder / name, npy_header(layout, job.count), 0)
     entries = [done[block] for block in job.blocks]
     pairs = sum(entry["pairs"] for entry in entries)  # a last block may hold more than are asked for now
     measured = {"nfe_mean": sum(entry["nfe_sum"] for entry in entries) / pairs,
@@ -264,17 +208,18 @@ def finish(folder, job, record):
                                  **measured, "identity": job.identity})
 
 
-def _open(path):
-    """Return the file at `path`, made if missing, for writing in place."""
-    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o644))
+def _write(path, content, offset=None, least=0):
+    """Write all of `content` to the file at `path`, at `offset` or its end, and on to the disk; an OSError names it.
 
-
-def _write_at(file, content, offset):
-    """Write all of `content` (bytes) at `offset`."""
-    content = memoryview(content)
-    while len(content):
-        try:
-            written = os.pwrite(file.fileno(), content, offset)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(file.name)) from None
-        content, offset = content[written:], offset + written
+    The file is made if it is missing, and lengthened to `least` bytes.
+    """
+    try:
+        with open(path, "ab" if offset is None else "r+b" if path.exists() else "w+b", buffering=0) as file:
+            file.seek(0 if offset is None else offset)
+            while content:
+                content = content[file.write(content):]
+            if os.fstat(file.fileno()).st_size < least:
+                file.truncate(least)
+            os.fsync(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from datasets.batches import COPIED_AT_ONCE, Batch, EndlessOrder, Flips, ReadAhead, fits, one_hot, to_device
+from datasets.batches import Batches, EndlessOrder, Flips, check_labels, one_hot
 from datasets.pair_writer import ARRAYS, RECORD, read_record
 from runtime import seeds
 from runtime.errors import UserError
@@ -43,6 +43,11 @@ def as_float(rows):
     return torch.from_numpy(np.require(rows, np.float32, "CW"))
 
 
+def as_one_hot(rows, num_classes):
+    """Return labels, numbers or one-hot, as one-hot float32 `(n, num_classes)`."""
+    return as_float(rows) if rows.ndim == 2 else one_hot(torch.from_numpy(rows.astype(np.int64)), num_classes)
+
+
 class NoiseSource:
     """z0 drawn from N(0, scale²): rows by number, each the same on every machine."""
 
@@ -70,78 +75,53 @@ class PairFolder:
         Raises UserError if it is unfinished, a file is missing or damaged, shapes or lengths disagree, or the noise
         of compact storage comes out otherwise here.
         """
-        self.path = pathlib.Path(path)
-        self.record = read_record(self.path)
+        self.path, self.record = pathlib.Path(path), read_record(path)
         if self.record and not self.record["complete"]:
             raise UserError(f"{self.path} is unfinished: run its generate_data.py command again to complete it, or "
                             "with fewer pairs to use those that are there")
         self.identity = self.record["identity"] if self.record else {}
         self.noise_scale = self.identity.get("sampling.init_noise_scale", 1.0)
-        self.z1 = open_rows(self.path / "z1.npy")
-        self.shape = self.z1.shape[1:]
-        if len(self.shape) != 3:
-            raise UserError(f"{self.path / 'z1.npy'} has rows of shape {self.shape}; images (C, H, W) are needed")
-        if self.identity.get("sampling.pair_storage") == "compact":
-            self.z0 = NoiseSource(self.identity["seed"], self.shape, self.noise_scale)
-            if self.z0.digest() != self.identity.get("noise"):
-                raise UserError(f"{self.path} is compact, but its noise cannot be drawn again here: the first rows "
-                                f"differ; it was made with {self.record.get('software')}")
-        else:
-            self.z0 = open_rows(self.path / "z0.npy")
-        self.label = open_rows(self.path / "label.npy") if (self.path / "label.npy").exists() else None
-        self.count = self.record["count"] if self.record else len(self.z1)
-        self._check_sizes()
+        compact = self.identity.get("sampling.pair_storage") == "compact"
+        arrays = {name: open_rows(self.path / name) for name in ARRAYS
+                  if name == "z1.npy" or (name == "z0.npy" and not compact) or (self.path / name).exists()}
+        self.z1, self.label = arrays["z1.npy"], arrays.get("label.npy")
+        self.shape, self.count = self.z1.shape[1:], self.record["count"] if self.record else len(self.z1)
+        if len(self.shape) != 3 or self.count == 0:
+            raise UserError(f"{self.path / 'z1.npy'} has shape {self.z1.shape}; images (N, C, H, W) are needed")
+        for name, rows in arrays.items():
+            if name == "z0.npy" and rows.shape[1:] != self.shape:
+                raise UserError(f"{self.path}: z0.npy has rows of shape {rows.shape[1:]}, z1.npy of {self.shape}")
+            if len(rows) < self.count or (len(rows) > self.count and not self.record):
+                source = f"{RECORD} promises {self.count}" if self.record else f"z1.npy has {self.count}"
+                raise UserError(f"{self.path / name} has {len(rows)} rows, but {source}: these files do not belong "
+                                "together; copy or make them again")
+        drawn = NoiseSource(self.identity.get("seed", 0), self.shape, self.noise_scale)
+        self.z0 = drawn if compact else arrays["z0.npy"]
+        if compact and drawn.digest() != self.identity.get("noise"):
+            raise UserError(f"{self.path} is compact, but its noise cannot be drawn again here: the first rows "
+                            f"differ; it was made with {self.record.get('software')}")
 
     def __len__(self):
         """Return the number of pairs."""
         return self.count
 
-    def _check_sizes(self):
-        for name, rows in (("z0.npy", self.z0), ("z1.npy", self.z1), ("label.npy", self.label)):
-            length = len(rows) if isinstance(rows, np.ndarray) else self.count
-            if length < self.count or (length > self.count and not self.record):
-                source = f"{RECORD} promises {self.count}" if self.record else f"z1.npy has {self.count}"
-                raise UserError(f"{self.path / name} has {length} rows, but {source}: these files do not belong "
-                                "together; copy or make them again")
-        if isinstance(self.z0, np.ndarray) and self.z0.shape[1:] != self.shape:
-            raise UserError(f"{self.path}: rows of z0.npy have shape {self.z0.shape[1:]}, those of z1.npy {self.shape}")
-        if self.count == 0:
-            raise UserError(f"{self.path} holds no pairs")
-
-    def check_classes(self, num_classes):
-        """Raise UserError unless the labels are those of a network with `num_classes` classes."""
-        path, advice = self.path / "label.npy", f"but config.data.num_classes is {num_classes}"
-        if self.label is None:
-            raise UserError(f"{self.path} has no label.npy, {advice}: set it to 0 or use pairs of a class-conditional "
-                            "model")
-        if self.label.shape[1:] not in ((), (num_classes,)):
-            raise UserError(f"{path} has labels of shape {self.label.shape[1:]}, {advice}")
-        if self.label.ndim == 1 and (highest := int(self.label[:len(self)].max())) >= num_classes:
-            raise UserError(f"{path} has class {highest}, {advice}")
-
-    def labels(self, indices, num_classes):
-        """Return the labels of the pairs `indices`, one-hot float32 `(n, num_classes)`."""
-        rows = self.label[indices]
-        return as_float(rows) if rows.ndim == 2 else one_hot(torch.from_numpy(rows.astype(np.int64)), num_classes)
-
-    def check(self, indices=None):
+    def check(self, indices=None, num_classes=None):
         """Return the `moments` of the pairs `indices` (a few all over the folder, if None).
 
-        Raises UserError for a value that is not finite or no class.
+        Raises UserError for values that are not finite and for labels that are no classes of a network with
+        `num_classes` classes (None: of any).
         """
         if indices is None:
             indices = np.unique(np.linspace(0, len(self) - 1, QUICK_ROWS).round().astype(np.int64))
         rows = {"z0": as_float(self.z0[indices]), "z1": as_float(self.z1[indices])}
-        wrong = {f"{name} of pair {{}} is not finite": ~values.isfinite().flatten(1).all(1).numpy()
-                 for name, values in rows.items()}
-        if self.label is not None and self.label.ndim < 3:  # `check_classes` refuses others
-            label = np.asarray(self.label[indices])
-            wrong["the label of pair {} is no class"] = (label < 0) | (label % 1 != 0) if label.ndim == 1 else (
-                ~np.isin(label, (0, 1)).all(1) | (label.sum(1) != 1))
-        for sentence, bad in wrong.items():
-            if bad.any():
-                raise UserError(f"{self.path}: {sentence.format(int(indices[int(bad.argmax())]))}; delete the folder "
+        for name, values in rows.items():
+            bad = (~values.isfinite().flatten(1).all(1)).nonzero()
+            if len(bad):
+                raise UserError(f"{self.path}: {name} of pair {indices[int(bad[0])]} is not finite; delete the folder "
                                 "and make its pairs again")
+        if self.label is not None:
+            label = self.label[:len(self)] if self.label.ndim == 1 else self.label[indices]
+            check_labels(label, self.path / "label.npy", num_classes)
         return moments(**rows)
 
 
@@ -183,57 +163,12 @@ def open_folders(root):
     Raises UserError if there is none.
     """
     root = pathlib.Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root} is no folder; make pairs with generate_data.py --data_root {root}")
-    found = [path for path in [root, *root.iterdir()]
+    found = [path for path in (root, *root.glob("*"))
              if path.is_dir() and any((path / name).exists() for name in (*ARRAYS, RECORD))]
     if not found:
         raise UserError(f"{root} holds no pairs: folders such as {root / '0'} with z0.npy and z1.npy are needed; make "
                         f"them with generate_data.py --data_root {root}")
     return [PairFolder(path) for path in sorted(found, key=lambda path: (len(path.name), path.name))]
-
-
-class PairSet:
-    """All pairs of some folders, one after the other."""
-
-    def __init__(self, folders, num_classes):
-        """Take `PairFolder`s of one shape; num_classes: width of the labels, 0 for none."""
-        self.folders, self.num_classes = folders, num_classes
-        self.shape = folders[0].shape
-        self.ends = np.cumsum([len(folder) for folder in folders])
-
-    def __len__(self):
-        """Return the number of pairs."""
-        return int(self.ends[-1])
-
-    def take(self, indices):
-        """Return (z0, z1, label) of int64 `indices` `(n,)`.
-
-        z0, z1: float32 `(n, C, H, W)`; label: one-hot float32 `(n, num_classes)`, or None without classes.
-        """
-        z0, z1, label = self._empty(len(indices), "cpu")
-        homes = np.searchsorted(self.ends, indices, side="right")
-        for home in np.unique(homes):
-            folder, places = self.folders[home], np.flatnonzero(homes == home)
-            rows = indices[places] - (self.ends[home] - len(folder))
-            z0[places], z1[places] = as_float(folder.z0[rows]), as_float(folder.z1[rows])
-            if label is not None:
-                label[places] = folder.labels(rows, self.num_classes)
-        return z0, z1, label
-
-    def _empty(self, count, device):
-        z0, z1 = (torch.empty(count, *self.shape, device=device) for _ in range(2))
-        return z0, z1, torch.empty(count, self.num_classes, device=device) if self.num_classes else None
-
-    def on_device(self, device):
-        """Return (z0, z1, label) of all pairs as tensors on `device`."""
-        whole = self._empty(len(self), device)
-        for first in range(0, len(self), COPIED_AT_ONCE):
-            part = np.arange(first, min(first + COPIED_AT_ONCE, len(self)))
-            for rows, copied in zip(whole, self.take(part), strict=True):
-                if rows is not None:
-                    rows[first:first + len(part)] = copied
-        return whole
 
 
 def open_pairs(root, config):
@@ -242,16 +177,17 @@ def open_pairs(root, config):
     Raises UserError if a folder is unfinished or damaged, does not fit `config.data`, or holds pairs of another
     origin than the first, or the same. Unlikely values are said on stderr.
     """
-    folders = open_folders(root)
-    wanted = (config.data.num_channels, config.data.image_size, config.data.image_size)
+    folders, data = open_folders(root), config.data
+    wanted = (data.num_channels, data.image_size, data.image_size)
     for folder in folders:
         if folder.shape != wanted:
             raise UserError(f"{folder.path} holds pairs of shape {folder.shape}, but config.data.num_channels and "
                             f"config.data.image_size ask for {wanted}")
-        for text in findings(folder, folder.check()):
+        if data.num_classes and folder.label is None:
+            raise UserError(f"{folder.path} has no label.npy, but config.data.num_classes is {data.num_classes}: set "
+                            "it to 0 or use pairs of a class-conditional model")
+        for text in findings(folder, folder.check(num_classes=data.num_classes or None)):
             print(text, file=sys.stderr)
-        if config.data.num_classes:
-            folder.check_classes(config.data.num_classes)
     check_origins(folders)
     return folders
 
@@ -261,109 +197,100 @@ def check_origins(folders, names=SAME_ORIGIN):
 
     Only folders with pairs.json tell their origin; the same pairs are known by the first one.
     """
-    seen, recorded = {}, [folder for folder in folders if folder.record]
-    for folder in recorded[1:]:
-        origins = [{**other.identity, "checkpoint": (other.record.get("checkpoint"), other.identity.get("checkpoint"))}
-                   for other in (folder, recorded[0])]
-        different = [f"{name} is {origins[0].get(name)} there and {origins[1].get(name)} in {recorded[0].path}"
-                     for name in names if folder.identity.get(name) != recorded[0].identity.get(name)]
+    first, *others = [folder for folder in folders if folder.record] or [None]
+    for folder in others:
+        different = [f"{name} is {folder.identity.get(name)} there and {first.identity.get(name)} in {first.path}"
+                     for name in names if folder.identity.get(name) != first.identity.get(name)]
         if different:
             raise UserError(f"{folder.path} holds pairs of another origin: {'; '.join(different)}; keep them under "
                             "different roots")
+    seen = {}
     for folder in folders:
-        first = as_float(folder.z0[np.array([0])]).numpy().tobytes(), as_float(folder.z1[:1]).numpy().tobytes()
-        if first in seen:
-            raise UserError(f"{folder.path} holds the same pairs as {seen[first]} (z0 and z1 of the first are equal): "
+        pair = tuple(as_float(rows[np.array([0])]).numpy().tobytes() for rows in (folder.z0, folder.z1))
+        if pair in seen:
+            raise UserError(f"{folder.path} holds the same pairs as {seen[pair]} (z0 and z1 of the first are equal): "
                             "delete one of them")
-        seen[first] = folder.path
+        seen[pair] = folder.path
 
 
-def split_by_share(positions, share):
-    """Return (is_real, places) of global sample positions, int64 `(n,)`: which come from the real pairs.
+class PairSet:
+    """All pairs of some folders, one after the other."""
 
-    Sample s is real if floor((s+1)·share) > floor(s·share), so that every stretch of the sequence, whichever
-    process reads it, has its share. places: number of samples of the same kind before s.
-    """
-    before = positions * share.numerator // share.denominator
-    is_real = (positions + 1) * share.numerator // share.denominator > before
-    return is_real, np.where(is_real, before, positions - before)
-
-
-class PairBatches:
-    """The batches of stored pairs.
-
-    `batch(update, low, high)` holds the pairs at places [low, high) of the global batch of `update`: a pure
-    function of (seed, update, place). Pairs that stay on disk are read one update ahead.
-    """
-
-    def __init__(self, pairs, config, device, real_count=0):
-        """Take a `PairSet`, whose last `real_count` pairs are the real ones, the config and the device."""
-        self.pairs, self.device, self.batch_size = pairs, torch.device(device), config.training.batch_size
-        self.flips = Flips(config.seed, self.batch_size, config.flow.h_flip, config.data.use_aug)
-        self.first_real = len(pairs) - real_count
-        self.order = EndlessOrder(self.first_real, 1, config.seed)
-        self.real_order = EndlessOrder(real_count, 1, config.seed) if real_count else None
-        share = config.flow.real_data_share if real_count else 0
-        self.real_share = fractions.Fraction(share).limit_denominator(10**6)
-        size = len(pairs) * 2 * 4 * int(np.prod(pairs.shape))
-        keep = {"true": True, "false": False, "auto": self.device.type == "cuda" and fits(size, self.device)}
-        self.resident = pairs.on_device(self.device) if keep[config.data.on_device] else None
-        self.read = ReadAhead(self._read, self.device)
+    def __init__(self, folders, num_classes):
+        """Take `PairFolder`s of one shape; num_classes: width of the labels, 0 for none."""
+        self.folders, self.num_classes, self.shape = folders, num_classes, folders[0].shape
+        self.ends = np.cumsum([len(folder) for folder in folders])
+        self.nbytes = len(self) * 2 * 4 * int(np.prod(self.shape))
 
     def __len__(self):
-        """Return the number of pairs, real ones not counted."""
-        return self.first_real
+        """Return the number of pairs."""
+        return int(self.ends[-1])
 
-    @property
-    def shape(self):
-        """Shape (C, H, W) of an image."""
-        return self.pairs.shape
+    def take(self, indices):
+        """Return {"z0", "z1": float32 `(n, C, H, W)`, "label": one-hot float32 `(n, num_classes)`} of `indices` `(n,)`.
 
-    def batch(self, update, low, high):
-        """Return the `Batch` of places [low, high) of `update`, on the device."""
-        if self.resident:
-            indices = to_device(torch.from_numpy(self._indices(update, low, high)), self.device)
-            z0, z1, label = (None if rows is None else rows[indices] for rows in self.resident)
-        else:
-            rows = self.read(update, low, high)
-            z0, z1, label = (None if part is None else part.to(self.device, non_blocking=True) for part in rows)
-        z0, z1 = self.flips(update, low, high, z0, z1)
-        return Batch(z0=z0, z1=z1, label=label)
+        There is no label without classes.
+        """
+        taken = {name: torch.empty(len(indices), *self.shape) for name in ("z0", "z1")}
+        if self.num_classes:
+            taken["label"] = torch.empty(len(indices), self.num_classes)
+        homes = np.searchsorted(self.ends, indices, side="right")
+        for home in np.unique(homes):
+            folder, places = self.folders[home], np.flatnonzero(homes == home)
+            rows = indices[places] - (self.ends[home] - len(folder))
+            taken["z0"][places], taken["z1"][places] = as_float(folder.z0[rows]), as_float(folder.z1[rows])
+            if self.num_classes:
+                taken["label"][places] = as_one_hot(folder.label[rows], self.num_classes)
+        return taken
 
-    def _read(self, update, low, high):
-        """Return (z0, z1, label) in host memory, pinned when a GPU will fetch them."""
-        rows = self.pairs.take(self._indices(update, low, high))
-        return [part if part is None or self.device.type != "cuda" else part.pin_memory() for part in rows]
 
-    def _indices(self, update, low, high):
-        """Return the pairs at places [low, high) of `update`, int64 `(high - low,)`."""
-        is_real, places = split_by_share(update * self.batch_size + np.arange(low, high), self.real_share)
-        indices = np.empty_like(places)
-        for chosen, order, offset in ((~is_real, self.order, 0), (is_real, self.real_order, self.first_real)):
-            if chosen.any():
-                first, last = places[chosen][[0, -1]]
-                indices[chosen] = offset + order.indices(0, int(first), int(last) + 1)
-        return indices
+class MixedOrder:
+    """Generated pairs 0..count-1 mixed with a share of the `real_count` after them, each kind in an order of its own.
+
+    Sample s of the sequence is real if floor((s+1)·share) > floor(s·share), so that every stretch of it, whichever
+    process reads it, has its share.
+    """
+
+    def __init__(self, count, real_count, share, batch_size, seed):
+        """Take the numbers of pairs, the share of real ones in [0, 1], the global batch size and the seed."""
+        self.count, self.batch_size = count, batch_size
+        self.share = fractions.Fraction(share).limit_denominator(10**6)
+        self.orders = EndlessOrder(count, 1, seed), EndlessOrder(real_count, 1, seed)
+
+    def indices(self, update, low, high):
+        """Return the pairs at places [low, high) of the batch of `update`: int64 array `(high - low,)`."""
+        is_real, places = self.split(update * self.batch_size + np.arange(low, high))
+        for real, order in enumerate(self.orders):
+            if (chosen := is_real == real).any():
+                first, last = places[chosen][[0, -1]]  # consecutive
+                places[chosen] = real * self.count + order.indices(0, int(first), int(last) + 1)
+        return places
+
+    def split(self, positions):
+        """Return (is_real, places) of positions in the sequence: the number of samples of the same kind before each."""
+        before = positions * self.share.numerator // self.share.denominator
+        is_real = (positions + 1) * self.share.numerator // self.share.denominator > before
+        return is_real, np.where(is_real, before, positions - before)
 
 
 def create_pair_batches(config, device):
-    """Return the `PairBatches` of `config.data.reflow_data_root`, with the real pairs that the config mixes in.
+    """Return the `Batches` of `config.data.reflow_data_root`, with the real pairs that the config mixes in.
 
     Raises UserError for pairs that cannot be trained on with this config.
     """
-    folders, real = open_pairs(config.data.reflow_data_root, config), []
+    data, size, share = config.data, config.training.batch_size, config.flow.real_data_share
+    folders = open_pairs(data.reflow_data_root, config)
     count = sum(map(len, folders))
-    if count < config.training.batch_size:
-        raise UserError(f"{config.data.reflow_data_root} holds {count} pairs, fewer than training.batch_size "
-                        f"{config.training.batch_size}: lower it or make more pairs")
-    if config.flow.real_data_share > 0:
-        if not config.data.real_pairs_root:
+    if count < size:
+        raise UserError(f"{data.reflow_data_root} holds {count} pairs, fewer than training.batch_size {size}: lower it "
+                        "or make more pairs")
+    order = EndlessOrder(count, size, config.seed)
+    if share > 0:
+        if not data.real_pairs_root:
             raise UserError("config.flow.real_data_share is above 0, but config.data.real_pairs_root is empty: make "
                             "pairs with sampling.direction from_z1 and name their folder")
-        real = open_pairs(config.data.real_pairs_root, config)
-        check_origins([*folders, *real], SAME_ORIGIN[1:])
-    try:
-        return PairBatches(PairSet([*folders, *real], config.data.num_classes), config, device, sum(map(len, real)))
-    except torch.OutOfMemoryError:
-        raise UserError(f"data.on_device {config.data.on_device}: {count} pairs do not fit: read them from disk with "
-                        "data.on_device false") from None
+        folders += open_pairs(data.real_pairs_root, config)
+        check_origins(folders, SAME_ORIGIN[1:])
+        order = MixedOrder(count, sum(map(len, folders)) - count, share, size, config.seed)
+    flips = Flips(config.seed, size, config.flow.h_flip, data.use_aug)
+    return Batches(PairSet(folders, data.num_classes), order, flips, device, data.on_device, data.num_classes)

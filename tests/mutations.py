@@ -47,7 +47,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("train.py", "group[\"lr\"] = self.learning_rate(update)", "pass", REFERENCE),
     ("train.py", "self.optimizer.zero_grad(set_to_none=True)", "pass", REFERENCE),
     ("train.py", "self.network.train()", "self.network.eval()", REFERENCE),
-    ("datasets/batches.py", "self._draw(update, seeds.FLIP", "self._draw(0, seeds.FLIP", REFERENCE),
+    ("datasets/batches.py", "step_generator(self.seed, update,", "step_generator(self.seed, 0,", REFERENCE),
     ("runtime/seeds.py", "SeedSequence([seed, update, stream])", "SeedSequence([seed, update])", REFERENCE),
     ("runtime/seeds.py", "SeedSequence([seed, update, rank, DROPOUT])", "SeedSequence([seed, update, DROPOUT])",
      REFERENCE),

@@ -29,7 +29,7 @@ def main(config, args, given):
         print(f"pairs: {len(source)} of shape {_times(source.shape)} (C×H×W) in {config.data.reflow_data_root}; "
               "tools.check_pairs looks at all of them")
     else:
-        print("\n".join(describe_images(source.image_set)))
+        print("\n".join(describe_images(source.samples)))
     save_grid(args.out, first_images(source, config.training.batch_size, args.images), args.columns)
     print(f"picture: {args.out} (what the loader yields first, flips included)")
 

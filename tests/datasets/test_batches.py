@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets import ImageSet, batches
-from datasets.batches import EndlessOrder, Flips, ImageBatches, copy_to_device, fits, one_hot, pixels_to_float
+from datasets.batches import Batches, EndlessOrder, Flips, copy_to_device, fits, one_hot, pixels_to_float
 from runtime.errors import UserError
 from tests.datasets.image_files import random_images
 
@@ -16,7 +16,7 @@ SET = ImageSet(random_images(50, 3, 8), np.arange(50) % 10, None, "fifty images"
 
 
 def make_batches(on_device="auto", mirror=True, use_aug=False):
-    return ImageBatches(SET, 16, 7, CPU, on_device=on_device, num_classes=10, flips=Flips(7, 16, mirror, use_aug))
+    return Batches(SET, EndlessOrder(50, 16, 7), Flips(7, 16, mirror, use_aug), CPU, on_device, num_classes=10)
 
 
 def test_an_unflipped_batch_is_the_images_of_its_order_with_their_labels():
@@ -28,7 +28,7 @@ def test_an_unflipped_batch_is_the_images_of_its_order_with_their_labels():
     assert source.batch(0, 0, 16).z1.shape[1:] == source.shape and len(source) == 50
 
 
-@pytest.mark.parametrize("on_device", ["auto", "false"])
+@pytest.mark.parametrize("on_device", ["auto", "false", "true"])
 def test_processes_and_accumulation_steps_see_parts_of_one_batch(on_device):
     whole, parts = make_batches(use_aug=True), make_batches(on_device, use_aug=True)
     for update in (0, 1, 2, 9, 3):  # in order, then jumps forward and back, as after a restored state
@@ -71,21 +71,15 @@ def test_about_half_of_the_samples_are_flipped_each_on_its_own():
     assert 270 < turned < 370  # of 640: mean 320, standard deviation 12.6
 
 
-def test_streamed_images_are_gathered_one_update_ahead_and_no_further():
+def test_streamed_images_are_read_one_update_ahead_and_no_further():
     source = make_batches("false")
     for update in range(5):
         for low in (0, 8):
             source.batch(update, low, low + 8)
-        assert {key[0] for key in source.gathered.waiting} == {update + 1}
-        assert len(source.gathered.waiting) == 2
+        assert {key[0] for key in source.read.waiting} == {update + 1}
+        assert len(source.read.waiting) == 2
     source.batch(100, 0, 16)
-    assert {key[0] for key in source.gathered.waiting} == {101}
-
-
-def test_on_a_cpu_images_stay_where_they_are_unless_streaming_is_asked_for():
-    for on_device, streamed in (("auto", False), ("true", False), ("false", True)):
-        source = make_batches(on_device)
-        assert (source.gathered is not None) == streamed and source.resident is None
+    assert {key[0] for key in source.read.waiting} == {101}
 
 
 def test_a_gpu_keeps_only_images_that_leave_room_for_the_network(monkeypatch):
@@ -95,7 +89,9 @@ def test_a_gpu_keeps_only_images_that_leave_room_for_the_network(monkeypatch):
 
 def test_images_that_live_on_the_device_are_copied_whole(monkeypatch):
     monkeypatch.setattr(batches, "COPIED_AT_ONCE", 7)
-    assert torch.equal(copy_to_device(SET.images, CPU, "true"), torch.from_numpy(SET.images))
+    whole = copy_to_device(SET, CPU)
+    assert torch.equal(whole["z1"], torch.from_numpy(SET.images))
+    assert torch.equal(whole["label"], torch.from_numpy(SET.labels))
 
 
 def test_images_that_were_told_to_live_on_a_full_gpu_are_one_sentence(monkeypatch):
@@ -104,7 +100,7 @@ def test_images_that_were_told_to_live_on_a_full_gpu_are_one_sentence(monkeypatc
 
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(UserError, match="data.on_device true: .* do not fit: .*data.on_device false"):
-        copy_to_device(SET.images, torch.device("cuda"), "true")
+        make_batches("true")
 
 
 def test_labels_become_one_hot_float():
