@@ -6,7 +6,6 @@ not computed again. torchrun splits the samples over its processes.
 
 from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
 
-import contextlib
 import datetime
 import functools
 import json
@@ -14,6 +13,7 @@ import pathlib
 import sys
 import time
 
+import numpy as np
 import torch
 
 from configs.command_line import run_script
@@ -26,12 +26,12 @@ from metrics.features import check_finite, quantise
 from metrics.image_files import open_images
 from metrics.reference import Reference
 from metrics.scores import compare, nearest_distances
-from metrics.statistics import gather_rows, measure, measure_source, share_of, sum_over_processes
+from metrics.statistics import gather, measure, measure_source, share_of
 from metrics.sweep import read_checkpoints, run_folder
 from models.checkpoint import config_of_run, is_remote, network_of
 from models.describe import cost_line, cost_of
 from runtime.devices import in_precision, memory_errors, set_precision, start_processes, stop_processes
-from runtime.files import state_digest
+from runtime.files import atomic_path, state_digest
 from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise
 
@@ -57,8 +57,8 @@ def main(config, args, given):
     try:
         with memory_errors("lower config.eval.batch_size, or free memory of the GPU"):
             path, done = (measure_files if args.data_dir else measure_checkpoints)(config, args, given, processes)
-        best = results_file.best_of(done)
-        name = results_file.main_metric(best)
+        name = results_file.main_metric(done[0])
+        best = min(done, key=lambda result: result[name])
         processes.say(f"{results_file.table(done)}\nbest: {best['checkpoint']}, {results_file.TITLES[name]} "
                       f"{best[name]:.4g}; results in {path}")
     finally:
@@ -67,27 +67,30 @@ def main(config, args, given):
 
 def measure_checkpoints(config, args, given, processes):
     """Measure every checkpoint of --ckpt_dir that has no result yet; return (results file, results of the sweep)."""
-    path = results_file.results_path(results_folder(args.ckpt_dir, config.work_dir))
-    reference, cost, done, said = None, None, [], set()
+    folder = pathlib.Path(args.ckpt_dir)
+    if is_remote(args.ckpt_dir):  # an address has no folder of its own
+        folder = pathlib.Path(config.work_dir, folder.stem)
+    elif folder.is_file():
+        folder = run_folder(folder)
+    path, say_once = results_file.results_path(folder), functools.cache(processes.say)
+    reference, cost, done = None, {}, []
     for checkpoint in read_checkpoints(args.ckpt_dir, config.eval, processes):
-        name = pathlib.Path(checkpoint["path"]).name
         own, remarks = config_of_run(config, checkpoint, given)
-        for remark in [remark for remark in remarks if remark not in said]:
-            processes.say(f"{checkpoint['path']}: {remark}")
-        said.update(remarks)
+        for remark in remarks:
+            say_once(f"{args.ckpt_dir}: {remark}")
         if reference is None or reference.config.data != own.data:
             reference = Reference(own, args.target_path, processes)
-        identity = {"checkpoint": name, "digest": checkpoint["digest"], "weights": "EMA" if args.use_ema else "raw",
-                    **sampling_identity(own), **reference.identity}
+        identity = {"checkpoint": pathlib.Path(checkpoint["path"]).name, "digest": checkpoint["digest"],
+                    "weights": "EMA" if args.use_ema else "raw", **sampling_identity(own), **reference.identity}
         result = earlier_result(path, identity, args.force, processes)
         if result is None:
             net = network_of(own, checkpoint, args.use_ema, processes.device)
-            if cost is None:
+            if not cost:
                 cost = cost_of(net)
                 processes.say(cost_line(cost))
-            result = identity | {"step": int(checkpoint.get("step", 0))} | cost
-            result |= measure_network(net, pathlib.Path(name).stem, own, reference, path, processes)
-            publish(result, path, processes)
+            found, samples = measure_network(net, pathlib.Path(identity["checkpoint"]).stem, own, reference)
+            result = identity | {"step": int(checkpoint.get("step", 0))} | cost | found
+            publish(result, path, processes, samples)
         done.append(result)
     return path, done
 
@@ -100,7 +103,10 @@ def measure_files(config, args, given, processes):
     spread = ", evenly spread over them" if count < len(source) else ""
     processes.say(f"{count} of the {len(source)} images in {args.data_dir} are measured{spread}")
     reference = Reference(config, args.target_path, processes)
-    reference.check_samples(source)
+    if reference.source is not None and source.shape[1:] != reference.source.shape[1:]:
+        ours, theirs = ("×".join(map(str, images.shape[1:])) for images in (source, reference.source))
+        processes.say(f"{source.name}: its images are {ours}, those they are compared with {theirs}: "
+                      "Inception resizes both, and the distance measures that, too")
     identity = {"checkpoint": source.path.name, "digest": state_digest(source.path), "sampler": None,
                 "num_samples": count, "seeds": {"subsets": config.seed}, **reference.identity}
     result = earlier_result(path, identity, args.force, processes)
@@ -112,51 +118,32 @@ def measure_files(config, args, given, processes):
     return path, [result]
 
 
-def results_folder(ckpt_dir, work_dir):
-    """Return the folder whose eval/ takes the results: the run folder, also of a single checkpoint file.
-
-    What has an address has none: its results go to a folder of its name in config.work_dir.
-    """
-    if is_remote(ckpt_dir):
-        return pathlib.Path(work_dir, pathlib.Path(ckpt_dir).stem)
-    return run_folder(ckpt_dir) if pathlib.Path(ckpt_dir).is_file() else pathlib.Path(ckpt_dir)
-
-
 def sampling_identity(config):
     """Return what of the sampling makes a result another: rule, steps, tolerance, noise and class of sample i."""
     sampling = config.sampling
+    shared = sampling.use_ode_sampler == "rk45" and sampling.step_control == "batch"  # one step size for a batch
     return {
-        "sampler": sampling.use_ode_sampler,
-        **sampler_values(config),
-        "eps": config.flow.eps,
-        "arithmetic": config.training.precision,
-        "init_noise_scale": sampling.init_noise_scale,
-        "class_label": sampling.class_label,
-        "num_classes": config.data.num_classes,
-        "batch_size": config.eval.batch_size if steps_depend_on_batch(config) else None,
-        "num_samples": config.eval.num_samples,
-        "seeds": {"samples": config.seed, "subsets": config.seed},
+        "sampler": sampling.use_ode_sampler, **sampler_values(config), "eps": config.flow.eps,
+        "arithmetic": config.training.precision, "init_noise_scale": sampling.init_noise_scale,
+        "class_label": sampling.class_label, "num_classes": config.data.num_classes,
+        "batch_size": config.eval.batch_size if shared else None,
+        "num_samples": config.eval.num_samples, "seeds": {"samples": config.seed, "subsets": config.seed},
     }
 
 
-def steps_depend_on_batch(config):
-    """Return whether the samples of a batch share their steps, so that another batch size gives other samples."""
-    return config.sampling.use_ode_sampler == "rk45" and config.sampling.step_control == "batch"
+def measure_network(net, title, config, reference):
+    """Sample from `net`; return the measured part of a result and, for config.eval.save_samples, the samples.
 
-
-def measure_network(net, stem, config, reference, path, processes):
-    """Sample from `net` and return the measured part of a result."""
+    The samples are those of this process, a list of uint8 tensors (N, C, H, W).
+    """
     count, shape = config.eval.num_samples, (config.data.num_channels, config.data.image_size, config.data.image_size)
-    first, last = share_of(processes.rank, processes.world_size, count)
-    nfes = [torch.zeros(0, dtype=torch.int64)]
-    batches = sample_batches(net, config, shape, range(first, last), processes, stem, nfes.append)
-    sampler = results_file.sampler_name(sampling_identity(config)).split()[0]
-    store = results_file.sample_store(path.with_name(f"{stem}_{sampler}.npy"), count, shape, processes)
-    with store if config.eval.save_samples else contextlib.nullcontext() as keep:
-        measured = functools.partial(measure, batches, reference.extractor, first, count, processes.device, stem)
-        found = measure_images(measured, reference, keep)
-    evaluations = sum_over_processes(torch.cat(nfes).sum().to(processes.device)).item()
-    return {"nfe": evaluations / count} | found
+    processes, nfes, samples = reference.processes, [], [torch.empty(0, *shape, dtype=torch.uint8)]
+    mine = share_of(processes, count)
+    batches = sample_batches(net, config, shape, mine, processes, title, nfes.append)
+    keep = [lambda first, images: samples.append(images.cpu())] if config.eval.save_samples else []
+    measured = functools.partial(measure, batches, reference.extractor, mine.start, count, processes.device, title)
+    found = measure_images(measured, reference, keep)
+    return {"nfe": sum(gather(sum(nfe.sum().item() for nfe in nfes))) / count} | found, samples if keep else None
 
 
 def sample_batches(net, config, shape, indices, processes, title, count_evaluations):
@@ -177,7 +164,7 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
                     x, nfe = sample(velocity, z, draw_labels(config, part, device), indices=part, batch_size=size,
                                     finished=bar.update)
             except torch.OutOfMemoryError:
-                if size == 1 or steps_depend_on_batch(config):
+                if size == 1 or sampling_identity(config)["batch_size"]:
                     raise
                 size, bar.n = size // 2, low
                 print(f"the GPU's memory does not hold config.eval.batch_size {2 * size}: going on with {size}",
@@ -200,11 +187,8 @@ def draw_labels(config, indices, device):
     return one_hot((labels if chosen < 0 else torch.full_like(labels, chosen)).to(device), classes)
 
 
-def measure_images(measured, reference, keep=None):
-    """Return {what: value}, all metrics of images whose `Statistics` are `measured(observers)`.
-
-    keep: called with the number of a batch's first image and the batch, if given.
-    """
+def measure_images(measured, reference, observers=()):
+    """Return {what: value}, all metrics of images whose `Statistics` are `measured(observers=observers)`."""
     config, processes, training_images = reference.config, reference.processes, reference.training_images
     target = reference.statistics  # measured by all processes together, once for all checkpoints
     started, distances = time.monotonic(), [torch.zeros(0)]
@@ -214,42 +198,47 @@ def measure_images(measured, reference, keep=None):
         if training_images is not None and len(asked) and images.shape[1:] == training_images.images.shape[1:]:
             distances.append(nearest_distances(asked, training_images.images).cpu())
 
-    samples = measured(observers=[find_nearest, keep] if keep else [find_nearest])
-    distances = gather_rows(torch.cat(distances))
+    samples = measured(observers=[find_nearest, *observers])
+    distances = torch.cat(gather(torch.cat(distances)))
     return processes.from_main(lambda: {
         **compare(samples, target, reference.extractor, processes.device, config.seed, reference.radii,
                   config.training.progress),
         "nn_distance": distances.median().item() if len(distances) else None,
-        "nn_distance_real": reference.nn_distance_real,
-        "reference": target.name,
-        "protocol": reference.extractor.protocol,
-        "seconds": round(time.monotonic() - started, 2),
-        "processes": processes.world_size,
-        "versions": results_file.versions(processes.device),
+        "nn_distance_real": reference.nn_distance_real, "reference": target.name,
+        "protocol": reference.extractor.protocol, "seconds": round(time.monotonic() - started, 2),
+        "processes": processes.world_size, "versions": results_file.versions(processes.device),
     })
 
 
 def earlier_result(path, identity, force, processes):
     """Return in all processes the result in the file `path` that has this identity, or None; --force finds none."""
-    found = None if force else processes.from_main(
-        lambda: results_file.find_result(results_file.read_results(path), identity))
+    found = None if force else processes.from_main(lambda: results_file.newest_of_each(
+        results_file.read_results(path)).get(results_file.key_of(identity)))
     if found is not None:
         processes.say(f"{identity['checkpoint']}: already measured ({path}); --force measures it again")
     return found
 
 
-def publish(result, path, processes):
-    """Say a result on the terminal, and write it to its file; what cannot be written is printed whole."""
+def publish(result, path, processes, samples=None):
+    """Say a result on the terminal and write it to its file; what cannot be written is printed whole.
+
+    samples: of this process, as `measure_network` returns them; those of all go into an npy beside the file.
+    """
     processes.say(results_file.protocol_line(result))
+    images = samples and torch.cat(gather(torch.cat(samples))).numpy()
 
     def write():
         try:
             results_file.append_result(path, result)
-            results_file.draw_figure(path.with_name("fid.png"),
-                                     results_file.newest_of_each(results_file.read_results(path)))
+            newest = results_file.newest_of_each(results_file.read_results(path)).values()
+            results_file.draw_figure(path.with_name("fid.png"), newest)
         except OSError:
             print(json.dumps(result, ensure_ascii=False), flush=True)
             raise
+        if samples:
+            name = f"{pathlib.Path(result['checkpoint']).stem}_{results_file.sampler_name(result).split()[0]}.npy"
+            with atomic_path(path.with_name(name)) as temporary:
+                np.save(temporary, images)
 
     processes.from_main(write)
 

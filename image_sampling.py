@@ -79,7 +79,7 @@ def checkpoint_paths(place, settings, given):
     if not numbered_checkpoints(folder):
         raise UserError(f"--sampling_dir {place} has no checkpoint_{{k}}.pth in {folder}; train first, or name a "
                         "run folder")
-    return [path for path, _ in sweep(folder, begin, end, read=lambda path: None, skipped=lambda first, last: None)]
+    return list(sweep(folder, begin, end, read=lambda path: path))
 
 
 def sample_checkpoint(path, config, args, given, device):

@@ -17,6 +17,10 @@ INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrain
 INCEPTION_DIMENSION = 2048
 INCEPTION_BATCH = 128  # images that go through it at a time: 1 GB of activations
 LARGEST_PIXEL_DIMENSION = 4096  # beyond it the covariance has more entries than samples can estimate
+INCEPTION_NAMES = {"frechet": "fid", "kernel": "kid", "precision": "precision", "recall": "recall",
+                   "inception": "inception_score", "inception_std": "inception_score_std"}
+PIXEL_NAMES = {"frechet": "pixel_frechet_distance", "kernel": "pixel_kernel_distance",
+               "precision": "pixel_precision", "recall": "pixel_recall"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +40,6 @@ class FeatureExtractor:
     names: dict
     protocol: str
     digest: str | None = None
-
-
-INCEPTION_NAMES = {"frechet": "fid", "kernel": "kid", "precision": "precision", "recall": "recall",
-                   "inception": "inception_score", "inception_std": "inception_score_std"}
-PIXEL_NAMES = {"frechet": "pixel_frechet_distance", "kernel": "pixel_kernel_distance",
-               "precision": "pixel_precision", "recall": "pixel_recall"}
 
 
 def check_finite(images, numbers, name, advice):
@@ -70,64 +68,46 @@ def create_extractor(config, device):
 
 
 def pixel_extractor(dimension):
-    """Return the extractor whose features are the `dimension` = C·H·W pixels themselves."""
+    """Return the extractor whose features are the `dimension` = C·H·W pixels themselves; UserError for too many."""
     if dimension > LARGEST_PIXEL_DIMENSION:
-        raise UserError(
-            f"config.eval.feature_extractor pixels is for small images: {dimension} numbers an image are more than "
-            f"{LARGEST_PIXEL_DIMENSION}; use inception"
-        )
+        raise UserError(f"config.eval.feature_extractor pixels is for small images: {dimension} numbers an image are "
+                        f"more than {LARGEST_PIXEL_DIMENSION}; use inception")
     return FeatureExtractor("pixels", dimension, pixel_features, None, PIXEL_NAMES,
                             "pixels in [-1, 1], uint8 by truncation")
 
 
 def inception_extractor(path, device):
-    """Return clean-fid's `legacy_tensorflow` Inception from the TorchScript file `path`.
+    """Return clean-fid's `legacy_tensorflow` Inception from the TorchScript file `path`, in full float32.
 
-    The network resizes images of any size itself. Features and probabilities are computed in full float32.
-    Raises UserError if the file is missing or is no such TorchScript.
+    The network resizes images of any size itself. Raises UserError if the file is missing or is no such TorchScript.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"config.eval.inception_path: {path} does not exist; it is clean-fid's file, to be had from "
-                        f"{INCEPTION_URL}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch would rather have torch.export's files; there is none of this one
             network = torch.jit.load(str(path), map_location=device).eval()
-        classifier = _classifier_weight(network)
+        weights = [p.detach().float() for p in network.parameters() if p.shape[1:] == (INCEPTION_DIMENSION,)]
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is not a TorchScript file of clean-fid's Inception ({str(error).splitlines()[0]}); "
-                        f"get it again from {INCEPTION_URL}") from None
+        raise UserError(f"config.eval.inception_path: {path} is not a TorchScript file of clean-fid's Inception "
+                        f"({str(error).splitlines()[0]}); get it from {INCEPTION_URL}") from None
 
     @torch.no_grad()
     def features(images):
-        if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
+        images = images.expand(-1, 3, -1, -1)
         with full_float32():
             found = [network(part.float(), return_features=True) for part in images.split(INCEPTION_BATCH)]
         return torch.cat(found).reshape(len(images), INCEPTION_DIMENSION)
 
     @torch.no_grad()
     def probabilities(features):
+        # The last layer without its bias (`no_output_bias`), as the score's usual implementation: so the images need
+        # not go through the network twice.
         with full_float32():
-            return (features @ classifier.T).softmax(1)
+            return (features @ weights[0].T).softmax(1)
 
     digest = file_digest(path)
-    return FeatureExtractor(
-        "inception", INCEPTION_DIMENSION, features, probabilities if classifier is not None else None,
-        INCEPTION_NAMES, "uint8 by truncation, clean-fid legacy_tensorflow Inception "
-        f"({path.name} {digest}) in float32", digest,
-    )
-
-
-def _classifier_weight(network):
-    """Return the weight (classes, 2048) of the last layer, which the Inception score needs, or None.
-
-    The score's usual implementation leaves the bias out (`no_output_bias`); then the probabilities are the
-    softmax of features times this weight, and the images need not go through the network twice.
-    """
-    found = [p for p in network.parameters() if p.ndim == 2 and p.shape[1] == INCEPTION_DIMENSION]
-    return found[0].detach().float() if len(found) == 1 else None
+    return FeatureExtractor("inception", INCEPTION_DIMENSION, features, probabilities if len(weights) == 1 else None,
+                            INCEPTION_NAMES, "uint8 by truncation, clean-fid legacy_tensorflow Inception "
+                            f"({pathlib.Path(path).name} {digest}) in float32", digest)
 
 
 @contextlib.contextmanager
@@ -136,12 +116,10 @@ def full_float32():
 
     `torch.backends.cudnn.flags` would set its other flags to their defaults, too, and with them cuDNN itself off.
     """
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
-        for backend in backends:
-            backend.allow_tf32 = False
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        matmul.allow_tf32, cudnn.allow_tf32 = before

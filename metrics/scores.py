@@ -1,5 +1,6 @@
 """The numbers: Fréchet and kernel distance, precision and recall, Inception score, nearest images."""
 
+import contextlib
 import hashlib
 import pathlib
 import sys
@@ -25,7 +26,10 @@ def compare(samples, reference, extractor, device, seed, radii=None, progress="a
     the Inception score an extractor with classes. `seed` draws the subsets of the kernel distance and the splits of
     the score. radii: of the reference (`neighbour_radii`); None leaves precision and recall out.
     """
-    warn_of_few(samples, extractor)
+    if samples.count <= extractor.dimension:
+        print(f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is singular and "
+              "the Fréchet distance comes out too large (its bias falls as 1 / samples); compare it only with "
+              "distances of equally many samples, and quote none below 50,000", file=sys.stderr)
     values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
     features = samples.features.to(device)
     if reference.features is not None:
@@ -37,17 +41,6 @@ def compare(samples, reference, extractor, device, seed, radii=None, progress="a
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(device)
         values["inception"], values["inception_std"] = inception_score(extractor.probabilities(features)[order])
     return {name: values.get(key) for key, name in extractor.names.items()}
-
-
-def warn_of_few(samples, extractor):
-    """Say on stderr that a covariance of fewer samples than features is singular and the distance too large."""
-    if samples.count <= extractor.dimension:
-        print(
-            f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is singular and "
-            "the Fréchet distance comes out too large (its bias falls as 1 / samples); compare it only with "
-            "distances of equally many samples, and quote none below 50,000",
-            file=sys.stderr,
-        )
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -83,10 +76,9 @@ def check_gaussian(mu, sigma, name="statistics for the Fréchet distance"):
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise UserError(f"{name}: mu or sigma holds NaN or infinite numbers")
     allowed = INDEFINITE * sigma.abs().max()
-    if (sigma - sigma.T).abs().max() > allowed:
-        raise UserError(f"{name}: sigma is not symmetric, so it is no covariance")
-    if torch.linalg.cholesky_ex(sigma + allowed * torch.eye(len(mu)).to(sigma)).info and sigma.any():
-        raise UserError(f"{name}: sigma has negative eigenvalues, so it is no covariance")
+    indefinite = sigma.any() and torch.linalg.cholesky_ex(sigma + allowed * torch.eye(len(mu)).to(sigma)).info
+    if indefinite or (sigma - sigma.T).abs().max() > allowed:
+        raise UserError(f"{name}: sigma is not symmetric or has negative eigenvalues, so it is no covariance")
 
 
 def _factor(sigma):
@@ -113,7 +105,8 @@ def kernel_distance(features1, features2, generator, subsets=SUBSETS, subset_siz
     total = torch.zeros((), dtype=torch.float64, device=features1.device)
     for _ in range(subsets):
         x, y = (f[torch.randperm(len(f), generator=generator)[:size].to(f.device)] for f in scaled)
-        within = _sum_of_cubes(x, x) + _sum_of_cubes(y, y) - _sum_of_own(x) - _sum_of_own(y)
+        own = [(rows.square().sum(1).double() ** 3).sum() for rows in (x, y)]  # each row with itself
+        within = _sum_of_cubes(x, x) + _sum_of_cubes(y, y) - own[0] - own[1]
         total += within / (size * (size - 1)) - 2 * _sum_of_cubes(x, y) / size**2
     return (total / subsets).item()
 
@@ -122,11 +115,6 @@ def _sum_of_cubes(x, y):
     """Return the sum of the kernel over all pairs: products in float32, the sum in float64."""
     products = (x @ y.T).double()
     return torch.dot(products.square().flatten(), products.flatten())
-
-
-def _sum_of_own(x):
-    """Return the sum of the kernel of each row with itself."""
-    return (x.square().sum(1).double() ** 3).sum()
 
 
 @full_float32()
@@ -138,13 +126,12 @@ def precision_recall(samples, reference, reference_radii=None, progress="auto", 
     Rows are compared `chunk` at a time. Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1 and 2.
     """
     if reference_radii is None:
-        reference_radii = neighbour_radii(reference, "neighbours in the reference", progress, chunk)
-    radii = neighbour_radii(samples, "precision and recall 1/2", progress, chunk)
+        reference_radii = neighbour_radii(reference, progress, chunk)
     inside = 0
     covered = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
-    with progress_bar(total=len(samples), desc="precision and recall 2/2", unit="rows", enabled=progress) as bar:
-        for part, reach in zip(samples.split(chunk), radii.split(chunk), strict=True):
-            distances = torch.cdist(part, reference)
+    with progress_bar(total=len(samples), desc="precision and recall", unit="rows", enabled=progress) as bar:
+        for part in samples.split(chunk):
+            reach, distances = _reach(part, samples), torch.cdist(part, reference)
             inside += (distances <= reference_radii).any(1).sum()
             covered |= (distances <= reach[:, None]).any(0)
             bar.update(len(part))
@@ -152,36 +139,31 @@ def precision_recall(samples, reference, reference_radii=None, progress="auto", 
 
 
 @full_float32()
-def neighbour_radii(points, title, progress="auto", chunk=2048):
-    """Return the distance of each of `points` (M, D) to its k-th nearest other point (itself is the nearest of all)."""
-    k, found = min(NEIGHBOURS + 1, len(points)), []
-    with progress_bar(total=len(points), desc=title, unit="rows", enabled=progress) as bar:
+def neighbour_radii(points, progress="auto", chunk=2048):
+    """Return the distance of each of `points` (M, D) to its k-th nearest other point, (M,)."""
+    found = []
+    with progress_bar(total=len(points), desc="neighbours in the reference", unit="rows", enabled=progress) as bar:
         for part in points.split(chunk):
-            found.append(torch.cdist(part, points).kthvalue(k).values)
+            found.append(_reach(part, points))
             bar.update(len(part))
     return torch.cat(found)
 
 
-def kept_radii(features, folder, progress="auto"):
-    """Return `neighbour_radii` of reference features (M, D), from a file in `folder` where they were computed before.
+def _reach(part, points):
+    """Return the distances of some of `points` to their k-th nearest other point (itself is the nearest of all)."""
+    return torch.cdist(part, points).kthvalue(min(NEIGHBOURS + 1, len(points))).values
 
-    The file's name has the digest of the features, so that it never belongs to others.
-    """
+
+def kept_radii(features, folder, progress="auto"):
+    """Return `neighbour_radii` of features (M, D), kept in a file of `folder` whose name has the features' digest."""
     digest = hashlib.sha256(np.ascontiguousarray(features.cpu().numpy())).hexdigest()[:16]
     path = pathlib.Path(folder) / f"neighbour_radii_{NEIGHBOURS}_{digest}.npy"
     if path.is_file():
-        try:
-            radii = torch.from_numpy(np.load(path, allow_pickle=False))
-            if radii.shape == (len(features),) and radii.dtype == torch.float32:
-                return radii
-        except (OSError, ValueError, EOFError):
-            pass  # damaged: computed and written again
-    radii = neighbour_radii(features, "neighbours in the reference (once)", progress).cpu()
-    try:
-        with atomic_path(path) as temporary:
-            np.save(temporary, radii.numpy())
-    except OSError as error:
-        print(f"{path} cannot be written ({error.strerror}): the next evaluation computes it again", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError, EOFError):  # damaged: computed and written again
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+    radii = neighbour_radii(features, progress).cpu()
+    with contextlib.suppress(OSError), atomic_path(path) as temporary:  # of a folder that others own: not kept
+        np.save(temporary, radii.numpy())
     return radii
 
 
@@ -201,38 +183,29 @@ def inception_score(probabilities, splits=SPLITS):
 
 
 @full_float32()
-def nearest_distances(queries, images, own=None, chunk=8192, finished=None):
+def nearest_distances(queries, images, own=None, chunk=8192, progress="false"):
     """Return the Euclidean distance of each query to its nearest image, float32 (N,): 0 for a copy.
 
     `queries` (N, …), a tensor, and `images` (M, …), an array, are uint8; distances are of their values in [-1, 1].
-    `own` (N,): the place in `images` of each query itself, which is left out. Images go through `chunk` at a time;
-    `finished(n)`, if given, is told of them. The search uses products in float32; the distance of what it finds is
-    computed from the difference, so that a copy has distance 0 exactly.
+    `own` (N,): the place in `images` of each query itself, which is left out. Images go through `chunk` at a time.
+    The search uses products in float32; the distance of what it finds is computed from the difference, so that a copy
+    has distance 0 exactly.
     """
     queries = pixel_features(queries)
     best = torch.full((len(queries),), torch.inf, device=queries.device)
     nearest = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    for low in range(0, len(images), chunk):
-        part = _take(images, slice(low, low + chunk), queries.device)
-        squared = part.square().sum(1) - 2 * queries @ part.T  # ‖q‖² does not change which is nearest
-        if own is not None:
-            here = (own >= low) & (own < low + len(part))
-            squared[here, own[here] - low] = torch.inf
-        least, place = squared.min(1)
-        better = least < best
-        best = torch.where(better, least, best)
-        nearest = torch.where(better, place + low, nearest)
-        if finished:
-            finished(len(part))
+    with progress_bar(total=len(images), desc="nearest images", unit="images", enabled=progress) as bar:
+        for low in range(0, len(images), chunk):
+            part = _take(images, slice(low, low + chunk), queries.device)
+            squared = part.square().sum(1) - 2 * queries @ part.T  # ‖q‖² does not change which is nearest
+            if own is not None:
+                here = (own >= low) & (own < low + len(part))
+                squared[here, own[here] - low] = torch.inf
+            least, place = squared.min(1)
+            nearest = torch.where(least < best, place + low, nearest)
+            best = torch.minimum(least, best)
+            bar.update(len(part))
     return (queries - _take(images, nearest.cpu().numpy(), queries.device)).norm(dim=1)
-
-
-def leave_one_out_distances(images, places, device, progress="auto"):
-    """Return the distance of the images at `places`, int64 (N,), to the nearest other image of the data set."""
-    queries = torch.from_numpy(np.array(images[places])).to(device)
-    with progress_bar(total=len(images), desc="distances among training images", unit="images",
-                      enabled=progress) as bar:
-        return nearest_distances(queries, images, torch.from_numpy(places).to(device), finished=bar.update)
 
 
 def _take(images, places, device):

@@ -24,43 +24,18 @@ class Statistics:
     name: str
 
 
-class Moments:
-    """Count, sum and sum of outer products of features, in float64 on the device where the features are."""
-
-    def __init__(self, dimension, device):
-        """Start empty for features of `dimension` numbers."""
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.total = torch.zeros(dimension, dtype=torch.float64, device=device)
-        self.products = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
-
-    def add(self, features):
-        """Take in `features` (N, dimension), of any float type."""
-        features = features.to(self.total)
-        self.count += len(features)
-        self.total += features.sum(0)
-        self.products.addmm_(features.T, features)
-
-    def mean_and_covariance(self):
-        """Return (μ (D,), Σ (D, D)) float64 over the features of all processes; Σ divides by count - 1, as `np.cov`.
-
-        Needs at least two features; every process must call it.
-        """
-        count, total, products = map(sum_over_processes, (self.count, self.total, self.products))
-        mean = total / count
-        return mean, (products - count * torch.outer(mean, mean)) / (count - 1)
-
-
 def measure(batches, extractor, first, count, device, name, observers=(), max_features=MAX_FEATURES):
     """Return the `Statistics` of `count` images, of which this process sees a stretch from number `first` on.
 
-    `batches` yields uint8 (N, C, H, W) on `device`. Each image goes through the extractor once. At most
-    `max_features` features, evenly spread over the images, are kept. Each of `observers` is called with the
-    number of a batch's first image and the batch. Every process must call it; a UserError in one is raised in all.
-    Raises UserError for fewer than two images.
+    `batches` yields uint8 (N, C, H, W) on `device`. Each image goes through the extractor once; sums are taken in
+    float64 on the device, and Σ divides by count - 1, as `np.cov`. At most `max_features` features, evenly spread
+    over the images, are kept. Each of `observers` is called with the number of a batch's first image and the batch.
+    Every process must call it; a UserError in one is raised in all. Raises UserError for fewer than two images.
     """
     if count < 2:
         raise UserError(f"{name}: there is {count} image to measure; a covariance needs at least two")
-    moments = Moments(extractor.dimension, device)
+    total = torch.zeros(extractor.dimension, dtype=torch.float64, device=device)
+    products = torch.zeros(extractor.dimension, extractor.dimension, dtype=torch.float64, device=device)
     kept = [torch.empty(0, extractor.dimension)]
     wanted = evenly_spread(min(max_features, count), count)
     error = None
@@ -69,15 +44,20 @@ def measure(batches, extractor, first, count, device, name, observers=(), max_fe
             for see in observers:
                 see(first, images)
             features = extractor.features(images)
-            moments.add(features)
+            wide = features.double()
+            total += wide.sum(0)
+            products.addmm_(wide.T, wide)
             here = wanted[(wanted >= first) & (wanted < first + len(features))] - first
             kept.append(features[torch.from_numpy(here).to(device)].float().cpu())
             first += len(features)
     except UserError as caught:
         error = caught
-    raise_everywhere(error)
-    mu, sigma = moments.mean_and_covariance()
-    return Statistics(mu, sigma, gather_rows(torch.cat(kept)), count, name)
+    errors, totals, parts, features = zip(*gather((error, total.cpu(), products.cpu(), torch.cat(kept))), strict=True)
+    for error in filter(None, errors):  # in every process: one that stopped alone would leave the others to wait
+        raise error
+    mean, products = sum(totals).to(device) / count, sum(parts).to(device)
+    sigma = (products - count * torch.outer(mean, mean)) / (count - 1)
+    return Statistics(mean, sigma, torch.cat(features), count, name)
 
 
 def measure_source(source, extractor, batch_size, processes, count=None, observers=(), max_features=MAX_FEATURES):
@@ -87,25 +67,20 @@ def measure_source(source, extractor, batch_size, processes, count=None, observe
     numbered from 0 to count - 1.
     """
     count = len(source) if count is None else count
-    first, last = share_of(processes.rank, processes.world_size, count)
-    chosen = evenly_spread(count, len(source))[first:last]
-    batches = read_batches(source, chosen, batch_size, processes)
+    mine = share_of(processes, count)
+    batches = read_batches(source, evenly_spread(count, len(source))[mine.start : mine.stop], batch_size, processes)
     part = "" if count == len(source) else f"{count} of "
-    return measure(batches, extractor, first, count, processes.device, f"{source.name}, {part}{len(source)} images",
-                   observers, max_features)
+    return measure(batches, extractor, mine.start, count, processes.device,
+                   f"{source.name}, {part}{len(source)} images", observers, max_features)
 
 
 def read_batches(source, chosen, batch_size, processes):
-    """Yield the images of an `ImageSource` at the ascending places `chosen`, uint8 on the device."""
+    """Yield the images of an `ImageSource` at the places `chosen`, uint8 on the device; then say what was converted."""
     with progress_bar(total=len(chosen), desc=f"reading {source.name}", unit="images",
                       enabled="auto" if processes.is_main else "false") as bar:
         for low in range(0, len(chosen), batch_size):
             part = chosen[low : low + batch_size]
-            if part[-1] - part[0] == len(part) - 1:
-                images = source.read(part[0], part[-1] + 1)
-            else:
-                images = torch.cat([source.read(place, place + 1) for place in part])
-            yield images.to(processes.device)
+            yield torch.cat([source.read(place, place + 1) for place in part]).to(processes.device)
             bar.update(len(part))
     if processes.is_main:
         for note, number in source.notes.items():
@@ -117,42 +92,16 @@ def evenly_spread(chosen, count):
     return np.arange(chosen) * count // max(1, chosen)
 
 
-# Bringing together what the processes of torchrun measured.
+def share_of(processes, count):
+    """Return the range of this process's samples among `count`: each process takes one stretch."""
+    rank, size = processes.rank, processes.world_size
+    return range(rank * count // size, (rank + 1) * count // size)
 
 
-def share_of(rank, world_size, count):
-    """Return (first, last): process `rank` takes the samples first ≤ i < last of `count`, in one stretch."""
-    return rank * count // world_size, (rank + 1) * count // world_size
-
-
-def sum_over_processes(tensor):
-    """Return the sum of `tensor` over all processes, in every process."""
-    if not dist.is_initialized():
-        return tensor
-    total = tensor.clone()
-    dist.all_reduce(total)
-    return total
-
-
-def gather_objects(value):
+def gather(value):
     """Return the list of every process's picklable `value`, in the order of rank. Every process must call it."""
     if not dist.is_initialized():
         return [value]
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
-
-
-def raise_everywhere(error):
-    """Raise in every process the first error that any of them has (None: this one has none).
-
-    Every process must call it: one that stopped alone would leave the others to fail for want of it.
-    """
-    error = next((one for one in gather_objects(error) if one is not None), None)
-    if error is not None:
-        raise error
-
-
-def gather_rows(rows):
-    """Return the rows (N, …) of all processes, which lie on the CPU, in the order of rank, in every process."""
-    return torch.from_numpy(np.concatenate(gather_objects(rows.numpy())))

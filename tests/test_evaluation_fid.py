@@ -326,7 +326,7 @@ def measure(monkeypatch, run, *fields):
     """Run main() in this process with config fields; return what it would have sampled, or None."""
     sampled = []
 
-    def pretend(net, stem, config, *others):
+    def pretend(net, title, config, reference):
         sampled.append(config)
         raise Sampled
 
@@ -345,9 +345,9 @@ class Sampled(Exception):
 
 def remember(monkeypatch, run):
     """Put results of both checkpoints into the run's file, as if they had been measured."""
-    def pretend(net, stem, config, reference, path, processes):
+    def pretend(net, title, config, reference):
         return {"nfe": 1.0, "pixel_frechet_distance": 1.0, "reference": "r", "protocol": "p", "versions": {},
-                "seconds": 1.0}
+                "seconds": 1.0}, None
 
     monkeypatch.setattr(evaluation_fid, "measure_network", pretend)
     monkeypatch.setattr(evaluation_fid.results_file, "draw_figure", lambda *arguments: None)

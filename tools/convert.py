@@ -124,7 +124,7 @@ def write_folder(folder, checkpoint, net, half):
         temporary.write_bytes(safetensors_bytes(content))
     write_json(folder / "config.json", content["config"])
     fields, classes = net.config_fields, net.config_fields["data.num_classes"]
-    results = [result for result in newest_of_each(read_results(results_path(run_folder(checkpoint["path"]))))
+    results = [result for result in newest_of_each(read_results(results_path(run_folder(checkpoint["path"])))).values()
                if result["digest"] == checkpoint["digest"]]
     write_text(folder / "README.md", CARD.format(
         name=folder.resolve().name, network=fields["model.name"], parameters=sum(p.numel() for p in net.parameters()),

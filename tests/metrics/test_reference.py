@@ -61,7 +61,6 @@ def test_a_written_reference_is_read_back_with_its_features(tmp_path):
     assert torch.equal(back.mu, statistics.mu)
     assert torch.equal(back.sigma, statistics.sigma)
     assert torch.equal(back.features, statistics.features)
-    assert back.count == 30
     np.testing.assert_allclose(back.sigma, np.cov(features_of(images()), rowvar=False), rtol=1e-6, atol=1e-7)
 
 
@@ -144,8 +143,7 @@ def write_npz(path, damage):
     save = np.savez_compressed if damage == "deflate" else np.savez
     change = {"no mu": {"mu": None}, "vector": {"sigma": np.ones(16)}, "negative": {"sigma": -np.eye(16)},
               "asymmetric": {"sigma": np.eye(16) + np.eye(16, k=1)}, "NaN": {"features": np.full((9, 16), np.nan)},
-              "narrow": {"features": np.zeros((9, 4))}, "count": {"count": np.array(-9)},
-              "counts": {"count": np.ones(2)}, "words": {"mu": np.array(["a"] * 16)},
+              "narrow": {"features": np.zeros((9, 4))}, "words": {"mu": np.array(["a"] * 16)},
               "objects": {"mu": np.array([None] * 16)}}.get(damage, {})
     arrays = {name: array for name, array in (arrays | change).items() if array is not None}
     save(path, **arrays)
@@ -164,8 +162,8 @@ def write_npz(path, damage):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", ["no mu", "vector", "negative", "asymmetric", "NaN", "narrow", "count", "counts",
-                                    "words", "objects", "cut", "deflate", "encrypted", "text"])
+@pytest.mark.parametrize("damage", ["no mu", "vector", "negative", "asymmetric", "NaN", "narrow", "words",
+                                    "objects", "cut", "deflate", "encrypted", "text"])
 def test_files_that_are_no_statistics_are_refused_by_name(tmp_path, damage):
     write_npz(tmp_path / "x.npz", damage)
     with pytest.raises(UserError, match=r"x\.npz"):
@@ -175,13 +173,13 @@ def test_files_that_are_no_statistics_are_refused_by_name(tmp_path, damage):
 def test_what_is_only_written_otherwise_is_read(tmp_path):
     write_npz(tmp_path / "x.npz", "nothing")
     np.savez(tmp_path / "big.npz", mu=np.full(16, 3, ">f4"), sigma=np.eye(16).astype(np.longdouble))
-    assert reference(tmp_path / "x.npz").statistics.count == 9
+    assert len(reference(tmp_path / "x.npz").statistics.features) == 9
     assert reference(tmp_path / "big.npz").statistics.mu[0] == 3
 
 
 def test_a_named_pipe_is_no_reference(tmp_path):
     os.mkfifo(tmp_path / "x.npz")
-    with pytest.raises(UserError, match=r"x\.npz is not a file"):
-        _ = reference(tmp_path / "x.npz").statistics
-    with pytest.raises(UserError, match=r"absent\.npz does not exist"):
+    with pytest.raises(UserError, match=r"x\.npz is no file"):
+        reference(tmp_path / "x.npz")
+    with pytest.raises(UserError, match=r"absent\.npz is no file"):
         reference(tmp_path / "absent.npz")
