@@ -30,7 +30,7 @@ from metrics.statistics import gather, measure, measure_source, share_of
 from metrics.sweep import read_checkpoints, run_folder
 from models.checkpoint import config_of_run, is_remote, network_of
 from models.describe import cost_line, cost_of
-from runtime.devices import in_precision, memory_errors, set_precision, start_processes, stop_processes
+from runtime.devices import in_precision, memory_errors, set_precision, start_processes
 from runtime.files import atomic_path, state_digest
 from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise
@@ -52,17 +52,14 @@ def main(config, args, given):
     """Measure what the flags name and print a table and the line to quote."""
     if bool(args.ckpt_dir) == bool(args.data_dir):
         raise UserError("name either --ckpt_dir (checkpoints to sample) or --data_dir (images to measure)")
-    processes = start_processes(PATIENCE)
     set_precision(config.training.precision)
-    try:
+    with start_processes(PATIENCE) as processes:
         with memory_errors("lower config.eval.batch_size, or free memory of the GPU"):
             path, done = (measure_files if args.data_dir else measure_checkpoints)(config, args, given, processes)
         name = results_file.main_metric(done[0])
         best = min(done, key=lambda result: result[name])
         processes.say(f"{results_file.table(done)}\nbest: {best['checkpoint']}, {results_file.TITLES[name]} "
                       f"{best[name]:.4g}; results in {path}")
-    finally:
-        stop_processes()
 
 
 def measure_checkpoints(config, args, given, processes):

@@ -33,7 +33,7 @@ from flows.couplings import COUPLINGS, create_coupling
 from flows.rectified_flow import interpolate, velocity_from_network
 from flows.samplers import SAMPLERS
 from models.checkpoint import load_with_config
-from runtime.devices import autocast, memory_errors, set_precision, start_processes, stop_processes
+from runtime.devices import autocast, memory_errors, set_precision, start_processes
 from runtime.pictures import save_grid
 from runtime.progress import progress_bar
 
@@ -54,8 +54,7 @@ def main(config, args, given):
     """Make the pairs, in as many processes as torchrun started."""
     check_arguments(config, args)
     set_precision(config.training.precision)
-    processes = start_processes(patience=datetime.timedelta(days=7))  # a slow one may be hours behind
-    try:
+    with start_processes(patience=datetime.timedelta(days=7)) as processes:  # a slow one may be hours behind
         config, net, teacher = load_teacher(config, args, given, processes)
         points = InitialPoints(config, args.z0_path, args.z1_path, args.label_path)
         coupling = create_coupling(config, create_velocity(net, points, processes.device), points, processes.device)
@@ -68,8 +67,6 @@ def main(config, args, given):
                 processes.from_main(lambda: complete(folder, job, config, teacher))
         processes.say(f"{folder} {'is complete: it ' if offered >= job.count else ''}holds "
                       f"{max(offered, job.count)} pairs")
-    finally:
-        stop_processes()
 
 
 def check_arguments(config, args):

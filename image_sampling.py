@@ -20,13 +20,13 @@ import zlib
 import torch
 
 from configs.command_line import run_script
-from configs.default import Field, find_field, get_field
+from configs.default import FIELDS, Field, get_field
 from datasets import load_images, one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import SAMPLERS, Trajectories, create_sampler, euler, sampler_values, straightness
 from metrics.sweep import checkpoint_folder, run_folder, sweep
 from models.checkpoint import is_remote, load_with_config, numbered_checkpoints
-from runtime.devices import in_precision, set_precision, start_processes, stop_processes
+from runtime.devices import in_precision, set_precision, start_processes
 from runtime.files import write_json
 from runtime.pictures import save_grid, save_lines
 from runtime.progress import progress_bar
@@ -51,15 +51,12 @@ NAMED = {"seed": "seed", "sampling.class_label": "class", "sampling.init_noise_s
 def main(config, args, given):
     """Sample the checkpoints that the flags name and say where the pictures are."""
     paths = checkpoint_paths(args.sampling_dir, config.eval, given)
-    processes = start_processes()
-    if processes.world_size > 1:
-        raise UserError("image_sampling.py uses one process; start it with python, not torchrun")
     set_precision(config.training.precision)
-    try:
+    with start_processes() as processes:
+        if processes.world_size > 1:
+            raise UserError("image_sampling.py uses one process; start it with python, not torchrun")
         for path in paths:
             sample_checkpoint(path, config, args, given, processes.device)
-    finally:
-        stop_processes()
 
 
 def checkpoint_paths(place, settings, given):
@@ -127,7 +124,7 @@ def sample_checkpoint(path, config, args, given, device):
 def file_suffix(words, config, given):
     """Return `_seed7_scale2`: {field: its word} of the given fields that differ from their default, for file names."""
     values = {name: get_field(config, name) for name in words if name in given}
-    return "".join(f"_{words[name]}{value}" for name, value in values.items() if value != find_field(name).default)
+    return "".join(f"_{words[name]}{value}" for name, value in values.items() if value != FIELDS[name].default)
 
 
 def suffix_of_images(classes, count):

@@ -1,6 +1,9 @@
 """Every field of every config, once: its default (the CIFAR-10 value), its meaning, unit and choices."""
 
 import dataclasses
+import difflib
+import math
+import re
 from collections.abc import Collection
 
 import ml_collections
@@ -11,11 +14,16 @@ from flows.losses import DISTANCES, WEIGHTS
 from flows.samplers import SAMPLERS
 from flows.schedules import ANNEALING_SCHEDULES, PATH_PLACES, TIME_SCHEDULES
 from models.create import NETWORKS
+from runtime.errors import UserError
+
+NUMBER, WHOLE = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", r"[1-9]\d*"
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
+         tuple: "numbers such as '1, 2, 2'"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One config field: the type of `default` is the type of the field."""
+    """One config field, or a script's own flag: the type of `default` is the type of its values."""
 
     default: object
     meaning: str
@@ -26,56 +34,72 @@ class Field:
     def describe(self, value):
         """Return one line for people: meaning, choices and range, the default, and `value` where it is another."""
         text = self.meaning + (f"; one of {' | '.join(map(str, self.choices))}" if self.choices else "")
-        if self.low is not None and self.high is not None:
-            text += f"; from {self.low:g} to {self.high:g}"
-        elif self.low is not None:
-            text += f"; at least {self.low:g}"
+        if self.low is not None:
+            text += f"; at least {self.low:g}" if self.high is None else f"; from {self.low:g} to {self.high:g}"
         now = f"{value!r}; " if value != self.default else ""
         return f"{text} ({now}default: {self.default!r})"
 
+    def check(self, name, value):
+        """Raise UserError, in which `name` stands, unless `value` has the field's type, choices and range."""
+        kind = type(self.default)
+        right = is_number(value) if kind in (int, float) else isinstance(value, kind)
+        if not right or (kind is int and value % 1) or (kind is tuple and not all(map(is_number, value))):
+            raise UserError(f"{name} must be {KINDS[kind]}, not {value!r}")
+        if self.low is not None and value < self.low:
+            raise UserError(f"{name} must be at least {self.low:g}, not {value!r}")
+        if self.high is not None and value > self.high:
+            raise UserError(f"{name} must be at most {self.high:g}, not {value!r}")
+        choices = [str(c) for c in self.choices]
+        patterns = [re.escape(c).replace("<number>", NUMBER).replace("<int>", WHOLE) for c in choices]
+        if choices and not any(re.fullmatch(pattern, str(value)) for pattern in patterns):
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+            raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}"
+                            + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def is_number(value):
+    """Whether a value is a finite int or float; True and False are neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
 
 # In a choice, <number> stands for a decimal number and <int> for a positive whole one.
-FIELDS = {
-    "seed": Field(42, "seed of all randomness: of training, of sample i, of pair i", low=0, high=2**63 - 1),
-    "work_dir": Field("./logs/", "folder of all runs; a run lives in {work_dir}/{expr}/"),
-    "expr": Field("", "name of this run (its folder); needed for training"),
+GROUPS = {
+    "": {
+        "seed": Field(42, "seed of all randomness: of training, of sample i, of pair i", low=0, high=2**63 - 1),
+        "work_dir": Field("./logs/", "folder of all runs; a run lives in {work_dir}/{expr}/"),
+        "expr": Field("", "name of this run (its folder); needed for training"),
+    },
     "training": {
-        "batch_size": Field(128, "samples per update, over all processes and accumulation steps; "
-                            "in generate_data.py, pairs solved at a time", low=1),
+        "batch_size": Field(128, "samples per update in all; in generate_data.py, pairs solved at a time", low=1),
         "n_iters": Field(1300001, "number of updates", low=0),
         "snapshot_freq": Field(20000, "updates between checkpoints/checkpoint_{k}.pth", low=1),
-        "snapshot_freq_for_preemption": Field(10000, "updates between checkpoints-meta/checkpoint.pth, "
-                                              "from which a stopped run continues", low=1),
+        "snapshot_freq_for_preemption": Field(10000, "updates between checkpoints-meta/checkpoint.pth, the state from "
+                                              "which a stopped run continues", low=1),
         "snapshot_sampling": Field(10000, "updates between sample grids in samples/ (0: never)", low=0),
         "record_iters": Field(500, "updates between records of the loss in log.jsonl", low=1),
         "accumulation_steps": Field(1, "forward and backward passes that share one update and its batch", low=1),
-        "loss_type": Field("l2", "distance between predicted and target velocity (l2, l1, huber) or of the "
-                           "images they lead to (lpips); the README has the formulas",
-                           choices=DISTANCES),
+        "loss_type": Field("l2", "distance between velocities (l2, l1, huber) or the images they lead to (lpips); see "
+                           "the README", choices=DISTANCES),
         "reduce_mean": Field(True, "l1 and l2 as mean over C·H·W (false: half the sum)"),
-        "weight_schedule": Field("uniform", "weight of the loss as a function of t",
-                                 choices=WEIGHTS),
-        "x0_randomness": Field("fix_0", "annealing reflow: β of z0' = sqrt(1-β²)·z0 + β·ξ as a function of the "
-                               "update (pairs only)", choices=ANNEALING_SCHEDULES),
+        "weight_schedule": Field("uniform", "weight of the loss as a function of t", choices=WEIGHTS),
+        "x0_randomness": Field("fix_0", "annealing reflow: β of z0' = sqrt(1-β²)·z0 + β·ξ as a function of the update "
+                               "(pairs only)", choices=ANNEALING_SCHEDULES),
         "resume_from": Field("", "run folder whose last state this new run continues"),
-        "progress": Field("auto", "progress bars: auto shows them when a terminal watches",
-                          choices=("auto", "true", "false")),
+        "progress": Field("auto", "progress bars (auto: on a terminal)", choices=("auto", "true", "false")),
         "precision": Field("tf32", "arithmetic of the network (tf32 and fp16 need CUDA and are fp32 on a CPU)",
                            choices=("fp32", "tf32", "bf16", "fp16")),
         "compile": Field(False, "compile the network with torch.compile"),
         "compile_mode": Field("default", "mode of torch.compile; reduce-overhead replays CUDA graphs, for small "
                               "networks", choices=("default", "reduce-overhead", "max-autotune")),
-        "deterministic": Field(False, "only operations that give the same bits every time on one machine (slower on "
-                               "a GPU)"),
+        "deterministic": Field(False, "use only operations with the same bits every time (slower on a GPU)"),
         "max_skipped": Field(100, "non-finite updates in a row after which training stops", low=1),
         "keep_checkpoints": Field(0, "how many of the newest checkpoint_{k}.pth to keep (0: all)", low=0),
     },
     "flow": {
         "eps": Field(1e-3, "smallest time: t runs over [eps, 1]", low=0.0, high=0.5),
-        "flow_t_schedule": Field("uniform", "distribution of the training time t (formulas in the README); an integer "
-                                 "k means k-step distillation", choices=TIME_SCHEDULES),
-        "flow_alpha_t": Field("uniform", "place on the path, x_t = α·z1 + (1-α)·z0: α = t, eps (t0) or 1 (t1)",
-                              choices=PATH_PLACES),
+        "flow_t_schedule": Field("uniform", "distribution of the training time t (see the README); an integer k means "
+                                 "k-step distillation", choices=TIME_SCHEDULES),
+        "flow_alpha_t": Field("uniform", "α of x_t = α·z1 + (1-α)·z0: t, eps (t0) or 1 (t1)", choices=PATH_PLACES),
         "pre_train_model": Field("", "checkpoint whose raw weights the network starts from (hf://owner/repo/file too)"),
         "pre_train_partial": Field(False, "start from those tensors of pre_train_model that fit this network; "
                                    "otherwise its architecture is taken and every tensor must fit"),
@@ -84,8 +108,8 @@ FIELDS = {
                                      "code) or the teacher (the paper's equation)", choices=("student", "teacher")),
         "teacher_model": Field("", "checkpoint of the teacher (EMA weights), when it is not pre_train_model"),
         "h_flip": Field(False, "flip z0 and z1 of a pair together, left-right, with probability 1/2"),
-        "real_data_share": Field(0.0, "share of each batch taken from pairs that start at real images (from_z1), "
-                                 "found in data.real_pairs_root", low=0.0, high=1.0),
+        "real_data_share": Field(0.0, "share of each batch taken from the pairs of data.real_pairs_root, which start "
+                                 "at real images (from_z1)", low=0.0, high=1.0),
     },
     "sampling": {
         "use_ode_sampler": Field("rk45", "sampler", choices=SAMPLERS),
@@ -95,24 +119,21 @@ FIELDS = {
         "max_steps": Field(10000, "rk45: steps of one sample after which it is given up", low=1),
         "sample_N": Field(1000, "number of steps N of all samplers but one_step and rk45", low=1),
         "rho": Field(1.0, "heun: curvature ρ of the time grid", low=0.01),
-        "sigma_max": Field(80.0, "edm: noise level at the start (EDM's VE and VP networks: at most what they know)",
-                           low=0.01),
+        "sigma_max": Field(80.0, "edm: first noise level (EDM's VE and VP: at most what they know)", low=0.01),
         "sigma_min": Field(0.002, "edm: last noise level before 0", low=1e-5),
         "batch_size": Field(64, "images sampled at a time; with rk45 per sample, the number of slots", low=1),
         "init_type": Field("gaussian", "distribution of z0", choices=("gaussian",)),
         "init_noise_scale": Field(1.0, "standard deviation of z0", low=0.0),
-        "direction": Field("from_z0", "what generate_data.py makes pairs from",
-                           choices=COUPLINGS),
+        "direction": Field("from_z0", "what generate_data.py makes pairs from", choices=COUPLINGS),
         "total_number_of_samples": Field(50000, "number of pairs", low=1),
         "train_subset": Field("all", "older name of data.train_subset"),
         "class_label": Field(-1, "class of conditional samples (-1: drawn)", low=-1),
         "block_size": Field(0, "generate_data.py: pairs per block, the unit that is finished or redone after a stop "
                             "(0: four times training.batch_size)", low=0),
         "pair_storage": Field("full", "generate_data.py: full keeps z0 and z1 in float32; compact keeps z1 in float16 "
-                              "and no z0, which is drawn again from (seed, index): a quarter of the disk",
+                              "and draws z0 again from (seed, index): a quarter of the disk",
                               choices=("full", "compact")),
-        "random_flip": Field(False, "generate_data.py: flip starting images left-right with probability 1/2 "
-                             "(from_z1, gt_v_from_z1, random_paired)"),
+        "random_flip": Field(False, "generate_data.py: flip starting images left-right with probability 1/2"),
     },
     "eval": {
         "batch_size": Field(1024, "images sampled at a time", low=1),
@@ -121,8 +142,8 @@ FIELDS = {
         "end_ckpt": Field(26, "last checkpoint number of a sweep (0: to the newest)", low=0),
         "wait": Field(False, "wait for checkpoints of the sweep that training is still writing"),
         "wait_limit": Field(24.0, "longest wait for one checkpoint, in hours", low=0.0),
-        "feature_extractor": Field("inception", "features of the Fréchet distance: clean-fid's Inception (FID), or "
-                                   "the pixels themselves (small images; not an FID)", choices=("inception", "pixels")),
+        "feature_extractor": Field("inception", "features of the Fréchet distance: clean-fid's Inception (FID), or the "
+                                   "pixels themselves (small images; not an FID)", choices=("inception", "pixels")),
         "inception_path": Field("", "file of clean-fid's inception-2015-12-05.pt (empty: the user's cache)"),
         "nearest": Field(2000, "samples whose distance to the nearest training image is measured (0: none)", low=0),
         "precision_recall": Field(True, "measure precision and recall, which compare every feature with every other"),
@@ -132,17 +153,16 @@ FIELDS = {
         "dataset": Field("CIFAR10", "data set", choices=DATASETS),
         "data_root": Field("", "file or folder of the data set (empty: data/{dataset})"),
         "custom_data_root": Field("", "older name of data_root"),
-        "train_subset": Field("all", "images to train on, to start pairs at and to compare with: all, a class name, or "
-                              "random_N of them"),
+        "train_subset": Field("all", "images to train on and to compare with: all, a class name, or random_N of them"),
         "cache_dir": Field("data/cache", "folder of the decoded uint8 arrays"),
         "image_size": Field(32, "height and width of the images", low=1),
         "num_channels": Field(3, "colour channels", low=1),
         "num_classes": Field(0, "classes of a class-conditional model (0: unconditional)", low=0),
         "centered": Field(True, "images in [-1, 1] (the only form there is)", choices=(True,)),
         "random_flip": Field(True, "flip images left-right with probability 1/2 (unless given, not digits and MNIST)"),
-        "use_aug": Field(False, "flip images, or z0 and z1 of pairs together, left-right with probability 1/2 and "
-                         "upside down with probability 0.06"),
-        "on_device": Field("auto", "keep the decoded images on the device: auto does when they fit",
+        "use_aug": Field(False, "flip images, or z0 and z1 of pairs together, left-right (probability 1/2) and upside "
+                         "down (0.06)"),
+        "on_device": Field("auto", "decoded images on the device (auto: when they fit)",
                            choices=("auto", "true", "false")),
         "skip_corrupt": Field(False, "skip and count corrupt images instead of stopping"),
         "reflow_data_root": Field("", "folder of noise-image pairs; set: train on pairs"),
@@ -155,10 +175,9 @@ FIELDS = {
         "num_res_blocks": Field(4, "residual blocks per level", low=1),
         "attn_resolutions": Field((16,), "image sizes at which levels have self-attention"),
         "dropout": Field(0.15, "dropout probability (DhariwalUNet: 0.13 unless given)", low=0.0, high=1.0),
-        "preconditioning": Field("none", "the velocity follows in closed form from a denoiser of EDM's (edm, vp or "
-                                 "ve), or is the network's output (none)", choices=("none", "edm", "vp", "ve")),
-        "label_dropout": Field(0.0, "probability of hiding a sample's class in training",
-                               low=0.0, high=1.0),
+        "preconditioning": Field("none", "the network's output is the velocity (none), or a denoiser of EDM's, from "
+                                 "which the velocity follows", choices=("none", "edm", "vp", "ve")),
+        "label_dropout": Field(0.0, "probability of hiding a sample's class in training", low=0.0, high=1.0),
         "ema_rate": Field(0.999999, "largest decay of the EMA of the weights", low=0.0, high=1.0),
         "conditional": Field(True, "the network sees the time"),
         "embedding_type": Field("positional", "time embedding", choices=("positional", "fourier")),
@@ -190,47 +209,30 @@ FIELDS = {
     },
 }
 
+FIELDS = {f"{group}.{name}".lstrip("."): field for group, fields in GROUPS.items() for name, field in fields.items()}
+
 
 def get_default_config():
     """Return the config of the defaults, an `ml_collections.ConfigDict`."""
-
-    def values(fields):
-        return {name: values(f) if isinstance(f, dict) else f.default for name, f in fields.items()}
-
-    return ml_collections.ConfigDict(values(FIELDS))
-
-
-def find_field(name):
-    """Return the `Field` with the dotted `name` ("training.batch_size"), or None."""
-    found = FIELDS
-    for part in name.split("."):
-        if not isinstance(found, dict) or part not in found:
-            return None
-        found = found[part]
-    return found if isinstance(found, Field) else None
-
-
-def field_names():
-    """Return every field's dotted name, in the order of this file."""
-
-    def names(fields, prefix):
-        for name, f in fields.items():
-            yield from names(f, f"{prefix}{name}.") if isinstance(f, dict) else [prefix + name]
-
-    return list(names(FIELDS, ""))
+    defaults = {group: {name: field.default for name, field in fields.items()} for group, fields in GROUPS.items()}
+    return ml_collections.ConfigDict(defaults.pop("") | defaults)
 
 
 def get_field(config, name):
-    """Return the value of the dotted field `name`."""
-    for part in name.split("."):
-        config = config[part]
-    return config
+    """Return the value of the field with the dotted `name`."""
+    group, _, last = name.rpartition(".")
+    return (config[group] if group else config)[last]
 
 
 def set_field(config, name, value):
-    """Set the dotted field `name` to `value`, as it is."""
-    *groups, last = name.split(".")
-    for part in groups:
-        config = config[part]
-    with config.ignore_type():
-        config[last] = value
+    """Set the field with the dotted `name` to `value`, as it is."""
+    group, _, last = name.rpartition(".")
+    members = config[group] if group else config
+    with members.ignore_type():
+        members[last] = value
+
+
+def check_fields(config):
+    """Raise UserError for the first field whose value has the wrong type or is outside its choices or range."""
+    for name, field in FIELDS.items():
+        field.check(f"config.{name}", get_field(config, name))

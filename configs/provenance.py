@@ -1,15 +1,13 @@
 """What a run was trained on and with, taken from the config that its checkpoint holds."""
 
-from configs.default import field_names, get_field, set_field
-from configs.validation import check_field
-from runtime.errors import UserError
+from configs.default import FIELDS, get_field, set_field
 
 # These decide nothing once a network is trained: where this machine keeps data, and what training drew.
 NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.use_aug", "data.reflow_data_root",
                   "data.real_pairs_root")
 RUN_FIELDS = ("flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale",
-              *(name for name in field_names() if name.startswith("data.") and name not in NOT_OF_THE_RUN))
-ROOTS = ("data.data_root", "data.custom_data_root")
+              *(name for name in FIELDS if name.startswith("data.") and name not in NOT_OF_THE_RUN))
+ROOTS = {"data.data_root", "data.custom_data_root"}
 
 
 def take_run_fields(config, saved, given, path):
@@ -26,17 +24,14 @@ def take_run_fields(config, saved, given, path):
         members = saved.get(group)
         if isinstance(members, dict) and field in members:
             run[name] = members[field]
-            try:
-                check_field(name, run[name])
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from None
+            FIELDS[name].check(f"{path}: config.{name}", run[name])
     before = {name: get_field(config, name) for name in run}
     different = [name for name in run if run[name] != before[name]]
     kept = set(given)
-    if "data.dataset" in given and "data.dataset" in different or kept.intersection(ROOTS):
-        kept.update(ROOTS)  # the run's folder belongs to the run's data set
+    if kept & ROOTS or "data.dataset" in kept.intersection(different):
+        kept |= ROOTS  # the run's folder belongs to the run's data set
     elif "data.dataset" not in different:  # of a usual data set without a root, the config knows the place here
-        kept.update(name for name in ROOTS if not run.get(name))
+        kept |= {name for name in ROOTS if not run.get(name)}
     taken = [name for name in different if name not in kept]
     for name in taken:
         set_field(config, name, run[name])

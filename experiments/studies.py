@@ -7,7 +7,7 @@ import json
 import pathlib
 
 from configs.command_line import load_config
-from configs.default import field_names, find_field
+from configs.default import FIELDS, get_field
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "configs/rectified_flow/digits_rf_gaussian.py"
@@ -66,8 +66,8 @@ class Step:
 def config_changes(path):
     """Return {field: value} of what the config file `path` in this repository changes of the defaults."""
     config = load_config(ROOT / path)
-    values = {name: functools.reduce(getattr, name.split("."), config) for name in field_names()}
-    return {name: value for name, value in values.items() if value != find_field(name).default}
+    values = {name: get_field(config, name) for name in FIELDS}
+    return {name: value for name, value in values.items() if value != FIELDS[name].default}
 
 
 def flags(fields):

@@ -33,12 +33,11 @@ class Processes:
         if self.world_size > 1:
             dist.barrier()
 
-    def share(self, value, source=0):
-        """Return process `source`'s picklable `value` in every process."""
-        if self.world_size == 1:
-            return value
+    def share(self, value):
+        """Return process 0's picklable `value` in every process."""
         box = [value]
-        dist.broadcast_object_list(box, src=source)
+        if self.world_size > 1:
+            dist.broadcast_object_list(box)
         return box[0]
 
     def from_main(self, work):
@@ -58,35 +57,30 @@ class Processes:
         return result
 
 
+@contextlib.contextmanager
 def start_processes(patience=None):
-    """Join the processes that torchrun started, if it did, and choose this one's device.
+    """Yield this process (`Processes`) among those that torchrun started, if it did, on its device.
 
-    Each process takes the GPU of its local rank with NCCL; without GPUs all take the CPU with gloo.
+    Each takes the GPU of its local rank with NCCL; without GPUs all take the CPU with gloo.
     patience: the longest that one waits for another, a `datetime.timedelta` (None: torch's 10 or 30 minutes).
     Raises UserError for more processes than GPUs.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, backend, own = torch.device("cpu"), "gloo", {}
     if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UserError(f"there are more processes than the {gpus} GPUs of this machine: start torchrun with "
-                            f"--nproc_per_node={gpus} or fewer")
-        device = torch.device("cuda", local_rank)
+        if local_rank >= torch.cuda.device_count():
+            raise UserError("there are more processes than GPUs of this machine: start torchrun with --nproc_per_node="
+                            f"{torch.cuda.device_count()} or fewer")
+        device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+        own = {"device_id": device}  # NCCL need not guess which GPU is whose
     if world_size == 1:
-        return Processes(0, 1, device)
-    if not dist.is_initialized():
-        own = {"device_id": device} if device.type == "cuda" else {}  # NCCL need not guess which GPU is whose
-        dist.init_process_group("nccl" if own else "gloo", timeout=patience, **own)
-    return Processes(dist.get_rank(), world_size, device)
-
-
-def stop_processes():
-    """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+        yield Processes(0, 1, device)
+        return
+    dist.init_process_group(backend, timeout=patience, **own)
+    try:
+        yield Processes(dist.get_rank(), world_size, device)
+    finally:
         dist.destroy_process_group()
 
 
@@ -103,9 +97,7 @@ def memory_errors(advice):
 
 def set_precision(precision):
     """Let float32 products of the network use TF32 for "tf32", and nothing but float32 for the others."""
-    allowed = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def set_deterministic(deterministic):

@@ -11,7 +11,7 @@ if "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is signal.defa
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells use it
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 class UserError(ValueError):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluation_fid
 from configs.command_line import config_to_dict, load_config, parse_command_line
-from configs.validation import check_fields
+from configs.default import check_fields
 from datasets import load_images
 from metrics.features import inception_extractor
 from metrics.image_files import ArrayImages

@@ -15,7 +15,7 @@ from metrics.features import create_extractor
 from metrics.image_files import ArrayImages, open_images
 from metrics.reference import write_statistics
 from metrics.statistics import MAX_FEATURES, measure_source
-from runtime.devices import start_processes, stop_processes
+from runtime.devices import start_processes
 from runtime.errors import UserError
 
 FLAGS = {
@@ -29,8 +29,7 @@ def main(config, args, given):
     """Measure the images and write the file."""
     if not args.output.endswith(".npz"):
         raise UserError(f"--output must name an .npz file, not {args.output!r}")
-    processes = start_processes()
-    try:
+    with start_processes() as processes:
         extractor = create_extractor(config, processes.device)
         source = open_images(args.data_dir, config) if args.data_dir else data_source(config)
         statistics = measure_source(source, extractor, config.eval.batch_size, processes,
@@ -38,8 +37,6 @@ def main(config, args, given):
         if processes.is_main:
             write_statistics(args.output, statistics, extractor)
             print(f"{args.output}: {extractor.name} of {statistics.name}, {len(statistics.features)} features kept")
-    finally:
-        stop_processes()
 
 
 def data_source(config):

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from configs.default import get_default_config
-from configs.validation import check_fields
+from configs.default import check_fields, get_default_config
 from flows import samplers
 from flows.samplers import (
     Trajectories,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs.default import find_field, get_default_config
+from configs.default import FIELDS, get_default_config
 from models import create_model
 from models.create import NETWORKS, argument_fields, create_from_fields
 from runtime.errors import UserError
@@ -27,7 +27,7 @@ def test_arguments_have_the_configs_defaults(name):
     """A field that a file does not tell means the same everywhere; dropout is off where nothing trains."""
     for argument, field, default in argument_fields(name):
         if argument != "dropout":
-            assert find_field(field).default == default, field
+            assert FIELDS[field].default == default, field
 
 
 @pytest.mark.parametrize("base, changes, sentence", [

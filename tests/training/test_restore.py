@@ -157,7 +157,7 @@ def test_another_optimizer_cannot_go_on_and_other_values_are_said(tmp_path):
     save(create_model(there), there, tmp_path / "there" / "checkpoints" / "checkpoint_1.pth")
     here.optim.beta1 = 0.5
     said = []
-    assert find_state(here, said.append)[0]["step"] == 3
+    assert find_state(here, said.append)["step"] == 3
     assert "optim.beta1 (0.9 there, 0.5 here)" in said[0]
     here.optim.optimizer = "RAdam"
     with pytest.raises(UserError, match="was trained with config.optim.optimizer Adam"):

@@ -4,6 +4,7 @@ import errno
 import pathlib
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -12,17 +13,11 @@ from configs.command_line import run_script
 from models.checkpoint import numbered_checkpoints, write_checkpoint
 from runtime.errors import UserError
 from training import state
-from training.state import (
-    PREVIOUS,
-    STATE,
-    Writer,
-    checkpoint_numbers,
-    keep_newest,
-    keep_previous,
-    read_newest_state,
-)
+from training.run import STATE
+from training.state import Writer, due_paths, read_newest_state
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "rectified_flow" / "digits_rf_gaussian.py")
+run = pathlib.Path("run")
 
 
 def checkpoint(step):
@@ -48,21 +43,11 @@ def test_full_disk_leaves_the_state_before_and_is_raised_at_the_next_call(tmp_pa
         writer.submit(checkpoint(2), [path])
         with pytest.raises(OSError, match="No space left"):
             writer.wait()
-    assert read_newest_state_in(tmp_path)["step"] == 1
-    assert {p.name for p in tmp_path.iterdir()} <= {STATE, PREVIOUS}
+    assert read_newest_state(tmp_path)["step"] == 1
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
     writer.submit(checkpoint(3), [path])
     writer.wait()
-    assert read_newest_state_in(tmp_path)["step"] == 3
-
-
-def read_newest_state_in(meta):
-    """Return the newest state of a checkpoints-meta folder."""
-    run = meta.parent / "run"
-    run.mkdir(exist_ok=True)
-    link = run / "checkpoints-meta"
-    if not link.exists():
-        link.symlink_to(meta)
-    return read_newest_state(run)[0]
+    assert read_newest_state(tmp_path)["step"] == 3
 
 
 def test_full_disk_is_one_sentence_for_the_user(monkeypatch, capsys):
@@ -89,37 +74,31 @@ def test_state_that_changes_after_submission_is_written_as_it_was(tmp_path, monk
 
 
 def test_newest_readable_state_is_found_and_broken_ones_are_named(tmp_path):
-    meta, folder = tmp_path / "checkpoints-meta", tmp_path / "checkpoints"
-    assert read_newest_state(tmp_path) == (None, None)
+    folder, said = tmp_path / "checkpoints", []
+    assert read_newest_state(tmp_path) is None
     for k in (1, 2, 10):
         write_checkpoint(folder / f"checkpoint_{k}.pth", checkpoint(k))
+    assert read_newest_state(tmp_path)["step"] == 10
     (folder / "checkpoint_10.pth").write_bytes(b"broken")
-    said = []
-    found, path = read_newest_state(tmp_path, said.append)
-    assert (found["step"], path.name) == (2, "checkpoint_2.pth") and "checkpoint_10.pth" in said[0]
-    write_checkpoint(meta / PREVIOUS, checkpoint(11))
-    write_checkpoint(meta / STATE, checkpoint(12))
-    assert read_newest_state(tmp_path)[0]["step"] == 12
-    (meta / STATE).write_bytes(b"")
-    assert read_newest_state(tmp_path)[0]["step"] == 11
-    write_checkpoint(folder / "checkpoint_9.pth", checkpoint(9))
-    assert read_newest_state(tmp_path)[0]["step"] == 11
-    write_checkpoint(folder / "checkpoint_11.pth", checkpoint(13))
-    assert read_newest_state(tmp_path)[0]["step"] == 13  # the most updates, wherever they are
+    found = read_newest_state(tmp_path, said.append)
+    assert found["step"] == 2 and "checkpoint_10.pth" in said[0] and "checkpoint_2.pth" in said[0]
+    write_checkpoint(tmp_path / STATE, checkpoint(12))
+    assert read_newest_state(tmp_path)["step"] == 12
+    (tmp_path / STATE).write_bytes(b"")
+    assert read_newest_state(tmp_path, said.append)["step"] == 2
 
 
 def test_moments_of_another_shape_are_passed_over_before_they_are_used(tmp_path):
     """The fused kernels would read beyond them."""
-    meta = tmp_path / "checkpoints-meta"
     shadow = torch.zeros(3)
     moment = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
     good = checkpoint(5) | {"ema": {"decay": 0.9, "num_updates": 5, "shadow_params": [shadow]},
                             "optimizer": {"state": {0: moment}, "param_groups": [{"params": [0]}]}}
-    write_checkpoint(meta / PREVIOUS, good)
+    write_checkpoint(tmp_path / "checkpoints" / "checkpoint_1.pth", good)
     for bad in ({"exp_avg_sq": torch.zeros(1)}, {"exp_avg": None}):
-        write_checkpoint(meta / STATE, good | {"step": 6, "optimizer": {"state": {0: moment | bad}}})
+        write_checkpoint(tmp_path / STATE, good | {"step": 6, "optimizer": {"state": {0: moment | bad}}})
         said = []
-        assert read_newest_state(tmp_path, said.append)[0]["step"] == 5
+        assert read_newest_state(tmp_path, said.append)["step"] == 5
         assert "optimizer's exp_avg" in said[0]
 
 
@@ -127,31 +106,32 @@ def test_moments_of_another_shape_are_passed_over_before_they_are_used(tmp_path)
     (1, 20, False, []), (21, 20, False, [1]), (20, 20, False, []), (41, 20, True, [2]), (40, 20, True, [2]),
     (450, 300, True, [2]), (5, 20, True, [1]), (5, 1, False, [4]), (5, 1, True, [4, 5]), (1, 1, True, [1]),
 ])
-def test_a_run_always_ends_with_a_numbered_checkpoint_of_its_last_state(step, frequency, ended, numbers):
-    assert checkpoint_numbers(step, frequency, ended) == numbers
+def test_a_run_always_ends_with_a_numbered_checkpoint_and_a_state_that_is_not_older(step, frequency, ended, numbers):
+    options = types.SimpleNamespace(snapshot_freq=frequency, snapshot_freq_for_preemption=1000)
+    due = [run / f"checkpoints/checkpoint_{k}.pth" for k in numbers]
+    assert due_paths(run, step, ended, False, options) == (due and [*due, run / STATE])
 
 
-def test_a_writer_killed_between_two_states_leaves_no_third_name_of_the_old_one(tmp_path):
-    (tmp_path / STATE).write_bytes(b"state")
-    for _ in range(2):  # the second time both names are one file already
-        keep_previous(tmp_path / STATE)
-        assert {path.name for path in tmp_path.iterdir()} == {STATE, PREVIOUS}
-        assert (tmp_path / PREVIOUS).samefile(tmp_path / STATE)
+@pytest.mark.parametrize("step, stopped, due", [(11, 0, True), (10, 0, False), (1, 0, False), (7, 15, True)])
+def test_a_state_is_written_regularly_and_when_the_run_is_stopped(step, stopped, due):
+    options = types.SimpleNamespace(snapshot_freq=1000, snapshot_freq_for_preemption=10)
+    assert due_paths(run, step, False, stopped, options) == [run / STATE] * due
 
 
 def test_no_readable_state_is_an_error_not_a_fresh_start(tmp_path):
-    (tmp_path / "checkpoints-meta").mkdir()
-    (tmp_path / "checkpoints-meta" / STATE).write_bytes(b"broken")
+    (tmp_path / STATE).parent.mkdir()
+    (tmp_path / STATE).write_bytes(b"broken")
     with pytest.raises(UserError, match="no checkpoint of .* can be read"):
         read_newest_state(tmp_path)
 
 
-def test_numbers_not_names_decide_which_checkpoints_are_newest(tmp_path):
+def test_numbers_not_names_decide_which_checkpoints_are_newest_and_kept(tmp_path):
+    folder, writer = tmp_path / "checkpoints", Writer()
     for k in (1, 2, 9, 10):
-        write_checkpoint(tmp_path / f"checkpoint_{k}.pth", checkpoint(k))
-    (tmp_path / "checkpoint_x.pth").write_bytes(b"")
-    assert list(numbered_checkpoints(tmp_path)) == [1, 2, 9, 10]
-    keep_newest(tmp_path, 0)
-    assert len(numbered_checkpoints(tmp_path)) == 4
-    keep_newest(tmp_path, 3)
-    assert list(numbered_checkpoints(tmp_path)) == [2, 9, 10] and state.STATE == "checkpoint.pth"
+        writer.submit(checkpoint(k), [folder / f"checkpoint_{k}.pth", tmp_path / STATE])
+    writer.wait()
+    (folder / "checkpoint_x.pth").write_bytes(b"")
+    assert list(numbered_checkpoints(folder)) == [1, 2, 9, 10]
+    writer.submit(checkpoint(11), [folder / "checkpoint_11.pth"], keep=3)
+    writer.wait()
+    assert list(numbered_checkpoints(folder)) == [9, 10, 11]
