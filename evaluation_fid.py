@@ -19,11 +19,10 @@ import torch
 from configs.command_line import run_script
 from configs.default import Field
 from datasets import one_hot
+from datasets.image_source import check_finite, open_images, quantise
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler, sampler_values
 from metrics import results as results_file
-from metrics.features import check_finite, quantise
-from metrics.image_files import open_images
 from metrics.reference import Reference
 from metrics.scores import compare, nearest_distances
 from metrics.statistics import gather, measure, measure_source, share_of

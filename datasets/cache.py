@@ -6,7 +6,6 @@ as a hidden folder beside its place and renamed when it is complete, so an entry
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,13 +13,13 @@ import os
 import pathlib
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from datasets.pair_writer import npy_header
 from runtime.errors import UserError
 from runtime.files import file_lock
 from runtime.progress import progress_bar
@@ -69,8 +68,8 @@ class Source(NamedTuple):
     """Images on disk that can be decoded into the cache.
 
     name: short, for folder names. title: for messages, with the path. identity: digest of the files' paths, sizes and
-    times (`identify`). open: returns an iterator over `ImageSet`s, how many images there are at most (None if only
-    reading tells) and the class names or None; called only when the images are not cached.
+    times (`identify`). open: called when the images are not cached; returns an iterator over `ImageSet`s, how many
+    images there are at most (None if only reading tells) and the class names or None.
     """
 
     name: str
@@ -88,15 +87,18 @@ def open_cached(source, spec, cache_dir, progress):
     entry = entry_folder(source, spec, cache_dir)
     found = _open_entry(entry, spec)
     if found is None:
-        lock = entry.with_name(f".{entry.name}.lock")
-        with _explain_failures(cache_dir), file_lock(lock, f"decoding {source.title}"):
-            found = _open_entry(entry, spec)  # the process that held the lock may have made it
-            if found is None:
-                _write_entry(source, spec, entry, progress)
-                found = _open_entry(entry, spec)
+        try:
+            with file_lock(entry.with_name(f".{entry.name}.lock"), f"decoding {source.title}"):
+                found = _open_entry(entry, spec)  # the process that held the lock may have made it
+                if found is None:
+                    _write_entry(source, spec, entry, progress)
+                    found = _open_entry(entry, spec)
+        except OSError as error:
+            raise UserError(f"data.cache_dir {cache_dir} cannot be written ({error.strerror or error}): make room or "
+                            "give write permission, or choose another folder with --config.data.cache_dir") from None
     if found.skipped and not spec.skip_corrupt:
-        raise UserError(f"{source.title} was cached without {len(found.skipped)} corrupt images, the first "
-                        f"{found.skipped[0]}: repair them, or go on without them with --config.data.skip_corrupt true")
+        raise UserError(f"{source.title} was cached without {len(found.skipped)} images, the first: {found.skipped[0]};"
+                        " repair them, or go on without them with --config.data.skip_corrupt true")
     return found
 
 
@@ -131,39 +133,36 @@ def _write_entry(source, spec, entry, progress):
     partial = entry.with_name(f".{entry.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     chunks, expected, class_names = source.open()
-    if expected is not None:
-        needed, free = expected * spec.channels * spec.size**2, shutil.disk_usage(entry.parent).free
-        if needed > free:
-            raise UserError(f"data.cache_dir {entry.parent}: {source.title} needs {_megabytes(needed)} there, "
-                            f"{_megabytes(free)} are free: free some or choose another folder")
     partial.mkdir()
     try:
-        shape = (spec.channels, spec.size, spec.size)
-        bar = progress_bar(total=expected, desc=f"decoding {source.name}", unit="images", enabled=progress)
-        about = {"source": source.title, "class_names": class_names, **_decode(source, chunks, shape, partial, bar)}
+        with progress_bar(total=expected, desc=f"decoding {source.name}", unit="images", enabled=progress) as bar:
+            about = {"source": source.title, "class_names": class_names} | _write_arrays(chunks, spec, partial, bar)
+        if not about["count"]:
+            raise UserError(f"{source.title} has no usable image: {', '.join(about['skipped'][:1]) or 'it is empty'}")
         (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
         os.sync()  # what has its name is on disk
         shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         partial.rename(entry)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    size = _megabytes((entry / "images.npy").stat().st_size)
-    lines = [f"cached {about['source']}: {about['count']} images in {entry} ({size})"]
+    size = (entry / "images.npy").stat().st_size / 2**20
+    lines = [f"cached {source.title}: {about['count']} images in {entry} ({size:.1f} MiB)"]
     lines += [f"  {count} images: {note}" for note, count in about["notes"].items()]
     if about["skipped"]:
-        lines.append(f"  {len(about['skipped'])} corrupt images skipped, the first {about['skipped'][0]}; all are "
-                     f"listed in {entry / 'about.json'}")
+        lines.append(f"  {len(about['skipped'])} images skipped, the first: {about['skipped'][0]}; all are listed in "
+                     f"{entry / 'about.json'}")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _decode(source, chunks, shape, folder, bar):
+def _write_arrays(chunks, spec, folder, bar):
     """Write `images.npy` and `labels.npy` chunk by chunk; return what `about.json` says of them.
 
     Plain writes, since a memory map ends the process when the disk is full.
     """
     count, labels, skipped, notes = 0, [], [], collections.Counter()
-    with bar, open(folder / "images.npy", "wb") as written:
-        _write_header(written, (0, *shape))
+    layout = np.dtype(("|u1", (spec.channels, spec.size, spec.size)))
+    with open(folder / "images.npy", "wb") as written:
+        written.write(npy_header(layout, 0))
         for chunk in chunks:
             written.write(np.ascontiguousarray(chunk.images))
             if chunk.labels is not None:
@@ -173,30 +172,7 @@ def _decode(source, chunks, shape, folder, bar):
             notes.update(chunk.notes)
             bar.update(len(chunk.images) + len(chunk.skipped))
         written.seek(0)
-        _write_header(written, (count, *shape))
-    if count == 0:
-        raise UserError(f"{source.title} has no usable image" + (f": {skipped[0]}" if skipped else ""))
+        written.write(npy_header(layout, count))
     if labels:
         np.save(folder / "labels.npy", np.concatenate(labels))
-    return {"count": count, "labelled": bool(labels), "skipped": skipped, "notes": notes,
-            "decoded": time.strftime("%Y-%m-%d %H:%M:%S")}
-
-
-def _write_header(written, shape):
-    """Write the header of a uint8 npy file; numpy pads it, so that it has one length whatever the count is."""
-    np.lib.format.write_array_header_1_0(written, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-@contextlib.contextmanager
-def _explain_failures(cache_dir):
-    """Turn a full disk or a folder that cannot be written into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"data.cache_dir {cache_dir} cannot be written ({error.strerror or error}): make room or give "
-                        "write permission, or choose another folder with --config.data.cache_dir") from None
-
-
-def _megabytes(size):
-    """Return a number of bytes as text."""
-    return f"{size / 2**20:.1f} MiB"
+    return {"count": count, "labelled": bool(labels), "skipped": skipped, "notes": notes}

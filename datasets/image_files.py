@@ -1,7 +1,6 @@
 """Image files in folders and zip archives: one lister and one decoder, for training and for measuring."""
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -15,7 +14,7 @@ import warnings
 import zipfile
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from runtime.errors import UserError
 
@@ -24,14 +23,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LABEL_FILE = "dataset.json"
 LARGEST_CLASS = 99_999  # a class number beyond it is a mistake
-LARGEST_FILE = 2**28  # bytes of one image file, also when unpacked from an archive
-LARGE_IMAGE = 2**24  # pixels; larger images are decoded by one thread, or each of many would keep their memory
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 GREY_TO_COLOUR = "grey, repeated into three channels"
 COLOUR_TO_GREY = "colour, converted to grey (ITU-R 601 luma)"
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_large_images = concurrent.futures.ThreadPoolExecutor(1, "decode large images")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice its size is an error
 
 
@@ -52,18 +48,15 @@ class ImageSpec:
 class FileTree:
     """The image files of a folder (recursively, links followed) or a zip archive, by their paths inside it.
 
-    A folder with one archive and nothing else stands for the archive. Hidden files and folders, and what macOS adds,
-    are left out. Archives are never unpacked to disk; several threads may read.
+    A folder with one archive and nothing else stands for the archive, which is not unpacked to disk. Hidden files and
+    folders, and what macOS adds, are left out. Several threads may read.
     """
 
     def __init__(self, root):
-        """Find the folder or archive `root`. Raises UserError for what is neither, and for a folder of archives."""
+        """Find the folder or archive `root`. Raises UserError for what is neither."""
         self.root = pathlib.Path(root)
-        archives = sorted(self.root.glob("*.zip"))
-        if archives and not any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in self.root.iterdir()):
-            if len(archives) > 1:
-                raise UserError(f"{root} holds {len(archives)} zip archives ({', '.join(p.name for p in archives)}): "
-                                "name one")
+        archives = list(self.root.glob("*.zip"))
+        if len(archives) == 1 and not any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in self.root.iterdir()):
             self.root = archives[0]
         if not self.root.is_dir() and not self.root.is_file():
             raise UserError(f"{root} is neither a folder nor a zip archive of images")
@@ -92,16 +85,17 @@ class FileTree:
         return names
 
     def read(self, name):
-        """Return the bytes of a file. Raises UserError if it is no regular file, damaged, encrypted or too large."""
-        if self.archive is None:
-            return read_file(self.root / name, LARGEST_FILE)
-        size = self.archive.getinfo(name).file_size
-        if size > LARGEST_FILE:
-            raise UserError(f"{self.root}: {name} would unpack to {size} bytes; that is no image")
+        """Return the bytes of a file; raise an error of many kinds if it is damaged or no regular file."""
+        return self.archive.read(name) if self.archive else read_file(self.root / name)
+
+    def decode(self, name, spec):
+        """Return what `decode_image` does of an image file. Raises UserError, naming it, if it is corrupt."""
         try:
-            return self.archive.read(name)
-        except Exception as error:  # zipfile and the decompressors raise many kinds for damaged and encrypted members
-            raise UserError(f"{self.root}: {name} cannot be unpacked: {error}") from None
+            return decode_image(self.read(name), spec)
+        except Exception as error:  # zipfile, its decompressors and Pillow's plugins raise many kinds
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            text = "not an image" if isinstance(error, UnidentifiedImageError) else text
+            raise UserError(f"corrupt image {name} in {self.root} ({text})") from None
 
     def identity(self):
         """Return a digest that changes when an image or label file is written, added or removed."""
@@ -117,17 +111,15 @@ def find_labels(tree):
     Both are looked for below the innermost folder that holds all images, dataset.json also above it.
     """
     folders = [name.split("/")[:-1] for name in tree.names]
-    common, files = os.path.commonprefix(folders), set(tree.files)
+    common = os.path.commonprefix(folders)
     for depth in range(len(common) + 1):
         above = "".join(f"{folder}/" for folder in common[:depth])
-        if above + LABEL_FILE in files:
+        if above + LABEL_FILE in tree.files:
             return _labels_from_json(tree, above)
     if common in folders:  # images lie in it directly: it is the one class, unless it is the root
         return ([0] * len(folders), (common[-1],)) if common else (None, None)
-    found = [folder[len(common)] for folder in folders]
-    class_names = tuple(sorted(set(found)))
-    numbers = {name: number for number, name in enumerate(class_names)}
-    return [numbers[name] for name in found], class_names
+    class_names, numbers = np.unique([folder[len(common)] for folder in folders], return_inverse=True)
+    return numbers.tolist(), tuple(class_names.tolist())
 
 
 def _labels_from_json(tree, above):
@@ -136,34 +128,29 @@ def _labels_from_json(tree, above):
     Its form is `{"labels": [["00000/img00000000.png", 6], …]}`, or `"labels": null` for none. Raises `UserError` for
     another form, and for an image with no label or two.
     """
-    place, labels = f"{tree.root}: {above}{LABEL_FILE}", {}
+    place = f"{tree.root}: {above}{LABEL_FILE}"
     try:
-        for name, label in json.loads(tree.read(above + LABEL_FILE))["labels"] or ():
-            if labels.setdefault(name, label) != label:
-                raise UserError(f"{place} gives {name} the labels {labels[name]} and {label}: remove one")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
+        pairs = [(name, label) for name, label in json.loads(tree.read(above + LABEL_FILE))["labels"] or ()]
+        labels = dict(pairs)
+    except Exception as error:  # of the archive, of JSON, or of another form
         raise UserError(f'{place} is not of the form {{"labels": [["name", class], …]}} ({error})') from None
     if not labels:
         return None, None
-    names = [name.removeprefix(above) for name in tree.names]
-    for name in names:
-        label = labels.get(name)
-        if name not in labels:
-            raise UserError(f"{place} has no label for {name}: add it, or remove {LABEL_FILE} to go without labels")
+    for name, label in pairs:
+        if labels[name] != label:
+            raise UserError(f"{place} gives {name} the labels {label} and {labels[name]}: remove one")
+    found = [labels.get(name.removeprefix(above)) for name in tree.names]
+    for name, label in zip(tree.names, found, strict=True):
         if type(label) is not int or not 0 <= label <= LARGEST_CLASS:
-            raise UserError(f"{place} gives {name} the label {label!r}: a label is a class number from 0 to "
-                            f"{LARGEST_CLASS}")
-    found = [labels[name] for name in names]
+            raise UserError(f"{place} gives {name} the label {label!r}: give it a class number from 0 to "
+                            f"{LARGEST_CLASS}, or remove {LABEL_FILE} to go without labels")
     return found, tuple(map(str, range(max(found) + 1)))
 
 
 def identify(names, root="."):
     """Return a digest of the paths (from `root`), sizes and times of files, not of their content.
 
-    Both times count, of the content and of the last change on disk, so that a file written anew with its old time and
-    size is another one.
+    Both times count, of the content and of the last change on disk: a file may be written anew with its old time.
     """
     digest = hashlib.sha256(os.fsencode(os.path.realpath(root)))
     for name in names:
@@ -174,14 +161,11 @@ def identify(names, root="."):
     return digest.hexdigest()
 
 
-def read_file(path, largest=None):
-    """Return a file's bytes. Raises UserError, naming it, for what cannot be read, is no regular file or too large."""
+def read_file(path):
+    """Return a file's bytes. Raises UserError, naming it, for what cannot be read or is no regular file."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{path} is no regular file")  # a pipe would block, a device never end
-        if largest is not None and status.st_size > largest:
-            raise UserError(f"{path} has {status.st_size} bytes; that is no image")
         return pathlib.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -191,23 +175,10 @@ def decode_image(data, spec):
     """Return the pixels of an encoded image, uint8 `(C, H, W)`, and a list of notes on what was converted.
 
     The image is turned upright (EXIF), laid on white where it is transparent, reduced to 8 bits and brought to `spec`;
-    of several frames the first counts. Raises UserError for bytes that are no image of `FORMATS`, for damaged
-    ones and for decompression bombs (more than twice Pillow's limit of 89 million pixels).
+    of several frames the first counts. Pillow raises an error of many kinds for what is no image of `FORMATS`, damaged,
+    or a decompression bomb (more than 179 million pixels).
     """
-    try:
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)
-        if opened.width * opened.height <= LARGE_IMAGE:
-            return _decode(opened, spec)
-        return _large_images.submit(_decode, opened, spec).result()
-    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError("not an image" if text.startswith("cannot identify") else text) from None
-
-
-def _decode(opened, spec):
-    with opened:
-        ImageOps.exif_transpose(opened, in_place=True)  # a copy of a large image is hundreds of megabytes
-        return _fit_image(opened, spec)
+    return _fit_image(Image.open(io.BytesIO(data), formats=FORMATS), spec)
 
 
 def fit_images(images, spec):
@@ -226,38 +197,40 @@ def fit_images(images, spec):
 
 def _fit_image(image, spec):
     """Return the pixels of a Pillow image brought to `spec`, uint8 `(C, H, W)`, and a list of notes."""
+    ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image is hundreds of megabytes
     image, notes = _to_channels(image, spec.channels)
-    if spec.size is not None and image.width != image.height:
+    if spec.size is not None:
         side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        notes.append("cropped to the central square")
-    if spec.size is not None and image.width != spec.size:
-        notes.append(f"resampled to {spec.size}×{spec.size} with the {spec.resample} filter")
-        image = image.resize((spec.size, spec.size), FILTERS[spec.resample])
+        if image.width != image.height:
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+            notes.append("cropped to the central square")
+        if side != spec.size:
+            image = image.resize((spec.size, spec.size), FILTERS[spec.resample])
+            notes.append(f"resampled to {spec.size}×{spec.size} with the {spec.resample} filter")
     pixels = np.asarray(image)
     return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)), notes
 
 
 def _to_channels(image, channels):
-    """Return the image in mode L (one channel) or RGB (three), 8 bits and opaque, and notes."""
-    notes = []
-    grey = image.mode in _GREY_MODES
+    """Return the image in mode L (one channel) or RGB (three), 8 bits and opaque, and a list of notes."""
+    grey, notes = image.mode in _GREY_MODES, []
+    if image.mode == "F":
+        raise UserError("its pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise UserError("its pixels have more than 16 bits")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # round(v / 257); Pillow would clip
         notes.append("16-bit grey, divided by 257")
-    elif image.mode == "F":
-        raise UserError("its pixels are floating-point numbers of unknown range")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         if rgba.getchannel("A").getextrema()[0] < 255:
             notes.append("transparent, laid on white")
-    if image.mode != "RGB" and (channels == 3 or not grey):  # CMYK has no direct way to grey
-        image = image.convert("RGB")
+    if channels == 1 and grey and image.mode != "RGBA":
+        return image.convert("L"), notes
+    image = image.convert("RGB")  # also on the way to grey: CMYK has no direct one
     if channels == 3:
         return image, notes + [GREY_TO_COLOUR] * grey
     return image.convert("L"), notes + [COLOUR_TO_GREY] * (not grey)
@@ -268,11 +241,10 @@ def _walk(root):
     visited = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse):
         subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
+        if (real := os.path.realpath(folder)) in visited:
             subfolders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        visited.add(real)
         inner = os.path.relpath(folder, root).replace(os.sep, "/")
         yield from files if inner == "." else (f"{inner}/{name}" for name in files)
 

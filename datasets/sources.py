@@ -28,7 +28,6 @@ from datasets.image_files import (
     LABEL_FILE,
     FileTree,
     ImageSpec,
-    decode_image,
     find_labels,
     fit_images,
     identify,
@@ -187,12 +186,12 @@ def _decode_files(tree, labels, spec, part):
     images, kept, skipped, notes = [], [], [], collections.Counter()
     for place, name in enumerate(tree.names[part]):
         try:
-            pixels, conversions = decode_image(tree.read(name), spec)
+            pixels, conversions = tree.decode(name, spec)
         except UserError as error:
             if not spec.skip_corrupt:
-                raise UserError(f"corrupt image {name} in {tree.root} ({error}): remove or replace it, or skip such "
-                                "files with --config.data.skip_corrupt true") from None
-            skipped.append(f"{name} ({error})")
+                raise UserError(f"{error}: remove or replace it, or skip such files with --config.data.skip_corrupt "
+                                "true") from None
+            skipped.append(str(error))
             continue
         images.append(pixels)
         kept.append(place)

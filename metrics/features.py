@@ -42,18 +42,6 @@ class FeatureExtractor:
     digest: str | None = None
 
 
-def check_finite(images, numbers, name, advice):
-    """Raise UserError if any of `images` (N, …) has NaN or infinite pixels, naming the first by its `numbers` entry."""
-    bad = (~images.flatten(1).isfinite().all(1)).nonzero()
-    if len(bad):
-        raise UserError(f"{name}: sample {numbers[bad[0].item()]} holds NaN or infinite pixels; {advice}")
-
-
-def quantise(images):
-    """Return float images in [-1, 1] as uint8, by truncation of 255·clip((x + 1)/2, 0, 1) as in the literature."""
-    return (255 * ((images + 1) / 2).clamp(0, 1)).to(torch.uint8)
-
-
 def pixel_features(images):
     """Return uint8 images as float32 rows (N, C·H·W) of numbers in [-1, 1]."""
     return pixels_to_float(images.flatten(1))

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from datasets import load_images
+from datasets.image_source import ArrayImages, open_images
 from metrics.features import create_extractor
-from metrics.image_files import ArrayImages, open_images
 from metrics.scores import check_gaussian, kept_radii, nearest_distances
 from metrics.statistics import Statistics, evenly_spread, measure_source
 from runtime.downloads import cached_file

@@ -18,8 +18,8 @@ import evaluation_fid
 from configs.command_line import config_to_dict, load_config, parse_command_line
 from configs.default import check_fields
 from datasets import load_images
+from datasets.image_source import ArrayImages
 from metrics.features import inception_extractor
-from metrics.image_files import ArrayImages
 from metrics.reference import write_statistics
 from metrics.results import read_results
 from metrics.statistics import measure_source

@@ -48,7 +48,7 @@ def describe_images(image_set):
              f"images: {len(image_set)} of shape {_times(image_set.images.shape[1:])} (C×H×W), uint8"]
     lines += [f"converted: {number} images: {note}" for note, number in image_set.notes.items()]
     if image_set.skipped:
-        lines.append(f"skipped: {len(image_set.skipped)} corrupt images, the first {image_set.skipped[0]}")
+        lines.append(f"skipped: {len(image_set.skipped)} images, the first: {image_set.skipped[0]}")
     return lines + class_lines(image_set.labels, image_set.class_names) + [
         f"mean per channel: {_numbers(mean)} (of pixels in [0, 1])", f"standard deviation: {_numbers(deviation)}"]
 

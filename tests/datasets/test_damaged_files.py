@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from datasets import load_images
-from metrics.image_files import open_images
+from datasets.image_source import open_images
 from runtime.errors import UserError
 from tests.datasets.image_files import (
     encode,

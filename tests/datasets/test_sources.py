@@ -80,7 +80,7 @@ def test_classes_are_the_sub_folders_of_the_folder_that_holds_all_images(tmp_pat
 @pytest.mark.parametrize(("content", "message"), [
     (b"not json", "not of the form"), (b"[]", "not of the form"), (b"{}", "not of the form"),
     (b"[" * 100000, "not of the form"), (b'{"labels": [[["a.png"], 1]]}', "not of the form"),
-    (b'{"labels": 3}', "not of the form"), (label_file({"b.png": 1}), "no label for a.png"),
+    (b'{"labels": 3}', "not of the form"), (label_file({"b.png": 1}), "the label None"),
     (label_file({"a.png": -1}), "the label -1"), (label_file({"a.png": 1.5}), "the label 1.5"),
     (label_file({"a.png": True}), "the label True"), (label_file({"a.png": 10**9}), "the label 1000000000"),
     (b'{"labels": [["a.png", 1], ["a.png", 2]]}', "gives a.png the labels 1 and 2"),
@@ -117,9 +117,9 @@ def test_corrupt_images_are_skipped_and_counted_when_asked(tmp_path, capsys):
     found = load_images(config)
     assert len(found) == 4 and found.labels.tolist() == [0, 0, 1, 1]
     assert len(found.skipped) == 1 and "x/bad.png" in found.skipped[0]
-    assert "1 corrupt images skipped, the first x/bad.png" in capsys.readouterr().err
+    assert "1 images skipped, the first: corrupt image x/bad.png in" in capsys.readouterr().err
     config.data.skip_corrupt = False
-    with pytest.raises(UserError, match="was cached without 1 corrupt images"):
+    with pytest.raises(UserError, match="was cached without 1 images, the first: corrupt image x/bad.png"):
         load_images(config)
 
 

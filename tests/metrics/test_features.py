@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs.default import get_default_config
+from datasets.image_source import check_finite, open_images, quantise
 from metrics.features import (
-    check_finite,
     create_extractor,
     full_float32,
     inception_extractor,
     pixel_extractor,
-    quantise,
 )
-from metrics.image_files import open_images
 from metrics.scores import frechet_distance, inception_score
 from metrics.statistics import measure
 from runtime.errors import UserError

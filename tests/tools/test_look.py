@@ -43,7 +43,7 @@ def test_cache_conversions_and_skipped_images_are_told():
     images = ImageSet(pixels, None, None, "two images", {"turned": 2}, "data/cache/two", ("bad",))
     text = "\n".join(describe_images(images))
     assert "cached: data/cache/two" in text and "2 images: turned" in text
-    assert "skipped: 1 corrupt images, the first bad" in text and "classes: none" in text
+    assert "skipped: 1 images, the first: bad" in text and "classes: none" in text
 
 
 def test_the_picture_shows_what_training_sees():

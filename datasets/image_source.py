@@ -1,4 +1,4 @@
-"""Images in files, to be measured: npy, npz, a folder or a zip, decoded as training decodes them."""
+"""Images to be measured, read a batch at a time from npy, npz, a folder or a zip, as training decodes them."""
 
 import collections
 import pathlib
@@ -7,14 +7,25 @@ import sys
 import numpy as np
 import torch
 
-from datasets.image_files import FileTree, ImageSpec, decode_image, fit_images
+from datasets.image_files import FileTree, ImageSpec, fit_images
 from datasets.sources import DATASETS
-from metrics.features import check_finite, quantise
 from runtime.errors import UserError
 
 LARGEST_FLOAT = 20.0  # samples leave [-1, 1] a little; what goes beyond this was meant for 0 to 255
 LOOKED_AT = 64  # images of an array of floats whose range is looked at
 LOSSY = "JPEG or WebP: distances to images that were not compressed so include the compression"
+
+
+def check_finite(images, numbers, name, advice):
+    """Raise UserError if any of `images` (N, …) has NaN or infinite pixels, naming the first by its `numbers` entry."""
+    bad = (~images.flatten(1).isfinite().all(1)).nonzero()
+    if len(bad):
+        raise UserError(f"{name}: sample {numbers[bad[0].item()]} holds NaN or infinite pixels; {advice}")
+
+
+def quantise(images):
+    """Return float images in [-1, 1] as uint8, by truncation of 255·clip((x + 1)/2, 0, 1) as in the literature."""
+    return (255 * ((images + 1) / 2).clamp(0, 1)).to(torch.uint8)
 
 
 class ImageSource:
@@ -25,7 +36,8 @@ class ImageSource:
     """
 
     def __init__(self, path, count):
-        self.path, self.name, self.count, self.notes = pathlib.Path(path), str(path), count, collections.Counter()
+        self.path, self.name, self.count = pathlib.Path(path), str(path), count
+        self.shape, self.notes = None, collections.Counter()
         self.shape = tuple(self._load(0, 1)[0].shape[1:])
 
     def __len__(self):
@@ -43,16 +55,14 @@ class ArrayImages(ImageSource):
 
     def __init__(self, images, name, spec=None):
         """Take the array, its name and the `ImageSpec` to bring images to. Raises UserError for no images."""
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise UserError(f"{name} has shape {tuple(images.shape)}; images are (N, C, H, W) with 1 or 3 channels")
-        if len(images) == 0:
-            raise UserError(f"{name} holds no images")
-        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-            raise UserError(f"{name} holds {images.dtype}; images are uint8, or floats in [-1, 1]")
+        floats = np.issubdtype(images.dtype, np.floating)
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or not (len(images) and (floats or images.dtype == "u1")):
+            raise UserError(f"{name} holds {images.dtype} of shape {images.shape}; images are (N, C, H, W) with 1 or 3 "
+                            "channels, uint8, or floats in [-1, 1]")
         self.images, self.spec = images, spec or ImageSpec(None, images.shape[1])
         super().__init__(name, len(images))
         some = images[np.unique(np.linspace(0, len(images) - 1, LOOKED_AT).astype(int))]
-        if images.dtype != np.uint8 and some.min() >= 0 and some.max() <= 1:
+        if floats and some.min() >= 0 and some.max() <= 1:
             print(f"{name}: its values lie in [{some.min():.3g}, {some.max():.3g}], but floats are read as pixels in "
                   "[-1, 1]: bring them there if they were meant for [0, 1]", file=sys.stderr, flush=True)
 
@@ -74,22 +84,17 @@ class FileImages(ImageSource):
     def __init__(self, path, spec):
         self.tree, self.spec = FileTree(path), spec
         super().__init__(path, len(self.tree.names))
-        lossy = sum(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in self.tree.names)
-        self.notes.update({LOSSY: lossy} if lossy else {})
 
     def _load(self, low, high):
         images, notes = [], collections.Counter()
         for name in self.tree.names[low:high]:
-            try:
-                image, conversions = decode_image(self.tree.read(name), self.spec)
-            except UserError as error:
-                raise UserError(f"{self.path}: {name} is not a readable image ({error})") from None
-            if image.shape != (shape := getattr(self, "shape", image.shape)):
+            image, conversions = self.tree.decode(name, self.spec)
+            if image.shape != (shape := self.shape or image.shape):
                 raise UserError(f"{self.path} holds images of different sizes: {self.tree.names[0]} is "
                                 f"{shape[1]}×{shape[2]}, {name} is {image.shape[1]}×{image.shape[2]}; bring them to "
                                 "one size")
             images.append(image)
-            notes.update(conversions)
+            notes.update(conversions + [LOSSY] * name.lower().endswith((".jpg", ".jpeg", ".webp")))
         return np.stack(images), notes
 
 
@@ -102,13 +107,12 @@ def open_images(path, config):
     path, data = pathlib.Path(path), config.data
     spec = ImageSpec(data.image_size if config.eval.feature_extractor == "pixels" else None, data.num_channels,
                      DATASETS[data.dataset].resample)
-    if not (path.is_dir() or path.is_file()):  # a named pipe would never end
-        raise UserError(f"{path} is no file or folder" if path.exists() else f"{path} does not exist")
-    if path.is_dir() or path.suffix == ".zip":
+    if path.is_dir() or (path.is_file() and path.suffix == ".zip"):
         return FileImages(path, spec)
-    if path.suffix in (".npy", ".npz"):
+    if path.is_file() and path.suffix in (".npy", ".npz"):  # a named pipe would never end
         return ArrayImages(_load_array(path), path, spec)
-    raise UserError(f"{path} is not an npy, npz, folder or zip of images")
+    raise UserError(f"{path} is not an npy, npz, folder or zip of images" if path.exists() else
+                    f"{path} does not exist")
 
 
 def _load_array(path):
@@ -120,14 +124,12 @@ def _load_array(path):
         images = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
         if path.suffix == ".npz":
             with images as arrays:
-                name = next((name for name in ("images", "samples", "arr_0") if name in arrays.files), None)
-                if name is None:
-                    raise UserError(f"{path} holds {', '.join(arrays.files)}, but no array images, samples or arr_0")
-                images = arrays[name]
-    except UserError:
-        raise
+                names = [name for name in ("images", "samples", "arr_0") if name in arrays.files]
+                if not names:
+                    raise ValueError(f"it holds {', '.join(arrays.files)}, but no array images, samples or arr_0")
+                images = arrays[names[0]]
     except Exception as error:  # numpy, zipfile and zlib raise many kinds for damaged files
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error or type(error).__name__}") from None
     if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     return images
