@@ -1,7 +1,8 @@
-"""Tables, comparisons and plots of the table of results: `python -m experiments.report [--steps cifar]`.
+"""Tables, comparisons and plots of the table of results.
 
-    python -m experiments.report                                                  tables; docs/miniature_*.png
-    python -m experiments.report --compare A:B                                    step A against step B, seed by seed
+    python -m experiments.report [--show cifar]                      tables; docs/miniature_*.png
+    python -m experiments.report --compare A:B                       step A against step B, seed by seed
+    python -m experiments.report --samples PNG --runs A,B            samples of runs from the same noise
 
 In names of steps {seed} stands for every seed. A comparison says no more than its figures: a claim needs seeds that
 agree and a mean difference beyond both their spread and what another processor changes (docs/miniature.md).
@@ -16,54 +17,56 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
-from configs.command_line import run_program
+from configs.command_line import load_config, run_program
 from configs.default import Field
+from datasets import load_images, pixels_to_float
+from flows import samplers
+from flows.rectified_flow import velocity_from_network
+from models import load_model
 from runtime.errors import UserError
 from runtime.files import atomic_path, write_text
+from runtime.pictures import save_grid
+from runtime.seeds import index_noise
 
 COLUMNS = ("step", "kind", "seed", "digest", "commit", "processor", "seconds", "nfe", "feature_distance",
            "pixel_distance", "precision", "recall", "recognised", "nearest", "straightness", "loss", "parameters",
            "gmacs", "latency_ms")
 NUMBERS = COLUMNS[6:]
-FIGURES = {"NFE": "nfe", "feature distance": "feature_distance", "pixel distance": "pixel_distance",
-           "precision": "precision", "recall": "recall", "recognised": "recognised", "nearest": "nearest",
-           "straightness": "straightness", "parameters": "parameters", "seconds": "seconds"}
-SAMPLED = {"1_flow": "1-flow", "2_flow_annealed": "small 2-flow", "distilled_guided_student": "distilled, guided"}
+SHOWN = (*COLUMNS[7:15], "parameters", "seconds")  # in tables
+CURVES = {"1_flow": "1-flow", "2_flow_annealed": "small 2-flow", "distilled_guided_student": "distilled, guided"}
+SOLVERS = {"euler": (4, 8, 16), "heun": (2, 4, 8), "rk45": (0.001, 0.0001)}  # of pairs, beside the main line's
 SAMPLERS = ("euler-1", "euler-2", "euler-4", "euler-8", "euler-16", "rk45")
+
+# make demo: pixel Fréchet distances that count as success, and the largest share of the teacher's parameters that the
+# student may have.
+THRESHOLDS = {"1_flow/rk45": 0.25, "2_flow/one_step": 0.42, "distilled/one_step": 0.31}
+LARGEST_STUDENT = 0.26
 
 
 def read_table(path):
     """Return {step name: row} of a results file, numbers as floats (None where a step has no such figure)."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return {}
-    with open(path, newline="") as opened:
-        reader = csv.DictReader(opened)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f"{path} has the columns {', '.join(reader.fieldnames or ())}; wanted are "
-                            f"{', '.join(COLUMNS)}: restore it with git, or move it away")
-        rows = list(reader)
-    for line, row in enumerate(rows, 2):
-        if None in row or None in row.values():  # too many fields, or too few
-            raise UserError(f"{path}, line {line}, does not have {len(COLUMNS)} fields: restore the file with git")
-        try:
-            row.update({name: float(row[name]) if row[name] else None for name in NUMBERS})
-        except ValueError as error:
-            raise UserError(f"{path}, line {line}: {error}: restore the file with git") from None
-    return {row["step"]: row for row in rows}
+    path, rows = pathlib.Path(path), {}
+    lines = list(csv.reader(path.read_text().splitlines())) if path.exists() else [COLUMNS]
+    for number, line in enumerate(lines, 1):
+        if len(line) != len(COLUMNS) or (number == 1 and tuple(line) != COLUMNS):
+            raise UserError(f"{path}, line {number}, does not have the {len(COLUMNS)} columns of a table of results: "
+                            "restore the file with git, or move it away")
+        row = dict(zip(COLUMNS, line, strict=True))
+        if number > 1:
+            rows[row["step"]] = row | {name: float(row[name]) if row[name] else None for name in NUMBERS}
+    return rows
 
 
 def write_table(path, rows):
     """Write {step name: row} sorted by name, six digits a figure; the file appears whole."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as opened:
-        writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for name in sorted(rows):
-            values = {column: rows[name].get(column) for column in COLUMNS}
-            writer.writerow({column: f"{value:.6g}" if isinstance(value, float) else value
-                             for column, value in values.items()})
+        writer = csv.writer(opened, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for _, row in sorted(rows.items()):
+            values = [row.get(column) for column in COLUMNS]
+            writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in values)
 
 
 def by_seed(rows, name, figure):
@@ -80,15 +83,16 @@ def summary(values):
     return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
 
 
-def table(rows, heads=FIGURES):
+def table(rows):
     """Return a markdown table, a line a step, its seeds together; figures that no step has are left out."""
     names = dict.fromkeys(re.sub(r"seed\d+", "seed{seed}", name) for name in rows)
-    found = {name: {head: by_seed(rows, name, column) for head, column in heads.items()} for name in names}
-    shown = [head for head in heads if any(cells[head] for cells in found.values())]
-    lines = [f"| step | {' | '.join(shown)} | seeds |", "|" + "---|" * (len(shown) + 2)]
+    found = {name: {column: by_seed(rows, name, column) for column in SHOWN} for name in names}
+    shown = [column for column in SHOWN if any(cells[column] for cells in found.values())]
+    heads = [column.replace("_", " ").replace("nfe", "NFE") for column in shown]
+    lines = [f"| step | {' | '.join(heads)} | seeds |", "|" + "---|" * (len(shown) + 2)]
     for name, cells in found.items():
-        count = max((len(cell) for cell in cells.values()), default=0)
-        lines.append(f"| {name} | {' | '.join(summary(cells[head].values()) for head in shown)} | {count} |")
+        values = [summary(cells[column].values()) for column in shown]
+        lines.append(f"| {name} | {' | '.join(values)} | {max(map(len, cells.values()))} |")
     return "\n".join(lines)
 
 
@@ -104,32 +108,32 @@ def compare(rows, first, second, figure="feature_distance"):
             f"{summary(differences)}, the same sign in {agree} of {len(seeds)} seeds")
 
 
-def points(rows, names):
-    """Return sorted (evaluations, distance, its spread) over the seeds of (row with the NFE, row with the distance)."""
+def points(rows, images, names):
+    """Return arrays of evaluations, of the step named first, and of distance and its spread, of the second."""
     found = []
-    for nfe_name, name in names:
-        nfe, distance = by_seed(rows, nfe_name, "nfe"), by_seed(rows, name, "feature_distance")
+    for steps in names:
+        nfe, distance = (list(by_seed(rows, f"{images}/seed{{seed}}/{step}", figure).values())
+                         for step, figure in zip(steps, ("nfe", "feature_distance"), strict=True))
         if nfe and distance:
-            spread = statistics.stdev(distance.values()) if len(distance) > 1 else 0.0
-            found.append((statistics.mean(nfe.values()), statistics.mean(distance.values()), spread))
-    return sorted(found)
+            found.append((np.mean(nfe), np.mean(distance), np.std(distance, ddof=1) if len(distance) > 1 else 0.0))
+    return np.array(sorted(found)).reshape(-1, 3).T
 
 
-def draw(path, panels):
-    """Draw panels side by side: (title, x label, {curve: points}), both axes logarithmic."""
+def draw(path, x_label, panels):
+    """Draw panels with points side by side, both axes logarithmic: {title: {curve: what `points` returns}}."""
+    panels = {title: curves for title, curves in panels.items() if any(len(x) for x, _, _ in curves.values())}
+    if not panels:
+        return
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, x_label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for label, found in curves.items():
-            x, y, spread = np.array(found or [(np.nan,) * 3]).T
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, (x, y, spread) in curves.items():
             axes.errorbar(x, y, spread, label=label, marker="o", markersize=4, capsize=2, linewidth=1)
         axes.set(title=title, xlabel=x_label, ylabel="Fréchet distance, classifier features", xscale="log",
                  yscale="log")
-        for axis, places in ((axes.xaxis, [2**k for k in range(9)]),
-                             (axes.yaxis, [digit * 10.0**k for k in range(-3, 4) for digit in (1, 2, 5)])):
-            low, high = axis.get_view_interval()
-            axis.set_major_locator(FixedLocator([place for place in places if low <= place <= high]))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        for axis, locator in ((axes.xaxis, LogLocator(2)), (axes.yaxis, LogLocator(subs=(1, 2, 5)))):
+            axis.set_major_locator(locator)
+            axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -139,31 +143,25 @@ def draw(path, panels):
 
 def draw_miniature(rows, folder):
     """Write the plots of docs/miniature.md: distance against evaluations, and against what the pairs cost."""
-    panels = []
-    for images, title in (("digits", "Digits"), ("fashion", "Fashion-MNIST")):
-        prefix = f"{images}/seed{{seed}}/"
-        curves = {label: points(rows, [(f"{prefix}{run}/{sampler}",) * 2 for sampler in SAMPLERS])
-                  for run, label in SAMPLED.items()}
-        panels += [(title, "network evaluations a sample", curves)] if any(curves.values()) else []
-    if not panels:
-        return
-    draw(folder / "miniature_quality.png", panels)
-    prefix, curves = "digits/seed{seed}/", {}
-    for kind in ("euler", "heun", "rk45"):
-        solvers = {match[1] for name in rows if (match := re.fullmatch(rf".*/ablation/pairs_({kind}_.*)", name))}
-        names = [(f"{prefix}ablation/pairs_{name}", f"{prefix}ablation/solver_{name}/euler-1") for name in solvers]
-        curves[kind] = points(rows, names + [(f"{prefix}pairs", f"{prefix}2_flow_annealed/euler-1")] * (kind == "rk45"))
-    draw(folder / "miniature_pairs.png", [("Digits: the student by the solver of its pairs",
-                                           "network evaluations a pair", curves)])
+    draw(folder / "miniature_quality.png", "network evaluations a sample", {
+        title: {label: points(rows, images, [(f"{run}/{sampler}",) * 2 for sampler in SAMPLERS])
+                for run, label in CURVES.items()}
+        for images, title in (("digits", "Digits"), ("fashion", "Fashion-MNIST"))})
+    names = {kind: [(f"ablation/pairs_{kind}_{n}", f"ablation/solver_{kind}_{n}/euler-1") for n in parameters]
+             for kind, parameters in SOLVERS.items()}
+    names["rk45"].append(("pairs", "2_flow_annealed/euler-1"))
+    draw(folder / "miniature_pairs.png", "network evaluations a pair", {
+        "Digits: the student by the solver of its pairs": {kind: points(rows, "digits", found)
+                                                           for kind, found in names.items()}})
 
 
-def write_demo(root, rows, thresholds, largest_student):
+def write_demo(root, rows):
     """Write report.md and demo.png of the demo into `root`; return whether all thresholds are met."""
     checks = [(f"{name}: pixel Fréchet distance {rows[name]['pixel_distance']:.3f}, at most {limit} wanted",
-               rows[name]["pixel_distance"] <= limit) for name, limit in thresholds.items()]
+               rows[name]["pixel_distance"] <= limit) for name, limit in THRESHOLDS.items()]
     share = rows["distilled/one_step"]["parameters"] / rows["1_flow/rk45"]["parameters"]
-    checks.append((f"student's share of the teacher's parameters: {share:.1%}, at most {largest_student:.0%} wanted",
-                   share <= largest_student))
+    checks.append((f"student's share of the teacher's parameters: {share:.1%}, at most {LARGEST_STUDENT:.0%} wanted",
+                   share <= LARGEST_STUDENT))
     text = "\n".join([
         "# SlimFlow on handwritten digits", "",
         "Fréchet distance of the pixels themselves ([-1, 1]): not FID; two random halves of the data are about 0.3 "
@@ -171,7 +169,7 @@ def write_demo(root, rows, thresholds, largest_student):
         f"{sum(row['seconds'] for row in rows.values()):.0f} seconds in all.", "",
         *(f"- {'met' if holds else 'MISSED'}: {sentence}" for sentence, holds in checks), "",
         "![data, 1-flow, 2-flow and distilled samples from the same noise](demo.png)", ""])
-    draw_samples(root / "demo.png", {name: root / name for name in ("1_flow", "2_flow", "distilled")})
+    draw_samples(root / "demo.png", [root / name for name in ("1_flow", "2_flow", "distilled")])
     write_text(root / "report.md", text)
     print(f"\n{text}\nreport: {root}/report.md, demo.png")
     return all(holds for _, holds in checks)
@@ -180,23 +178,15 @@ def write_demo(root, rows, thresholds, largest_student):
 @torch.no_grad()
 def draw_samples(path, runs, columns=16):
     """Write labelled rows: data, then the first run by rk45 and every run in one step, from the same noise."""
-    from configs.command_line import load_config
-    from datasets import load_images, pixels_to_float
-    from flows import samplers
-    from flows.rectified_flow import velocity_from_network
-    from models import load_model
-    from runtime.pictures import save_grid
-    from runtime.seeds import index_noise
-
-    config = load_config(next(iter(runs.values())) / "config.json")
+    config = load_config(runs[0] / "config.json")
     images = load_images(config).images
     real = images[np.arange(columns) * len(images) // columns]
     z0 = index_noise(config.seed, range(columns), real.shape[1:])
     rows = {"data": pixels_to_float(torch.from_numpy(np.array(real)))}
-    for number, (name, run) in enumerate(runs.items()):
+    for run in runs:
         velocity = velocity_from_network(load_model(run / "checkpoints" / "checkpoint_1.pth"))
-        label = name.replace("_", "-")
-        if number == 0:
+        label = run.name.replace("_", "-")
+        if run == runs[0]:
             rows[f"{label}, rk45"] = samplers.create_sampler(config)(velocity, z0)[0]
         rows[f"{label}, one step"] = samplers.one_step(velocity, z0, t_start=config.flow.eps)[0]
     save_grid(path, torch.cat(list(rows.values())), columns=columns, labels=list(rows))
@@ -216,8 +206,7 @@ FLAGS = {
 def main(args):
     """Print the tables and draw the plots."""
     if args.samples:
-        draw_samples(pathlib.Path(args.samples), {pathlib.Path(run).name: pathlib.Path(run)
-                                                  for run in args.runs.split(",")})
+        draw_samples(pathlib.Path(args.samples), [pathlib.Path(run) for run in args.runs.split(",")])
         return
     rows = {name: row for name, row in read_table(args.table).items()
             if any(text in name for text in args.show.split(","))}

@@ -1,18 +1,40 @@
-"""Run the steps of studies that the table of results lacks: `python -m experiments.run --study digits,ablations`.
+"""Run the steps of studies that the table of results lacks.
+
+    python -m experiments.run --study demo                  make demo
+    python -m experiments.run --study digits,ablations      what results.csv lacks, two runs at a time
+    python -m experiments.run --study cifar --size small    CIFAR-10 end to end on two CPU cores
 
 Every step is one of the four scripts in a process of its own: with `--jobs 1` one after the other, with all threads
 and their progress on the terminal; otherwise several at a time, each with one thread, printing to {root}/output/.
 The same command continues an interrupted study. `--again STEP` repeats a step and prints both results.
 """
 
+import concurrent.futures
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
 from configs.command_line import run_program
 from configs.default import Field
-from experiments.images import find_fashion
-from experiments.report import read_table, write_demo
-from experiments.runner import Study
-from experiments.studies import LARGEST_STUDENT, STUDIES, THRESHOLDS
+from experiments.images import Reference, find_fashion
+from experiments.report import NUMBERS, read_table, write_demo, write_table
+from experiments.studies import ROOT, STUDIES
+from metrics.results import read_results
 from runtime.errors import UserError
-from runtime.files import file_lock
+from runtime.files import file_lock, read_json, write_json
+from runtime.versions import git_commit
 
 FLAGS = {
     "study": Field("digits", f"studies to run, separated by commas, of {', '.join(STUDIES)}"),
@@ -28,6 +50,28 @@ FLAGS = {
     "cifar_root": Field("data/cifar10-jpeg", "folder with cifar10-jpeg-train.zip and cifar10-jpeg-test.zip"),
     "scale": Field(1.0, "of the demo: share of its updates, pairs and samples (the thresholds are for 1)", low=0),
 }
+KINDS = {"train.py": "train", "generate_data.py": "pairs", "evaluation_fid.py": "evaluate", "image_sampling.py": "look"}
+
+
+def main(args):
+    """Run what the flags name and is missing; return the exit status."""
+    names, steps = chosen_steps(args)
+    is_demo = names == ["demo"]
+    root = args.root or ("logs/demo" if is_demo else "logs/study")
+    results = args.results or (f"{root}/results.csv" if is_demo else "experiments/results.csv")
+    study = Study(root, results, args.jobs or (1 if {"demo", "cifar"} & set(names) else 2), args.cifar_root, args.again)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, study.stop)
+    with file_lock(study.root / "study.lock", "running a study") as lock:  # then all that it finished counts
+        todo = study.missing([step for step in steps if args.again in ("", step.name)])
+        if args.dry_run:
+            for step in todo:
+                print(f"{step.name}\n    python {' '.join(step.command(root))}")
+            print(f"study: {len(todo)} steps to run")
+            return 0
+        study.run(todo, lock)
+    print(f"study: all {len(steps)} steps are in {results}")
+    return 1 if is_demo and not write_demo(study.root, read_table(results)) and args.scale >= 1 else 0
 
 
 def chosen_steps(args):
@@ -40,11 +84,11 @@ def chosen_steps(args):
         print("study: Fashion-MNIST is not here; its steps are left out", flush=True)
         names.remove("fashion")
     planned = {"tiny": 1, "small": 40, "large": 25}[args.size]
-    cifar = {"size": args.size, "scale": (args.minutes or planned) / planned}
-    options = {"demo": {"scale": args.scale}, "cifar": cifar}
+    options = {"demo": {"scale": args.scale},
+               "cifar": {"size": args.size, "scale": (args.minutes or planned) / planned}}
     steps = dict.fromkeys(step for name in names for step in STUDIES[name](**options.get(name, {})))
     steps = [step for step in steps if any(text in step.name for text in args.steps.split(","))]
-    if not steps or (args.again and args.again not in {step.name for step in steps}):
+    if args.again not in {"", *(step.name for step in steps)} or not steps:
         raise UserError(f"no step is called {args.again or args.steps or args.study}; results.csv and --dry_run have "
                         "their names")
     if "cifar" in names and args.minutes:
@@ -53,26 +97,167 @@ def chosen_steps(args):
     return names, steps
 
 
-def main(args):
-    """Run what the flags name and is missing; return the exit status."""
-    names, steps = chosen_steps(args)
-    is_demo, again = names == ["demo"], {args.again} - {""}
-    root = args.root or ("logs/demo" if is_demo else "logs/study")
-    results = args.results or (f"{root}/results.csv" if is_demo else "experiments/results.csv")
-    study = Study(root, results, args.jobs or (1 if {"demo", "cifar"} & set(names) else 2), args.cifar_root)
-    wanted = [step for step in steps if not again or step.name in again]
-    with file_lock(study.root / "study.lock", "running a study") as lock:  # then all that it finished counts
-        todo = study.missing(wanted, read_table(results), again)
-        if args.dry_run:
-            for step in todo:
-                print(f"{step.name}\n    python {' '.join(step.command(root))}")
-        elif todo:
-            study.run(todo, lock, again)
-    print(f"study: {len(todo)} steps to run" if args.dry_run else f"study: all {len(steps)} steps are in {results}")
-    if is_demo and not args.dry_run:
-        met = write_demo(study.root, read_table(results), THRESHOLDS, LARGEST_STUDENT)
-        return 0 if met or args.scale < 1 else 1
-    return 0
+class Study:
+    """The folder of a study on this machine: which steps are finished there, their processes and their rows."""
+
+    def __init__(self, root, results, jobs, cifar_root="data/cifar10-jpeg", again=""):
+        self.root, self.results, self.jobs = pathlib.Path(root).absolute(), pathlib.Path(results), jobs
+        self.cifar_root, self.again, self.running = cifar_root, again, set()
+
+    @functools.cache  # noqa: B019 - one study a process
+    def reference(self, images):
+        """Return the `Reference` of an `Images`."""
+        return Reference(images, self.root / "images" / images.name, self.cifar_root)
+
+    def marker(self, step):
+        """Return the file that says which step ended well here, and in how many seconds."""
+        return self.root / "finished" / f"{step.name}.json"
+
+    def state(self, step):
+        """Return {"digest", "finished", "seconds"} of a step; digest None where it was not started in this form."""
+        found = read_json(self.marker(step)) if self.marker(step).exists() else {}
+        return found if found.get("digest") == step.digest else {"digest": None, "finished": False, "seconds": 0.0}
+
+    def missing(self, steps):
+        """Return the steps to run, in order: those without a row of their digest, and what they need and is absent."""
+        rows, found = read_table(self.results), {}
+
+        def lacks_row(step):
+            return step.digest != rows.get(step.name, {}).get("digest")
+
+        def add(step):
+            for _, need in step.needs:
+                if need not in found and (lacks_row(need) or not self.state(need)["finished"]):
+                    add(need)
+            found[step] = True
+
+        for step in steps:
+            if step not in found and (lacks_row(step) or step.name == self.again):
+                add(step)
+        return list(found)
+
+    def run(self, steps, lock):
+        """Run all steps; `lock` is the descriptor of the study's lock, which the scripts hold, too.
+
+        Raises the first `UserError`, after the steps that were running then have ended.
+        """
+        for images in dict.fromkeys(step.images for step in steps if step.images):
+            self.reference(images)
+        waiting, futures, failures = list(steps), {}, []
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            while futures or (waiting and not failures):
+                unfinished = {*waiting, *futures.values()}
+                ready = [step for step in waiting if unfinished.isdisjoint(need for _, need in step.needs)]
+                for step in ready[: 0 if failures else self.jobs - len(futures)]:
+                    waiting.remove(step)
+                    place = f"[{len(steps) - len(waiting)}/{len(steps)}]"
+                    futures[pool.submit(self.run_step, step, place, lock)] = step
+                for future in concurrent.futures.wait(futures, return_when="FIRST_COMPLETED").done:
+                    step = futures.pop(future)
+                    try:
+                        self.write_row(step, future.result())
+                    except UserError as error:
+                        failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def run_step(self, step, place, lock):
+        """Run the step's script, unless it is finished, and return its seconds, interrupted starts included."""
+        state = self.state(step)
+        if state["digest"] is None or step.name == self.again:
+            if step.script in ("train.py", "generate_data.py"):
+                shutil.rmtree(self.root / step.name, ignore_errors=True)  # what other words made
+            state = {"digest": step.digest, "finished": False, "seconds": 0.0}
+            write_json(self.marker(step), state)  # before the start: a killed command continues
+        if state["finished"]:
+            return state["seconds"]
+        words = [sys.executable, *step.command(self.root)] + ["--force"] * (step.script == "evaluation_fid.py")
+        output, environment = None, {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # spinning threads disturb others
+        if self.jobs > 1:
+            output = self.root / "output" / f"{step.name}.txt"
+            output.parent.mkdir(parents=True, exist_ok=True)
+            environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        say(f"{place} {step.name}: " + (f"prints to {output}" if output else f"\n    python {' '.join(words[1:])}"))
+        status, seconds = self.launch(words, output, environment, lock)
+        state |= {"finished": status == 0, "seconds": state["seconds"] + seconds}
+        write_json(self.marker(step), state)
+        if status:
+            tail = " | ".join(output.read_text().splitlines()[-3:]) if output else "its message stands above"
+            raise UserError(f"{step.name}: {words[1]} ended with status {status}: {tail}; the same command "
+                            f"continues from here (to start anew remove {self.root})")
+        return state["seconds"]
+
+    def launch(self, words, output, environment, lock):
+        """Run a command to its end; return its status and seconds: of the processor, or with one job of the clock."""
+        started = time.perf_counter()
+        with open(output, "a") if output else contextlib.nullcontext() as opened:
+            process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=opened,
+                                       stderr=opened and subprocess.STDOUT, pass_fds=[lock])
+            self.running.add(process)
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        self.running.discard(process)
+        seconds = used.ru_utime + used.ru_stime if self.jobs > 1 else time.perf_counter() - started
+        return process.returncode, seconds
+
+    def stop(self, number, frame):
+        """Tell the running scripts to end, too, when this process is told to (each ends after its update or block)."""
+        for process in list(self.running):
+            process.send_signal(signal.SIGINT)
+        raise KeyboardInterrupt
+
+    def write_row(self, step, seconds):
+        """Measure a finished step and put its row into the table, which other studies may be writing, too."""
+        row = {"step": step.name, "kind": KINDS[step.script], "seed": step.seed, "digest": step.digest,
+               "commit": (git_commit() or "")[:10], "processor": processor(), "seconds": round(seconds, 1),
+               **self.figures(step)}
+        with file_lock(self.root / "results.lock", "writing the results"):
+            rows = read_table(self.results)
+            earlier = rows.get(step.name)
+            write_table(self.results, rows | {step.name: row})
+        say(f"{step.name}: {described(row)}")
+        if earlier and earlier["digest"] == step.digest:
+            say(f"  before, at commit {earlier['commit']}: {described(earlier)}")
+
+    def figures(self, step):
+        """Return the figures of a finished step for its row of the table."""
+        if step.script == "train.py":
+            return {"loss": json.loads((self.root / step.name / "log.jsonl").read_text().splitlines()[-1])["loss"]}
+        if step.script == "generate_data.py":
+            return {"nfe": read_json(self.root / step.name / str(step.seed) / "pairs.json")["nfe_mean"]}
+        run = self.root / dict(step.needs)["flow"].name
+        if step.script == "image_sampling.py":
+            entries = json.loads((run / "eval_sample/checkpoint_1/samples.json").read_text())
+            return {"straightness": entries[-1].get("straightness")}
+        fields = dict(zip(step.words, step.words[1:], strict=False))
+        sampler, steps = (fields.get(f"--config.sampling.{name}") for name in ("use_ode_sampler", "sample_N"))
+        result = [result for result in read_results(run / "eval/results.jsonl") if result["sampler"] == sampler
+                  and result["sample_N"] == (int(steps) if steps else None)][-1]
+        figures = {name: result[name] for name in ("nfe", "parameters", "gmacs", "latency_ms")}
+        if step.images is None:
+            return figures | {"pixel_distance": result["pixel_frechet_distance"], "nearest": result["nn_distance"]}
+        samples = np.load(run / f"eval/checkpoint_1_{sampler}{f'-{steps}' if steps else ''}.npy")
+        return figures | self.reference(step.images).measure(samples)
+
+
+def say(text):
+    """Print a line among those of the scripts."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def described(row):
+    """Return the figures of a row as text."""
+    return ", ".join(f"{name} {row[name]:.4g}" for name in NUMBERS if row.get(name) is not None)
+
+
+@functools.cache
+def processor():
+    """Return the name of the GPU, or of the CPU with the instruction set that torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    path = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    return f"{found[1] if found else platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from configs.command_line import load_config
 from configs.default import FIELDS, get_field
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIG = "configs/rectified_flow/digits_rf_gaussian.py"
-CHECKPOINT = "checkpoints/checkpoint_1.pth"
+FLOW, START = "{flow}/checkpoints/checkpoint_1.pth", "{start}/checkpoints/checkpoint_1.pth"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +32,10 @@ FASHION = Images("fashion", 16, 1, 1000, 2)
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A call of a script.
+    """A call of a script; `images` is None where the script's own figures are the result.
 
     In `words`, {root} is the folder of the study, {here} the step's name, which is its folder there, {images} the
-    folder of the images, and {key} the folder of the step that `needs` names so. `images` is None where the script's
-    own figures are the result.
+    folder of the images, and {key} the folder of the step that `needs` names so.
     """
 
     name: str
@@ -70,216 +68,197 @@ def config_changes(path):
     return {name: value for name, value in values.items() if value != FIELDS[name].default}
 
 
-def flags(fields):
-    """Return config flags: {"optim__lr": 1e-3} becomes --config.optim.lr 0.001."""
-    return tuple(word for name, value in fields.items()
-                 for word in (f"--config.{name.replace('__', '.')}", str(value)))
-
-
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all steps of one seed of a study share: prefix of their names, images, and fields of the config."""
+    """What all steps of one seed of a study share; a config field optim.lr is written optim__lr."""
 
-    prefix: str
+    prefix: str  # of the names of steps
     images: Images | None
     seed: int
     fields: dict = dataclasses.field(default_factory=dict)
-    config: str = CONFIG
+    config: str = "configs/rectified_flow/digits_rf_gaussian.py"
 
-    def step(self, name, script, words, needs=()):
-        """Return the step `name`, its words after those that all steps have."""
+    def step(self, name, script, *words, needs=(), **fields):
+        """Return the step `name`: config and fields that all steps have, then `words`, then `fields`."""
         own = {} if self.images is None else {
             "data__dataset": "custom", "data__data_root": "{images}/train.zip", "data__cache_dir": "{root}/cache",
             "data__image_size": self.images.size, "data__num_channels": self.images.channels}
-        head = ("--config", self.config, *flags({"seed": self.seed} | own | self.fields))
-        return Step(self.prefix + name, script, head + tuple(words), self.seed, self.images, tuple(needs))
+
+        def flags(fields):
+            return [word for field, value in fields.items()
+                    for word in (f"--config.{field.replace('__', '.')}", str(value))]
+
+        words = ("--config", self.config, *flags({"seed": self.seed} | own | self.fields), *words, *flags(fields))
+        return Step(self.prefix + name, script, words, self.seed, self.images, needs)
 
     def train(self, name, updates, pairs=None, start=None, **fields):
         """Return a training step. pairs: the step that made its pairs; start: the step of its pre_train_model."""
-        needs = [("pairs", pairs)] * bool(pairs) + [("start", start)] * bool(start)
+        needs = tuple((key, step) for key, step in (("pairs", pairs), ("start", start)) if step)
         own = {"work_dir": "{root}", "expr": "{here}", "training__n_iters": updates, "training__snapshot_freq": updates,
                "training__snapshot_sampling": updates}
         own |= {"data__reflow_data_root": "{pairs}"} if pairs else {}
-        own |= {"flow__pre_train_model": "{start}/" + CHECKPOINT} if start else {}
-        return self.step(name, "train.py", flags(own | fields), needs)
+        own |= {"flow__pre_train_model": START} if start else {}
+        return self.step(name, "train.py", needs=needs, **own | fields)
 
     def pairs(self, name, flow, count=None, **sampling):
         """Return a step that makes `count` noise-image pairs (None: as the config says) with the trained step."""
         fields = {"sampling__total_number_of_samples": count} if count else {}
-        fields |= {"training__batch_size": 250} | {f"sampling__{field}": value for field, value in sampling.items()}
-        words = ("--ckpt_path", "{flow}/" + CHECKPOINT, "--data_root", "{root}/{here}", *flags(fields))
-        return self.step(name, "generate_data.py", words, [("flow", flow)])
+        return self.step(name, "generate_data.py", "--ckpt_path", FLOW, "--data_root", "{root}/{here}",
+                         needs=(("flow", flow),), **fields, training__batch_size=250, **sampling)
 
-    def evaluate(self, flow, samples=None, **sampling):
-        """Return the step that samples the trained step `flow` and measures its samples."""
-        name = flow.name.removeprefix(self.prefix) + "/" + "-".join(str(value) for value in sampling.values())
-        fields = {f"sampling__{field}": value for field, value in sampling.items()}
-        words = ("--ckpt_dir", "{flow}/" + CHECKPOINT)
-        if self.images is None:
-            fields["eval__num_samples"] = samples
-        else:
-            words += ("--target_path", "{images}/held_out.zip")
-            fields |= {"eval__num_samples": self.images.groups * self.images.measured, "eval__batch_size": 250,
-                       "eval__nearest": 0, "eval__save_samples": "true", "eval__feature_extractor": "pixels"}
-        return self.step(name, "evaluation_fid.py", words + flags(fields), [("flow", flow)])
+    def evaluate(self, flows, *samplings, samples=None):
+        """Return a step for each trained step and sampling that measures its samples."""
+        words, fields = (), {"eval__num_samples": samples}
+        if self.images:
+            words = ("--target_path", "{images}/held_out.zip")
+            fields = {"eval__num_samples": self.images.groups * self.images.measured, "eval__batch_size": 250,
+                      "eval__nearest": 0, "eval__save_samples": "true", "eval__feature_extractor": "pixels"}
+        return [self.step(f"{flow.name.removeprefix(self.prefix)}/{'-'.join(map(str, sampling.values()))}",
+                          "evaluation_fid.py", "--ckpt_dir", FLOW, *words, needs=(("flow", flow),), **sampling,
+                          **fields) for flow in flows for sampling in samplings]
 
-    def look(self, flow, **sampling):
+    def look(self, flow, sampling=None):
         """Return the step that draws samples of the trained step `flow` and measures the straightness of its paths."""
         sampling = sampling or euler(2)  # a call with one evaluation measures no straightness
-        words = ("--sampling_dir", "{flow}/" + CHECKPOINT,
-                 *flags({f"sampling__{field}": value for field, value in sampling.items()}))
-        return self.step(flow.name.removeprefix(self.prefix) + "/straightness", "image_sampling.py", words,
-                         [("flow", flow)])
+        return self.step(f"{flow.name.removeprefix(self.prefix)}/straightness", "image_sampling.py", "--sampling_dir",
+                         FLOW, needs=(("flow", flow),), **sampling)
 
 
-def euler(steps):
-    """Return the sampling fields of Euler's rule with so many steps."""
-    return {"use_ode_sampler": "euler", "sample_N": steps}
+# Fields of the config that studies share.
 
 
-ONE_STEP, ADAPTIVE = euler(1), {"use_ode_sampler": "rk45"}
-DISTILLATIONS = {
-    "naive": {"flow__use_teacher": "false"},
-    "guided_student": {"flow__use_teacher": "true", "flow__guidance_first_step": "student"},
-    "guided_teacher": {"flow__use_teacher": "true", "flow__guidance_first_step": "teacher"},
-}
-HUBER, U_SHAPED = {"training__loss_type": "huber"}, {"flow__flow_t_schedule": "u_shaped"}
+def euler(steps, rule="euler"):
+    """Return the sampling fields of Euler's rule, or Heun's, with so many steps."""
+    return {"sampling__use_ode_sampler": rule, "sampling__sample_N": steps}
 
-# make demo: the method on handwritten digits in minutes. Pixel Fréchet distances that count as success, and the
-# largest share of the teacher's parameters that the student may have.
-THRESHOLDS = {"1_flow/rk45": 0.25, "2_flow/one_step": 0.42, "distilled/one_step": 0.31}
-LARGEST_STUDENT = 0.26
+
+def rk45(tol):
+    """Return the sampling fields of adaptive steps with this tolerance."""
+    return ADAPTIVE | {"sampling__ode_tol": tol}
+
+
+def annealed(updates, shape="warmup"):
+    """Return the field of annealing reflow over so many updates."""
+    return {"training__x0_randomness": f"{shape}_{updates}"}
+
+
+ONE_STEP, ADAPTIVE = euler(1), {"sampling__use_ode_sampler": "rk45"}
+T0, U_SHAPED = ({"flow__flow_t_schedule": schedule} for schedule in ("t0", "u_shaped"))
+HUBER = {"training__loss_type": "huber"}
+GUIDED = {"flow__use_teacher": "true", "flow__guidance_first_step": "student"}
+DISTILLATIONS = {"naive": {"flow__use_teacher": "false"}, "guided_student": GUIDED,
+                 "guided_teacher": GUIDED | {"flow__guidance_first_step": "teacher"}}
 
 
 def demo(scale=1.0):
-    """Return the steps of the demo; `scale` shortens trainings, pairs and evaluation (a test runs 1/60)."""
+    """Return the steps of `make demo`; `scale` shortens trainings, pairs and evaluation (a test runs 1/60)."""
     def scaled(count, least=1):
         return max(least, round(count * scale))
 
-    setting, student = Setting("", None, 42), {"model__nf": 16}
+    setting, width, one_step = Setting("", None, 42), {"model__nf": 16}, {"sampling__use_ode_sampler": "one_step"}
     flow = setting.train("1_flow", scaled(1350), optim__lr=2e-3)
-    made = setting.pairs("pairs", flow, scaled(4000, 64), use_ode_sampler="rk45", ode_tol=1e-2)
-    small = setting.train("2_flow", scaled(1300), pairs=made, training__x0_randomness=f"warmup_{scaled(400)}",
-                          optim__lr=2e-3, **student)
-    distilled = setting.train("distilled", scaled(1000), pairs=made, start=small, flow__flow_t_schedule="t0",
-                              optim__lr=1e-3, **DISTILLATIONS["guided_student"], **student)
-    one_step, samples = {"use_ode_sampler": "one_step"}, scaled(2000, 64)
-    return [flow, made, small, distilled, setting.evaluate(flow, samples, **one_step),
-            setting.evaluate(flow, samples, **ADAPTIVE),
-            *(setting.evaluate(step, samples, **one_step) for step in (small, distilled)),
-            setting.look(flow, **ADAPTIVE), *(setting.look(step, **one_step) for step in (small, distilled))]
+    made = setting.pairs("pairs", flow, scaled(4000, 64), **rk45(1e-2))
+    small = setting.train("2_flow", scaled(1300), made, **annealed(scaled(400)), optim__lr=2e-3, **width)
+    distilled = setting.train("distilled", scaled(1000), made, small, **T0, optim__lr=1e-3, **GUIDED, **width)
+    return [flow, made, small, distilled, *setting.evaluate([flow], one_step, ADAPTIVE, samples=scaled(2000, 64)),
+            *setting.evaluate([small, distilled], one_step, samples=scaled(2000, 64)),
+            setting.look(flow, ADAPTIVE), setting.look(small, one_step), setting.look(distilled, one_step)]
 
 
 # The paper in miniature: the main line on digits and Fashion-MNIST, ablations, recipes (docs/miniature.md).
 FLOW_UPDATES, REFLOW_UPDATES, DISTIL_UPDATES, ANNEALING = 1000, 1000, 600, 250
 PAIRS, WIDE, NARROW = 4000, 24, 12
+REFLOW = {"optim__lr": 2e-3, "model__nf": NARROW}
+DISTIL = T0 | {"optim__lr": 1e-3, "model__nf": NARROW}
 
 
-def miniature(images, seed):
+def miniature(images, seed, **changes):
     """Return the `Setting` of a seed of the miniature."""
-    return Setting(f"{images.name}/seed{seed}/", images, seed, {"model__attn_resolutions": f"({images.size // 2},)"})
-
-
-def two_flow(setting, name, made, *, annealing=0, shape="warmup", **fields):
-    """Return a training step on the pairs of the step `made`, annealed over so many updates (0: not at all)."""
-    randomness = {"training__x0_randomness": f"{shape}_{annealing}"} if annealing else {}
-    return setting.train(name, REFLOW_UPDATES, made, **({"optim__lr": 2e-3, "model__nf": NARROW} | randomness | fields))
-
-
-def distil(setting, name, made, start, **fields):
-    """Return the one-step distillation, on the pairs of `made`, of the trained step `start`."""
-    options = {"flow__flow_t_schedule": "t0", "optim__lr": 1e-3, "model__nf": NARROW} | fields
-    return setting.train(name, DISTIL_UPDATES, made, start, **options)
+    fields = {"model__attn_resolutions": f"({images.size // 2},)"}
+    return dataclasses.replace(Setting(f"{images.name}/seed{seed}/", images, seed, fields), **changes)
 
 
 def main_line(images, seed):
     """Return the steps of a seed: 1-flow, pairs, annealed small 2-flow first; on digits also wide 2-flows."""
     setting = miniature(images, seed)
     flow = setting.train("1_flow", FLOW_UPDATES, optim__lr=2e-3, model__nf=WIDE)
-    made = setting.pairs("pairs", flow, PAIRS, use_ode_sampler="rk45", ode_tol=1e-2)
-    annealed = two_flow(setting, "2_flow_annealed", made, annealing=ANNEALING)
-    scratch = two_flow(setting, "2_flow_from_nothing", made)
-    distilled = {kind: distil(setting, f"distilled_{kind}", made, annealed, **fields)
+    made = setting.pairs("pairs", flow, PAIRS, **rk45(1e-2))
+    small = setting.train("2_flow_annealed", REFLOW_UPDATES, made, **REFLOW | annealed(ANNEALING))
+    scratch = setting.train("2_flow_from_nothing", REFLOW_UPDATES, made, **REFLOW)
+    distilled = {kind: setting.train(f"distilled_{kind}", DISTIL_UPDATES, made, small, **DISTIL | fields)
                  for kind, fields in DISTILLATIONS.items()}
-    found = [flow, made, annealed, scratch, *distilled.values()]
-    found += [setting.evaluate(flow, **sampling) for sampling in (*map(euler, (1, 2, 4, 8, 16)), ADAPTIVE)]
-    found += [setting.evaluate(annealed, **sampling) for sampling in (*map(euler, (1, 2, 4)), ADAPTIVE)]
-    found += [setting.evaluate(step, **ONE_STEP) for step in (scratch, *distilled.values())]
-    found += [setting.evaluate(distilled["guided_student"], **sampling) for sampling in map(euler, (2, 4))]
+    found = [flow, made, small, scratch, *distilled.values()]
+    found += setting.evaluate([flow], *map(euler, (1, 2, 4, 8, 16)), ADAPTIVE)
+    found += setting.evaluate([small], *map(euler, (1, 2, 4)), ADAPTIVE)
+    found += setting.evaluate([scratch, *distilled.values()], ONE_STEP)
+    found += setting.evaluate([distilled["guided_student"]], euler(2), euler(4))
     if images == DIGITS:
-        wide = {"annealed": {"annealing": ANNEALING}, "from_nothing": {}, "from_1_flow": {"start": flow}}
-        steps = [two_flow(setting, f"2_flow_wide_{start}", made, model__nf=WIDE, **fields)
-                 for start, fields in wide.items()]
-        found += [*steps, *(setting.evaluate(step, **ONE_STEP) for step in steps), *map(setting.look, steps)]
-    return found + [setting.look(step) for step in (flow, annealed, scratch)]
+        starts = {"annealed": annealed(ANNEALING), "from_nothing": {}, "from_1_flow": {"start": flow}}
+        wide = [setting.train(f"2_flow_wide_{start}", REFLOW_UPDATES, made, **REFLOW | {"model__nf": WIDE} | fields)
+                for start, fields in starts.items()]
+        found += [*wide, *setting.evaluate(wide, ONE_STEP), *map(setting.look, wide)]
+    return found + [setting.look(step) for step in (flow, small, scratch)]
 
 
 def ablations(seed):
     """Return the steps that change one factor of the main line on digits, or a few, measured at one step."""
     setting = miniature(DIGITS, seed)
     flow, made, *_ = main_line(DIGITS, seed)
-    plain = {"annealing": ANNEALING}
-    changed = {f"annealing_{n}": {"annealing": n} for n in (REFLOW_UPDATES // 2, REFLOW_UPDATES)}
-    changed |= {f"shape_{shape}": plain | {"shape": f"warmup_{shape}"} for shape in ("cos", "exp")}
-    changed |= {"time_u_shaped": plain | U_SHAPED, "loss_huber": plain | HUBER,
-                "huber_cos": plain | HUBER | {"shape": "warmup_cos"},
-                "huber_u_shaped_cos": plain | HUBER | U_SHAPED | {"shape": "warmup_cos"},
-                "huber_u_shaped": plain | HUBER | U_SHAPED}
-    changed |= {f"width_{width}": plain | {"model__nf": width} for width in (8, 16)}
-    students = {name: two_flow(setting, f"ablation/{name}", made, **fields) for name, fields in changed.items()}
-    students |= {f"distilled_{loss}": distil(setting, f"ablation/distilled_{loss}", made, students["huber_u_shaped"],
-                                             training__loss_type=loss, **DISTILLATIONS["guided_student"])
-                 for loss in ("l2", "huber")}
-    others = {f"count_{n}": (f"pairs_{n}", n, ADAPTIVE | {"ode_tol": 1e-2}) for n in (500, 1000, 2000, 8000)}
-    solvers = {f"euler_{n}": euler(n) for n in (4, 8, 16)}
-    solvers |= {f"heun_{n}": {"use_ode_sampler": "heun", "sample_N": n} for n in (2, 4, 8)}
-    solvers |= {f"rk45_{tol:g}": ADAPTIVE | {"ode_tol": tol} for tol in (1e-3, 1e-4)}
+    linear, cosine, exponential = (annealed(ANNEALING, f"warmup{shape}") for shape in ("", "_cos", "_exp"))
+    changed = {f"annealing_{n}": annealed(n) for n in (REFLOW_UPDATES // 2, REFLOW_UPDATES)}
+    changed |= {"shape_cos": cosine, "shape_exp": exponential, "time_u_shaped": linear | U_SHAPED,
+                "loss_huber": linear | HUBER, "huber_cos": cosine | HUBER,
+                "huber_u_shaped_cos": cosine | HUBER | U_SHAPED, "huber_u_shaped": linear | HUBER | U_SHAPED}
+    changed |= {f"width_{width}": {"model__nf": width} | linear for width in (8, 16)}
+
+    def student(name, pairs, fields):
+        return setting.train(f"ablation/{name}", REFLOW_UPDATES, pairs, **REFLOW | fields)
+
+    students = {name: student(name, made, fields) for name, fields in changed.items()}
+    students |= {f"distilled_{loss}": setting.train(
+        f"ablation/distilled_{loss}", DISTIL_UPDATES, made, students["huber_u_shaped"],
+        **DISTIL | {"training__loss_type": loss} | GUIDED) for loss in ("l2", "huber")}
+    others = {f"count_{n}": (f"pairs_{n}", n, rk45(1e-2)) for n in (500, 1000, 2000, 8000)}
+    solvers = {f"euler_{n}": euler(n) for n in (4, 8, 16)} | {f"heun_{n}": euler(n, "heun") for n in (2, 4, 8)}
+    solvers |= {f"rk45_{tol:g}": rk45(tol) for tol in (1e-3, 1e-4)}
     others |= {f"solver_{name}": (f"pairs_{name}", PAIRS, sampling) for name, sampling in solvers.items()}
     found = [flow, made]
     for name, (folder, count, sampling) in others.items():
         found.append(setting.pairs(f"ablation/{folder}", flow, count, **sampling))
-        students[name] = two_flow(setting, f"ablation/{name}", found[-1], **plain)
-    return [*found, *students.values(), *(setting.evaluate(step, **ONE_STEP) for step in students.values())]
+        students[name] = student(name, found[-1], linear)
+    return [*found, *students.values(), *setting.evaluate(students.values(), ONE_STEP)]
 
 
 # What differs between the stages of the two recipes; all else is in the config of that name.
-RECIPES = {
-    "recommended": ({"training__x0_randomness": f"warmup_{ANNEALING}"} | HUBER | U_SHAPED,
-                    {"optim__lr": 1e-3} | HUBER | DISTILLATIONS["guided_student"]),
-    "released": ({"training__x0_randomness": f"warmup_{REFLOW_UPDATES * 3 // 8}"}, DISTILLATIONS["guided_student"]),
-}
+RECIPES = {"recommended": (annealed(ANNEALING) | HUBER | U_SHAPED, {"optim__lr": 1e-3} | HUBER | GUIDED),
+           "released": (annealed(REFLOW_UPDATES * 3 // 8), GUIDED)}
 
 
 def recipe(name, seed):
     """Return the steps of one of RECIPES on digits: 1-flow, pairs, small 2-flow, distillation, their figures."""
-    setting = dataclasses.replace(miniature(DIGITS, seed), prefix=f"digits/seed{seed}/recipe_{name}/",
-                                  config=f"configs/rectified_flow/digits_{name}.py")
+    setting = miniature(DIGITS, seed, prefix=f"digits/seed{seed}/recipe_{name}/",
+                        config=f"configs/rectified_flow/digits_{name}.py")
     reflow, distillation = RECIPES[name]
     flow = setting.train("1_flow", FLOW_UPDATES, model__nf=WIDE)
     made = setting.pairs("pairs", flow)
-    student = setting.train("2_flow", REFLOW_UPDATES, made, model__nf=NARROW, **reflow)
-    distilled = setting.train("distilled", DISTIL_UPDATES, made, student, model__nf=NARROW,
-                              flow__flow_t_schedule="t0", **distillation)
-    return [flow, made, student, distilled, setting.evaluate(flow, **ADAPTIVE, ode_tol=1e-3),
-            *(setting.evaluate(step, **ONE_STEP) for step in (student, distilled))]
+    small = setting.train("2_flow", REFLOW_UPDATES, made, model__nf=NARROW, **reflow)
+    distilled = setting.train("distilled", DISTIL_UPDATES, made, small, model__nf=NARROW, **T0, **distillation)
+    return [flow, made, small, distilled, *setting.evaluate([flow], rk45(1e-3)),
+            *setting.evaluate([small, distilled], ONE_STEP)]
 
 
 # CIFAR-10 end to end (docs/cifar.md): `large` for one GPU in half an hour, `small` for two CPU cores in 40 minutes.
-CIFAR_CONFIG = "configs/rectified_flow/cifar10_rf_gaussian.py"
+# Images; updates of the three trainings; pairs; widths of teacher and student; learning rate of the flows; fields.
 CIFAR = {
-    "large": (Images("cifar", 32, 3, 5000, 1, classifier=64, epochs=16),
-              {"updates": (9900, 11500, 3000), "pairs": 50000, "teacher": 96, "student": 64, "batch": 256,
-               "lr": (8e-4, 8e-4, 4e-4),
-               "fields": {"model__num_res_blocks": 2, "model__ch_mult": "(1,2,2)", "model__dropout": 0.0,
-                          "training__precision": "bf16", "training__compile": "true"}}),
-    "small": (Images("cifar", 16, 3, 2000, 1, classifier=16, epochs=6),
-              {"updates": (1200, 1200, 400), "pairs": 4000, "teacher": 32, "student": 20, "batch": 64,
-               "lr": (1e-3, 1e-3, 5e-4),
-               "fields": {"model__num_res_blocks": 1, "model__ch_mult": "(1,2)", "model__attn_resolutions": "(8,)",
-                          "model__dropout": 0.0}}),
-    "tiny": (Images("cifar", 8, 3, 40, 1, classifier=4, epochs=1),
-             {"updates": (3, 3, 3), "pairs": 16, "teacher": 8, "student": 8, "batch": 4, "lr": (1e-3, 1e-3, 5e-4),
-              "fields": {"model__num_res_blocks": 1, "model__ch_mult": "(1,)", "model__attn_resolutions": "(8,)"}}),
+    "large": (Images("cifar", 32, 3, 5000, 1, 64, 16), (9900, 11500, 3000), 50000, (96, 64), 8e-4, {
+        "model__num_res_blocks": 2, "model__ch_mult": "(1,2,2)", "model__dropout": 0.0, "training__precision": "bf16",
+        "training__compile": "true", "training__batch_size": 256}),
+    "small": (Images("cifar", 16, 3, 2000, 1, 16, 6), (1200, 1200, 400), 4000, (32, 20), 1e-3, {
+        "model__num_res_blocks": 1, "model__ch_mult": "(1,2)", "model__attn_resolutions": "(8,)",
+        "model__dropout": 0.0, "training__batch_size": 64}),
+    "tiny": (Images("cifar", 8, 3, 40, 1, 4, 1), (3, 3, 3), 16, (8, 8), 1e-3, {
+        "model__num_res_blocks": 1, "model__ch_mult": "(1,)", "model__attn_resolutions": "(8,)",
+        "training__batch_size": 4}),
 }
 
 
@@ -288,28 +267,20 @@ def cifar(size="small", scale=1.0):
 
     `scale` multiplies updates and pairs: the figures of a shorter run belong to it alone.
     """
-    images, plan = CIFAR[size]
-    flow_updates, reflow_updates, distil_updates = (max(1, round(n * scale)) for n in plan["updates"])
-    count = max(plan["batch"], round(plan["pairs"] * scale))
-    fields = plan["fields"] | {"training__batch_size": plan["batch"], "model__ema_rate": 0.999}
-    setting = Setting(f"cifar_{size}/seed0/", images, 0, fields, CIFAR_CONFIG)
-    rates = plan["lr"]
-    flow = setting.train("1_flow", flow_updates, model__nf=plan["teacher"], optim__lr=rates[0],
-                         optim__warmup=flow_updates // 20)
-    solver = ADAPTIVE | {"ode_tol": 1e-2}
-    made = setting.pairs("pairs", flow, count, **solver)
-    student = setting.train("2_flow", reflow_updates, made, model__nf=plan["student"], optim__lr=rates[1],
-                            optim__warmup=reflow_updates // 20, flow__h_flip="true",
-                            training__x0_randomness=f"warmup_{max(1, reflow_updates // 4)}", **HUBER, **U_SHAPED)
-    second = setting.pairs("2_flow_pairs", student, count, **solver)
-    distilled = setting.train("distilled", distil_updates, second, student, model__nf=plan["student"],
-                              optim__lr=rates[2], flow__flow_t_schedule="t0", flow__h_flip="true", **HUBER,
-                              **DISTILLATIONS["guided_student"])
-    samplers = {flow: (ONE_STEP, ADAPTIVE | {"ode_tol": 1e-3}), student: (ONE_STEP, ADAPTIVE | {"ode_tol": 1e-3}),
-                distilled: (ONE_STEP,)}
-    return [flow, made, student, second, distilled,
-            *(setting.evaluate(step, **sampling) for step, chosen in samplers.items() for sampling in chosen),
-            setting.look(flow), setting.look(student)]
+    images, updates, count, (teacher, student), lr, fields = CIFAR[size]
+    first, second, third = (max(1, round(n * scale)) for n in updates)
+    count = max(fields["training__batch_size"], round(count * scale))
+    setting = Setting(f"cifar_{size}/seed0/", images, 0, fields | {"model__ema_rate": 0.999},
+                      "configs/rectified_flow/cifar10_rf_gaussian.py")
+    flow = setting.train("1_flow", first, model__nf=teacher, optim__lr=lr, optim__warmup=first // 20)
+    made = setting.pairs("pairs", flow, count, **rk45(1e-2))
+    small = setting.train("2_flow", second, made, model__nf=student, optim__lr=lr, optim__warmup=second // 20,
+                          flow__h_flip="true", **annealed(max(1, second // 4)), **HUBER, **U_SHAPED)
+    again = setting.pairs("2_flow_pairs", small, count, **rk45(1e-2))
+    distilled = setting.train("distilled", third, again, small, model__nf=student, optim__lr=lr / 2, **T0,
+                              flow__h_flip="true", **HUBER, **GUIDED)
+    return [flow, made, small, again, distilled, *setting.evaluate([flow, small], ONE_STEP, rk45(1e-3)),
+            *setting.evaluate([distilled], ONE_STEP), setting.look(flow), setting.look(small)]
 
 
 STUDIES = {

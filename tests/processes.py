@@ -129,6 +129,14 @@ def start_ranks(folder, script, *words, count=2):
             for rank in range(count)]
 
 
+def run_study():
+    """Run experiments.run in a process of `run_script`, its steps without paying for the imports."""
+    from experiments import run
+
+    run.Study.launch = launch_step
+    run.run_program(run.main, run.__doc__, run.FLAGS)
+
+
 def launch_step(study, words, output, environment, lock):
     """Run the command of an experiment's step as `Study.launch` does, without paying for the imports."""
     log = pathlib.Path(output) if output else study.root / "output.txt"

@@ -3,18 +3,13 @@
 import pytest
 
 from experiments.report import read_table
-from experiments.runner import Study
-from tests.processes import launch_step, run_script
-
-
-def launch_from_server():
-    Study.launch = launch_step
+from tests.processes import run_script, run_study
 
 
 def run_demo(folder):
     """Run the short demo in `folder`; return what it printed."""
     status, printed = run_script(folder, "experiments.run", "--study", "demo", "--scale", "0.0166", "--root", folder,
-                                 prepare=launch_from_server)
+                                 prepare=run_study)
     assert status == 0, printed
     return printed
 

@@ -14,11 +14,11 @@ from PIL import Image
 
 from experiments import report
 from experiments.report import COLUMNS, read_table, write_table
-from experiments.runner import Study
-from experiments.studies import DIGITS, DISTILLATIONS, ONE_STEP, STUDIES, cifar, euler, miniature
+from experiments.run import Study
+from experiments.studies import DIGITS, GUIDED, ONE_STEP, STUDIES, T0, annealed, cifar, euler, miniature
 from runtime.errors import UserError
 from runtime.files import file_lock
-from tests.processes import launch_step, run_script
+from tests.processes import launch_step, run_script, run_study
 
 TINY = dataclasses.replace(DIGITS, measured=40)
 
@@ -27,29 +27,23 @@ def tiny_study():
     setting = miniature(TINY, 0)
     flow = setting.train("1_flow", 3, model__nf=8)
     made = setting.pairs("pairs", flow, 64, **euler(2))
-    small = setting.train("2_flow_annealed", 3, made, model__nf=4, training__x0_randomness="warmup_2")
-    distilled = setting.train("distilled_guided_student", 3, made, small, model__nf=4, flow__flow_t_schedule="t0",
-                              **DISTILLATIONS["guided_student"])
-    return [flow, made, small, distilled, setting.evaluate(flow, **ONE_STEP), setting.evaluate(distilled, **ONE_STEP),
-            setting.look(small)]
+    small = setting.train("2_flow_annealed", 3, made, model__nf=4, **annealed(2))
+    distilled = setting.train("distilled_guided_student", 3, made, small, model__nf=4, **T0, **GUIDED)
+    return [flow, made, small, distilled, *setting.evaluate([flow, distilled], ONE_STEP), setting.look(small)]
 
 
-def run(study, steps, rows, again=()):
+def run(study, steps):
     with file_lock(study.root / "study.lock", "running a study") as lock:
-        study.run(study.missing(steps, rows, again), lock, again)
-
-
-def launch_from_server():
-    Study.launch = launch_step
+        study.run(study.missing(steps), lock)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder, `Study` and steps of a finished tiny study."""
     folder = tmp_path_factory.mktemp("study")
-    launch_from_server()
+    Study.launch = launch_step
     study, steps = Study(folder / "runs", folder / "results.csv", jobs=2), tiny_study()
-    run(study, steps, {})
+    run(study, steps)
     return folder, study, steps
 
 
@@ -69,16 +63,16 @@ def test_every_step_leaves_a_row_with_its_figures_and_its_processor(finished):
 def test_a_second_start_finds_nothing_to_run_and_a_lost_row_is_measured_without_its_script(finished):
     folder, study, steps = finished
     rows = read_table(folder / "results.csv")
-    assert study.missing(steps, rows) == []
-    before = rows.pop(steps[4].name)
-    assert study.missing(steps, rows) == [steps[4]]
-    assert study.run_step(steps[4], "", None, ()) == pytest.approx(before["seconds"], abs=0.06)
+    assert study.missing(steps) == []
+    write_table(folder / "less.csv", {name: row for name, row in rows.items() if name != steps[4].name})
+    assert Study(study.root, folder / "less.csv", jobs=2).missing(steps) == [steps[4]]
+    assert study.run_step(steps[4], "", None) == pytest.approx(rows[steps[4].name]["seconds"], abs=0.06)
 
 
 def test_a_step_run_again_gives_the_same_figures(finished, capfd):
     folder, study, steps = finished
     before, name = read_table(folder / "results.csv"), tiny_study()[2].name
-    run(study, [steps[2]], before, {name})
+    run(Study(study.root, study.results, jobs=2, again=name), [steps[2]])
     after = read_table(folder / "results.csv")
     assert after[name]["loss"] == before[name]["loss"] and after.keys() == before.keys()
     assert "before, at commit" in capfd.readouterr().err
@@ -87,7 +81,7 @@ def test_a_step_run_again_gives_the_same_figures(finished, capfd):
 def test_a_step_of_other_words_does_not_continue_the_old_one(finished):
     _, study, steps = finished
     other = dataclasses.replace(steps[0], words=(*steps[0].words, "--config.optim.lr", "1e-3"))
-    assert study.state(steps[0])["finished"] and study.state(other) is None
+    assert study.state(steps[0])["finished"] and study.state(other)["digest"] is None
 
 
 def test_a_failing_step_is_named_with_what_its_script_printed(finished, tmp_path):
@@ -95,7 +89,7 @@ def test_a_failing_step_is_named_with_what_its_script_printed(finished, tmp_path
     wrong = dataclasses.replace(steps[0], words=(*steps[0].words, "--config.optim.lr", "fast"))
     study = Study(tmp_path, tmp_path / "results.csv", jobs=2)
     with pytest.raises(UserError, match=r"1_flow: train\.py ended with status 2.*optim\.lr"):
-        run(study, [wrong], {})
+        run(study, [wrong])
     assert read_table(tmp_path / "results.csv") == {}
     assert study.state(wrong)["seconds"] > 0 and not study.state(wrong)["finished"]
 
@@ -137,7 +131,7 @@ def test_the_committed_table_is_whole_and_a_table_that_was_cut_is_refused(reposi
     assert read_table(tmp_path / "results.csv") == rows
     text = (tmp_path / "results.csv").read_text()
     (tmp_path / "results.csv").write_text(text[: text.rindex(",", 0, -8)])
-    with pytest.raises(UserError, match=f"does not have {len(COLUMNS)} fields: restore the file with git"):
+    with pytest.raises(UserError, match=f"line {len(rows) + 1}, does not have the {len(COLUMNS)} columns"):
         read_table(tmp_path / "results.csv")
 
 
@@ -171,7 +165,7 @@ def test_cifar_runs_end_to_end_from_zips_of_class_folders(tmp_path):
                     Image.fromarray(pixels).save(opened, "JPEG")
     status, printed = run_script(tmp_path, "experiments.run", "--study", "cifar", "--size", "tiny", "--jobs", 2,
                                  "--cifar_root", tmp_path, "--root", tmp_path / "runs",
-                                 "--results", tmp_path / "results.csv", prepare=launch_from_server)
+                                 "--results", tmp_path / "results.csv", prepare=run_study)
     assert status == 0, printed
     rows = read_table(tmp_path / "results.csv")
     assert rows.keys() == {step.name for step in cifar("tiny")}
