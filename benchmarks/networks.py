@@ -71,7 +71,7 @@ class EinsumAttention(layers.SelfAttention):
 class ReshapeUpsample(layers.BoxUpsample):
     """NCSN++: every pixel repeated by expanding and copying."""
 
-    def resample(self, x):
+    def forward(self, x, shifts=None):
         """(N, C, H, W) to (N, C, 2H, 2W)."""
         n, c, height, width = x.shape
         return x.view(n, c, height, 1, width, 1).repeat(1, 1, 1, 2, 1, 2).view(n, c, 2 * height, 2 * width)
@@ -80,7 +80,7 @@ class ReshapeUpsample(layers.BoxUpsample):
 class ReshapeDownsample(layers.BoxDownsample):
     """NCSN++: the mean over two dimensions of a reshaped image."""
 
-    def resample(self, x):
+    def forward(self, x, shifts=None):
         """(N, C, H, W) to (N, C, H/2, W/2)."""
         n, c, height, width = x.shape
         return x.reshape(n, c, height // 2, 2, width // 2, 2).mean(dim=(3, 5))
@@ -89,7 +89,7 @@ class ReshapeDownsample(layers.BoxDownsample):
 class FilterUpsample(layers.BoxUpsample):
     """DhariwalUNet: a transposed convolution of each channel with ones."""
 
-    def resample(self, x):
+    def forward(self, x, shifts=None):
         """(N, C, H, W) to (N, C, 2H, 2W)."""
         return F.conv_transpose2d(x, x.new_full((x.shape[1], 1, 2, 2), 1.0), stride=2, groups=x.shape[1])
 
@@ -97,7 +97,7 @@ class FilterUpsample(layers.BoxUpsample):
 class FilterDownsample(layers.BoxDownsample):
     """DhariwalUNet: a convolution of each channel with a quarter."""
 
-    def resample(self, x):
+    def forward(self, x, shifts=None):
         """(N, C, H, W) to (N, C, H/2, W/2)."""
         return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 0.25), stride=2, groups=x.shape[1])
 

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import resource
 
 import torch
@@ -11,9 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
 
 from models.create import create_from_fields
-from models.layers import SelfAttention
 
 SHARED = "time and class"  # the part of what runs outside every level: embeddings and their projections
 
@@ -45,7 +44,7 @@ def describe(config_fields):
     parameters = collections.Counter()
     for name, parameter in net.named_parameters():
         parameters[part_of(name)] += parameter.numel()
-    rows = [Cost(part, one.size(part), parameters[part], one.macs[part] / 1e9,
+    rows = [Cost(part, one.sizes.get(part, 0), parameters[part], one.macs[part] / 1e9,
                  (one.macs[part] - one.attention_macs[part]) / 1e9, two.kept[part] - one.kept[part])
             for part in parameters]
     total = [sum(getattr(row, field.name) for row in rows) for field in dataclasses.fields(Cost)[2:]]
@@ -62,10 +61,9 @@ def training_bytes(total, batch):
 
 def measure(net, batch):
     """Return the `Meter` of a forward pass of `batch` images on the device of the network."""
-    meter = Meter(net, count_resampling=net.config_fields["model.name"] == "DhariwalUNet")
-    with meter, saved_tensors_hooks(meter.keep, lambda kept: kept):
+    meter = Meter(net)
+    with meter.tracker, meter, saved_tensors_hooks(meter.keep, lambda kept: kept):
         net(*_inputs(net, batch))
-    meter.remove_hooks()
     return meter
 
 
@@ -119,46 +117,25 @@ def part_of(name):
 class Meter(TorchDispatchMode):
     """Counts, part by part, the multiply-accumulates of what runs in it and the tensors kept for the backward pass."""
 
-    def __init__(self, net, count_resampling):
+    def __init__(self, net):
         super().__init__()
         self.macs, self.attention_macs, self.kept = collections.Counter(), collections.Counter(), collections.Counter()
-        self.sizes = collections.defaultdict(collections.Counter)
-        self.count_resampling = count_resampling
-        self.running, self.attending = [SHARED], 0
+        self.sizes = {}  # height and width of what the first convolution of a part gives: that of its level
+        self.count_resampling = net.config_fields["model.name"] == "DhariwalUNet"
+        self.tracker = ModuleTracker()
         self.seen = {p.untyped_storage()._cdata: p for p in [*net.parameters(), *net.buffers()]}
-        self.hooks = []
-        for name, module in net.named_modules():
-            if name:
-                enter = functools.partial(self.enter, part_of(name))
-                self.hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(self.leave)]
 
-    def enter(self, part, module, inputs):
-        """Note that a module of `part` begins."""
-        self.running.append(part)
-        self.attending += isinstance(module, SelfAttention)
-
-    def leave(self, module, inputs, output):
-        """Note that it ends, and the size of its features."""
-        part = self.running.pop()
-        self.attending -= isinstance(module, SelfAttention)
-        if isinstance(output, torch.Tensor) and output.dim() == 4:
-            self.sizes[part][output.shape[-1]] += 1
-
-    def remove_hooks(self):
-        """Leave the network as it was."""
-        for hook in self.hooks:
-            hook.remove()
-
-    def size(self, part):
-        """Return the height and width that most features of a part have."""
-        return max(self.sizes[part], key=self.sizes[part].get, default=0)
+    def part(self):
+        """Return the part that is running: the tracker has the names of the running modules, below the class's."""
+        parts = {part_of(name.partition(".")[2]) for name in self.tracker.parents} - {SHARED}
+        return min(parts, default=SHARED)
 
     def keep(self, tensor):
         """Count a tensor that autograd keeps, once, unless it is a parameter."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self.seen:
             self.seen[storage._cdata] = tensor  # held, so that no other tensor gets its address
-            self.kept[self.running[-1]] += storage.nbytes()
+            self.kept[self.part()] += storage.nbytes()
         return tensor
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -172,8 +149,12 @@ class Meter(TorchDispatchMode):
             macs = 4 * out.numel()
         elif self.count_resampling and operation is torch.ops.aten.upsample_nearest2d:
             macs = out.numel()
-        self.macs[self.running[-1]] += macs
-        self.attention_macs[self.running[-1]] += macs if self.attending else 0
+        if macs:
+            part = self.part()
+            self.macs[part] += macs
+            self.attention_macs[part] += macs * any("attention" in name for name in self.tracker.parents)
+            if operation is torch.ops.aten.convolution:
+                self.sizes.setdefault(part, out.shape[-1])
         return out
 
 

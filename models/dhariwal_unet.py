@@ -1,5 +1,7 @@
 """DhariwalUNet: the U-Net of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233), class-conditional or not."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,39 +21,25 @@ class DhariwalUNet(nn.Module):
     """
 
     def __init__(
-        self,
-        image_size=32,
-        num_channels=3,
-        num_classes=0,
-        nf=128,
-        ch_mult=(1, 2, 2, 2),
-        num_res_blocks=4,
-        attn_resolutions=(16,),
-        dropout=0.0,
-        label_dropout=0.0,
+        self, image_size=32, num_channels=3, num_classes=0, nf=128, ch_mult=(1, 2, 2, 2), num_res_blocks=4,
+        attn_resolutions=(16,), dropout=0.0, label_dropout=0.0,
     ):
         super().__init__()
         self.num_classes = num_classes
-        emb = 4 * nf
+        block = functools.partial(ResidualBlock, emb_channels=4 * nf, dropout=dropout)
+        levels = [(nf * m, image_size >> i in attn_resolutions) for i, m in enumerate(ch_mult)]
 
-        def block(channels_in, channels_out, resample=None, attention=False):
-            return ResidualBlock(channels_in, channels_out, emb, dropout, resample, attention)
+        self.embedding = Embedding(nf, 4 * nf, num_classes, label_dropout)
+        channels = levels[0][0]
+        self.input_conv = nn.Conv2d(num_channels, channels, 3, padding=1)
 
-        self.embedding = Embedding(nf, emb, num_classes, label_dropout)
-
-        widths = [nf * m for m in ch_mult]
-        last = len(widths) - 1
-        self.input_conv = nn.Conv2d(num_channels, widths[0], 3, padding=1)
-
-        self.encoder = nn.ModuleList()
-        channels, skips = widths[0], [widths[0]]
-        for i, width in enumerate(widths):
+        self.encoder, skips = nn.ModuleList(), [channels]
+        for i, (width, attends) in enumerate(levels):
             down = block(channels, channels, layers.BoxDownsample()) if i else None
-            if i:
-                skips.append(channels)
+            skips += [channels] if i else []
             blocks = nn.ModuleList()
             for _ in range(num_res_blocks):
-                blocks.append(block(channels, width, attention=image_size >> i in attn_resolutions))
+                blocks.append(block(channels, width, attention=attends))
                 channels = width
                 skips.append(channels)
             self.encoder.append(layers.Level(resample=down, blocks=blocks))
@@ -59,11 +47,11 @@ class DhariwalUNet(nn.Module):
         self.middle = nn.ModuleList([block(channels, channels, attention=True), block(channels, channels)])
 
         self.decoder = nn.ModuleList()
-        for i, width in reversed(list(enumerate(widths))):
-            up = block(channels, channels, layers.BoxUpsample()) if i != last else None
+        for i, (width, attends) in reversed(list(enumerate(levels))):
+            up = block(channels, channels, layers.BoxUpsample()) if i < len(levels) - 1 else None
             blocks = nn.ModuleList()
             for _ in range(num_res_blocks + 1):
-                blocks.append(block(channels + skips.pop(), width, attention=image_size >> i in attn_resolutions))
+                blocks.append(block(channels + skips.pop(), width, attention=attends))
                 channels = width
             self.decoder.append(layers.Level(resample=up, blocks=blocks))
 
@@ -112,10 +100,9 @@ class DhariwalUNet(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Embedding of time and class: a perceptron on the time's cosines and sines, plus a vector for the class.
+    """Embedding of time t999 (N,) and one-hot class (N, K) or None: a perceptron on cosines and sines, plus a vector.
 
-    In training each sample's class is hidden with probability `label_dropout`, for classifier-free guidance
-    (Ho & Salimans 2022).
+    In training each class is hidden with probability `label_dropout` (Ho & Salimans 2022). The result is activated.
     """
 
     def __init__(self, features, channels, num_classes, label_dropout):
@@ -124,13 +111,12 @@ class Embedding(nn.Module):
         self.register_buffer("frequencies", layers.geometric_frequencies(half, half), persistent=False)
         self.linear0 = nn.Linear(features, channels)
         self.linear1 = nn.Linear(channels, channels)
-        self.label = nn.Linear(num_classes, channels, bias=False) if num_classes else None
         self.label_dropout = label_dropout
+        self.label = nn.Linear(num_classes, channels, bias=False) if num_classes else None
         if num_classes:
             self.label.weight = nn.Parameter(torch.randn(channels, num_classes))
 
     def forward(self, t999, label):
-        """Return the embedding (N, channels), activated, of t999 (N,) and one-hot label (N, num_classes) or None."""
         sine, cosine = layers.sinusoid(t999, self.frequencies)
         emb = self.linear1(F.silu(self.linear0(torch.cat([cosine, sine], dim=1))))
         if self.label is not None:
@@ -139,13 +125,13 @@ class Embedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside a shortcut; the embedding scales and shifts between them; attention may follow.
+    """Two 3×3 convolutions beside a shortcut; between them scale and shift, the next of `affine`; attention may follow.
 
     `resample` acts on both branches, before the first convolution; the shortcut is a 1×1 convolution where the
     channels change. The last layer of each branch starts at zero.
     """
 
-    def __init__(self, channels_in, channels_out, emb_channels, dropout, resample, attention):
+    def __init__(self, channels_in, channels_out, resample=None, attention=False, *, emb_channels, dropout):
         super().__init__()
         self.resample = resample
         self.norm0 = layers.GroupNorm(channels_in, EPS)
@@ -161,7 +147,6 @@ class ResidualBlock(nn.Module):
             zeroed(self.attention.proj)
 
     def forward(self, x, affine):
-        """Return the block's output for x (N, C, H, W); scale and shift are the next of the iterator `affine`."""
         h = F.silu(self.norm0(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)

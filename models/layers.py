@@ -10,30 +10,25 @@ from runtime.errors import UserError
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu & He 2018) with min(32, channels // 4) groups, in the precision of its weights.
+    """Group normalisation (Wu & He 2018) of x (N, C, …), per sample, with min(32, channels // 4) groups.
 
-    Under autocast that is float32, and so is the result: the convolution that follows casts it down.
+    It computes in the precision of its weights, under autocast in float32, which the next convolution casts down.
+    Raises UserError if the groups do not divide the channels.
     """
 
     def __init__(self, channels, eps):
-        super().__init__(group_count(channels), channels, eps)
+        groups = min(32, channels // 4)
+        if channels % groups:
+            raise UserError(f"model.nf and model.ch_mult make a layer of {channels} channels, which do not divide into "
+                            f"the {groups} groups of its normalisation; take a multiple of 32 for model.nf")
+        super().__init__(groups, channels, eps)
 
     def forward(self, x):
-        """Return x (N, C, …) normalised per sample and group, same shape."""
         return F.group_norm(x.to(self.weight.dtype), self.num_groups, self.weight, self.bias, self.eps)
 
 
-def group_count(channels):
-    """Return the number of groups that `GroupNorm` makes of `channels`; raise UserError if it does not divide them."""
-    groups = min(32, channels // 4)
-    if channels % groups:
-        raise UserError(f"model.nf and model.ch_mult make a layer of {channels} channels, which do not divide into "
-                        f"the {groups} groups of its normalisation; take a multiple of 32 for model.nf")
-    return groups
-
-
 class SelfAttention(nn.Module):
-    """Self-attention over the pixels (Vaswani et al. 2017): the branch alone, without its skip connection.
+    """Self-attention over the pixels of x (N, C, H, W) (Vaswani et al. 2017): the branch without its skip connection.
 
     `qkv` holds the three 1×1 projections as one matrix: first every row of q, then of k, then of v; the rows of a
     head lie together. The softmax runs inside `scaled_dot_product_attention`, which accumulates it in float32.
@@ -47,7 +42,6 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x):
-        """Return the attention branch of x (N, C, H, W), same shape."""
         n, channels, height, width = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(-1, channels)  # a view when x is channels_last
         qkv = self.qkv(tokens).view(n, height * width, 3, self.heads, channels // self.heads)
@@ -101,40 +95,52 @@ def geometric_frequencies(count, last):
     return torch.tensor(frequencies.tolist())  # on the default device; arithmetic on meta imports the compiler
 
 
-class Resample(nn.Module):
-    """Base of the modules that halve or double height and width.
-
-    They take the blocks' time shifts and leave them alone, so that one can stand where a residual block resamples.
-    """
-
-    def forward(self, x, shifts=None):
-        """Return x (N, C, H, W) resampled."""
-        return self.resample(x)
+# Resampling by two, (N, C, H, W) to (N, C', 2H, 2W) or (N, C', H/2, W/2). The modules take the blocks' time shifts and
+# leave them alone, so that one can stand where a residual block resamples.
 
 
-class BoxUpsample(Resample):
+class BoxUpsample(nn.Module):
     """Nearest-neighbour doubling."""
 
-    def resample(self, x):
-        """(N, C, H, W) to (N, C, 2H, 2W)."""
+    def forward(self, x, shifts=None):
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-class BoxDownsample(Resample):
+class BoxDownsample(nn.Module):
     """Mean of 2×2 pixels."""
 
-    def resample(self, x):
-        """(N, C, H, W) to (N, C, H/2, W/2)."""
+    def forward(self, x, shifts=None):
         return F.avg_pool2d(x, 2)
 
 
-class FIRFilter(Resample):
-    """A separable filter of `taps`, normalised to sum one (StyleGAN2, Karras et al. 2020)."""
+class ConvUpsample(nn.Module):
+    """Nearest-neighbour doubling followed by a 3×3 convolution."""
+
+    def __init__(self, channels_in, channels_out):
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+
+    def forward(self, x, shifts=None):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ConvDownsample(nn.Module):
+    """A 3×3 convolution of stride 2 whose zeros stand to the right and below (DDPM, Ho et al. 2020)."""
+
+    def __init__(self, channels_in, channels_out):
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=2)
+
+    def forward(self, x, shifts=None):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class FIRFilter(nn.Module):
+    """Base of the modules with a separable filter of `taps`, normalised to sum one (StyleGAN2, Karras et al. 2020)."""
 
     def __init__(self, taps):
         super().__init__()
-        weight = sum(taps) ** 2
-        kernel = [[a * b / weight for a in taps] for b in taps]
+        kernel = [[a * b / sum(taps) ** 2 for a in taps] for b in taps]
         self.register_buffer("kernel", torch.tensor(kernel, dtype=torch.float32), persistent=False)
 
     def depthwise(self, x):
@@ -148,10 +154,9 @@ class FIRFilter(Resample):
 
 
 class FIRUpsample(FIRFilter):
-    """Doubling: zeros between the pixels, then the filter, times 4 to keep the mean."""
+    """Zeros between the pixels, then the filter, times 4 to keep the mean."""
 
-    def resample(self, x):
-        """(N, C, H, W) to (N, C, 2H, 2W)."""
+    def forward(self, x, shifts=None):
         height, width = x.shape[2:]
         excess = self.kernel.shape[0] - 2  # the transposed convolution is that much longer than 2H
         up = F.conv_transpose2d(x, 4 * self.depthwise(x), stride=2, padding=excess // 2, groups=x.shape[1])
@@ -159,36 +164,11 @@ class FIRUpsample(FIRFilter):
 
 
 class FIRDownsample(FIRFilter):
-    """Halving: the filter, then every second pixel."""
+    """The filter, then every second pixel."""
 
-    def resample(self, x):
-        """(N, C, H, W) to (N, C, H/2, W/2)."""
+    def forward(self, x, shifts=None):
         excess = self.kernel.shape[0] - 2
         return self.blur(x, (excess + 1) // 2, excess // 2, stride=2)
-
-
-class ConvUpsample(Resample):
-    """Nearest-neighbour doubling followed by a 3×3 convolution."""
-
-    def __init__(self, channels_in, channels_out):
-        super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-
-    def resample(self, x):
-        """(N, C, H, W) to (N, C', 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class ConvDownsample(Resample):
-    """A 3×3 convolution of stride 2 whose zeros stand to the right and below (DDPM, Ho et al. 2020)."""
-
-    def __init__(self, channels_in, channels_out):
-        super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=2)
-
-    def resample(self, x):
-        """(N, C, H, W) to (N, C', H/2, W/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class FIRConvUpsample(FIRFilter):
@@ -198,8 +178,7 @@ class FIRConvUpsample(FIRFilter):
         super().__init__(taps)
         self.conv = nn.Conv2d(channels_in, channels_out, 3)
 
-    def resample(self, x):
-        """(N, C, H, W) to (N, C', 2H, 2W)."""
+    def forward(self, x, shifts=None):
         # A transposed convolution with the flipped weights is the convolution of the zero-filled image: 2H + 1 long.
         spread = F.conv_transpose2d(x, self.conv.weight.flip(2, 3).transpose(0, 1), stride=2)
         excess = self.kernel.shape[0] - 4
@@ -214,7 +193,6 @@ class FIRConvDownsample(FIRFilter):
         super().__init__(taps)
         self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=2)
 
-    def resample(self, x):
-        """(N, C, H, W) to (N, C', H/2, W/2)."""
+    def forward(self, x, shifts=None):
         excess = self.kernel.shape[0]
         return self.conv(self.blur(x, (excess + 1) // 2, excess // 2))

@@ -30,67 +30,37 @@ class NCSNpp(nn.Module):
     """
 
     def __init__(
-        self,
-        image_size=32,
-        num_channels=3,
-        num_classes=0,
-        nf=128,
-        ch_mult=(1, 2, 2, 2),
-        num_res_blocks=4,
-        attn_resolutions=(16,),
-        dropout=0.0,
-        label_dropout=0.0,
-        conditional=True,
-        embedding_type="positional",
-        fourier_scale=16.0,
-        resblock_type="biggan",
-        nonlinearity="swish",
-        skip_rescale=True,
-        resamp_with_conv=True,
-        fir=False,
-        fir_kernel=(1, 3, 3, 1),
-        progressive="none",
-        progressive_input="none",
-        progressive_combine="sum",
-        init_scale=0.0,
-        scale_by_sigma=False,
-        sigma_min=0.01,
-        sigma_max=50.0,
-        num_scales=1000,
+        self, image_size=32, num_channels=3, num_classes=0,
+        nf=128, ch_mult=(1, 2, 2, 2), num_res_blocks=4, attn_resolutions=(16,), dropout=0.0, label_dropout=0.0,
+        conditional=True, embedding_type="positional", fourier_scale=16.0,
+        resblock_type="biggan", nonlinearity="swish", skip_rescale=True, init_scale=0.0,
+        resamp_with_conv=True, fir=False, fir_kernel=(1, 3, 3, 1),
+        progressive="none", progressive_input="none", progressive_combine="sum",
+        scale_by_sigma=False, sigma_min=0.01, sigma_max=50.0, num_scales=1000,
     ):
         super().__init__()
-        self.scale_by_sigma = scale_by_sigma
+        self.num_classes, self.scale_by_sigma = num_classes, scale_by_sigma
         self.fourier = embedding_type == "fourier"
         # Noise level of step i; only scale_by_sigma reads it, but it is part of every released state dict.
         self.register_buffer("sigmas", noise_levels(sigma_max, sigma_min, num_scales))
-        self.num_classes = num_classes
-        make = BlockFactory(
-            time_channels=4 * nf,
-            activation=ACTIVATIONS[nonlinearity],
-            dropout=dropout,
-            rescale=math.sqrt(0.5) if skip_rescale else 1.0,
-            init_scale=init_scale,
-            resblock_type=resblock_type,
-            taps=fir_kernel if fir else None,
-            resamp_with_conv=resamp_with_conv,
-        )
+        options = Options(4 * nf, ACTIVATIONS[nonlinearity], dropout, math.sqrt(0.5) if skip_rescale else 1.0,
+                          init_scale, resblock_type, fir_kernel if fir else None, resamp_with_conv)
         levels = [(nf * m, image_size >> i in attn_resolutions) for i, m in enumerate(ch_mult)]
+        features = 2 * nf if self.fourier else nf
 
         self.time_features = FourierFeatures(nf, fourier_scale) if self.fourier else PositionalFeatures(nf)
-        self.time_embedding = None
-        if conditional:
-            self.time_embedding = TimeEmbedding(2 * nf if self.fourier else nf, 4 * nf, make.activation)
-        self.class_features = ClassFeatures(num_classes, 2 * nf if self.fourier else nf, label_dropout) if (
-            num_classes) else None
+        self.time_embedding = TimeEmbedding(features, 4 * nf, options.activation) if conditional else None
+        self.class_features = ClassFeatures(num_classes, features, label_dropout) if num_classes else None
         self.input_conv = init_uniform(nn.Conv2d(num_channels, nf, 3, padding=1))
-        self.encoder, skips = make_encoder(make, levels, num_res_blocks, nf, num_channels, progressive_input,
+        self.encoder, skips = make_encoder(options, levels, num_res_blocks, nf, num_channels, progressive_input,
                                            progressive_combine)
-        self.middle = Middle(make.block(skips[-1], skips[-1]), make.attention(skips[-1]),
-                             make.block(skips[-1], skips[-1]))
-        self.decoder = make_decoder(make, levels, num_res_blocks, skips, num_channels, progressive)
+        self.middle = layers.Level(block0=ResidualBlock(skips[-1], skips[-1], options),
+                                   attention=AttentionBlock(skips[-1], options),
+                                   block1=ResidualBlock(skips[-1], skips[-1], options))
+        self.decoder = make_decoder(options, levels, num_res_blocks, skips, num_channels, progressive)
         self.output_head = None
         if progressive != "output_skip":
-            self.output_head = make.head(levels[0][0], num_channels)
+            self.output_head = OutputHead(levels[0][0], num_channels, options.activation, init_scale)
 
         # In the order in which the blocks run. A plain list: the blocks own these layers.
         self.time_linears = [module.time for module in self.modules() if isinstance(module, ResidualBlock)]
@@ -133,7 +103,8 @@ class NCSNpp(nn.Module):
                     pyramid, h = level.pyramid(pyramid, h)
                 skips.append(h)
 
-        h = self.middle(h, shifts)
+        middle = self.middle
+        h = middle.block1(middle.attention(middle.block0(h, shifts)), shifts)
 
         pyramid = None
         for level in self.decoder:
@@ -154,8 +125,8 @@ class NCSNpp(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockFactory:
-    """Makes the modules of one network, which share these options."""
+class Options:
+    """What all blocks of one network share."""
 
     time_channels: int
     activation: object  # a function of a tensor
@@ -166,42 +137,29 @@ class BlockFactory:
     taps: tuple | None  # of the FIR filter; None: resample without
     resamp_with_conv: bool
 
-    def block(self, channels_in, channels_out, resample=None):
-        """Return a residual block."""
-        return ResidualBlock(channels_in, channels_out, resample, time_channels=self.time_channels,
-                             activation=self.activation, dropout=self.dropout, rescale=self.rescale,
-                             init_scale=self.init_scale, shortcut_scale=1.0 if self.resblock_type == "biggan" else 0.1)
 
-    def attention(self, channels):
-        """Return self-attention beside its skip connection."""
-        return AttentionBlock(channels, self.rescale, self.init_scale)
+def between_levels(up, channels, options):
+    """Return what leads up or down to the next level: a residual block (BigGAN) or a bare resampling."""
+    if options.resblock_type == "biggan":
+        return ResidualBlock(channels, channels, options, resampling(up, options.taps))
+    return resampling(up, options.taps, (channels, channels) if options.resamp_with_conv else ())
 
-    def head(self, channels_in, channels_out):
-        """Return the layers that end in an image."""
-        return OutputHead(channels_in, channels_out, self.activation, self.init_scale)
 
-    def between_levels(self, direction, channels):
-        """Return what leads "up" or "down" to the next level: a residual block (BigGAN) or a bare resampling."""
-        if self.resblock_type == "biggan":
-            return self.block(channels, channels, self.resample(direction))
-        return self.resample(direction, (channels, channels) if self.resamp_with_conv else None)
-
-    def resample(self, direction, conv_channels=None):
-        """Return the module that goes "up" or "down" by two; `conv_channels` (in, out): with a convolution."""
-        up = direction == "up"
-        if conv_channels is None and self.taps is None:
-            return layers.BoxUpsample() if up else layers.BoxDownsample()
-        if conv_channels is None:
-            return layers.FIRUpsample(self.taps) if up else layers.FIRDownsample(self.taps)
-        if self.taps is None:
-            module = (layers.ConvUpsample if up else layers.ConvDownsample)(*conv_channels)
-        else:
-            module = (layers.FIRConvUpsample if up else layers.FIRConvDownsample)(*conv_channels, self.taps)
+def resampling(up, taps, conv_channels=()):
+    """Return a resampling by two, with a filter if there are `taps`, with a convolution if there are channels."""
+    kinds = {  # (with a convolution, with a filter): (down, up)
+        (False, False): (layers.BoxDownsample, layers.BoxUpsample),
+        (False, True): (layers.FIRDownsample, layers.FIRUpsample),
+        (True, False): (layers.ConvDownsample, layers.ConvUpsample),
+        (True, True): (layers.FIRConvDownsample, layers.FIRConvUpsample),
+    }
+    module = kinds[bool(conv_channels), bool(taps)][up](*conv_channels, *[taps] if taps else [])
+    if conv_channels:
         init_uniform(module.conv)
-        return module
+    return module
 
 
-def make_encoder(make, levels, num_res_blocks, channels, num_channels, progressive_input, combine):
+def make_encoder(options, levels, num_res_blocks, channels, num_channels, progressive_input, combine):
     """Return the encoder's levels and the channels of every feature that the decoder will concatenate.
 
     levels: (channels, whether it has attention), from fine to coarse. channels: of the input convolution.
@@ -210,25 +168,25 @@ def make_encoder(make, levels, num_res_blocks, channels, num_channels, progressi
     for i, (width, attends) in enumerate(levels):
         blocks, attentions = nn.ModuleList(), nn.ModuleList()
         for _ in range(num_res_blocks):
-            blocks.append(make.block(channels, width))
-            attentions.append(make.attention(width) if attends else nn.Identity())
+            blocks.append(ResidualBlock(channels, width, options))
+            attentions.append(AttentionBlock(width, options) if attends else nn.Identity())
             channels = width
             skips.append(channels)
         down = pyramid = None
         if i < len(levels) - 1:
-            down = make.between_levels("down", channels)
+            down = between_levels(False, channels, options)
             if progressive_input == "input_skip":
-                pyramid = InputSkip(make.resample("down"), pyramid_channels, channels, combine)
+                pyramid = InputSkip(resampling(False, options.taps), pyramid_channels, channels, combine)
                 channels = 2 * channels if combine == "cat" else channels
             elif progressive_input == "residual":
-                pyramid = PyramidResidual("down", make.resample("down", (pyramid_channels, channels)), make.rescale)
-                pyramid_channels = channels
+                resampled = resampling(False, options.taps, (pyramid_channels, channels))
+                pyramid, pyramid_channels = PyramidResidual("down", resampled, options.rescale), channels
             skips.append(channels)
         encoder.append(layers.Level(blocks=blocks, attentions=attentions, down=down, pyramid=pyramid))
     return encoder, skips
 
 
-def make_decoder(make, levels, num_res_blocks, skips, num_channels, progressive):
+def make_decoder(options, levels, num_res_blocks, skips, num_channels, progressive):
     """Return the decoder's levels, from coarse to fine; `skips` as from `make_encoder`.
 
     Each has one block more than the encoder's level, for the output of the downsampling.
@@ -237,24 +195,26 @@ def make_decoder(make, levels, num_res_blocks, skips, num_channels, progressive)
     for i, (width, attends) in reversed(list(enumerate(levels))):
         blocks = nn.ModuleList()
         for _ in range(num_res_blocks + 1):
-            blocks.append(make.block(channels + skips.pop(), width))
+            blocks.append(ResidualBlock(channels + skips.pop(), width, options))
             channels = width
         coarsest, pyramid = i == len(levels) - 1, None
         if progressive == "output_skip":
-            pyramid = OutputSkip(make.head(width, num_channels), None if coarsest else make.resample("up"))
+            head = OutputHead(width, num_channels, options.activation, options.init_scale)
+            pyramid = OutputSkip(head, None if coarsest else resampling(True, options.taps))
         elif progressive == "residual" and coarsest:
-            pyramid = OutputSkip(OutputHead(width, width, make.activation, 1.0), None)
+            pyramid = OutputSkip(OutputHead(width, width, options.activation, 1.0), None)
         elif progressive == "residual":
-            pyramid = PyramidResidual("up", make.resample("up", (pyramid_channels, width)), make.rescale)
+            resampled = resampling(True, options.taps, (pyramid_channels, width))
+            pyramid = PyramidResidual("up", resampled, options.rescale)
         pyramid_channels = width
-        up = make.between_levels("up", width) if i else None
-        attention = make.attention(width) if attends else nn.Identity()
+        up = between_levels(True, width, options) if i else None
+        attention = AttentionBlock(width, options) if attends else nn.Identity()
         decoder.append(layers.Level(blocks=blocks, attention=attention, pyramid=pyramid, up=up))
     return decoder
 
 
 class PositionalFeatures(nn.Module):
-    """Sines and cosines of the time (DDPM, Ho et al. 2020)."""
+    """Sines and cosines (N, channels) of the time t999 (N,) (DDPM, Ho et al. 2020)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -262,24 +222,22 @@ class PositionalFeatures(nn.Module):
         self.register_buffer("frequencies", layers.geometric_frequencies(half, half - 1), persistent=False)
 
     def forward(self, t999):
-        """Return the features (N, channels) of t999 (N,)."""
         return torch.cat(layers.sinusoid(t999, self.frequencies), dim=1)
 
 
 class FourierFeatures(nn.Module):
-    """Sines and cosines of the logarithm of the time at fixed random frequencies (Tancik et al. 2020)."""
+    """Sines and cosines (N, 2·channels) of log(t999) (N,) at fixed random frequencies (Tancik et al. 2020)."""
 
     def __init__(self, channels, scale):
         super().__init__()
         self.register_buffer("frequencies", torch.randn(channels).mul_(scale))
 
     def forward(self, t999):
-        """Return the features (N, 2·channels) of t999 (N,) > 0."""
         return torch.cat(layers.sinusoid(t999.float().log(), 2 * math.pi * self.frequencies), dim=1)
 
 
 class ClassFeatures(nn.Module):
-    """What a class adds to the time features, as in EDM's networks (Karras et al. 2022, arXiv 2206.00364)."""
+    """What classes, one-hot (N, K), add to the time features, as in EDM's networks (Karras et al. 2022)."""
 
     def __init__(self, num_classes, channels, label_dropout):
         super().__init__()
@@ -287,7 +245,6 @@ class ClassFeatures(nn.Module):
         self.label_dropout = label_dropout
 
     def forward(self, label):
-        """Return the features (N, channels) of one-hot labels (N, num_classes)."""
         label = layers.hide_labels(label, self.label_dropout if self.training else 0.0)
         return self.linear(label * math.sqrt(label.shape[1]))
 
@@ -302,35 +259,31 @@ class TimeEmbedding(nn.Module):
         self.activation = activation
 
     def forward(self, features):
-        """Return the embedding (N, channels) of features (N, channels_in)."""
         return self.activation(self.linear1(self.activation(self.linear0(features))))
 
 
 class ResidualBlock(nn.Module):
     """Two 3×3 convolutions beside a shortcut; the block's projection of the time embedding is added between them.
 
-    `resample` (BigGAN, Brock et al. 2019) acts on both branches, before the first convolution. Where the channels
-    or the resolution change the shortcut is a 1×1 convolution. The sum is multiplied by `rescale`.
+    It is the next of the iterator `shifts`. `resample` (BigGAN, Brock et al. 2019) acts on both branches, before the
+    first convolution. Where channels or resolution change the shortcut is a 1×1 convolution. The sum is rescaled.
     """
 
-    def __init__(self, channels_in, channels_out, resample, *, time_channels, activation, dropout, rescale,
-                 init_scale, shortcut_scale):
+    def __init__(self, channels_in, channels_out, options, resample=None):
         super().__init__()
-        self.activation = activation
-        self.rescale = rescale
-        self.resample = resample
+        self.activation, self.rescale, self.resample = options.activation, options.rescale, resample
         self.norm0 = layers.GroupNorm(channels_in, EPS)
         self.conv0 = init_uniform(nn.Conv2d(channels_in, channels_out, 3, padding=1))
-        self.time = init_uniform(nn.Linear(time_channels, channels_out))
+        self.time = init_uniform(nn.Linear(options.time_channels, channels_out))
         self.norm1 = layers.GroupNorm(channels_out, EPS)
-        self.dropout = nn.Dropout(dropout)
-        self.conv1 = init_uniform(nn.Conv2d(channels_out, channels_out, 3, padding=1), init_scale)
+        self.dropout = nn.Dropout(options.dropout)
+        self.conv1 = init_uniform(nn.Conv2d(channels_out, channels_out, 3, padding=1), options.init_scale)
         self.shortcut = None
         if channels_in != channels_out or resample is not None:
-            self.shortcut = init_uniform(nn.Conv2d(channels_in, channels_out, 1), shortcut_scale)
+            scale = 1.0 if options.resblock_type == "biggan" else 0.1
+            self.shortcut = init_uniform(nn.Conv2d(channels_in, channels_out, 1), scale)
 
     def forward(self, x, shifts):
-        """Return the block's output for x (N, C, H, W); its time shift is the next of the iterator `shifts`."""
         h = self.activation(self.norm0(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
@@ -345,32 +298,17 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention beside its skip connection, the sum multiplied by `rescale`."""
+    """Single-head self-attention beside its skip connection; the sum is rescaled."""
 
-    def __init__(self, channels, rescale, init_scale):
+    def __init__(self, channels, options):
         super().__init__()
-        self.rescale = rescale
+        self.rescale = options.rescale
         self.attention = layers.SelfAttention(channels, 1, EPS)
         init_uniform(self.attention.qkv, 0.1, parts=3)
-        init_uniform(self.attention.proj, init_scale)
+        init_uniform(self.attention.proj, options.init_scale)
 
     def forward(self, x):
-        """Return the block's output for x (N, C, H, W)."""
         return rescaled_sum(x, self.attention(x), self.rescale)
-
-
-class Middle(nn.Module):
-    """Block, attention, block at the coarsest resolution."""
-
-    def __init__(self, block0, attention, block1):
-        super().__init__()
-        self.block0 = block0
-        self.attention = attention
-        self.block1 = block1
-
-    def forward(self, h, shifts):
-        """Return the middle's output for h (N, C, H, W)."""
-        return self.block1(self.attention(self.block0(h, shifts)), shifts)
 
 
 class OutputHead(nn.Module):
@@ -383,8 +321,10 @@ class OutputHead(nn.Module):
         self.conv = init_uniform(nn.Conv2d(channels_in, channels_out, 3, padding=1), init_scale)
 
     def forward(self, h):
-        """(N, C, H, W) to (N, C', H, W)."""
         return self.conv(self.activation(self.norm(h)))
+
+
+# Pyramids of the progressive options: each takes the pyramid and the features h of a level and returns the next two.
 
 
 class InputSkip(nn.Module):
@@ -397,7 +337,6 @@ class InputSkip(nn.Module):
         self.concatenate = combine == "cat"
 
     def forward(self, pyramid, h):
-        """Return (the image at half its size, the features h with it)."""
         pyramid = self.down(pyramid)
         image = self.conv(pyramid)
         return pyramid, torch.cat([image, h], dim=1) if self.concatenate else image + h
@@ -409,12 +348,10 @@ class PyramidResidual(nn.Module):
     def __init__(self, direction, resample, rescale):
         """direction: "down" or "up", also the name under which checkpoints have the resampling."""
         super().__init__()
-        self.direction = direction
+        self.direction, self.rescale = direction, rescale
         self.add_module(direction, resample)
-        self.rescale = rescale
 
     def forward(self, pyramid, h):
-        """Return (pyramid, features), which are the same tensor."""
         pyramid = rescaled_sum(getattr(self, self.direction)(pyramid), h, self.rescale)
         return pyramid, pyramid
 
@@ -427,11 +364,9 @@ class OutputSkip(nn.Module):
 
     def __init__(self, head, up):
         super().__init__()
-        self.up = up
-        self.head = head
+        self.up, self.head = up, head
 
     def forward(self, pyramid, h):
-        """Return (image or pyramid, features); `pyramid` is None at the coarsest level."""
         image = self.head(h)
         return image if self.up is None else self.up(pyramid) + image, h
 
