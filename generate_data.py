@@ -28,9 +28,8 @@ from configs.default import Field, get_field
 from datasets import pair_writer
 from datasets.initial_points import InitialPoints, image_shape
 from datasets.pairs import NoiseSource, PairFolder, as_float
-from flows.analytic import analytic_velocity
 from flows.couplings import COUPLINGS, create_coupling
-from flows.rectified_flow import interpolate, velocity_from_network
+from flows.rectified_flow import analytic_velocity, interpolate, velocity_from_network
 from flows.samplers import SAMPLERS
 from models.checkpoint import load_with_config
 from runtime.devices import autocast, memory_errors, set_precision, start_processes

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from configs.default import get_default_config, set_field  # noqa: E402
 from datasets.sources import DATASETS, DataSet, ImageSet  # noqa: E402
 from flows.rectified_flow import velocity_from_network  # noqa: E402
-from flows.runge_kutta import rk45_per_sample  # noqa: E402
+from flows.runge_kutta import rk45  # noqa: E402
 from flows.samplers import euler, one_step  # noqa: E402
 from metrics.features import full_float32  # noqa: E402
 from models import load_model  # noqa: E402
@@ -141,7 +141,7 @@ def sample(path, name, precision, count, device):
     with torch.no_grad():
         if name == "rk45":
             started = time.perf_counter()
-            x, nfe = rk45_per_sample(velocity, z, tol=1e-5, slots=min(count, 512), shrink_slots=True)
+            x, nfe = rk45(velocity, z, tol=1e-5, slots=min(count, 512), shrink_slots=True)
             x.sum().item()
             return {"images_s": count / (time.perf_counter() - started), "nfe": nfe.double().mean().item()}
         call = {"one_step": one_step, "euler-10": lambda *a: euler(*a, steps=10)}[name]

@@ -31,12 +31,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flows.rectified_flow import velocity_from_network  # noqa: E402
-from flows.runge_kutta import rk45_per_sample  # noqa: E402
+from flows.runge_kutta import rk45  # noqa: E402
 from models import load_model  # noqa: E402
 from runtime.seeds import index_noise  # noqa: E402
 
 EPS, TIGHT, OURS = 1e-3, 1e-6, "ours, per sample"
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
+
+
+# Peers return the end points of a batch and, where steps are a sample's own, its evaluations.
 
 
 def scipy_rk45(velocity, z, tol):
@@ -47,20 +50,17 @@ def scipy_rk45(velocity, z, tol):
         return velocity(x, x.new_full((len(z),), t)).double().cpu().numpy().reshape(-1)
 
     found = solve_ivp(right_side, (EPS, 1.0), z.double().cpu().numpy().reshape(-1), method="RK45", rtol=tol, atol=tol)
-    return torch.from_numpy(found.y[:, -1]).view_as(z).to(z), torch.full((len(z),), found.nfev)
+    return torch.from_numpy(found.y[:, -1]).view_as(z).to(z), None
 
 
 def torchdiffeq_dopri5(velocity, z, tol):
     """torchdiffeq's dopri5, one step size for a batch."""
-    calls = []
 
     def right_side(t, x):
-        calls.append(t)
         return velocity(x.to(z.dtype), t.to(z.dtype).expand(len(z))).double()
 
     times = torch.tensor([EPS, 1.0], dtype=torch.float64, device=z.device)
-    x = torchdiffeq.odeint(right_side, z.double(), times, rtol=tol, atol=tol, method="dopri5")[-1]
-    return x.to(z.dtype), torch.full((len(z),), len(calls))
+    return torchdiffeq.odeint(right_side, z.double(), times, rtol=tol, atol=tol, method="dopri5")[-1].to(z.dtype), None
 
 
 def torchode_dopri5(velocity, z, tol):
@@ -72,17 +72,17 @@ def torchode_dopri5(velocity, z, tol):
     term = torchode.ODETerm(right_side)
     controller = torchode.PIDController(term=term, atol=tol, rtol=tol, pcoeff=0.2, icoeff=0.5, dcoeff=0.0)
     solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term), controller)
-    ends = [torch.full((len(z),), t, dtype=torch.float64, device=z.device) for t in (EPS, 1.0)]
-    found = solver.solve(torchode.InitialValueProblem(z.double().flatten(1), *ends, t_eval=ends[1][:, None]))
+    start, end = (torch.full((len(z),), t, dtype=torch.float64, device=z.device) for t in (EPS, 1.0))
+    found = solver.solve(torchode.InitialValueProblem(z.double().flatten(1), start, end, t_eval=end[:, None]))
     # Its own n_f_evals is one number for the batch; a step of a sample is six evaluations, the start two.
-    return found.ys[:, -1].view_as(z).to(z.dtype), (2 + 6 * found.stats["n_steps"]).cpu()
+    return found.ys[:, -1].view_as(z).to(z.dtype), 2 + 6 * found.stats["n_steps"]
 
 
 PEERS = {"scipy RK45": scipy_rk45, "torchdiffeq dopri5": torchdiffeq_dopri5, "torchode dopri5": torchode_dopri5}
 
 
 def run(name, velocity, z, tol, batch):
-    """Return (x, mean evaluations, rows a sample) of a solver on all samples."""
+    """Return (x, evaluations, rows) of a solver on all samples, both per sample in the mean."""
     rows = []
 
     def counted(x, t, label=None):
@@ -90,11 +90,12 @@ def run(name, velocity, z, tol, batch):
         return velocity(x, t, label)
 
     if name == OURS:
-        x, nfe = rk45_per_sample(counted, z, t_start=EPS, tol=tol, slots=batch, shrink_slots=True)
+        x, nfe = rk45(counted, z, t_start=EPS, tol=tol, slots=batch, shrink_slots=True)
     else:
-        parts = [PEERS[name](counted, part, tol) for part in z.split(batch)]
-        x, nfe = (torch.cat(column) for column in zip(*parts, strict=True))
-    return x, nfe.double().mean().item(), sum(rows) / len(z)
+        parts, counts = zip(*(PEERS[name](counted, part, tol) for part in z.split(batch)), strict=True)
+        x, nfe = torch.cat(parts), None if counts[0] is None else torch.cat(counts)
+    rows = sum(rows) / len(z)
+    return x, rows if nfe is None else nfe.double().mean().item(), rows
 
 
 @torch.no_grad()
@@ -108,14 +109,13 @@ def main():
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = load_model(options.checkpoint, device=device).requires_grad_(False)
-    velocity, shape = velocity_from_network(net), [net.config_fields[f"data.{name}"] for name in (
-        "num_channels", "image_size", "image_size")]
+    shape = [net.config_fields[f"data.{name}"] for name in ("num_channels", "image_size", "image_size")]
+    velocity, z = velocity_from_network(net), index_noise(0, range(options.samples), shape).to(device)
+    title = f"{options.samples} samples {shape} of a 1-flow of {sum(p.numel() for p in net.parameters()):,} parameters"
     print(f"{device.type}, {platform.machine()}, 1 thread; "
           + ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "scipy", "torchdiffeq", "torchode")))
-    title = f"{options.samples} samples {shape} of a 1-flow of {sum(p.numel() for p in net.parameters()):,} parameters"
     print(f"{title}, batches (slots) of {options.batch}\n{'tolerance':>9}  {'solver':20}{'evaluations':>12}{'rows':>8}"
           f"{'mean error':>12}{'median':>10}{'worst':>10}{'over':>7}", flush=True)
-    z = index_noise(0, range(options.samples), shape).to(device)
     tight = run(OURS, velocity, z, TIGHT, options.batch)[0]
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes, ours = figure.subplots(), None

@@ -1,19 +1,28 @@
-"""Distances between predicted and target velocity (`training.loss_type`), and weights over time.
+"""Distances between predicted and target velocity (`training.loss_type`), LPIPS for them, and weights over time.
 
-Both compute in float32. DISTANCES and WEIGHTS are their tables.
+All compute in float32. DISTANCES and WEIGHTS are their tables.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import os
+import pickle
+import warnings
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 
 from flows.rectified_flow import per_sample
+from runtime.errors import UserError
 
 HUBER_C = 0.00054  # c / d of the pseudo-Huber distance; arXiv 2405.20320, section 4.2
 KARRAS_SIGMA_DATA = 0.5  # standard deviation of the data in EDM's weight; arXiv 2206.00364, table 1
+LPIPS_SIZE = 64  # images are compared at 64×64 pixels
+LPIPS_EPS = 1e-10  # added to a squared feature norm; those of natural images are above 1
+VGG16_LAST_LAYER = "features.28.weight"  # which smaller networks lack
 
 
 def mean(values):
@@ -85,27 +94,25 @@ class Distance:
     """A row of DISTANCES.
 
     function: `distance(v, point) -> (N,)` of the predicted velocity (N, C, H, W) and the `PathPoint` it belongs to
-    lpips: whether it takes `lpips(image, image) -> (N,)`, whose weights are then loaded
+    lpips: whether it takes `lpips(image, reference) -> (N,)`, of grey or colour images, whose weights are then loaded
     reduce: whether it takes `reduce`, chosen by training.reduce_mean (the others always take the mean)
-    image_channels: whether it works on grey and colour images only
     """
 
     function: Callable
     lpips: bool = False
     reduce: bool = False
-    image_channels: bool = False
 
 
 # A new distance is a function above and a row here.
 DISTANCES = {
     "l2": Distance(l2, reduce=True),
     "l1": Distance(l1, reduce=True),
-    "lpips": Distance(lpips_at_start, lpips=True, image_channels=True),
-    "lpips+l2": Distance(lpips_l2, lpips=True, image_channels=True),
-    "lpips+l1": Distance(lpips_l1, lpips=True, image_channels=True),
+    "lpips": Distance(lpips_at_start, lpips=True),
+    "lpips+l2": Distance(lpips_l2, lpips=True),
+    "lpips+l1": Distance(lpips_l1, lpips=True),
     "huber": Distance(huber),
-    "lpips+huber": Distance(lpips_huber, lpips=True, image_channels=True),
-    "lpips/1mt+huber": Distance(lpips_huber_inverse, lpips=True, image_channels=True),
+    "lpips+huber": Distance(lpips_huber, lpips=True),
+    "lpips/1mt+huber": Distance(lpips_huber_inverse, lpips=True),
 }
 
 
@@ -113,7 +120,7 @@ def create_distance(loss_type, reduce_mean, load_lpips):
     """Return the distance `distance(v, point) -> (N,)` that `training.loss_type` names.
 
     `reduce_mean`: l2 and l1 as mean over C·H·W, otherwise as half the sum.
-    `load_lpips`: called without arguments when the distance needs it, gives `lpips(image, image) -> (N,)`.
+    `load_lpips`: called when the distance needs it, returns `lpips(image, reference) -> (N,)`.
     """
     row, arguments = DISTANCES[loss_type], {}
     if row.lpips:
@@ -121,6 +128,66 @@ def create_distance(loss_type, reduce_mean, load_lpips):
     if row.reduce:
         arguments["reduce"] = mean if reduce_mean else half_sum
     return functools.partial(row.function, **arguments)
+
+
+def load_lpips(device):
+    """Return `lpips(image, reference) -> (N,)`, the distance `lpips_distance` with its network frozen on `device`.
+
+    Network and weights are those of the `lpips` package and of torchvision's VGG16, which comes by torchvision's
+    cache, downloaded when absent. Raises UserError where that fails.
+    """
+    import lpips  # here, since it takes a second and most objectives do without
+
+    weights = _read_vgg16()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the package calls torchvision by an older keyword
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # draws weights, replaced by the next line
+    # The package's slice2.5.bias is torchvision's features.5.bias.
+    net.net.load_state_dict({name: weights["features." + name.partition(".")[2]] for name in net.net.state_dict()})
+    net.eval().requires_grad_(False).to(device)
+    return functools.partial(lpips_distance, net)
+
+
+def lpips_distance(net, image, reference):
+    """Return the LPIPS distance between images, float32 (N,), with gradient to `image` alone.
+
+    `net`: `lpips.LPIPS`; `image`, `reference`: (N, 3, H, W) or grey (N, 1, H, W), in [-1, 1]. Both are resized to
+    64×64; differences of unit features are weighed by the package's layers, averaged over pixels, and added
+    (arXiv 1801.03924, equation 1). In float32 under autocast, too. The arithmetic is ours, because the package's has
+    NaN gradients where the squared features of a pixel add up to zero (the root of zero), as in a constant image.
+    """
+
+    def unit_features(x):
+        colour = x.float().expand(-1, 3, -1, -1)
+        resized = F.interpolate(colour, (LPIPS_SIZE, LPIPS_SIZE), mode="bilinear", align_corners=True)
+        return [f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + LPIPS_EPS)
+                for f in net.net(net.scaling_layer(resized))]
+
+    kind = image.device.type  # the meta device has no autocast
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+        with torch.no_grad():
+            targets = unit_features(reference)
+        layers = zip(net.lins, unit_features(image), targets, strict=True)
+        return sum(weigh((f - target).square()).mean(dim=(1, 2, 3)) for weigh, f, target in layers)
+
+
+def _read_vgg16():
+    """Return the state dict of torchvision's VGG16 from its cache, downloaded there when absent."""
+    from torchvision.models import VGG16_Weights
+
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    try:
+        weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        if VGG16_LAST_LAYER not in weights:
+            raise RuntimeError(f"there is no {VGG16_LAST_LAYER} in it")
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged or holds no VGG16 weights: remove it, so that {url} is downloaded again, "
+                        "or put that file there") from error
+    except OSError as error:
+        raise UserError(f"LPIPS needs VGG16's weights and cannot download them ({error}): put {url} at {path}, or set "
+                        "the environment variable TORCH_HOME to a folder that holds it in hub/checkpoints/") from error
+    return weights
 
 
 def snr(t, eps):

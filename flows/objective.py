@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from flows import losses, perceptual, schedules
+from flows import losses, schedules
 from flows.rectified_flow import PathPoint, anneal, per_sample, point_on_path
 from runtime.errors import UserError
 
@@ -106,7 +106,7 @@ def create_objective(config, teacher=None, device="cpu"):
         alpha=functools.partial(schedules.PATH_PLACES[flow.flow_alpha_t], eps=flow.eps),
         beta=schedules.create_annealing(training.x0_randomness) if annealed else None,
         distance=losses.create_distance(training.loss_type, training.reduce_mean,
-                                        lambda: perceptual.load_lpips(device)),
+                                        functools.partial(losses.load_lpips, device)),
         weigh=functools.partial(losses.WEIGHTS[training.weight_schedule], eps=flow.eps),
         eps=flow.eps,
     )
@@ -120,7 +120,7 @@ def check_config(config):
     flow, training, data = config.flow, config.training, config.data
     schedules.create_time_schedule(flow.flow_t_schedule, flow.eps)
     schedules.create_annealing(training.x0_randomness)
-    if losses.DISTANCES[training.loss_type].image_channels and data.num_channels not in (1, 3):
+    if losses.DISTANCES[training.loss_type].lpips and data.num_channels not in (1, 3):
         raise UserError(f"config.training.loss_type {training.loss_type} compares colour or grey images, but "
                         f"config.data.num_channels is {data.num_channels}: choose l2, l1 or huber")
     if flow.use_teacher and not (flow.teacher_model or flow.pre_train_model):

@@ -2,7 +2,6 @@
 
 A sampler integrates z `(N, ...)` from time `t_start` to `t_end` and returns `(x, nfe)`: x `(N, ...)`, and the number
 of function evaluations of each sample, int64 `(N,)` on the CPU. t is 0 at noise and 1 at data; velocity sees t `(N,)`.
-`record(t, x)`, if given, sees every point of the trajectory, and costs nothing otherwise.
 SAMPLERS is the one table of them. Formulas: SlimFlow (arXiv 2407.12718) and the works named at each.
 """
 
@@ -29,21 +28,13 @@ def evaluations(count, x):
     return torch.full((x.shape[0],), count, dtype=torch.int64)
 
 
-def note(record, t, x):
-    """Pass a point of the trajectory to `record`, if there is one."""
-    if record:
-        record(times_like(t, x), x)
-
-
-def one_step(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, record=None):
+def one_step(velocity, z, label=None, *, t_start=1e-3, t_end=1.0):
     """x = z + (t_end - t_start)·v(z, t_start): one evaluation."""
-    note(record, t_start, z)
     x = z + (t_end - t_start) * velocity(z, times_like(t_start, z), label)
-    note(record, t_end, x)
     return x, evaluations(1, z)
 
 
-def euler(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0, record=None):
+def euler(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0):
     """Euler's rule with N = `steps`: t_i = t_start + (i/N)(t_end - t_start), x += ±v(x, t_i)/N, - towards noise.
 
     The step is 1/N and not (t_end - t_start)/N: the published figures of rectified flows were made so.
@@ -51,13 +42,11 @@ def euler(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0, record=Non
     x, signed_steps = z, steps if t_end > t_start else -steps
     for i in range(steps):
         t = t_start + i / steps * (t_end - t_start)
-        note(record, t, x)
         x = x + velocity(x, times_like(t, x), label) / signed_steps
-    note(record, t_end, x)
     return x, evaluations(steps, z)
 
 
-def heun(velocity, z, label=None, *, steps, rho=1.0, t_start=1e-3, t_end=1.0, record=None):
+def heun(velocity, z, label=None, *, steps, rho=1.0, t_start=1e-3, t_end=1.0):
     """Heun's rule on a curved grid of times: 2N-1 evaluations for N = `steps`.
 
     t_i = (t_start^ρ + (i/N)(t_end^ρ - t_start^ρ))^(1/ρ); trapezoid steps, and Euler's rule for the last one.
@@ -66,16 +55,14 @@ def heun(velocity, z, label=None, *, steps, rho=1.0, t_start=1e-3, t_end=1.0, re
     x = z
     for i in range(steps):
         t, h = grid[i], grid[i + 1] - grid[i]
-        note(record, t, x)
         v = velocity(x, times_like(t, x), label)
         if i < steps - 1:
             v = (v + velocity(x + h * v, times_like(t + h, x), label)) / 2
         x = x + h * v
-    note(record, t_end, x)
     return x, evaluations(2 * steps - 1, z)
 
 
-def edm(velocity, z, label=None, *, steps, sigma_max=80.0, sigma_min=0.002, t_start=1e-3, t_end=1.0, record=None):
+def edm(velocity, z, label=None, *, steps, sigma_max=80.0, sigma_min=0.002, t_start=1e-3, t_end=1.0):
     """EDM's deterministic sampler (arXiv 2206.00364, algorithm 1): Heun's rule in σ, 2N-1 evaluations for N = `steps`.
 
     It integrates x_t/t = z1 + σ·z0, σ = (1-t)/t, whose derivative is d(x_t/t)/dσ = x_t - t·v(x_t, t), from σ_max·z0
@@ -92,17 +79,14 @@ def edm(velocity, z, label=None, *, steps, sigma_max=80.0, sigma_min=0.002, t_st
 
     x = sigma_max * z.double()
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-        note(record, 1 / (1 + sigma), x / (1 + sigma))
         d = slope(x, sigma)
         if following:
             d = (d + slope(x + (following - sigma) * d, following)) / 2
         x = x + (following - sigma) * d
-    x = x.to(z.dtype)
-    note(record, 1.0, x)
-    return x, evaluations(2 * steps - 1, z)
+    return x.to(z.dtype), evaluations(2 * steps - 1, z)
 
 
-def cm_stochastic(velocity, z, label=None, *, steps, noise, t_start=1e-3, t_end=1.0, record=None):
+def cm_stochastic(velocity, z, label=None, *, steps, noise, t_start=1e-3, t_end=1.0):
     """Multistep sampling of consistency models (Song et al. 2023) on Euler's grid: jump to data, noise again.
 
     x1 = x + (1-t_i)·v(x, t_i); x = t_{i+1}·x1 + (1-t_{i+1})·ξ. `noise()` returns fresh ξ, standard normal like z.
@@ -110,11 +94,9 @@ def cm_stochastic(velocity, z, label=None, *, steps, noise, t_start=1e-3, t_end=
     x = z
     for i in range(steps):
         t, t_next = (t_start + j / steps * (t_end - t_start) for j in (i, i + 1))
-        note(record, t, x)
         x = x + (1 - t) * velocity(x, times_like(t, x), label)
         if t_next < 1:  # at t = 1 the noise has weight 0
             x = t_next * x + (1 - t_next) * noise()
-    note(record, t_end, x)
     return x, evaluations(steps, z)
 
 
@@ -122,7 +104,7 @@ def cm_stochastic(velocity, z, label=None, *, steps, noise, t_start=1e-3, t_end=
 class Sampler:
     """A row of SAMPLERS.
 
-    run: `run(velocity, z, label, *, t_start, t_end, record, **arguments) -> (x, nfe)`
+    run: `run(velocity, z, label, *, t_start, t_end, **arguments) -> (x, nfe)`
     fields: {field of config.sampling: argument of `run`}, all that its result depends on
     reverse: whether it runs from data to noise, t_start above t_end
     noise: whether it takes `noise()`, fresh standard normal noise like z, a function of (seed, index)
@@ -165,11 +147,11 @@ def sampler_title(name, values):
 
     `values`: as `sampler_values` returns them; absent fields are left out.
     """
-    known = {field: value for field, value in values.items() if field in sampler_fields() and value is not None}
-    steps = known.pop("sample_N", None)
-    others = ", ".join(f"{field} {value:g}" if isinstance(value, float) else f"{field} {value}"
-                       for field, value in known.items())
-    return name + (f"-{steps}" if steps else "") + (f" ({others})" if others else "")
+    known = {field: f"{value:g}" if isinstance(value, float) else value
+             for field, value in values.items() if field in sampler_fields() and value is not None}
+    steps = f"-{known.pop('sample_N')}" if "sample_N" in known else ""
+    others = ", ".join(f"{field} {value}" for field, value in known.items())
+    return name + steps + (f" ({others})" if others else "")
 
 
 @torch.no_grad()
@@ -189,25 +171,6 @@ def straightness(velocity, z0, label=None, *, steps=100, t_start=1e-3, t_end=1.0
     return sum((v - (x - z0)).flatten(1).norm(dim=1) for v in velocities) / steps
 
 
-class Trajectories:
-    """Points of the trajectories of samples: pass it as `record`, then read `of(sample)`."""
-
-    def __init__(self):
-        self.points = []
-
-    def __call__(self, samples, t, x):
-        """Keep states x `(n, ...)` of the sample numbers `(n,)` at times `(n,)`, where they are."""
-        self.points.append((samples, t, x.clone()))
-
-    def of(self, sample):
-        """Return times `(K,)` and states `(K, ...)` of one sample on the CPU, each time once, in the order of time."""
-        states = {}
-        for samples, t, x in self.points:
-            for row in (samples == sample).nonzero()[:, 0].tolist():
-                states[t[row].item()] = x[row].cpu()
-        return torch.tensor(list(states), dtype=torch.float64), torch.stack(list(states.values()))
-
-
 def path_noise(seed, indices, shape, device):
     """Return a function whose n-th call gives noise `(len(indices), *shape)` that belongs to (seed, index, n)."""
     generators = [index_generator(seed, int(index), PATH_NOISE) for index in indices]
@@ -223,14 +186,13 @@ def create_sampler(config, reverse=False, T=1.0, shrink_slots=False):
     """Return the sampler that `config.sampling` asks for: `sample(velocity, z, label=None, …) -> (x, nfe)`.
 
     Forward it runs from noise at config.flow.eps to data at T; with `reverse`, from data to noise.
-    T below 1 is for velocities that end before the data, as the closed form does. shrink_slots: see `rk45_per_sample`.
+    T below 1 is for velocities that end before the data, as the closed form does. shrink_slots: see `rk45`.
     `sample` takes any number of samples N, `batch_size` (default config.sampling.batch_size) at a time, and
     further keywords: `indices`, the samples' numbers, which the noise of cm_stochastic belongs to (default 0…N-1);
-    `record(rows, t, x)`, e.g. a `Trajectories`; `finished(n)`, called with how many more samples are done.
+    `finished(n)`, called with how many more samples are done.
     Raises `UserError` for a sampler that does not run in reverse.
     """
-    settings, seed = config.sampling, config.seed
-    row = SAMPLERS[settings.use_ode_sampler]
+    settings, seed, row = config.sampling, config.seed, SAMPLERS[config.sampling.use_ode_sampler]
     if reverse and not row.reverse:
         able = " or ".join(name for name, other in SAMPLERS.items() if other.reverse)
         raise UserError(f"config.sampling.use_ode_sampler {settings.use_ode_sampler} does not run from data to noise; "
@@ -240,20 +202,18 @@ def create_sampler(config, reverse=False, T=1.0, shrink_slots=False):
                             **{argument: settings[field] for field, argument in row.fields.items()})
 
     @torch.no_grad()
-    def sample(velocity, z, label=None, *, indices=None, batch_size=settings.batch_size, record=None, finished=None):
+    def sample(velocity, z, label=None, *, indices=None, batch_size=settings.batch_size, finished=None):
         if row.adaptive:
             return run(velocity, z, label, slots=batch_size, max_steps=settings.max_steps, shrink_slots=shrink_slots,
-                       record=record, finished=finished)
+                       finished=finished)
         x, nfe = torch.empty_like(z), torch.zeros(len(z), dtype=torch.int64)
         indices = range(len(z)) if indices is None else indices
         for first in range(0, len(z), batch_size):
-            part = slice(first, min(first + batch_size, len(z)))
+            part = slice(first, first + batch_size)
             extra = {"noise": path_noise(seed, indices[part], z.shape[1:], z.device)} if row.noise else {}
-            if record:
-                extra["record"] = functools.partial(record, torch.arange(part.start, part.stop))
             x[part], nfe[part] = run(velocity, z[part], None if label is None else label[part], **extra)
             if finished:
-                finished(part.stop - part.start)
+                finished(len(z[part]))
         return x, nfe
 
     return sample

@@ -21,7 +21,7 @@ from configs.command_line import load_config  # noqa: E402
 from configs.default import set_field  # noqa: E402
 from datasets import create_batches  # noqa: E402
 from flows.rectified_flow import velocity_from_network  # noqa: E402
-from flows.runge_kutta import rk45_per_sample  # noqa: E402
+from flows.runge_kutta import rk45  # noqa: E402
 from metrics.features import full_float32  # noqa: E402
 from models import load_model  # noqa: E402
 from models.ema import ExponentialMovingAverage  # noqa: E402
@@ -168,7 +168,7 @@ def test_adaptive_steps_take_the_evaluations_that_they_take_on_a_cpu():
         net = load_model(path_of("ncsnpp_cifar"), device=device, fields=fields_of("ncsnpp_cifar")).requires_grad_(False)
         size, channels = (net.config_fields[f"data.{name}"] for name in ("image_size", "num_channels"))
         z = torch.randn(6, channels, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-        found[device] = rk45_per_sample(velocity_from_network(net), z, tol=1e-3, slots=4, shrink_slots=True)
+        found[device] = rk45(velocity_from_network(net), z, tol=1e-3, slots=4, shrink_slots=True)
     (x, nfe), (y, evaluations) = found["cpu"], found[DEVICE]
     assert relative(y, x) < 1e-3 and (nfe - evaluations).abs().max() <= 12
 

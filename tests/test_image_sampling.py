@@ -210,7 +210,7 @@ def test_a_one_step_model_has_no_straightness_and_no_trajectories(script, tmp_pa
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--config.sampling.class_label", "3"], "class_label is 3, but the classes are 0 to 2"),
+    (["--config.sampling.class_label", "3"], "class_label is 3, but the model has 3 classes"),
     (["--classes", "1,5"], "'5' is no class; the classes are 0 to 2"),
     (["--classes", "1,bat"], "'bat' is no class; the classes are 0 to 2, or all, or names: cat, dog, eel"),
     (["--config.training.compile", "true"], "config.training.compile is for training; leave it out here"),
@@ -225,10 +225,10 @@ def test_a_class_that_does_not_exist_is_refused(script, conditional_folder, word
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--classes", "1"], "has no classes"),
-    (["--config.sampling.class_label", "1"], "class"),
-    (["--config.eval.begin_ckpt", "5"], "checkpoints 1 to 4 are in .*none between"),
-    (["--sampling_dir", "/nowhere"], "/nowhere is neither a run folder nor a .pth or .pkl file"),
-    (["--sampling_dir", ""], "name a run folder or a .pth or .pkl file with --sampling_dir"),
+    (["--config.sampling.class_label", "1"], "class_label is 1, but the model has 0 classes"),
+    (["--config.eval.begin_ckpt", "5"], "no checkpoint_{k}.pth with k from eval.begin_ckpt 5 to .* there is 1, 2, 4"),
+    (["--sampling_dir", "/nowhere"], "/nowhere' is neither a run folder nor a .pth or .pkl file"),
+    (["--sampling_dir", ""], "--sampling_dir '' is neither a run folder nor a .pth or .pkl file: name one"),
     (["--config.sampling.use_ode_sampler", "rk54"], "rk54.*rk45"),
     (["--config.sampling.sample_N", "0"], "sample_N must be at least 1, not 0"),
 ])

@@ -3,7 +3,7 @@
 from flows import losses, samplers, schedules
 
 
-def midpoint(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0, record=None):
+def midpoint(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0):
     """The midpoint rule."""
     x, h = z, (t_end - t_start) / steps
     for i in range(steps):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.analytic import analytic_velocity
-from flows.runge_kutta import rk45_per_sample
+from flows.rectified_flow import analytic_velocity
+from flows.runge_kutta import rk45
 from flows.samplers import one_step
 
 EPS = 1e-3
@@ -53,7 +53,7 @@ def test_one_image_is_reached_on_a_straight_trajectory():
 
 def test_flow_ends_at_images_of_the_data():
     data, z = pixels(10, 1, 3, 3), noise(20, 1, 3, 3)
-    x, _ = rk45_per_sample(analytic_velocity(data), z, t_end=1 - EPS, tol=1e-6, slots=20)
+    x, _ = rk45(analytic_velocity(data), z, t_end=1 - EPS, tol=1e-6, slots=20)
     distances = torch.cdist(x.flatten(1), data.double().flatten(1) / 127.5 - 1).amin(1)
     assert distances.max() < 4 * EPS * 3  # what is left of the noise, in 9 dimensions
     assert len(torch.cdist(x.flatten(1), data.double().flatten(1) / 127.5 - 1).argmin(1).unique()) > 1
@@ -63,7 +63,7 @@ def test_reverse_flow_of_points_on_the_path_is_normal_noise():
     data = pixels(40, 1, 2, 2)
     z1 = (data.double() / 127.5 - 1).repeat(15, 1, 1, 1)
     start = (1 - EPS) * z1 + EPS * noise(600, 1, 2, 2)
-    z0, _ = rk45_per_sample(analytic_velocity(data), start, t_start=1 - EPS, t_end=EPS, tol=1e-3, slots=600)
+    z0, _ = rk45(analytic_velocity(data), start, t_start=1 - EPS, t_end=EPS, tol=1e-3, slots=600)
     assert abs(z0.mean().item()) < 0.07 and z0.std().item() == pytest.approx(1, abs=0.05)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from configs.default import get_default_config
 from flows.couplings import create_coupling
-from flows.runge_kutta import rk45_per_sample
+from flows.runge_kutta import rk45
 from runtime.seeds import index_noise
 from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 
@@ -86,12 +86,12 @@ def test_idle_slots_are_given_up_and_the_results_stay_within_the_tolerance():
         return network(x, t, label)
 
     z, label = index_noise(3, range(21), SHAPE), torch.arange(21.0)[:, None] / 10
-    wide, _ = rk45_per_sample(velocity, z, label, tol=1e-4, slots=8)
+    wide, _ = rk45(velocity, z, label, tol=1e-4, slots=8)
     wide_rows = sum(rows)
     rows.clear()
-    narrow, narrow_nfe = rk45_per_sample(velocity, z, label, tol=1e-4, slots=8, shrink_slots=True)
+    narrow, narrow_nfe = rk45(velocity, z, label, tol=1e-4, slots=8, shrink_slots=True)
     assert set(rows[:5]) == {8} and rows == sorted(rows, reverse=True) and rows[-1] < 8
     assert int(narrow_nfe.sum()) <= sum(rows) < wide_rows
     np.testing.assert_allclose(narrow, wide, atol=1e-3, rtol=1e-3)
-    again, _ = rk45_per_sample(velocity, z, label, tol=1e-4, slots=8, shrink_slots=True)
+    again, _ = rk45(velocity, z, label, tol=1e-4, slots=8, shrink_slots=True)
     assert torch.equal(again, narrow)

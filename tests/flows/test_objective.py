@@ -11,7 +11,7 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.default import get_default_config
-from flows import perceptual
+from flows import losses
 from flows.objective import Draws, check_config, create_objective
 from flows.rectified_flow import velocity_from_network
 from runtime.errors import UserError
@@ -261,7 +261,7 @@ def test_the_student_is_called_once_and_the_teacher_without_gradient(first_step,
 
 def test_the_perceptual_distance_of_the_guided_term_starts_from_its_noise(monkeypatch):
     images = []
-    monkeypatch.setattr("flows.perceptual.load_lpips", lambda device: lambda image, reference: (
+    monkeypatch.setattr("flows.losses.load_lpips", lambda device: lambda image, reference: (
         images.append((image, reference)) or torch.zeros(len(image))))
     student, teacher = Linear(0.3, -0.2), Linear(0.7, 0.4)
     objective = guided_objective("student", teacher, loss_type="lpips")
@@ -336,22 +336,22 @@ EVERY = [
 @pytest.fixture(scope="module")
 def meta_lpips(random_lpips):
     net = copy.deepcopy(random_lpips).to("meta")
-    return lambda image, reference: perceptual.lpips_distance(net, image, reference)
+    return lambda image, reference: losses.lpips_distance(net, image, reference)
 
 
 @pytest.mark.parametrize("fields", EVERY, ids=lambda fields: "-".join(map(str, fields.values())))
 @pytest.mark.parametrize("label", [False, True], ids=["", "labelled"])
 def test_no_objective_reads_the_device(fields, label, meta_lpips, monkeypatch):
     """Forward and backward on the meta device, which has no values to read; nothing but the student gets gradients."""
-    monkeypatch.setattr(perceptual, "load_lpips", lambda device: meta_lpips)
+    monkeypatch.setattr(losses, "load_lpips", lambda device: meta_lpips)
     student, teacher = Student().to("meta"), Student().to("meta")
     objective = create_objective(on_pairs(**fields), velocity_from_network(teacher), "meta")
     batch = batch_of(noise(2, device="meta"), noise(1, device="meta"),
                      torch.zeros(6, 5, device="meta") if label else None)
     with Operations() as operations:
-        losses = objective(velocity_from_network(student), batch, Draws(None, 6, device="meta"), 3)
-        losses.mean().backward()
-    assert losses.shape == (6,) and losses.dtype == torch.float32 and losses.device.type == "meta"
+        values = objective(velocity_from_network(student), batch, Draws(None, 6, device="meta"), 3)
+        values.mean().backward()
+    assert values.shape == (6,) and values.dtype == torch.float32 and values.device.type == "meta"
     assert student.conv.weight.grad is not None and all(p.grad is None for p in teacher.parameters())
     assert not {"_local_scalar_dense", "nonzero", "item", "equal"} & set(operations.names)
 

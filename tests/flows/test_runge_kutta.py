@@ -1,7 +1,7 @@
 """Adaptive integration: correct, the same for every batch, never endless, and never waiting for the device."""
 
 import contextlib
-import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -14,27 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flows import runge_kutta
-from flows.runge_kutta import (
-    JOINT,
-    PER_SAMPLE,
-    attempt_step,
-    inverse_fifth_root,
-    joint_norm,
-    per_sample_norm,
-    rk45_joint,
-    rk45_per_sample,
-    split_last_step,
-    start_slots,
-)
-from flows.samplers import Trajectories
+from flows.runge_kutta import attempt_step, error_norm, inverse_fifth_root, rk45, start_slots
 from runtime.errors import UserError
 from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 
-BOTH = pytest.mark.parametrize("solver", [rk45_per_sample, rk45_joint])
+rk45_joint = functools.partial(rk45, step_control="batch")
+BOTH = pytest.mark.parametrize("solver", [rk45, rk45_joint])
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -53,10 +42,10 @@ def test_end_point_is_right_within_the_tolerance(solver, tol):
 def test_formula_has_order_five():
     def error(steps):
         z = noise(3, 4, dtype=torch.float64)
-        state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, 1e6, JOINT)
+        state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, 1e6, True)
         for _ in range(steps):
-            state = dataclasses.replace(state, h=torch.full_like(state.h, 1 / steps))
-            state, _ = attempt_step(gaussian_velocity, state, 1.0, 1e6, JOINT, z.dtype)
+            state = state._replace(h=torch.full_like(state.h, 1 / steps))
+            state, _ = attempt_step(gaussian_velocity, state, 1.0, 1e6, True, z.dtype)
         return (state.x - gaussian_flow(z)).abs().max().item()
 
     assert math.log2(error(16) / error(32)) == pytest.approx(5, abs=0.4)
@@ -89,7 +78,7 @@ SLOT_COUNT = 5  # odd: the last slots of a row are computed by other machine ins
 NETWORK = tiny_network()
 SAMPLES = noise(23, 2, 4, 4, seed=1) * torch.linspace(0.2, 3, 23).view(-1, 1, 1, 1)
 LABELS = torch.linspace(-1, 1, 46).view(23, 2)
-ALL_X, ALL_NFE = rk45_per_sample(NETWORK, SAMPLES, LABELS, tol=1e-4, slots=SLOT_COUNT)
+ALL_X, ALL_NFE = rk45(NETWORK, SAMPLES, LABELS, tol=1e-4, slots=SLOT_COUNT)
 
 
 def in_float32(x, t, label=None):
@@ -97,14 +86,14 @@ def in_float32(x, t, label=None):
     return NETWORK(x.float(), t.float(), label).double()
 
 
-EXACT = {tol: rk45_per_sample(in_float32, SAMPLES.double(), LABELS, tol=tol, slots=SLOT_COUNT) for tol in (1e-4, 1e-5)}
+EXACT = {tol: rk45(in_float32, SAMPLES.double(), LABELS, tol=tol, slots=SLOT_COUNT) for tol in (1e-4, 1e-5)}
 
 
 @pytest.mark.parametrize("tol", EXACT)
 @settings(max_examples=15, deadline=None)
 @given(chosen=st.lists(st.integers(0, 22), min_size=1, max_size=23, unique=True))
 def test_a_sample_is_the_same_bits_beside_any_others_and_in_any_order(tol, chosen):
-    x, nfe = rk45_per_sample(in_float32, SAMPLES.double()[chosen], LABELS[chosen], tol=tol, slots=SLOT_COUNT)
+    x, nfe = rk45(in_float32, SAMPLES.double()[chosen], LABELS[chosen], tol=tol, slots=SLOT_COUNT)
     assert torch.equal(x, EXACT[tol][0][chosen])
     assert torch.equal(nfe, EXACT[tol][1][chosen])
 
@@ -115,14 +104,7 @@ def rough(x, t, label=None):
     return 3 * bend * x + 20 * bend
 
 
-def steps_of(solver, z, tol):
-    """Return the times that the first sample's steps end at, refused ones repeating theirs."""
-    times = []
-    solver(rough, z, tol=tol, slots=len(z), record=lambda samples, t, x: times.append(t[0].item()))
-    return times
-
-
-def test_joint_steps_after_refusals_are_scipys_to_rounding():
+def test_joint_steps_after_refusals_are_scipys_to_rounding(monkeypatch):
     """So no step grows right after a refused one, and the refused one shrinks by 0.9·e^(-1/5)."""
     z = noise(3, 4, dtype=torch.float64)
 
@@ -131,40 +113,47 @@ def test_joint_steps_after_refusals_are_scipys_to_rounding():
         return rough(x, torch.full((3,), t, dtype=torch.float64)).numpy().reshape(-1)
 
     expected = solve_ivp(right_side, (1e-3, 1), z.numpy().reshape(-1), rtol=1e-4, atol=1e-4)
-    times = steps_of(rk45_joint, z, 1e-4)
+    times = [1e-3]  # that the steps end at; a refused one repeats its own
+
+    def attempt(*arguments):
+        slots, status = attempt_step(*arguments)
+        times.append(slots.t[0].item())
+        return slots, status
+
+    monkeypatch.setattr(runge_kutta, "attempt_step", attempt)
+    rk45_joint(rough, z, tol=1e-4, slots=3)
     refused = sum(a == b for a, b in itertools.pairwise(times))
     assert refused >= 3 and expected.nfev == 2 + 6 * (len(times) - 1)
     np.testing.assert_allclose(list(dict.fromkeys(times)), expected.t, rtol=1e-9)
 
 
-@pytest.mark.parametrize("control", [JOINT, PER_SAMPLE])
-def test_no_step_grows_right_after_a_refused_one(control):
+@pytest.mark.parametrize("joint", [True, False])
+def test_no_step_grows_right_after_a_refused_one(joint):
     z = noise(2, 3, dtype=torch.float64)
-    state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, 1e-4, control)
+    state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, 1e-4, joint)
     for refused, growth in ((False, 2.0), (True, 1.0)):
-        small = dataclasses.replace(state, h=torch.full_like(state.h, 1e-3), refused=torch.full((2,), refused))
-        after, _ = attempt_step(gaussian_velocity, small, 1.0, 1e-4, control, z.dtype)
+        small = state._replace(h=torch.full_like(state.h, 1e-3), refused=torch.full((2,), refused))
+        after, _ = attempt_step(gaussian_velocity, small, 1.0, 1e-4, joint, z.dtype)
         assert not after.refused.any() and ((after.h > 1e-3 * growth) if growth > 1 else (after.h == 1e-3)).all()
 
 
-def test_the_gain_is_that_of_the_control_at_every_tolerance():
+def test_single_samples_are_stepped_with_half_the_gain_at_every_tolerance():
     """A step that was accepted with the error e is followed by one 0.9·e^(-k/5) times as long, k = 1 or 1/2."""
-    z = noise(2, 3, dtype=torch.float64)
+    z = noise(1, 3, dtype=torch.float64)  # of one sample, both norms are the same
     for tol in (1e-2, 1e-4, 1e-5, 1e-7):
-        found = {}
-        for control in (JOINT, PER_SAMPLE):
-            control = dataclasses.replace(control, norm=per_sample_norm)
-            state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, tol, control)
-            after, _ = attempt_step(gaussian_velocity, state, 1.0, tol, control, z.dtype)
+        factors = []
+        for joint in (True, False):
+            state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, tol, joint)
+            after, _ = attempt_step(gaussian_velocity, state, 1.0, tol, joint, z.dtype)
             assert not after.refused.any()
-            found[control.gain] = after.h / state.h / 0.9
-        torch.testing.assert_close(found[0.5] ** 2, found[1.0].clamp(max=10 / 0.9), rtol=1e-9, atol=0)
+            factors.append(after.h / state.h / 0.9)
+        torch.testing.assert_close((factors[1] ** 2).clamp(max=10 / 0.9), factors[0], rtol=1e-9, atol=0)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 40))
 def test_a_sample_is_the_same_within_the_tolerance_for_any_number_of_slots(slots):
-    x, _ = rk45_per_sample(NETWORK, SAMPLES, LABELS, tol=1e-4, slots=slots)
+    x, _ = rk45(NETWORK, SAMPLES, LABELS, tol=1e-4, slots=slots)
     assert (x - ALL_X).abs().max() < 10 * 1e-4
 
 
@@ -179,7 +168,7 @@ def test_every_evaluation_is_full_and_no_sample_waits_for_another():
         sizes.append(len(x))
         return NETWORK(x, t, label)
 
-    rk45_per_sample(velocity, SAMPLES, LABELS, tol=1e-4, slots=SLOT_COUNT)
+    rk45(velocity, SAMPLES, LABELS, tol=1e-4, slots=SLOT_COUNT)
     assert set(sizes) == {SLOT_COUNT}
     work, longest = int(ALL_NFE.sum()), int(ALL_NFE.max())
     # All the work spread over the slots, the slopes of the padding, and one sample's trajectory at the end.
@@ -190,16 +179,6 @@ def test_every_evaluation_is_full_and_no_sample_waits_for_another():
 def test_no_samples_give_no_samples(solver):
     x, nfe = solver(NETWORK, SAMPLES[:0], tol=1e-3)
     assert x.shape == (0, 2, 4, 4) and nfe.shape == (0,)
-
-
-@BOTH
-def test_recorded_trajectories_run_from_start_to_end(solver):
-    trajectories = Trajectories()
-    x, _ = solver(NETWORK, SAMPLES[:7], tol=1e-3, slots=3, record=trajectories)
-    for sample in range(7):
-        t, states = trajectories.of(sample)
-        assert t[0] == 1e-3 and t[-1] == 1 and (t.diff() > 0).all()
-        assert torch.equal(states[0].float(), SAMPLES[sample]) and torch.equal(states[-1].float(), x[sample])
 
 
 @BOTH
@@ -268,9 +247,9 @@ class ReadsBack(TorchDispatchMode):
 
 @pytest.fixture
 def status_reads(monkeypatch):
-    """The statuses read from the device, in order."""
-    reads, original = [], runge_kutta.read_status
-    monkeypatch.setattr(runge_kutta, "read_status", lambda status: reads.append(original(status)) or reads[-1])
+    """What is read from the device, in order."""
+    reads, original = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(original(tensor)) or reads[-1])
     return reads
 
 
@@ -294,7 +273,8 @@ def test_the_device_is_read_once_per_step_and_never_else(solver, status_reads):
 def test_steps_and_refills_stay_on_the_device(solver, device, status_reads, monkeypatch):
     solver(NETWORK, SAMPLES, LABELS, tol=1e-3, slots=SLOT_COUNT)
     recorded = iter(list(status_reads))
-    monkeypatch.setattr(runge_kutta, "read_status", lambda status: next(recorded))
+    for kind in (torch.Tensor, FakeTensor):
+        monkeypatch.setattr(kind, "tolist", lambda status: next(recorded))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # fake tensors cannot be pinned
 
     def velocity(x, t, label):
@@ -310,8 +290,8 @@ def test_steps_and_refills_stay_on_the_device(solver, device, status_reads, monk
 
 def test_norms_say_who_is_stepped_with_whom():
     squares = torch.tensor([4.0, 16.0, 1.0])
-    assert torch.equal(per_sample_norm(squares), torch.tensor([2.0, 4.0, 1.0]))
-    assert torch.equal(joint_norm(squares), torch.full((3,), 7.0).sqrt())
+    assert torch.equal(error_norm(squares, joint=False), torch.tensor([2.0, 4.0, 1.0]))
+    assert torch.equal(error_norm(squares, joint=True), torch.full((3,), 7.0).sqrt())
 
 
 def test_fifth_root_is_accurate_and_the_same_bits_wherever_in_the_tensor_it_stands():
@@ -325,14 +305,14 @@ def test_fifth_root_is_accurate_and_the_same_bits_wherever_in_the_tensor_it_stan
 
 ON_OTHER_PROCESSORS = """
 import hashlib, torch
-from flows.runge_kutta import inverse_fifth_root, rk45_per_sample
+from flows.runge_kutta import inverse_fifth_root, rk45
 values = torch.arange(1, 1004, dtype=torch.float64) / 7
 print(torch.backends.cpu.get_cpu_capability(), hashlib.sha256(inverse_fifth_root(values).numpy().tobytes()).hexdigest())
 z = torch.randn(23, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 velocity = lambda x, t, label=None: (x * x - 1) * (t * t).view(-1, 1, 1, 1) - x
-x, nfe = rk45_per_sample(velocity, z, tol=1e-5, slots=5)
+x, nfe = rk45(velocity, z, tol=1e-5, slots=5)
 chosen = [7, 22, 3]
-alone, alone_nfe = rk45_per_sample(velocity, z[chosen], tol=1e-5, slots=5)
+alone, alone_nfe = rk45(velocity, z[chosen], tol=1e-5, slots=5)
 assert torch.equal(alone, x[chosen]) and torch.equal(alone_nfe, nfe[chosen])
 """
 
@@ -350,6 +330,10 @@ def test_steps_are_the_same_bits_in_any_place_on_every_instruction_set(repositor
 
 
 def test_what_is_left_is_shared_by_two_steps_rather_than_leaving_a_tiny_one():
-    h = torch.tensor([0.3, 0.3, 0.3, 0.3, 0.3])
-    to_go = torch.tensor([0.7, 0.47, 0.4, 0.3, 0.1])
-    torch.testing.assert_close(split_last_step(h, to_go), torch.tensor([0.3, 0.3, 0.26, 0.3, 0.3]))
+    """The step 0.3 is taken, or 0.65 of what is left where that is less, or what is left."""
+    to_go, taken = torch.tensor([[0.7, 0.47, 0.4, 0.3, 0.1], [0.3, 0.3, 0.26, 0.3, 0.1]], dtype=torch.float64)
+    z = torch.zeros(5, 1, dtype=torch.float64)
+    state = start_slots(lambda x, t, label: x, z, None, -1.0, 0.0, 1e-3, False)
+    state = state._replace(t=-to_go, h=torch.full_like(to_go, 0.3))
+    after, _ = attempt_step(lambda x, t, label: x, state, 0.0, 1e-3, False, z.dtype)
+    torch.testing.assert_close(after.t - state.t, taken)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flows.rectified_flow import velocity_from_network
-from flows.runge_kutta import rk45_joint, rk45_per_sample
+from flows.runge_kutta import rk45
 from flows.samplers import euler, heun, one_step
 from models import load_model
 
@@ -57,7 +57,7 @@ FORWARD, REVERSE = ("rk45", 1e-3, 1.0), ("rk45_reverse", 1.0, 1e-3)
 ])
 def test_joint_rk45_reaches_the_recorded_images_with_as_many_evaluations(recorded, name, rule, t_start, t_end):
     velocity, z, label, numbers = recorded(name)
-    x, nfe = rk45_joint(velocity, z, label, t_start=t_start, t_end=t_end, tol=1e-5)
+    x, nfe = rk45(velocity, z, label, step_control="batch", t_start=t_start, t_end=t_end, tol=1e-5)
     assert np.abs(x.numpy() - numbers[f"sample_{rule}"]).mean() < 1e-2
     assert abs(nfe[0].item() - int(numbers[f"nfe_{rule}"])) <= 0.1 * int(numbers[f"nfe_{rule}"])
 
@@ -68,6 +68,6 @@ def test_a_sample_of_a_real_network_is_the_same_bits_beside_any_others_and_in_an
     order = [2, 0, 1, 2, 0]
     label = torch.zeros(3, 1) if label is None else label
     seen = velocity if name.startswith("dhariwal") else lambda x, t, label: velocity(x, t)
-    x, nfe = rk45_per_sample(seen, z, label, tol=1e-2, slots=4)
-    again, nfe_again = rk45_per_sample(seen, z[order], label[order], tol=1e-2, slots=4)
+    x, nfe = rk45(seen, z, label, tol=1e-2, slots=4)
+    again, nfe_again = rk45(seen, z[order], label[order], tol=1e-2, slots=4)
     assert torch.equal(again, x[order]) and torch.equal(nfe_again, nfe[order])

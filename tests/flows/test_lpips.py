@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import VGG
 
-from flows.losses import create_distance
-from flows.perceptual import load_lpips, lpips_distance
+from flows.losses import create_distance, load_lpips, lpips_distance
 from flows.rectified_flow import point_on_path
 from runtime.errors import UserError
 
