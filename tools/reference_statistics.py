@@ -7,7 +7,6 @@ what evaluation_fid.py takes as --target_path; its mu and sigma have the form of
 features let KID, precision and recall be computed, too. torchrun splits the images over its processes.
 """
 
-
 from configs.command_line import run_script
 from configs.default import Field
 from datasets import load_images
@@ -31,18 +30,15 @@ def main(config, args, given):
         raise UserError(f"--output must name an .npz file, not {args.output!r}")
     with start_processes() as processes:
         extractor = create_extractor(config, processes.device)
-        source = open_images(args.data_dir, config) if args.data_dir else data_source(config)
-        statistics = measure_source(source, extractor, config.eval.batch_size, processes,
-                                    max_features=args.max_features)
+        if args.data_dir:
+            source = open_images(args.data_dir, config)
+        else:
+            images = load_images(config)
+            source = ArrayImages(images.images, images.source)
+        found = measure_source(source, extractor, config.eval.batch_size, processes, max_features=args.max_features)
         if processes.is_main:
-            write_statistics(args.output, statistics, extractor)
-            print(f"{args.output}: {extractor.name} of {statistics.name}, {len(statistics.features)} features kept")
-
-
-def data_source(config):
-    """Return the images of config.data as an `ImageSource`."""
-    images = load_images(config)
-    return ArrayImages(images.images, images.source)
+            write_statistics(args.output, found, extractor)
+            print(f"{args.output}: {extractor.name} of {found.name}, {len(found.features)} features kept")
 
 
 if __name__ == "__main__":
