@@ -22,7 +22,7 @@ from datasets import one_hot
 from datasets.image_source import check_finite, open_images, quantise
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler, sampler_values
-from metrics import results as results_file
+from metrics import results
 from metrics.reference import Reference
 from metrics.scores import compare, nearest_distances
 from metrics.statistics import gather, measure, measure_source, share_of
@@ -55,21 +55,18 @@ def main(config, args, given):
     with start_processes(PATIENCE) as processes:
         with memory_errors("lower config.eval.batch_size, or free memory of the GPU"):
             path, done = (measure_files if args.data_dir else measure_checkpoints)(config, args, given, processes)
-        name = results_file.main_metric(done[0])
+        name = results.main_metric(done[0])
         best = min(done, key=lambda result: result[name])
-        processes.say(f"{results_file.table(done)}\nbest: {best['checkpoint']}, {results_file.TITLES[name]} "
-                      f"{best[name]:.4g}; results in {path}")
+        processes.say(f"{results.table(done)}\nbest: {best['checkpoint']}, {results.TITLES[name]} {best[name]:.4g}; "
+                      f"results in {path}")
 
 
 def measure_checkpoints(config, args, given, processes):
     """Measure every checkpoint of --ckpt_dir that has no result yet; return (results file, results of the sweep)."""
-    folder = pathlib.Path(args.ckpt_dir)
-    if is_remote(args.ckpt_dir):  # an address has no folder of its own
-        folder = pathlib.Path(config.work_dir, folder.stem)
-    elif folder.is_file():
-        folder = run_folder(folder)
-    path, say_once = results_file.results_path(folder), functools.cache(processes.say)
-    reference, cost, done = None, {}, []
+    remote = is_remote(args.ckpt_dir)  # it has no folder of its own
+    path = results.results_path(pathlib.Path(config.work_dir, pathlib.Path(args.ckpt_dir).stem) if remote else
+                        run_folder(args.ckpt_dir))
+    say_once, reference, cost, done = functools.cache(processes.say), None, {}, []
     for checkpoint in read_checkpoints(args.ckpt_dir, config.eval, processes):
         own, remarks = config_of_run(config, checkpoint, given)
         for remark in remarks:
@@ -94,10 +91,8 @@ def measure_checkpoints(config, args, given, processes):
 def measure_files(config, args, given, processes):
     """Measure the images of --data_dir; return (results file, list of one result)."""
     source = open_images(args.data_dir, config)
-    path = results_file.results_path(source.path.parent)
-    count = min(config.eval.num_samples, len(source))
-    spread = ", evenly spread over them" if count < len(source) else ""
-    processes.say(f"{count} of the {len(source)} images in {args.data_dir} are measured{spread}")
+    path, count = results.results_path(source.path.parent), min(config.eval.num_samples, len(source))
+    processes.say(f"{count} of the {len(source)} images in {args.data_dir} are measured, evenly spread")
     reference = Reference(config, args.target_path, processes)
     if reference.source is not None and source.shape[1:] != reference.source.shape[1:]:
         ours, theirs = ("×".join(map(str, images.shape[1:])) for images in (source, reference.source))
@@ -202,14 +197,14 @@ def measure_images(measured, reference, observers=()):
         "nn_distance": distances.median().item() if len(distances) else None,
         "nn_distance_real": reference.nn_distance_real, "reference": target.name,
         "protocol": reference.extractor.protocol, "seconds": round(time.monotonic() - started, 2),
-        "processes": processes.world_size, "versions": results_file.versions(processes.device),
+        "processes": processes.world_size, "versions": results.versions(processes.device),
     })
 
 
 def earlier_result(path, identity, force, processes):
     """Return in all processes the result in the file `path` that has this identity, or None; --force finds none."""
-    found = None if force else processes.from_main(lambda: results_file.newest_of_each(
-        results_file.read_results(path)).get(results_file.key_of(identity)))
+    found = None if force else processes.from_main(
+        lambda: results.newest_of_each(results.read_results(path)).get(results.key_of(identity)))
     if found is not None:
         processes.say(f"{identity['checkpoint']}: already measured ({path}); --force measures it again")
     return found
@@ -220,20 +215,19 @@ def publish(result, path, processes, samples=None):
 
     samples: of this process, as `measure_network` returns them; those of all go into an npy beside the file.
     """
-    processes.say(results_file.protocol_line(result))
+    processes.say(results.protocol_line(result))
     images = samples and torch.cat(gather(torch.cat(samples))).numpy()
 
     def write():
         try:
-            results_file.append_result(path, result)
-            newest = results_file.newest_of_each(results_file.read_results(path)).values()
-            results_file.draw_figure(path.with_name("fid.png"), newest)
+            results.append_result(path, result)
+            results.draw_figure(path.with_name("fid.png"), results.read_results(path))
         except OSError:
             print(json.dumps(result, ensure_ascii=False), flush=True)
             raise
         if samples:
-            name = f"{pathlib.Path(result['checkpoint']).stem}_{results_file.sampler_name(result).split()[0]}.npy"
-            with atomic_path(path.with_name(name)) as temporary:
+            stem, sampler = pathlib.Path(result["checkpoint"]).stem, results.sampler_name(result).split()[0]
+            with atomic_path(path.with_name(f"{stem}_{sampler}.npy")) as temporary:
                 np.save(temporary, images)
 
     processes.from_main(write)

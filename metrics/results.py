@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from flows.samplers import sampler_fields, sampler_title
 from runtime.files import atomic_path, read_json_lines
@@ -26,6 +26,7 @@ TITLES = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recal
           "inception_score": "Inception score", "pixel_frechet_distance": "pixel Fréchet distance",
           "pixel_kernel_distance": "pixel kernel distance", "pixel_precision": "pixel precision",
           "pixel_recall": "pixel recall"}
+AXES = {"step": "training step", "nfe": "function evaluations (NFE)"}  # that the figure draws them against
 NUMBER, NONE = (int, float), type(None)
 TYPES = {"checkpoint": str, "sampler": (str, NONE), "num_samples": int, "step": (int, NONE), "nfe": (*NUMBER, NONE),
          "seconds": NUMBER, "reference": str, "protocol": str, "versions": dict, "seeds": dict,
@@ -40,17 +41,12 @@ def results_path(folder):
 def read_results(path):
     """Return the finished evaluations, [] without the file. What is no result is left out, which stderr says."""
     entries = read_json_lines(path)
-    found = [entry for entry in entries if is_result(entry)]
+    found = [entry for entry in entries if entry.get(main_metric(entry)) is not None
+             and all(isinstance(entry.get(key), kind) for key, kind in TYPES.items())]
     if len(found) < len(entries):
         print(f"{path}: {len(entries) - len(found)} of {len(entries)} lines are no results and are left out",
               file=sys.stderr)
     return found
-
-
-def is_result(entry):
-    """Return whether a JSON object has what is read of a result, with the right types."""
-    return (all(isinstance(entry.get(key), kind) for key, kind in TYPES.items())
-            and entry.get(main_metric(entry)) is not None)
 
 
 def append_result(path, result):
@@ -111,38 +107,53 @@ def table(results):
 
 
 def draw_figure(path, results):
-    """Write `results` of checkpoints as a PNG: the Fréchet distance against the training step and against NFE.
+    """Write `results` of checkpoints as a PNG: the Fréchet distance against training step and NFE, where they vary.
 
     Results that can be compared with each other share a row, whose title names what they are compared with.
     """
     rows = {}
-    for result in results:
+    for result in newest_of_each(results).values():
         if result["sampler"] is not None:
             rows.setdefault(key_of(result, COMPARABLE), []).append(result)
     if not rows:
         return
-    figure = Figure(figsize=(10, 4 * len(rows)), layout="constrained")
-    for panels, row in zip(figure.subplots(len(rows), 2, sharey="row", squeeze=False), rows.values(), strict=True):
+    places = [place for place in AXES if any(
+        len(points) > 1 for row in rows.values() for points in _lines(row, place).values())] or ["step"]
+    figure = Figure(figsize=(3 + 4 * len(places), 4 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(places), sharey="row", squeeze=False)
+    for row_of_panels, row in zip(panels, rows.values(), strict=True):
         metric = main_metric(row[-1])
-        for axes, place in zip(panels, ("step", "nfe"), strict=True):
-            lines = {}
-            for r in row:
-                label = f"{sampler_name(r) if place == 'step' else 'step ' + str(r['step'])}, {r['weights']}"
-                lines.setdefault(label, []).append((r[place], r[metric]))
+        for axes, place in zip(row_of_panels, places, strict=True):
+            lines = _lines(row, place)
             for label, points in lines.items():
                 axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-            axes.grid(alpha=0.3)
-            if len(lines) <= 12:  # more lines than colours to tell them by need no legend
+            axes.set_visible(bool(lines))
+            if 0 < len(lines) <= 12:  # more lines than colours to tell them by need no legend
                 axes.legend(fontsize=7)
-        panels[0].set(xlabel="training step", ylabel=TITLES[metric])
-        panels[0].set_title(f"compared with {row[-1]['reference']}\n{row[-1]['num_samples']:,} samples", loc="left",
-                            fontsize=9, wrap=True)
-        panels[0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        panels[1].set(xlabel="function evaluations (NFE)")
-        _scale(panels[0].yaxis, [r[metric] for r in row])
-        _scale(panels[1].xaxis, [r["nfe"] for r in row])
+            axes.grid(alpha=0.3)
+            axes.set_xlabel(AXES[place])
+            if place == "step":
+                axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter="{x:,.0f}")
+            else:
+                _scale(axes.xaxis, [r[place] for r in row])
+        row_of_panels[0].set_ylabel(TITLES[metric])
+        row_of_panels[0].set_title(f"compared with {row[-1]['reference']}\n{row[-1]['num_samples']:,} samples",
+                                   loc="left", fontsize=9, wrap=True)
+        _scale(row_of_panels[0].yaxis, [r[metric] for r in row])
     with atomic_path(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
+
+
+def _lines(row, place):
+    """Return {label: [(place, distance), …]}: a line a sampler over the steps; a line a checkpoint over its NFEs."""
+    differing = [name for name in ("weights", "arithmetic", "eps", "init_noise_scale", "class_label", "seeds")
+                 if len({str(r.get(name)) for r in row}) > 1]
+    lines = {}
+    for r in row:
+        name = sampler_name(r) if place == "step" else f"{r['sampler']}, step {r['step']:,}"
+        label = ", ".join([name, *(f"{field} {r.get(field)}" for field in differing)])
+        lines.setdefault(label, []).append((r[place], r[main_metric(r)]))
+    return lines if place == "step" else {label: points for label, points in lines.items() if len(points) > 1}
 
 
 def _scale(axis, values):
@@ -152,7 +163,7 @@ def _scale(axis, values):
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_label_text(f"{axis.get_label_text()} (log)")
     axis.set_major_formatter(LogFormatter())  # 48 and 2, not 4.8 × 10¹ and 2 × 10⁰
-    axis.set_minor_formatter(LogFormatter() if max(values) < 100 * min(values) else NullFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def versions(device):

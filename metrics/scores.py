@@ -53,9 +53,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     Source: Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
     """
     device = mu1.device if torch.is_tensor(mu1) else "cpu"
-    mu1, sigma1, mu2, sigma2 = (
-        torch.as_tensor(value, dtype=torch.float64, device=device) for value in (mu1, sigma1, mu2, sigma2)
-    )
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(value, dtype=torch.float64, device=device)
+                                for value in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape:
         raise UserError(f"the two sets of statistics have different dimensions, mu {tuple(mu1.shape)} and "
                         f"{tuple(mu2.shape)}; both must come from the same feature extractor")
@@ -129,24 +128,18 @@ def precision_recall(samples, reference, reference_radii=None, progress="auto", 
         reference_radii = neighbour_radii(reference, progress, chunk)
     inside = 0
     covered = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
-    with progress_bar(total=len(samples), desc="precision and recall", unit="rows", enabled=progress) as bar:
-        for part in samples.split(chunk):
-            reach, distances = _reach(part, samples), torch.cdist(part, reference)
-            inside += (distances <= reference_radii).any(1).sum()
-            covered |= (distances <= reach[:, None]).any(0)
-            bar.update(len(part))
+    for part in progress_bar(samples.split(chunk), desc="precision and recall", unit="blocks", enabled=progress):
+        reach, distances = _reach(part, samples), torch.cdist(part, reference)
+        inside += (distances <= reference_radii).any(1).sum()
+        covered |= (distances <= reach[:, None]).any(0)
     return (inside / len(samples)).item(), covered.double().mean().item()
 
 
 @full_float32()
 def neighbour_radii(points, progress="auto", chunk=2048):
     """Return the distance of each of `points` (M, D) to its k-th nearest other point, (M,)."""
-    found = []
-    with progress_bar(total=len(points), desc="neighbours in the reference", unit="rows", enabled=progress) as bar:
-        for part in points.split(chunk):
-            found.append(_reach(part, points))
-            bar.update(len(part))
-    return torch.cat(found)
+    parts = progress_bar(points.split(chunk), desc="neighbours in the reference", unit="blocks", enabled=progress)
+    return torch.cat([_reach(part, points) for part in parts])
 
 
 def _reach(part, points):
@@ -158,9 +151,8 @@ def kept_radii(features, folder, progress="auto"):
     """Return `neighbour_radii` of features (M, D), kept in a file of `folder` whose name has the features' digest."""
     digest = hashlib.sha256(np.ascontiguousarray(features.cpu().numpy())).hexdigest()[:16]
     path = pathlib.Path(folder) / f"neighbour_radii_{NEIGHBOURS}_{digest}.npy"
-    if path.is_file():
-        with contextlib.suppress(OSError, ValueError, EOFError):  # damaged: computed and written again
-            return torch.from_numpy(np.load(path, allow_pickle=False))
+    with contextlib.suppress(OSError, ValueError, EOFError):  # absent or damaged
+        return torch.from_numpy(np.load(path, allow_pickle=False))
     radii = neighbour_radii(features, progress).cpu()
     with contextlib.suppress(OSError), atomic_path(path) as temporary:  # of a folder that others own: not kept
         np.save(temporary, radii.numpy())
@@ -194,17 +186,15 @@ def nearest_distances(queries, images, own=None, chunk=8192, progress="false"):
     queries = pixel_features(queries)
     best = torch.full((len(queries),), torch.inf, device=queries.device)
     nearest = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    with progress_bar(total=len(images), desc="nearest images", unit="images", enabled=progress) as bar:
-        for low in range(0, len(images), chunk):
-            part = _take(images, slice(low, low + chunk), queries.device)
-            squared = part.square().sum(1) - 2 * queries @ part.T  # ‖q‖² does not change which is nearest
-            if own is not None:
-                here = (own >= low) & (own < low + len(part))
-                squared[here, own[here] - low] = torch.inf
-            least, place = squared.min(1)
-            nearest = torch.where(least < best, place + low, nearest)
-            best = torch.minimum(least, best)
-            bar.update(len(part))
+    for low in progress_bar(range(0, len(images), chunk), desc="nearest images", unit="blocks", enabled=progress):
+        part = _take(images, slice(low, low + chunk), queries.device)
+        squared = part.square().sum(1) - 2 * queries @ part.T  # ‖q‖² does not change which is nearest
+        if own is not None:
+            here = (own >= low) & (own < low + len(part))
+            squared[here, own[here] - low] = torch.inf
+        least, place = squared.min(1)
+        nearest = torch.where(least < best, place + low, nearest)
+        best = torch.minimum(least, best)
     return (queries - _take(images, nearest.cpu().numpy(), queries.device)).norm(dim=1)
 
 

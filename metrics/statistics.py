@@ -76,12 +76,10 @@ def measure_source(source, extractor, batch_size, processes, count=None, observe
 
 def read_batches(source, chosen, batch_size, processes):
     """Yield the images of an `ImageSource` at the places `chosen`, uint8 on the device; then say what was converted."""
-    with progress_bar(total=len(chosen), desc=f"reading {source.name}", unit="images",
-                      enabled="auto" if processes.is_main else "false") as bar:
-        for low in range(0, len(chosen), batch_size):
-            part = chosen[low : low + batch_size]
-            yield torch.cat([source.read(place, place + 1) for place in part]).to(processes.device)
-            bar.update(len(part))
+    for low in progress_bar(range(0, len(chosen), batch_size), desc=f"reading {source.name}", unit="batches",
+                            enabled="auto" if processes.is_main else "false"):
+        part = chosen[low : low + batch_size]
+        yield torch.cat([source.read(place, place + 1) for place in part]).to(processes.device)
     if processes.is_main:
         for note, number in source.notes.items():
             print(f"{source.name}: {number} images: {note}", file=sys.stderr, flush=True)

@@ -12,7 +12,9 @@ POLL = 5.0  # seconds between looks at the folder, after a while of quicker ones
 
 
 def run_folder(path):
-    """Return the run that a checkpoint file belongs to: the folder above `checkpoints`, or else its own folder."""
+    """Return the run of a checkpoint file: the folder above `checkpoints`, or else its own; of a folder itself."""
+    if pathlib.Path(path).is_dir():
+        return pathlib.Path(path)
     parent = pathlib.Path(path).parent
     return parent.parent if parent.name in ("checkpoints", "checkpoints-meta") else parent
 

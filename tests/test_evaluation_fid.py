@@ -314,7 +314,7 @@ def test_a_result_that_cannot_be_written_is_printed(tmp_path, capsys, monkeypatc
     def full(path, result):
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(evaluation_fid.results_file, "append_result", full)
+    monkeypatch.setattr(evaluation_fid.results, "append_result", full)
     result = {"checkpoint": "c.pth", "sampler": None, "num_samples": 7, "fid": 4.25, "protocol": "p", "reference": "r",
               "versions": {}}
     with pytest.raises(OSError, match="no space"):
@@ -350,7 +350,7 @@ def remember(monkeypatch, run):
                 "seconds": 1.0}, None
 
     monkeypatch.setattr(evaluation_fid, "measure_network", pretend)
-    monkeypatch.setattr(evaluation_fid.results_file, "draw_figure", lambda *arguments: None)
+    monkeypatch.setattr(evaluation_fid.results, "draw_figure", lambda *arguments: None)
     evaluation_fid.main(*parse_command_line(["evaluation_fid.py", "--config", CONFIG, "--ckpt_dir", str(run)], "",
                                             evaluation_fid.FLAGS))
 

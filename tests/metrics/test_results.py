@@ -91,18 +91,38 @@ def test_the_figure_is_drawn_for_checkpoints_and_left_out_for_files(tmp_path):
     assert (tmp_path / "fid.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_figure_holds_every_target_and_names_it_with_the_number_of_samples(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(results_module, "FigureCanvasAgg", lambda figure: (
-        drawn.append(figure), types.SimpleNamespace(print_png=lambda path: path.write_bytes(b"")))[1])
+@pytest.fixture
+def panels(monkeypatch, tmp_path):
+    """A function that returns the panels of the figure of some results."""
+    def draw(results):
+        drawn = []
+        monkeypatch.setattr(results_module, "FigureCanvasAgg", lambda figure: (
+            drawn.append(figure), types.SimpleNamespace(print_png=lambda path: path.write_bytes(b"")))[1])
+        draw_figure(tmp_path / "fid.png", results)
+        return drawn[0].axes
+
+    return draw
+
+
+def test_the_figure_holds_every_target_and_names_it_with_the_number_of_samples(panels):
     others = [{"num_samples": 5000}, {"target": "x.npz", "reference": "x.npz"}, {"target_state": "12"}]
-    draw_figure(tmp_path / "fid.png", [result(), *(result(fid=400.0, **change) for change in others),
-                                       result(fid=5.0, step=900), result(fid=0.5, step=1000)])
-    titles = [axes.get_title(loc="left") for axes in drawn[0].axes[::2]]
-    assert titles == ["compared with CIFAR-10\n100 samples", "compared with CIFAR-10\n5,000 samples",
-                      "compared with x.npz\n100 samples", "compared with CIFAR-10\n100 samples"]
-    assert [len(axes.lines[0].get_xdata()) for axes in drawn[0].axes[::2]] == [3, 1, 1, 1]
-    assert [axes.get_yscale() for axes in drawn[0].axes[::2]] == ["log", "linear", "linear", "linear"]
+    drawn = panels([result(), *(result(fid=400.0, **change) for change in others), result(fid=5.0, step=900, digest=""),
+                    result(fid=0.5, step=1000, digest="cd")])
+    assert [axes.get_title(loc="left") for axes in drawn] == [
+        "compared with CIFAR-10\n100 samples", "compared with CIFAR-10\n5,000 samples",
+        "compared with x.npz\n100 samples", "compared with CIFAR-10\n100 samples"]
+    assert [len(axes.lines[0].get_xdata()) for axes in drawn] == [3, 1, 1, 1]
+    assert [axes.get_yscale() for axes in drawn] == ["log", "linear", "linear", "linear"]
+
+
+def test_the_figure_has_a_line_a_sampler_over_steps_and_a_line_a_checkpoint_over_nfe(panels):
+    """Labels tell what else differs: results of two seeds are no line."""
+    left, right = panels([result(sample_N=n, nfe=float(n), step=step, digest=str(step), seeds={"samples": seed})
+                          for step in (500, 900) for n, seed in ((1, 0), (5, 0), (5, 1))])
+    assert [(line.get_label(), list(line.get_xdata())) for line in left.lines] == [
+        (f"euler-{n}, seeds {{'samples': {seed}}}", [500, 900]) for n, seed in ((1, 0), (5, 0), (5, 1))]
+    assert [(line.get_label(), list(line.get_xdata())) for line in right.lines] == [
+        (f"euler, step {step}, seeds {{'samples': 0}}", [1, 5]) for step in (500, 900)]
 
 
 @pytest.mark.parametrize("line", ['{"checkpoint": 3}', json.dumps(result(fid="4.5")), json.dumps(result(fid=None)),
