@@ -1,6 +1,6 @@
 """Speed on a GPU at the paper's configurations: training, sampling, pairs, features; and what is certain only there.
 
-    python benchmarks/gpu.py --seconds 400 --out results     rows as JSON lines in results/gpu.jsonl, text on stdout
+    python -m benchmarks.gpu --seconds 400 --out results     rows as JSON lines in results/gpu.jsonl, text on stdout
 
 A training row is the update of train.py: images/s, TFLOP/s (six operations for each multiply-accumulate of a forward
 pass), their share of the dense peak of an H100 SXM's data sheet, peak memory, and the seconds of the first update, in
@@ -19,8 +19,8 @@ import time
 import torch
 from torch.utils.benchmark import Timer
 from torchvision.models import inception_v3
-from train_step import ROOT, SMALL, create_training, ours, released  # which lets modules of the root be found
 
+from benchmarks.train_step import SMALL, create_training, ours, released
 from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
 from flows.samplers import euler
@@ -141,7 +141,7 @@ class Programme:
                      "--config.training.batch_size", self.many, "--config.training.progress", "false",
                      "--config.sampling.pair_storage", "compact", "--config.sampling.total_number_of_samples", count]
             started = time.perf_counter()
-            subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+            subprocess.run([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, check=True)
             seconds.append(time.perf_counter() - started)
         about = json.loads((folder / "42" / "pairs.json").read_text())
         return {"pairs_s": 4 * self.many / (seconds[1] - seconds[0]), "nfe": about["nfe_mean"], "start_s": seconds[0]}

@@ -1,6 +1,6 @@
 """A whole training step: ours against the same step done the released way, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_step.py | tee benchmarks/train_step.txt
+    OMP_NUM_THREADS=1 python -m benchmarks.train_step | tee benchmarks/train_step.txt
 
 Ours is the update of train.py. The peer has the same weights, batches and objective: the network computed the released
 way (benchmarks/networks.py), per-tensor gradient clipping, Adam and EMA loops, and a read of the loss at every step.
@@ -8,28 +8,23 @@ Rounds alternate; figures are medians. One multiply-accumulate counts as two ope
 """
 
 import itertools
-import pathlib
 import platform
 import resource
 import statistics
-import sys
 import time
 
 import numpy as np
 import torch
-from networks import Count, mm_peak, released_way
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from configs.default import get_default_config, set_field  # noqa: E402
-from datasets.sources import DATASETS, DataSet, ImageSet  # noqa: E402
-from flows.objective import Draws  # noqa: E402
-from flows.rectified_flow import velocity_from_network  # noqa: E402
-from models.describe import describe  # noqa: E402
-from runtime.devices import Processes  # noqa: E402
-from runtime.seeds import DRAWS, step_generator  # noqa: E402
-from train import Training  # noqa: E402
+from benchmarks.networks import Count, mm_peak, released_way
+from configs.default import get_default_config, set_field
+from datasets.sources import DATASETS, DataSet, ImageSet
+from flows.objective import Draws
+from flows.rectified_flow import velocity_from_network
+from models.describe import describe
+from runtime.devices import Processes
+from runtime.seeds import DRAWS, step_generator
+from train import Training
 
 SMALL = {"model.nf": 64, "model.num_res_blocks": 1, "model.ch_mult": (1, 1, 2)}  # CIFAR-10's 3.4M
 BATCH, ROUNDS = 16, 9
