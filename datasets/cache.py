@@ -58,6 +58,11 @@ class ImageSet:
         """Size of the pixels in bytes."""
         return self.images.nbytes
 
+    def choose(self, indices, source):
+        """Return the images `indices` as an `ImageSet` that is called `source`."""
+        labels = None if self.labels is None else self.labels[indices]
+        return dataclasses.replace(self, images=self.images[indices], labels=labels, source=source)
+
     def take(self, indices):
         """Return {"z1": uint8 `(n, C, H, W)`, "label": int64 `(n,)`} of `indices` `(n,)`; no label without labels."""
         arrays = {"z1": self.images} | ({} if self.labels is None else {"label": self.labels})

@@ -1,13 +1,12 @@
 """Where pairs start: noise, images of a data set or rows of npy files, each a function of the pair's index alone."""
 
-import dataclasses
 import hashlib
 
 import numpy as np
 import torch
 
-from datasets.batches import one_hot, pixels_to_float
-from datasets.pairs import NoiseSource, as_float, open_rows
+from datasets.batches import check_labels, pixels_to_float
+from datasets.pairs import NoiseSource, as_float, as_one_hot, open_rows
 from datasets.sources import load_images
 from runtime import seeds
 from runtime.errors import UserError
@@ -24,27 +23,45 @@ class InitialPoints:
 
     def __init__(self, config, z0_path="", z1_path="", label_path=""):
         """Open what `config.sampling.direction` needs; UserError for files and classes that do not fit the config."""
-        settings, shape = config.sampling, image_shape(config)
+        settings = config.sampling
         self.direction, self.seed, self.num_classes = settings.direction, config.seed, config.data.num_classes
         self.class_label, self.random_flip = settings.class_label, settings.random_flip
         self._check_classes(z1_path, label_path)
-        self.identity, self.available, self.noise, self.image_set = {}, None, None, None
-        self.images = self._open(z1_path, "z1_path", shape) if z1_path else None
-        self.label_rows = self._open_labels(label_path) if label_path else None
-        if z0_path:
-            self.noise = self._open(z0_path, "z0_path", shape)
-        elif self.direction != "from_z1":
+        paths = {"z0_path": z0_path, "z1_path": z1_path, "label_path": label_path}
+        self.rows = {flag: open_rows(path) for flag, path in paths.items() if path}
+        self.identity = {flag: file_digest(paths[flag]) for flag in self.rows}
+        self.available = min(map(len, self.rows.values()), default=None)
+        shape = image_shape(config)
+        for flag, rows in self.rows.items():
+            if flag == "label_path":
+                check_labels(rows, label_path, self.num_classes)
+            elif rows.shape[1:] != shape or rows.dtype.kind != "f":
+                raise UserError(f"{paths[flag]} holds {rows.dtype} rows of shape {rows.shape[1:]}; the config asks for "
+                                f"floating-point rows of shape {shape} (channels, height, width)")
+        self.noise, self.image_set = self.rows.get("z0_path"), None
+        if self.noise is None and self.direction != "from_z1":
             scale = 1.0 if self.direction == "gt_v_from_z1" else settings.init_noise_scale
             self.noise = NoiseSource(self.seed, shape, scale)
             self.identity["noise"] = self.noise.digest()
-        from_images = self.images is None and self.direction in ("from_z1", "gt_v_from_z1", "random_paired")
+        from_images = not z1_path and self.direction in ("from_z1", "gt_v_from_z1", "random_paired")
         if from_images or self.direction.startswith("gt_v"):
             self.image_set = chosen_images(config)
-            self.identity |= {"images": images_digest(self.image_set)}
+            self.identity["images"] = images_digest(self.image_set)
         if from_images:
             self.identity["sampling.random_flip"] = self.random_flip
         if from_images and self.noise is None:  # the second time round only flips make other pairs
-            self._limit(len(self.image_set) * (2 if self.random_flip else 1))
+            self.available = len(self.image_set) * (2 if self.random_flip else 1)
+
+    def _check_classes(self, z1_path, label_path):
+        if self.class_label >= self.num_classes:
+            raise UserError(f"config.sampling.class_label is {self.class_label}, but config.data.num_classes is "
+                            f"{self.num_classes}")
+        if self.num_classes and self.class_label < 0 and self.direction == "gt_v_from_z0":
+            raise UserError("the closed-form velocity of all images knows no classes: choose one with "
+                            "config.sampling.class_label, or set config.data.num_classes 0")
+        if self.num_classes and self.class_label < 0 and z1_path and not label_path:
+            raise UserError("--z1_path holds images without their classes: give --label_path, or choose one class with "
+                            "config.sampling.class_label")
 
     def z0(self, indices):
         """Return the noise of the pairs `indices`."""
@@ -52,8 +69,8 @@ class InitialPoints:
 
     def z1(self, indices):
         """Return the images of the pairs `indices`: pair i starts at image i mod N, the next time round mirrored."""
-        if self.images is not None:
-            return as_float(self.images[np.array(indices)])
+        if "z1_path" in self.rows:
+            return as_float(self.rows["z1_path"][np.array(indices)])
         rounds, numbers = np.divmod(np.array(indices), len(self.image_set))
         images = pixels_to_float(torch.from_numpy(self.image_set.images[numbers]))
         if not self.random_flip:
@@ -66,57 +83,15 @@ class InitialPoints:
         """Return the classes: of the file, the chosen one, of the images, or drawn; None without classes."""
         if not self.num_classes:
             return None
-        if self.label_rows is not None:
-            label = self.label_rows[np.array(indices)]
-            if label.ndim == 2:
-                return as_float(label)
-            label = torch.from_numpy(label.astype(np.int64))
+        if "label_path" in self.rows:
+            label = self.rows["label_path"][np.array(indices)]
         elif self.class_label >= 0:
-            label = torch.full((len(indices),), self.class_label)
+            label = np.full(len(indices), self.class_label)
         elif self.image_set is not None:
-            label = torch.from_numpy(self.image_set.labels[np.array(indices) % len(self.image_set)])
+            label = self.image_set.labels[np.array(indices) % len(self.image_set)]
         else:
-            label = seeds.index_labels(self.seed, indices, self.num_classes)
-        return one_hot(label, self.num_classes)
-
-    def _check_classes(self, z1_path, label_path):
-        if self.class_label >= self.num_classes and self.class_label >= 0:
-            raise UserError(f"config.sampling.class_label is {self.class_label}, but config.data.num_classes is "
-                            f"{self.num_classes}")
-        if not self.num_classes or self.class_label >= 0:
-            return
-        if self.direction == "gt_v_from_z0":
-            raise UserError("the closed-form velocity of all images knows no classes: choose one with "
-                            "config.sampling.class_label, or set config.data.num_classes 0")
-        if z1_path and not label_path:
-            raise UserError("--z1_path holds images without their classes: give --label_path, or choose one class with "
-                            "config.sampling.class_label")
-
-    def _limit(self, count):
-        self.available = count if self.available is None else min(count, self.available)
-
-    def _open(self, path, flag, shape):
-        """Return the rows of the npy file that `flag` names."""
-        rows = open_rows(path)
-        if rows.shape[1:] != shape or rows.dtype.kind != "f":
-            raise UserError(f"{path} holds {rows.dtype} rows of shape {rows.shape[1:]}; the config asks for "
-                            f"floating-point rows of shape {shape} (channels, height, width)")
-        self.identity[flag] = file_digest(path)
-        self._limit(len(rows))
-        return rows
-
-    def _open_labels(self, path):
-        """Return the rows of the npy file of labels."""
-        rows, advice = open_rows(path), f"but config.data.num_classes is {self.num_classes}"
-        numbers = rows.ndim == 1 and rows.dtype.kind in "iu"
-        if not numbers and rows.shape[1:] != (self.num_classes,):
-            raise UserError(f"{path} holds {rows.dtype} labels of shape {rows.shape[1:]}, {advice}: class numbers (N,) "
-                            "or one-hot rows (N, num_classes) are needed")
-        if numbers and len(rows) and (rows.min() < 0 or rows.max() >= self.num_classes):
-            raise UserError(f"{path} has classes {rows.min()} to {rows.max()}, {advice}")
-        self.identity["label_path"] = file_digest(path)
-        self._limit(len(rows))
-        return rows
+            label = seeds.index_labels(self.seed, indices, self.num_classes).numpy()
+        return as_one_hot(label, self.num_classes)
 
 
 def image_shape(config):
@@ -126,14 +101,13 @@ def image_shape(config):
 
 def chosen_images(config):
     """Return the `ImageSet` of the config, and only the class `sampling.class_label` if one is set."""
-    image_set = load_images(config)
-    if config.sampling.class_label < 0:
+    image_set, label = load_images(config), config.sampling.class_label
+    if label < 0:
         return image_set
-    chosen = np.flatnonzero(image_set.labels == config.sampling.class_label)
+    chosen = np.flatnonzero(image_set.labels == label)
     if not len(chosen):
-        raise UserError(f"config.sampling.class_label {config.sampling.class_label}: {image_set.source} has no image "
-                        "of this class")
-    return dataclasses.replace(image_set, images=image_set.images[chosen], labels=image_set.labels[chosen])
+        raise UserError(f"config.sampling.class_label {label}: {image_set.source} has no image of this class")
+    return image_set.choose(chosen, image_set.source)
 
 
 def images_digest(image_set):

@@ -7,38 +7,26 @@ decoded once into `data.cache_dir`. Choices of the config, `--help`, checks and 
 
 import collections
 import concurrent.futures
-import contextlib
-import dataclasses
 import functools
 import gzip
-import os
 import pathlib
 import pickle
 import re
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from datasets.batches import check_labels
 from datasets.cache import ImageSet, Source, open_cached
-from datasets.image_files import (
-    LABEL_FILE,
-    FileTree,
-    ImageSpec,
-    find_labels,
-    fit_images,
-    identify,
-    read_file,
-)
+from datasets.image_files import LABEL_FILE, FileTree, ImageSpec, find_labels, fit_images, identify, read_file
 from runtime import seeds
 from runtime.errors import UserError
-from runtime.files import file_lock
+from runtime.files import atomic_path, file_lock
 
-FILES_AT_ONCE = 16  # image files decoded by one thread at a time
-ROWS_AT_ONCE = 10_000  # images of an array resized and written at a time
+FILES_AT_ONCE = 256  # image files decoded at a time, by all threads
 SPLITS = {"train", "val", "valid", "validation", "test"}
 RELEASED_NAMES = {"plane": "airplane", "car": "automobile"}  # of CIFAR-10's classes, in the released code
 SUBSET_SEED = 0  # random_N are the same images under every seed
@@ -68,6 +56,9 @@ def load_images(config):
     data, row = config.data, DATASETS[config.data.dataset]
     if data.num_channels not in (1, 3):
         raise UserError(f"data.num_channels {data.num_channels}: images have 1 (grey) or 3 (colour) channels")
+    name, older = data.train_subset, config.sampling.train_subset
+    if name != "all" and older not in ("all", name):
+        raise UserError(f"data.train_subset is {name}, but sampling.train_subset, its older name, {older}: set one")
     spec = ImageSpec(data.image_size, data.num_channels, row.resample, data.skip_corrupt)
     root = pathlib.Path(data.data_root or data.custom_data_root or f"data/{data.dataset}").expanduser()
     if row.files and not root.exists():
@@ -78,7 +69,7 @@ def load_images(config):
         image_set = open_cached(image_set, spec, data.cache_dir, config.training.progress)
     if data.num_classes:
         check_classes(image_set, data.num_classes)
-    return subset(image_set, *_chosen_subset(config))
+    return subset(image_set, older, "sampling.train_subset") if name == "all" else subset(image_set, name)
 
 
 def array_set(images, labels, spec, source="", class_names=None):
@@ -107,14 +98,6 @@ def check_classes(image_set, num_classes):
                         "them")
 
 
-def _chosen_subset(config):
-    """Return the subset that the config names and the field that names it; sampling.train_subset is the older one."""
-    new, old = config.data.train_subset, config.sampling.train_subset
-    if new != "all" and old not in ("all", new):
-        raise UserError(f"data.train_subset is {new}, but sampling.train_subset, its older name, {old}: set one")
-    return (new, "data.train_subset") if new != "all" else (old, "sampling.train_subset")
-
-
 def subset(image_set, name, field="data.train_subset"):
     """Return the part of `image_set` that a config field names.
 
@@ -123,25 +106,23 @@ def subset(image_set, name, field="data.train_subset"):
     """
     if name == "all":
         return image_set
-    names = image_set.class_names or ()
+    names, labels, source = image_set.class_names or (), image_set.labels, image_set.source
     if name.startswith("random_"):
         number = name.removeprefix("random_")
         if not (number.isdecimal() and 1 <= int(number) <= len(image_set)):
-            raise UserError(f"{field} {name}: the number after random_ must be from 1 to "
-                            f"{len(image_set)}, the images of {image_set.source}")
+            raise UserError(f"{field} {name}: the number after random_ must be from 1 to {len(image_set)}, the images "
+                            f"of {source}")
         generator = seeds.index_generator(SUBSET_SEED, 0, seeds.SUBSET)
         chosen = np.sort(generator.choice(len(image_set), int(number), replace=False))
     else:
         name = name if name in names else RELEASED_NAMES.get(name, name)
-        if image_set.labels is None or name not in names:
-            raise UserError(f"{field} {name}: {image_set.source} has no such class; choose all, random_N or one of "
+        if labels is None or name not in names:
+            raise UserError(f"{field} {name}: {source} has no such class; choose all, random_N or one of "
                             f"{_shorten(names) or 'its classes (it has none)'}")
-        chosen = np.flatnonzero(image_set.labels == names.index(name))
+        chosen = np.flatnonzero(labels == names.index(name))
         if not len(chosen):
-            raise UserError(f"{field} {name}: {image_set.source} has no image of this class")
-    labels = None if image_set.labels is None else image_set.labels[chosen]
-    return dataclasses.replace(image_set, images=image_set.images[chosen], labels=labels,
-                               source=f"{image_set.source} ({field} {name})")
+            raise UserError(f"{field} {name}: {source} has no image of this class")
+    return image_set.choose(chosen, f"{source} ({field} {name})")
 
 
 def _shorten(words):
@@ -168,57 +149,32 @@ def open_files(name, with_labels, root, spec):
 
 
 def _decode_tree(tree, labels, spec):
-    """Yield the `ImageSet`s of a `FileTree`; labels of all its files, or None.
+    """Yield the images of a `FileTree` in `ImageSet`s; labels: of all its files, or None.
 
-    One thread per core, since Pillow decodes and resamples outside the interpreter lock. A group of chunks at a time,
-    since a data set's images would not fit in memory.
+    By threads, since Pillow decodes and resamples outside the interpreter lock.
     """
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [slice(start, start + FILES_AT_ONCE) for start in range(0, len(tree.names), FILES_AT_ONCE)]
-    decode = functools.partial(_decode_files, tree, labels, spec)
-    with concurrent.futures.ThreadPoolExecutor(workers, "decode") as pool:
-        for first in range(0, len(parts), 8 * workers):
-            yield from pool.map(decode, parts[first : first + 8 * workers])
-
-
-def _decode_files(tree, labels, spec, part):
-    """Return the files `part` (a slice) of a `FileTree` as an `ImageSet`."""
-    images, kept, skipped, notes = [], [], [], collections.Counter()
-    for place, name in enumerate(tree.names[part]):
+    def decode(name):
         try:
-            pixels, conversions = tree.decode(name, spec)
+            return tree.decode(name, spec)
         except UserError as error:
-            if not spec.skip_corrupt:
-                raise UserError(f"{error}: remove or replace it, or skip such files with --config.data.skip_corrupt "
-                                "true") from None
-            skipped.append(str(error))
-            continue
-        images.append(pixels)
-        kept.append(place)
-        notes.update(conversions)
-    stacked = np.stack(images) if images else np.empty((0, spec.channels, spec.size, spec.size), np.uint8)
-    numbers = None if labels is None else np.array(labels[part], np.int64)[kept]
-    return ImageSet(stacked, numbers, notes=notes, skipped=tuple(skipped))
+            if spec.skip_corrupt:
+                return None, str(error)
+            raise UserError(f"{error}: remove or replace it, or skip such files with --config.data.skip_corrupt "
+                            "true") from None
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for first in range(0, len(tree.names), FILES_AT_ONCE):
+            part = slice(first, first + FILES_AT_ONCE)
+            decoded = list(pool.map(decode, tree.names[part]))
+            kept = [place for place, (pixels, _) in enumerate(decoded) if pixels is not None]
+            images = np.array([decoded[place][0] for place in kept], np.uint8)
+            yield ImageSet(images.reshape(-1, spec.channels, spec.size, spec.size),
+                           None if labels is None else np.array(labels[part], np.int64)[kept],
+                           notes=collections.Counter(note for place in kept for note in decoded[place][1]),
+                           skipped=tuple(error for pixels, error in decoded if pixels is None))
 
 
 # Arrays in files
-
-
-def check_labels(labels, place, lowest, highest):
-    """Return an array of labels as int64. Raises `UserError` unless they are whole numbers, `lowest` to `highest`."""
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise UserError(f"{place}: its labels are no list of whole numbers")
-    if len(labels) and (labels.min() < lowest or labels.max() > highest):
-        raise UserError(f"{place} has labels from {labels.min()} to {labels.max()}; they must lie in "
-                        f"{lowest}..{highest}")
-    return labels.astype(np.int64)
-
-
-def _array_chunks(images, labels, spec):
-    """Yield native uint8 images `(N, C, H, W)` with their labels as `ImageSet`s."""
-    for start in range(0, len(images), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        yield array_set(images[part], labels[part], spec)
 
 
 def _batch_chunks(batches, size, first_label, classes, spec):
@@ -226,16 +182,16 @@ def _batch_chunks(batches, size, first_label, classes, spec):
 
     data: uint8 `(n, 3·size·size)`. labels: n class numbers from `first_label` on. Raises UserError for others.
     """
-    for place, batch in batches:
+    for path, batch in batches:
         try:
             data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
         except (TypeError, KeyError, IndexError, ValueError):  # no dict, or lists of lists
             data = labels = np.empty(0)
-        if data.dtype != np.uint8 or data.shape != (len(labels), 3 * size**2):
-            raise UserError(f"{place} is no batch of images (a dict of data, N×{3 * size**2} uint8, and N labels): "
+        if data.dtype != np.uint8 or labels.ndim != 1 or data.shape != (len(labels), 3 * size**2):
+            raise UserError(f"{path} is no batch of images (a dict of data, N×{3 * size**2} uint8, and N labels): "
                             "fetch it again")
-        labels = check_labels(labels, place, first_label, first_label + classes - 1) - first_label
-        yield from _array_chunks(data.reshape(-1, 3, size, size), labels, spec)
+        check_labels(labels, path, classes, first_label)
+        yield array_set(data.reshape(-1, 3, size, size), labels.astype(np.int64) - first_label, spec)
 
 
 CIFAR10_ARCHIVE, CIFAR10_FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
@@ -248,30 +204,17 @@ def open_cifar10(root, spec):
 
     When neither is there, the archive is downloaded to `root`. Raises `UserError` when that fails.
     """
-    place = _find_cifar10(root) or _download_cifar10(root)
-    if place.is_file():
-        names, identity = None, identify([place])
-    else:
-        names, identity = [place / name for name in CIFAR10_BATCHES], identify(CIFAR10_BATCHES, place)
-        missing = [path.name for path in names if not path.is_file()]
-        if missing:
-            raise UserError(f"CIFAR10: {place} lacks {', '.join(missing)}: unpack {CIFAR10_ARCHIVE} again")
+    places = [root, root / CIFAR10_FOLDER, root / CIFAR10_ARCHIVE]
+    there = [place for place in places
+             if place.is_file() or any((place / name).exists() for name in CIFAR10_BATCHES)]
+    place = there[0] if there else _download_cifar10(root)
+    paths = [place / name for name in CIFAR10_BATCHES]
 
     def open_batches():
-        batches = ((path, load_pickle(path)) for path in names) if names else _archived_batches(place)
+        batches = _archived_batches(place) if place.is_file() else ((path, load_arrays(path)) for path in paths)
         return _batch_chunks(batches, 32, 0, 10, spec), None, CIFAR10_CLASSES
 
-    return Source("CIFAR10", f"CIFAR10 at {place}", identity, open_batches)
-
-
-def _find_cifar10(root):
-    """Return the folder of the batches or the archive, at or in `root`, or None."""
-    if root.is_file():
-        return root
-    for folder in (root, root / CIFAR10_FOLDER):
-        if any((folder / name).exists() for name in CIFAR10_BATCHES):
-            return folder
-    return root / CIFAR10_ARCHIVE if (root / CIFAR10_ARCHIVE).is_file() else None
+    return Source("CIFAR10", f"CIFAR10 at {place}", identify([place] if place.is_file() else paths), open_batches)
 
 
 def _download_cifar10(root):
@@ -279,21 +222,17 @@ def _download_cifar10(root):
     from torchvision.datasets import CIFAR10  # here, since importing it takes seconds
     from torchvision.datasets.utils import download_url
 
-    lock = root / ".download.lock"
+    archive = root / CIFAR10_ARCHIVE
     try:
-        with file_lock(lock, "downloading CIFAR10"):
-            if _find_cifar10(root) is None:
-                with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as unfinished:
-                    download_url(CIFAR10.url, unfinished, CIFAR10_ARCHIVE, CIFAR10.tgz_md5)
-                    os.replace(os.path.join(unfinished, CIFAR10_ARCHIVE), root / CIFAR10_ARCHIVE)
+        with file_lock(root / ".download.lock", "downloading CIFAR10"):
+            if not archive.exists():
+                with atomic_path(archive) as unfinished:
+                    download_url(CIFAR10.url, root, unfinished.name, CIFAR10.tgz_md5)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: the wrong digest
-        with contextlib.suppress(OSError):  # leaves no empty folder where the user mistyped a path
-            lock.unlink()
-            root.rmdir()
         raise UserError(f"CIFAR10: there is nothing at {root} and {CIFAR10.url} could not be downloaded "
                         f"({getattr(error, 'reason', error)}): put {CIFAR10_ARCHIVE} or {CIFAR10_FOLDER}/ there, or "
                         "set --config.data.data_root to where it is") from None
-    return root / CIFAR10_ARCHIVE
+    return archive
 
 
 def _archived_batches(archive):
@@ -302,7 +241,7 @@ def _archived_batches(archive):
         with tarfile.open(archive) as members:
             for name in CIFAR10_BATCHES:
                 place = f"{archive}: {CIFAR10_FOLDER}/{name}"
-                yield place, _unpickle(members.extractfile(f"{CIFAR10_FOLDER}/{name}"), place)
+                yield place, load_arrays(place, members.extractfile(f"{CIFAR10_FOLDER}/{name}"))
     except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
         raise UserError(f"{archive} is no complete CIFAR-10 archive ({error}): download it again") from None
 
@@ -315,29 +254,19 @@ def open_imagenet64(root, spec):
     """
     found = {}
     for path in sorted([*root.glob("train_data_batch_*"), *root.glob("Imagenet64*/train_data_batch_*")]):
-        matched = re.fullmatch(r"train_data_batch_(\d+)(\.npz)?", path.name)
-        if matched:
+        if matched := re.fullmatch(r"train_data_batch_(\d+)(\.npz)?", path.name):
             found.setdefault(int(matched[1]), path)
     if not found:
         return open_files("ImageNet64", True, root / "train" if (root / "train").is_dir() else root, spec)
-    missing = set(range(1, max(found) + 1)) - set(found)
-    if missing:
+    if missing := set(range(1, max(found) + 1)) - set(found):
         raise UserError(f"ImageNet64: {root} lacks train_data_batch_{min(missing)}: add it (there are 10)")
     paths = [found[number] for number in sorted(found)]
 
     def open_batches():
-        batches = ((path, load_pickle(path) if path.suffix != ".npz" else _load_npz(path)) for path in paths)
+        batches = ((path, load_arrays(path)) for path in paths)
         return _batch_chunks(batches, 64, 1, 1000, spec), None, tuple(map(str, range(1000)))
 
     return Source("ImageNet64", f"ImageNet64 at {root}", identify(paths), open_batches)
-
-
-def _load_npz(path):
-    try:
-        with np.load(path) as batch:
-            return {name: batch[name] for name in ("data", "labels") if name in batch}
-    except Exception as error:  # zipfile, zlib and numpy raise many kinds for damaged files
-        raise UserError(f"{path} is no readable npz file ({error}): fetch it again") from None
 
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
@@ -347,24 +276,23 @@ FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sanda
 
 def open_idx(name, class_names, root, spec):
     """Return the training images of MNIST or Fashion-MNIST, in `root`, `root`/raw or `root`/{name}/raw."""
-    folders = (root, root / "raw", root / name / "raw")
-    files = []
+    paths = []
     for file in IDX_FILES:
-        spellings = [folder / (stem + ending) for folder in folders
+        spellings = [folder / (stem + ending) for folder in (root, root / "raw", root / name / "raw")
                      for stem in (file, file.replace("-idx", ".idx")) for ending in ("", ".gz")]
-        files.append(next((path for path in spellings if path.is_file()), None))
-        if files[-1] is None:
+        paths.append(next(filter(pathlib.Path.is_file, spellings), None))
+        if paths[-1] is None:
             raise UserError(f"{name}: {root} lacks {file}: put it there (.gz or unpacked), or set "
                             "--config.data.data_root to where it is")
 
     def open_arrays():
-        images, labels = read_idx(files[0], 3), read_idx(files[1], 1)
+        images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
         if len(images) != len(labels):
-            raise UserError(f"{files[0]} has {len(images)} images, {files[1]} {len(labels)} labels: fetch both again")
-        labels = check_labels(labels, files[1], 0, 9)
-        return _array_chunks(images[:, None], labels, spec), len(images), class_names
+            raise UserError(f"{paths[0]} has {len(images)} images, {paths[1]} {len(labels)} labels: fetch both again")
+        check_labels(labels, paths[1], 10)
+        return iter([array_set(images[:, None], labels.astype(np.int64), spec)]), len(images), class_names
 
-    return Source(name, f"{name} at {files[0].parent}", identify(files), open_arrays)
+    return Source(name, f"{name} at {paths[0].parent}", identify(paths), open_arrays)
 
 
 def read_idx(path, dimensions):
@@ -374,11 +302,10 @@ def read_idx(path, dimensions):
     dimensions, each dimension as a big-endian 32-bit number, then the values.
     """
     data = read_file(path)
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is a damaged gzip file ({error}): fetch it again") from None
+    try:
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is a damaged gzip file ({error}): fetch it again") from None
     head = 4 + 4 * dimensions
     if len(data) < head or data[:4] != bytes([0, 0, 8, dimensions]):
         raise UserError(f"{path} is no IDX file of unsigned bytes with {dimensions} dimensions: fetch it again")
@@ -396,9 +323,6 @@ def open_digits(root, spec):
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     return array_set(images, digits.target.astype(np.int64), spec, "digits of scikit-learn",
                      tuple(map(str, digits.target_names)))
-
-
-# Pickles, read without running the code that they may hold
 
 
 # What pickles of numpy arrays name, asked of numpy itself, since numpy 2 renamed numpy.core; and what protocol 2 writes
@@ -423,26 +347,21 @@ class _ArrayUnpickler(pickle.Unpickler):
         return known
 
 
-def load_pickle(path):
-    """Return what a pickle of plain arrays holds: numpy arrays, numbers and texts in plain containers.
+def load_arrays(path, opened=None):
+    """Return what an npz, or a pickle of numpy arrays, numbers and texts in plain containers, holds.
 
-    Texts of Python 2 become str. Raises `UserError`, naming `path`, for a file that is no pickle or names anything
-    else, which could run code.
+    path: of the file, or a name for the open file `opened`. Texts of Python 2 become str. Raises `UserError` for a file
+    that is damaged or names anything else, which could run code.
     """
     try:
-        with open(path, "rb") as opened:
-            return _unpickle(opened, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _unpickle(opened, path):
-    try:
-        return _ArrayUnpickler(opened, encoding="latin1").load()
-    except Exception as error:  # a damaged pickle can raise nearly any error
+        with opened or open(path, "rb") as file:
+            if str(path).endswith(".npz"):
+                return dict(np.load(file))
+            return _ArrayUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a damaged file can raise nearly any error
         text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no pickle of plain arrays ({text}): fetch the file again from the data set's own "
-                        "page") from None
+        raise UserError(f"{path} is no readable npz or pickle of plain arrays ({text}): fetch the file again from the "
+                        "data set's own page") from None
 
 
 DATASETS = {

@@ -49,7 +49,7 @@ def test_the_archive_is_read_without_unpacking_it(tmp_path):
 
 def test_a_missing_batch_is_named(tmp_path):
     write_cifar(tmp_path / "data", IMAGES, LABELS, batches=3)
-    with pytest.raises(UserError, match="lacks data_batch_4, data_batch_5"):
+    with pytest.raises(UserError, match="data_batch_4 is no readable .*No such file"):
         load(tmp_path, tmp_path / "data")
 
 
@@ -57,8 +57,8 @@ def test_a_missing_batch_is_named(tmp_path):
     ([1, 2], "is no batch of images"), ({"data": 3, "labels": []}, "is no batch of images"),
     ({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, "is no batch of images"),
     ({"data": np.zeros((2, 3072), np.float32), "labels": [1, 1]}, "is no batch of images"),
-    ({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 10]}, "labels from 1 to 10"),
-    ({"data": np.zeros((2, 3072), np.uint8), "labels": ["a", "b"]}, "whole numbers"),
+    ({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 10]}, "the first wrong one 10; .* from 0 to 9"),
+    ({"data": np.zeros((2, 3072), np.uint8), "labels": ["a", "b"]}, "the first wrong one a"),
 ])
 def test_a_batch_with_other_content_is_named(tmp_path, content, message):
     write_cifar(tmp_path / "data", IMAGES, LABELS)
@@ -95,13 +95,13 @@ def test_it_is_downloaded_when_absent(tmp_path, monkeypatch, served):
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(served.read_bytes()).hexdigest())
     np.testing.assert_array_equal(load(tmp_path, tmp_path / "new").images, IMAGES)
     assert (tmp_path / "new" / "cifar-10-python.tar.gz").is_file()
-    assert not list((tmp_path / "new").glob(".download-*"))
+    assert sorted(os.listdir(tmp_path / "new")) == [".download.lock", "cifar-10-python.tar.gz"]
 
 
 def test_a_download_with_the_wrong_digest_is_not_kept(tmp_path, served):
     with pytest.raises(UserError, match="could not be downloaded"):
         load(tmp_path, tmp_path / "new")
-    assert not os.path.exists(tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == [".download.lock"]
 
 
 def test_without_network_the_sentence_says_what_to_put_where(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def test_labels_outside_1_to_1000_are_refused(tmp_path, npz, label):
     labels = LABELS.copy()
     labels[-1] = label
     write_release(tmp_path / "data", npz, labels)
-    with pytest.raises(UserError, match="train_data_batch_3.* has labels from .*1..1000"):
+    with pytest.raises(UserError, match=f"train_data_batch_3.* the first wrong one {label}; .* from 1 to 1000"):
         load(tmp_path, tmp_path / "data")
 
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.sources import _unpickle, load_pickle
+from datasets.sources import load_arrays
 from runtime.errors import UserError
 
 
 def load(data):
-    return _unpickle(io.BytesIO(data), "batch_1")
+    return load_arrays("batch_1", io.BytesIO(data))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -50,7 +50,7 @@ def test_no_function_is_called(tmp_path, function):
     mark = tmp_path / "was here"
     for protocol in (0, 2, 4):
         data = pickle.dumps({"data": Attack(function, f"touch '{mark}'")}, protocol)
-        with pytest.raises(UserError, match="batch_1 is no pickle of plain arrays .it names"):
+        with pytest.raises(UserError, match="batch_1 is no readable npz or pickle of plain arrays .it names"):
             load(data)
     assert not mark.exists()
 
@@ -71,5 +71,5 @@ def test_damaged_pickles_end_in_one_sentence(noise, cut):
 
 
 def test_an_unreadable_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="data_batch_9 cannot be read: No such file"):
-        load_pickle(tmp_path / "data_batch_9")
+    with pytest.raises(UserError, match="data_batch_9 is no readable .*No such file"):
+        load_arrays(tmp_path / "data_batch_9")
