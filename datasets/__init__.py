@@ -3,7 +3,7 @@
 import os
 import sys
 
-from datasets.batches import Batch, Batches, EndlessOrder, Flips, one_hot, pixels_to_float
+from datasets.batches import Batch, Batches, EndlessOrder, one_hot, pixels_to_float
 from datasets.pairs import create_pair_batches
 from datasets.sources import DATASETS, DataSet, ImageSet, array_set, load_images, subset
 from runtime.errors import UserError
@@ -28,6 +28,4 @@ def create_batches(config, device):
         said = "mirrored at random" if data.random_flip or data.use_aug else (
             "not mirrored (data.random_flip true would mirror them)")
         print(f"images of {image_set.source} are {said}", file=sys.stderr, flush=True)
-    order = EndlessOrder(len(image_set), size, config.seed)
-    flips = Flips(config.seed, size, data.random_flip, data.use_aug)
-    return Batches(image_set, order, flips, device, data.on_device, data.num_classes)
+    return Batches(image_set, EndlessOrder(len(image_set), size, config.seed), config, device, data.random_flip)

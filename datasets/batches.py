@@ -1,6 +1,5 @@
 """Batches on the device: samples looked up by (update, place), flipped and converted to [-1, 1] there."""
 
-import concurrent.futures
 import dataclasses
 import functools
 
@@ -93,51 +92,6 @@ def _permutation(count, seed, epoch):
     return np.argsort(words, kind="stable")
 
 
-class Flips:
-    """Random flips of the samples of each batch: a pure function of (seed, update, place)."""
-
-    def __init__(self, seed, batch_size, mirror=False, use_aug=False):
-        """Take the seed and the global batch size.
-
-        mirror: flip left-right with probability 1/2. use_aug: that, and upside down with probability 0.06.
-        """
-        self.seed, self.batch_size = seed, batch_size
-        self.kinds = [(seeds.FLIP, 0.5, -1)] if mirror or use_aug else []  # stream, probability, axis
-        self.kinds += [(seeds.AUGMENT, UPSIDE_DOWN, -2)] if use_aug else []
-
-    def __call__(self, update, low, high, *images):
-        """Return each of `images`, the samples `(high - low, C, H, W)` at places [low, high), flipped alike."""
-        for stream, probability, axis in self.kinds:
-            device = images[0].device
-            generator = seeds.step_generator(self.seed, update, stream, device)
-            draws = torch.rand(self.batch_size, 1, 1, 1, generator=generator, device=device)[low:high]
-            images = [torch.where(draws < probability, each.flip(axis), each) for each in images]
-        return images
-
-
-class ReadAhead:
-    """`read(update, low, high)`, called by a thread one update before it is asked for."""
-
-    def __init__(self, read, device):
-        self.read = read
-        # The thread must choose its GPU, or pinning memory would open a context on the first one in every process.
-        choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
-        self.thread = concurrent.futures.ThreadPoolExecutor(1, "read ahead", *choose)
-        self.waiting = {}  # (update, low, high) -> future
-
-    def __call__(self, update, low, high):
-        """Return `read(update, low, high)` and start on the same places of the next update.
-
-        The parts of one update (accumulation steps) are asked for in turn, so what is not fetched yet of this update
-        is kept, and what belongs to others is dropped.
-        """
-        future = self.waiting.pop((update, low, high), None)
-        found = future.result() if future else self.read(update, low, high)
-        self.waiting = {key: f for key, f in self.waiting.items() if key[0] in (update, update + 1)}
-        self.waiting[update + 1, low, high] = self.thread.submit(self.read, update + 1, low, high)
-        return found
-
-
 class Batches:
     """The batches of a set of samples.
 
@@ -145,18 +99,18 @@ class Batches:
     pure function of (seed, update, place): neither the number of processes nor the updates before it matter.
     """
 
-    def __init__(self, samples, order, flips, device, on_device="auto", num_classes=0):
-        """Take the samples, their order (`count` and `indices`, as of `EndlessOrder`), `Flips` and the device.
+    def __init__(self, samples, order, config, device, mirror=False):
+        """Take the samples, their order, the config (seed, batch size, data), the device, and whether to mirror.
 
-        samples: an `ImageSet`, or another with `shape`, `nbytes` and `take(indices)`. on_device: the config field
-        `data.on_device`; what does not stay on a GPU is read one update ahead. num_classes: width of the one-hot
-        labels, 0 for none. Raises UserError for samples that shall stay on the device and do not fit.
+        samples: an `ImageSet`, or another with `shape`, `nbytes` and `take(indices)`. order: an `EndlessOrder`, or
+        another with `count` and `indices`. mirror: flip left-right with probability 1/2; data.use_aug: that, and
+        upside down with probability 0.06. Raises UserError for samples that shall stay on the device and do not fit.
         """
-        self.samples, self.order, self.flips, self.num_classes = samples, order, flips, num_classes
-        self.device, self.resident = torch.device(device), None
-        ahead = on_device == "false" or self.device.type == "cuda"
-        self.read = ReadAhead(self._read, self.device) if ahead else self._read
-        if on_device == "true" or (on_device == "auto" and ahead and fits(samples.nbytes, self.device)):
+        self.samples, self.order, self.device = samples, order, torch.device(device)
+        self.seed, self.batch_size, self.num_classes = config.seed, config.training.batch_size, config.data.num_classes
+        use_aug, on_device, self.resident = config.data.use_aug, config.data.on_device, None
+        self.flips = [(seeds.FLIP, 0.5, -1)] * (mirror or use_aug) + [(seeds.AUGMENT, UPSIDE_DOWN, -2)] * use_aug
+        if on_device == "true" or (on_device == "auto" and fits(samples.nbytes, self.device)):
             try:
                 self.resident = copy_to_device(samples, self.device)
             except torch.OutOfMemoryError:
@@ -173,33 +127,32 @@ class Batches:
         return self.samples.shape
 
     def batch(self, update, low, high):
-        """Return the `Batch` of places [low, high) of `update`, on the device."""
+        """Return the `Batch` of places [low, high) of `update`, on the device, without waiting for it."""
+        indices = self.order.indices(update, low, high)
         if self.resident:
-            places = self._pin(torch.from_numpy(self.order.indices(update, low, high)))
-            places = places.to(self.device, non_blocking=True)
+            places = self._send(torch.from_numpy(indices))
             found = {name: rows[places] for name, rows in self.resident.items()}
         else:
-            found = self.read(update, low, high)
-            found = {name: rows.to(self.device, non_blocking=True) for name, rows in found.items()}
+            found = {name: self._send(rows) for name, rows in self.samples.take(indices).items()}
         label = found.pop("label", None)
         if label is not None and label.ndim == 1:
             label = one_hot(label, self.num_classes) if self.num_classes else None
-        images = dict(zip(found, self.flips(update, low, high, *found.values()), strict=True))
-        z1 = images["z1"]
-        return Batch(images.get("z0"), pixels_to_float(z1) if z1.dtype == torch.uint8 else z1, label)
+        for stream, probability, axis in self.flips:  # z0 and z1 of a pair alike
+            generator = seeds.step_generator(self.seed, update, stream, self.device)
+            draws = torch.rand(self.batch_size, 1, 1, 1, generator=generator, device=self.device)[low:high]
+            found = {name: torch.where(draws < probability, rows.flip(axis), rows) for name, rows in found.items()}
+        z1 = found["z1"]
+        return Batch(found.get("z0"), pixels_to_float(z1) if z1.dtype == torch.uint8 else z1, label)
 
-    def _read(self, update, low, high):
-        """Return the samples of these places in host memory, pinned when a GPU will fetch them."""
-        taken = self.samples.take(self.order.indices(update, low, high))
-        return {name: self._pin(rows) for name, rows in taken.items()}
-
-    def _pin(self, tensor):
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+    def _send(self, tensor):
+        """Return a tensor in host memory on the device."""
+        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return tensor.to(self.device, non_blocking=True)
 
 
 def fits(size, device):
-    """Return whether `size` bytes may stay on a GPU beside the network."""
-    return size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    """Return whether the device is a GPU with room for `size` bytes beside the network."""
+    return device.type == "cuda" and size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def copy_to_device(samples, device):

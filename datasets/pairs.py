@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from datasets.batches import Batches, EndlessOrder, Flips, check_labels, one_hot
+from datasets.batches import Batches, EndlessOrder, check_labels, one_hot
 from datasets.pair_writer import ARRAYS, RECORD, read_record
 from runtime import seeds
 from runtime.errors import UserError
@@ -292,5 +292,4 @@ def create_pair_batches(config, device):
         folders += open_pairs(data.real_pairs_root, config)
         check_origins(folders, SAME_ORIGIN[1:])
         order = MixedOrder(count, sum(map(len, folders)) - count, share, size, config.seed)
-    flips = Flips(config.seed, size, config.flow.h_flip, data.use_aug)
-    return Batches(PairSet(folders, data.num_classes), order, flips, device, data.on_device, data.num_classes)
+    return Batches(PairSet(folders, data.num_classes), order, config, device, config.flow.h_flip)

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.default import get_default_config
 from datasets import ImageSet, batches
-from datasets.batches import Batches, EndlessOrder, Flips, copy_to_device, fits, one_hot, pixels_to_float
+from datasets.batches import Batches, EndlessOrder, copy_to_device, fits, one_hot, pixels_to_float
 from runtime.errors import UserError
 from tests.datasets.image_files import random_images
 
@@ -16,7 +17,10 @@ SET = ImageSet(random_images(50, 3, 8), np.arange(50) % 10, None, "fifty images"
 
 
 def make_batches(on_device="auto", mirror=True, use_aug=False):
-    return Batches(SET, EndlessOrder(50, 16, 7), Flips(7, 16, mirror, use_aug), CPU, on_device, num_classes=10)
+    config = get_default_config()
+    config.training.batch_size, config.seed = 16, 7
+    config.data.update({"on_device": on_device, "use_aug": use_aug, "num_classes": 10})
+    return Batches(SET, EndlessOrder(50, 16, 7), config, CPU, mirror)
 
 
 def test_an_unflipped_batch_is_the_images_of_its_order_with_their_labels():
@@ -28,7 +32,7 @@ def test_an_unflipped_batch_is_the_images_of_its_order_with_their_labels():
     assert source.batch(0, 0, 16).z1.shape[1:] == source.shape and len(source) == 50
 
 
-@pytest.mark.parametrize("on_device", ["auto", "false", "true"])
+@pytest.mark.parametrize("on_device", ["auto", "true"])
 def test_processes_and_accumulation_steps_see_parts_of_one_batch(on_device):
     whole, parts = make_batches(use_aug=True), make_batches(on_device, use_aug=True)
     for update in (0, 1, 2, 9, 3):  # in order, then jumps forward and back, as after a restored state
@@ -52,14 +56,6 @@ def test_use_aug_turns_six_percent_upside_down_beside_mirroring_half():
     assert 900 < counts[:, 1].sum() < 1100 and counts.min() > 30
 
 
-def test_flips_change_z0_and_z1_of_a_pair_alike_and_belong_to_the_update():
-    flips, images = Flips(3, 64, use_aug=True), torch.from_numpy(random_images(64, 1, 4)).float()
-    z0, z1 = flips(5, 0, 64, images, -images)
-    assert torch.equal(z0, -z1) and not torch.equal(z0, images)
-    assert not torch.equal(z0, flips(6, 0, 64, images)[0])
-    assert torch.equal(flips(5, 8, 24, images[8:24])[0], z0[8:24])
-
-
 def test_about_half_of_the_samples_are_flipped_each_on_its_own():
     flipped, plain = make_batches(), make_batches(mirror=False)
     turned = 0
@@ -69,17 +65,6 @@ def test_about_half_of_the_samples_are_flipped_each_on_its_own():
         assert (mirrored | (a == b).flatten(1).all(1)).all()
         turned += int(mirrored.sum())
     assert 270 < turned < 370  # of 640: mean 320, standard deviation 12.6
-
-
-def test_streamed_images_are_read_one_update_ahead_and_no_further():
-    source = make_batches("false")
-    for update in range(5):
-        for low in (0, 8):
-            source.batch(update, low, low + 8)
-        assert {key[0] for key in source.read.waiting} == {update + 1}
-        assert len(source.read.waiting) == 2
-    source.batch(100, 0, 16)
-    assert {key[0] for key in source.read.waiting} == {101}
 
 
 def test_a_gpu_keeps_only_images_that_leave_room_for_the_network(monkeypatch):

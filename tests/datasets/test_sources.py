@@ -5,7 +5,6 @@ import pytest
 
 from configs.command_line import help_text, parse_command_line
 from datasets import DATASETS, DataSet, ImageSet, array_set, create_batches, load_images, sources, subset
-from datasets.batches import ReadAhead
 from datasets.image_files import FileTree, find_labels
 from runtime.errors import UserError
 from tests.conftest import ROOT
@@ -251,7 +250,7 @@ def test_fewer_images_than_a_batch_are_refused(tmp_path):
 def test_batches_follow_the_config(tmp_path):
     config = make_config(tmp_path, "digits", "", 8, channels=1, num_classes=10, use_aug=True, on_device="false")
     source = create_batches(config, "cpu")
-    assert isinstance(source.read, ReadAhead) and len(source.flips.kinds) == 2
+    assert source.resident is None and len(source.flips) == 2
     batch = source.batch(0, 0, 128)
     assert batch.label.shape == (128, 10)
     config.seed += 1
@@ -266,7 +265,7 @@ def test_mnist_on_the_cifar10_config_is_mirrored_only_when_told_and_says_so(tmp_
         "train.py", "--config", "configs/rectified_flow/cifar10_rf_gaussian.py", "--config.data.dataset", "MNIST",
         "--config.data.data_root", str(tmp_path / "data"), "--config.data.num_channels", "1",
         "--config.data.cache_dir", str(tmp_path / "cache"), *words])
-    assert len(create_batches(config, "cpu").flips.kinds) == mirrored
+    assert len(create_batches(config, "cpu").flips) == mirrored
     assert said in capsys.readouterr().err
 
 
