@@ -9,10 +9,11 @@ import collections
 import concurrent.futures
 import functools
 import gzip
+import os
 import pathlib
 import pickle
 import re
-import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from datasets.cache import ImageSet, Source, open_cached
 from datasets.image_files import LABEL_FILE, FileTree, ImageSpec, find_labels, fit_images, identify, read_file
 from runtime import seeds
 from runtime.errors import UserError
-from runtime.files import atomic_path, file_lock
+from runtime.files import file_lock
 
 FILES_AT_ONCE = 256  # image files decoded at a time, by all threads
 SPLITS = {"train", "val", "valid", "validation", "test"}
@@ -200,50 +201,40 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 def open_cifar10(root, spec):
-    """Return CIFAR-10's training set (Krizhevsky 2009): the python batches, unpacked or packed, at or under `root`.
+    """Return CIFAR-10's training set (Krizhevsky 2009): the python batches, at or under `root`.
 
-    When neither is there, the archive is downloaded to `root`. Raises `UserError` when that fails.
+    When they are not there, they are unpacked from the archive at `root`, which is downloaded if it is not there,
+    either. Raises `UserError` when that fails.
     """
-    places = [root, root / CIFAR10_FOLDER, root / CIFAR10_ARCHIVE]
-    there = [place for place in places
-             if place.is_file() or any((place / name).exists() for name in CIFAR10_BATCHES)]
-    place = there[0] if there else _download_cifar10(root)
-    paths = [place / name for name in CIFAR10_BATCHES]
+    folders = [root, root / CIFAR10_FOLDER]
+    there = [folder for folder in folders if any((folder / name).exists() for name in CIFAR10_BATCHES)]
+    folder = there[0] if there else _download_cifar10(root)
+    paths = [folder / name for name in CIFAR10_BATCHES]
 
     def open_batches():
-        batches = _archived_batches(place) if place.is_file() else ((path, load_arrays(path)) for path in paths)
+        batches = ((path, load_arrays(path)) for path in paths)
         return _batch_chunks(batches, 32, 0, 10, spec), None, CIFAR10_CLASSES
 
-    return Source("CIFAR10", f"CIFAR10 at {place}", identify([place] if place.is_file() else paths), open_batches)
+    return Source("CIFAR10", f"CIFAR10 at {folder}", identify(paths), open_batches)
 
 
 def _download_cifar10(root):
-    """Fetch the archive to `root`, once for all processes, and return its path."""
+    """Fetch the archive to `root` and unpack it, once for all processes; return the folder of the batches."""
     from torchvision.datasets import CIFAR10  # here, since importing it takes seconds
-    from torchvision.datasets.utils import download_url
+    from torchvision.datasets.utils import download_and_extract_archive
 
-    archive = root / CIFAR10_ARCHIVE
+    folder = root / CIFAR10_FOLDER
     try:
         with file_lock(root / ".download.lock", "downloading CIFAR10"):
-            if not archive.exists():
-                with atomic_path(archive) as unfinished:
-                    download_url(CIFAR10.url, root, unfinished.name, CIFAR10.tgz_md5)
+            if not folder.exists():
+                with tempfile.TemporaryDirectory(dir=root) as unpacked:
+                    download_and_extract_archive(CIFAR10.url, root, unpacked, md5=CIFAR10.tgz_md5)
+                    os.replace(os.path.join(unpacked, CIFAR10_FOLDER), folder)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: the wrong digest
         raise UserError(f"CIFAR10: there is nothing at {root} and {CIFAR10.url} could not be downloaded "
                         f"({getattr(error, 'reason', error)}): put {CIFAR10_ARCHIVE} or {CIFAR10_FOLDER}/ there, or "
                         "set --config.data.data_root to where it is") from None
-    return archive
-
-
-def _archived_batches(archive):
-    """Yield (path, content) of the five batches in the distributed archive, which stays packed."""
-    try:
-        with tarfile.open(archive) as members:
-            for name in CIFAR10_BATCHES:
-                place = f"{archive}: {CIFAR10_FOLDER}/{name}"
-                yield place, load_arrays(place, members.extractfile(f"{CIFAR10_FOLDER}/{name}"))
-    except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
-        raise UserError(f"{archive} is no complete CIFAR-10 archive ({error}): download it again") from None
+    return folder
 
 
 def open_imagenet64(root, spec):
@@ -347,17 +338,15 @@ class _ArrayUnpickler(pickle.Unpickler):
         return known
 
 
-def load_arrays(path, opened=None):
+def load_arrays(path):
     """Return what an npz, or a pickle of numpy arrays, numbers and texts in plain containers, holds.
 
-    path: of the file, or a name for the open file `opened`. Texts of Python 2 become str. Raises `UserError` for a file
-    that is damaged or names anything else, which could run code.
+    Texts of Python 2 become str. Raises `UserError` for a file that is damaged or names anything else, which could run
+    code.
     """
     try:
-        with opened or open(path, "rb") as file:
-            if str(path).endswith(".npz"):
-                return dict(np.load(file))
-            return _ArrayUnpickler(file, encoding="latin1").load()
+        with open(path, "rb") as opened:
+            return dict(np.load(opened)) if path.suffix == ".npz" else _ArrayUnpickler(opened, encoding="latin1").load()
     except Exception as error:  # a damaged file can raise nearly any error
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no readable npz or pickle of plain arrays ({text}): fetch the file again from the "

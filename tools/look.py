@@ -15,42 +15,38 @@ from runtime.pictures import save_grid
 FLAGS = {
     "out": Field("look.png", "the picture to write"),
     "images": Field(100, "images in the picture", low=1),
-    "columns": Field(10, "images in a row of it", low=1),
 }
 
 CHUNK = 4096  # images whose pixels are read at a time
 CLASSES_SHOWN = 20
+COLUMNS = 10
 
 
 def main(config, args, given):
     """Print what the config's data are and write the picture."""
-    source = create_batches(config, torch.device("cpu"))
+    source, size = create_batches(config, torch.device("cpu")), config.training.batch_size
     if config.data.reflow_data_root:
-        print(f"pairs: {len(source)} of shape {_times(source.shape)} (C×H×W) in {config.data.reflow_data_root}; "
+        print(f"pairs: {len(source)} of shape {tuple(source.shape)} (C, H, W) in {config.data.reflow_data_root}; "
               "tools.check_pairs looks at all of them")
     else:
         print("\n".join(describe_images(source.samples)))
-    save_grid(args.out, first_images(source, config.training.batch_size, args.images), args.columns)
+    updates = range(-(-args.images // size))
+    images = torch.cat([source.batch(update, 0, size).z1 for update in updates])[:args.images]
+    save_grid(args.out, images, COLUMNS)
     print(f"picture: {args.out} (what the loader yields first, flips included)")
-
-
-def first_images(source, batch_size, count):
-    """Return the first `count` images that training would see, `(count, C, H, W)` in [-1, 1]."""
-    updates = range(-(-count // batch_size))
-    return torch.cat([source.batch(update, 0, batch_size).z1 for update in updates])[:count]
 
 
 def describe_images(image_set):
     """Return lines of text about an `ImageSet`."""
-    mean, deviation = moments(image_set.images)
+    mean, deviation = (" ".join(f"{value:.4f}" for value in values) for values in moments(image_set.images))
     lines = [f"source: {image_set.source}",
              f"cached: {image_set.cache or 'not needed'}",
-             f"images: {len(image_set)} of shape {_times(image_set.images.shape[1:])} (C×H×W), uint8"]
+             f"images: {len(image_set)} of shape {image_set.shape} (C, H, W), uint8"]
     lines += [f"converted: {number} images: {note}" for note, number in image_set.notes.items()]
     if image_set.skipped:
         lines.append(f"skipped: {len(image_set.skipped)} images, the first: {image_set.skipped[0]}")
     return lines + class_lines(image_set.labels, image_set.class_names) + [
-        f"mean per channel: {_numbers(mean)} (of pixels in [0, 1])", f"standard deviation: {_numbers(deviation)}"]
+        f"mean per channel: {mean} (of pixels in [0, 1])", f"standard deviation: {deviation}"]
 
 
 def moments(images):
@@ -68,18 +64,9 @@ def class_lines(labels, names):
     if labels is None:
         return ["classes: none"]
     counts = np.bincount(labels, minlength=len(names or ()))
-    names = names or [str(number) for number in range(len(counts))]
     lines = [f"classes: {len(counts)}, with {counts.min()} to {counts.max()} images each"]
-    lines += [f"  {number} {names[number]}: {counts[number]}" for number in range(min(len(counts), CLASSES_SHOWN))]
+    lines += [f"  {k} {names[k] if names else k}: {count}" for k, count in enumerate(counts[:CLASSES_SHOWN])]
     return lines + ([f"  … and {len(counts) - CLASSES_SHOWN} more"] if len(counts) > CLASSES_SHOWN else [])
-
-
-def _times(shape):
-    return "×".join(map(str, shape))
-
-
-def _numbers(values):
-    return " ".join(f"{value:.4f}" for value in values)
 
 
 if __name__ == "__main__":

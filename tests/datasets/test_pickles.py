@@ -1,6 +1,5 @@
 """Pickled batches are read without running the code that a pickle may hold."""
 
-import io
 import os
 import pickle
 
@@ -13,12 +12,20 @@ from datasets.sources import load_arrays
 from runtime.errors import UserError
 
 
-def load(data):
-    return load_arrays("batch_1", io.BytesIO(data))
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Read bytes as the file of a batch."""
+    path = tmp_path_factory.mktemp("pickles") / "batch_1"
+
+    def write_and_load(data):
+        path.write_bytes(data)
+        return load_arrays(path)
+
+    return write_and_load
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_arrays_and_plain_containers_come_through_every_protocol(protocol):
+def test_arrays_and_plain_containers_come_through_every_protocol(load, protocol):
     content = {"data": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": [1, 2, 3], "mean": np.float64(0.5),
                "name": "training batch", "pair": (None, True, b"\xff\0")}
     found = load(pickle.dumps(content, protocol))
@@ -26,7 +33,7 @@ def test_arrays_and_plain_containers_come_through_every_protocol(protocol):
     assert found == content
 
 
-def test_a_batch_that_python_2_pickled_has_text_keys():
+def test_a_batch_that_python_2_pickled_has_text_keys(load):
     """Protocol 2 of Python 2: byte strings for texts and for the array's memory, numpy's old module names."""
     data = (b"\x80\x02}(U\x04dataq\x01cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
             b"(K\x01K\x02K\x03\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff"
@@ -46,7 +53,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("function", [os.system, eval, print, getattr, np.load, np.frombuffer])
-def test_no_function_is_called(tmp_path, function):
+def test_no_function_is_called(load, tmp_path, function):
     mark = tmp_path / "was here"
     for protocol in (0, 2, 4):
         data = pickle.dumps({"data": Attack(function, f"touch '{mark}'")}, protocol)
@@ -55,13 +62,13 @@ def test_no_function_is_called(tmp_path, function):
     assert not mark.exists()
 
 
-def test_bytes_in_another_codec_are_refused():
+def test_bytes_in_another_codec_are_refused(load):
     with pytest.raises(UserError, match="rot13"):
         load(b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.")
 
 
 @given(st.binary(max_size=60), st.integers(0, 200))
-def test_damaged_pickles_end_in_one_sentence(noise, cut):
+def test_damaged_pickles_end_in_one_sentence(load, noise, cut):
     good = pickle.dumps({"data": np.zeros((2, 3), np.uint8), "labels": [0, 1]}, 2)
     for data in (noise, good[:cut] + noise):
         try:

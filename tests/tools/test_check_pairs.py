@@ -1,6 +1,7 @@
 """`python -m tools.check_pairs` must find what is wrong with stored pairs, wherever it is, and nothing else."""
 
 import re
+import types
 
 import numpy as np
 import pytest
@@ -19,15 +20,19 @@ def save(folder, count=2000, change=lambda z0, z1: (z0, z1), **more):
         np.save(folder / f"{name}.npy", rows)
 
 
-def findings(root, capsys, *words):
+def check(root, every=False):
+    return main(types.SimpleNamespace(root=root, check=every))
+
+
+def findings(root, capsys, every=False):
     """(exit status, the findings) of the program."""
-    status = main([str(root), *words])
+    status = check(root, every)
     return status, [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrong: ")]
 
 
 def test_right_pairs_are_described_and_pass(tmp_path, capsys):
     save(tmp_path / "0", label=np.arange(2000) % 7)
-    assert main([str(tmp_path)]) == main([str(tmp_path), "--check"]) == 0
+    assert check(tmp_path) == check(tmp_path, every=True) == 0
     quick, full = capsys.readouterr().out.splitlines()
     z0, z1 = (np.load(tmp_path / f"0/{name}.npy") for name in ("z0", "z1"))
     between = (z0 * z1).mean() / np.sqrt((z0**2).mean() * (z1**2).mean())
@@ -46,7 +51,7 @@ def test_right_pairs_are_described_and_pass(tmp_path, capsys):
 ])
 def test_wrong_pairs_give_one_finding_and_status_1(tmp_path, capsys, change, said):
     save(tmp_path / "0", change=change)
-    status, [finding] = findings(tmp_path, capsys, "--check")
+    status, [finding] = findings(tmp_path, capsys, every=True)
     assert status == 1 and re.search(said, finding), finding
 
 
@@ -57,7 +62,7 @@ def test_a_single_value_that_is_not_finite_is_found_by_the_full_check_only(tmp_p
 
     save(tmp_path / "0", change=damage)
     assert findings(tmp_path, capsys) == (0, [])
-    status, [finding] = findings(tmp_path, capsys, "--check")
+    status, [finding] = findings(tmp_path, capsys, every=True)
     assert status == 1 and "z1 of pair 1234 is not finite" in finding
 
 

@@ -9,15 +9,16 @@ from PIL import Image
 from configs.rectified_flow.digits_rf_gaussian import get_config
 from datasets import ImageSet, create_batches
 from tests.processes import run_script
-from tools.look import class_lines, describe_images, first_images, main, moments
+from tools import look
+from tools.look import class_lines, describe_images, main, moments
 
 
 def test_one_command_describes_the_digits_and_writes_a_picture(tmp_path):
     words = ["--config", "configs/rectified_flow/digits_rf_gaussian.py", "--config.data.use_aug", "true",
-             "--out", str(tmp_path / "look.png"), "--images", "6", "--columns", "3"]
+             "--out", str(tmp_path / "look.png"), "--images", "20"]
     status, log = run_script(tmp_path, "tools.look", *words)
     assert status == 0, log
-    assert "images: 1797 of shape 1×8×8" in log and "  3 3: 183" in log
+    assert "images: 1797 of shape (1, 8, 8)" in log and "  3 3: 183" in log
     assert "mean per channel: 0.3053 " in log and "standard deviation: 0.3759" in log
     with Image.open(tmp_path / "look.png") as picture:
         assert picture.width > picture.height > 2 * 8
@@ -46,12 +47,13 @@ def test_cache_conversions_and_skipped_images_are_told():
     assert "skipped: 1 images, the first: bad" in text and "classes: none" in text
 
 
-def test_the_picture_shows_what_training_sees():
-    config = get_config()
-    config.data.use_aug = True
+def test_the_picture_shows_what_training_sees(monkeypatch, capsys):
+    config, shown = get_config(), []
+    config.data.use_aug, config.training.batch_size = True, 64
+    monkeypatch.setattr(look, "save_grid", lambda path, images, columns: shown.append(images))
+    main(config, types.SimpleNamespace(out="look.png", images=100), frozenset())
     source = create_batches(config, "cpu")
-    shown = first_images(source, 64, 100)
-    assert torch.equal(shown, torch.cat([source.batch(0, 0, 64).z1, source.batch(1, 0, 64).z1])[:100])
+    assert torch.equal(shown[0], torch.cat([source.batch(0, 0, 64).z1, source.batch(1, 0, 64).z1])[:100])
 
 
 def test_pairs_are_counted_and_shown(tmp_path, monkeypatch, capsys):
@@ -61,5 +63,5 @@ def test_pairs_are_counted_and_shown(tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "0" / "z1.npy", values / 4)
     config = get_config()
     config.data.reflow_data_root = str(tmp_path)
-    main(config, types.SimpleNamespace(out=str(tmp_path / "look.png"), images=4, columns=2), frozenset())
-    assert "pairs: 70 of shape 1×8×8" in capsys.readouterr().out and (tmp_path / "look.png").exists()
+    main(config, types.SimpleNamespace(out=str(tmp_path / "look.png"), images=4), frozenset())
+    assert "pairs: 70 of shape (1, 8, 8)" in capsys.readouterr().out and (tmp_path / "look.png").exists()
