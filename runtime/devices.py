@@ -41,10 +41,7 @@ class Processes:
         return box[0]
 
     def from_main(self, work):
-        """Return in every process what `work()` returns in process 0.
-
-        Where it raises a UserError or cannot write, every process raises that, instead of waiting for process 0.
-        """
+        """Return in every process what `work()` returns in process 0, or raise its UserError or OSError there."""
         result = error = None
         if self.is_main:
             try:
@@ -111,10 +108,8 @@ def set_deterministic(deterministic):
 def autocast(precision, device):
     """Return the context in which the network computes: bfloat16, float16 (CUDA only) or as it is."""
     kind = torch.device(device).type
-    if precision == "bf16":
-        return torch.autocast(kind, torch.bfloat16)
-    if precision == "fp16" and kind == "cuda":
-        return torch.autocast(kind, torch.float16)
+    if precision == "bf16" or (precision == "fp16" and kind == "cuda"):
+        return torch.autocast(kind, torch.bfloat16 if precision == "bf16" else torch.float16)
     return contextlib.nullcontext()
 
 

@@ -10,7 +10,6 @@ import sys
 if "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells use it
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
@@ -26,27 +25,24 @@ def one_sentence(name):
     """End the program with one line on stderr for a UserError, a full disk, a place without permission, or Ctrl-C."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = 2
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
+        return
     except UserError as error:
-        stop(f"{name}: {error}", 2)
+        message = str(error)
     except KeyboardInterrupt:
-        stop(f"{name}: interrupted; the same command goes on from what is finished", INTERRUPTED)
+        message, status = "interrupted; the same command goes on from what is finished", 130  # as in shells
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        place = f" ({error.filename})" if error.filename else ""
-        stop(f"{name}: cannot write{place}: {error.strerror}; make room or choose another folder, then run the same "
-             "command again", 2)
-
-
-def stop(message, status):
-    """Print one line on stderr and exit."""
-    print(" ".join(message.split()), file=sys.stderr)
+        message = (f"cannot write {error.filename or ''}: {error.strerror}; make room or choose another folder, then "
+                   "run the same command again")
+    print(" ".join(f"{name}: {message}".split()), file=sys.stderr)
     sys.exit(status)

@@ -13,7 +13,7 @@ import time
 
 from runtime.errors import CANNOT_WRITE, UserError
 
-STALE_AFTER = 60.0  # seconds; a temporary file this old that no process holds was left by one that was killed
+STALE_AFTER = 86400.0  # seconds; a temporary file that nobody has written to for so long was left by a killed process
 
 
 @contextlib.contextmanager
@@ -21,37 +21,38 @@ def atomic_path(path):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
 
     After an exception (a full disk, Ctrl-C) the temporary file is removed and `path` is as it was before; what a
-    killed process left is removed by the next one that writes `path`. The suffix of `path` is kept, since savers such
+    killed process left is removed by a later one that writes `path`. The suffix of `path` is kept, since savers such
     as `np.save` and matplotlib look at it. An OSError of a full or read-only disk names `path`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
-    temporary = path.with_name(f".{path.stem[:200]}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    start, end = f".{path.stem[:200]}.", f".tmp{path.suffix}"
+    for left in path.parent.glob(f"{glob.escape(start)}*{glob.escape(end)}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_AFTER:
+                left.unlink()
+    temporary = path.with_name(f"{start}{secrets.token_hex(4)}{end}")
     try:
-        with open(temporary, "xb") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
+        with named_errors(path, temporary):
             yield temporary
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named_errors(path, temporary=None):
+    """Raise an OSError of a full or read-only disk in the `with` block, which names no other file, with `path`."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the system's word
         if (not isinstance(cause, OSError) or cause.errno not in CANNOT_WRITE
                 or cause.filename not in (None, str(temporary))):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_stale(path):
-    """Remove temporary files of `path` whose writers are gone: a living one holds its file locked."""
-    for left in path.parent.glob(f".{glob.escape(path.stem[:200])}.*.tmp{glob.escape(path.suffix)}"):
-        with contextlib.suppress(OSError), open(left, "rb") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - os.fstat(opened.fileno()).st_mtime > STALE_AFTER:
-                left.unlink()
 
 
 @contextlib.contextmanager
@@ -88,10 +89,9 @@ def write_json(path, value):
 
 def read_json(path):
     """Return the JSON object in the file `path`; raise UserError, naming it, where it holds none."""
-    try:
+    value = None
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(pathlib.Path(path).read_text())
-    except (ValueError, RecursionError):
-        value = None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object; restore or remove it")
     return value
@@ -113,8 +113,8 @@ def state_digest(path):
     """
     path = pathlib.Path(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    states = ((str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return hashlib.sha256(repr(list(states)).encode()).hexdigest()[:16]
+    states = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
 def file_digest(path):

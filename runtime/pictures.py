@@ -1,9 +1,7 @@
 """Pictures of samples: grids with labelled rows, and lines of pixels over time."""
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
@@ -31,42 +29,41 @@ def save_grid(path, images, columns, labels=None):
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise UserError(f"{path}: a grid needs images of shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
-    rows = -(-len(images) // columns)
-    if labels is not None and len(labels) != rows:
+    rows, labels = -(-len(images) // columns), labels or []
+    if labels and len(labels) != rows:
         raise UserError(f"{path}: {len(labels)} labels for a grid of {rows} rows; give one label per row")
     cells = to_uint8(images)
     scale = max(1, -(-SMALLEST_CELL // max(cells.shape[1:3])))
-    cells = cells.repeat(scale, axis=1).repeat(scale, axis=2)
-    height, width = cells.shape[1] + GAP, cells.shape[2] + GAP
+    cells = np.pad(cells.repeat(scale, axis=1).repeat(scale, axis=2), ((0, rows * columns - len(cells)), (GAP, 0),
+                                                                     (GAP, 0), (0, 0)), constant_values=255)
+    height, width, channels = cells.shape[1:]
+    canvas = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, -1, channels)
     font = ImageFont.load_default(size=FONT_SIZE)
-    margin = 0 if labels is None else max(int(font.getlength(text)) for text in labels) + 12
-    canvas = np.full((rows * height + GAP, margin + columns * width + GAP, cells.shape[3]), 255, np.uint8)
-    for place, cell in enumerate(cells):
-        top, left = GAP + place // columns * height, margin + GAP + place % columns * width
-        canvas[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
-    picture = Image.fromarray(canvas.squeeze(-1) if canvas.shape[2] == 1 else canvas)
+    margin = max((int(font.getlength(text)) + 12 for text in labels), default=0)
+    canvas = np.pad(canvas, ((0, GAP), (margin, GAP), (0, 0)), constant_values=255)
+    picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
     draw = ImageDraw.Draw(picture)
-    for row, text in enumerate(labels or ()):
+    for row, text in enumerate(labels):
         draw.text((margin - 6, GAP + row * height + (height - GAP) // 2), text, fill=0, font=font, anchor="rm")
     with atomic_path(path) as temporary:
         picture.save(temporary)
 
 
 def save_lines(path, curves, title, x_label, y_label):
-    """Write a plot of `curves`, a list of `(x, y, label)` with x and y sequences of numbers and label text or None."""
+    """Write a plot of `curves`, a list of `(x, y, label)` with x and y sequences of numbers and label text or None.
+
+    Curves of one label have one colour and one entry of the legend.
+    """
     figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    colours = matplotlib.colormaps["tab10"].colors
-    names = list(dict.fromkeys(label for _, _, label in curves))
+    axes, colours = figure.subplots(), {}
     for x, y, label in curves:
-        marker = "." if len(x) < MANY_POINTS else ""
-        axes.plot(x, y, color=colours[names.index(label) % len(colours)], linewidth=1, marker=marker, markersize=3)
-    for number, label in enumerate(name for name in names if name is not None):
-        axes.plot([], [], color=colours[number % len(colours)], label=label)
+        new = label not in colours
+        colour = colours.setdefault(label, f"C{len(colours)}")
+        axes.plot(x, y, color=colour, linewidth=1, marker="." if len(x) < MANY_POINTS else "", markersize=3,
+                  label=label if new else None)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
-    if any(name is not None for name in names):
+    if set(colours) - {None}:
         axes.legend(loc="best", fontsize="small")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -14,11 +14,11 @@ def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto
     stderr is a terminal and otherwise one plain line about every 30 seconds, so that a log file stays readable.
     `initial` is where a resumed task starts; `total` defaults to the length of `iterable`.
     """
-    options = {"total": total, "unit": unit, "initial": initial, "file": sys.stderr}
+    options = {"total": total, "desc": desc, "unit": unit, "initial": initial, "file": sys.stderr}
     if enabled == "auto" and not sys.stderr.isatty():
-        return PlainProgress(iterable, desc=desc, mininterval=LINE_EVERY, maxinterval=LINE_EVERY, miniters=1,
-                             smoothing=0, **options)
-    return tqdm(iterable, desc=desc, disable=enabled == "false", dynamic_ncols=True, **options)
+        return PlainProgress(iterable, mininterval=LINE_EVERY, maxinterval=LINE_EVERY, miniters=1, smoothing=0,
+                             **options)
+    return tqdm(iterable, disable=enabled == "false", dynamic_ncols=True, **options)
 
 
 class PlainProgress(tqdm):
@@ -27,23 +27,18 @@ class PlainProgress(tqdm):
     monitor_interval = 0  # no thread that watches
 
     def display(self, msg=None, pos=None):
-        """Write a line; none for a task that is not moved on, and none at its end."""
-        state = self.format_dict
-        if self.n == self.initial or self.disable:
-            return
-        rate = (self.n - self.initial) / max(state["elapsed"], 1e-9)
-        place = f"{self.n}/{self.total} {self.unit} ({100 * self.n / self.total:.1f} %)" if self.total else (
-            f"{self.n} {self.unit}")
-        left = f", {self.format_interval((self.total - self.n) / rate)} left" if self.total else ""
-        postfix = f", {self.postfix}" if self.postfix else ""
-        desc = f"{self.desc.removesuffix(': ')}: " if self.desc else ""
-        print(f"{desc}{place}, {rate:.1f} {self.unit}/s{left}{postfix}", file=sys.stderr, flush=True)
+        """Write a line; none before the task has moved on."""
+        if self.n > self.initial:
+            place = "{n}/{total} {unit} ({percentage:.1f} %)" if self.total else "{n} {unit}"
+            left = ", {remaining} left" if self.total else ""
+            line = ("{desc}: " if self.desc else "") + place + ", {rate_noinv:.1f} {unit}/s" + left + "{postfix}"
+            print(self.format_meter(**self.format_dict | {"bar_format": line}), file=sys.stderr, flush=True)
 
     def set_postfix(self, **values):
         """Show these values at the end of the next lines."""
         super().set_postfix(refresh=False, **values)
 
     def close(self):
-        """End the task: one shorter than the first line stays silent."""
+        """End the task without another line."""
         self.disable = True
         self._decr_instances(self)

@@ -1,7 +1,6 @@
 """Randomness that belongs to (seed, index) and to nothing else."""
 
 import concurrent.futures
-import itertools
 
 import numpy as np
 import torch
@@ -27,28 +26,20 @@ def index_noise(seed, indices, shape, stream=NOISE):
     Large arrays are drawn by as many threads as torch has (at most 8): numpy lets go of the interpreter lock.
     """
     noise = np.empty((len(indices), *shape), dtype=np.float32)
+
+    def fill(low, high):
+        generator = index_generator(seed, 0, stream)  # set anew for every row: making one costs as much as 100 draws
+        state = generator.bit_generator.state
+        for row in range(low, high):
+            state["state"]["counter"][:] = 0, 0, 0, indices[row]
+            generator.bit_generator.state = state
+            generator.standard_normal(dtype=np.float32, out=noise[row])
+
     threads = min(8, torch.get_num_threads()) if noise.size >= PARALLEL_VALUES else 1
-    if threads == 1:
-        _fill_noise(noise, seed, indices, stream)
-    else:
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            bounds = np.linspace(0, len(indices), threads + 1).astype(int)
-            parts = [slice(low, high) for low, high in itertools.pairwise(bounds)]
-            list(pool.map(lambda part: _fill_noise(noise[part], seed, indices[part], stream), parts))
+    bounds = np.linspace(0, len(indices), threads + 1).astype(int)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, bounds[:-1], bounds[1:]))
     return torch.from_numpy(noise)
-
-
-def _fill_noise(out, seed, indices, stream):
-    """Draw each row of `out` from its own generator, as `index_generator` gives it.
-
-    One bit generator is set anew for every row: making one costs as much as a hundred draws.
-    """
-    bits = np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64))
-    generator, state = np.random.Generator(bits), bits.state
-    for row, index in zip(out, indices, strict=True):
-        state["state"]["counter"][:] = 0, 0, 0, index
-        bits.state = state
-        generator.standard_normal(dtype=np.float32, out=row)
 
 
 def index_labels(seed, indices, num_classes):
@@ -59,13 +50,14 @@ def index_labels(seed, indices, num_classes):
 
 def step_generator(seed, update, stream, device):
     """Return a `torch.Generator` on `device` for update number `update`: seeded by (seed, update, stream) alone."""
-    words = np.random.SeedSequence([seed, update, stream]).generate_state(2, np.uint32)
-    generator = torch.Generator(device)
-    generator.manual_seed(int(words[0]) << 31 ^ int(words[1]))
-    return generator
+    return torch.Generator(device).manual_seed(_torch_seed(seed, update, stream))
 
 
 def seed_dropout(seed, update, rank):
     """Seed torch's global generators, which dropout draws from, by (seed, update, rank)."""
-    words = np.random.SeedSequence([seed, update, rank, DROPOUT]).generate_state(2, np.uint32)
-    torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+    torch.manual_seed(_torch_seed(seed, update, rank, DROPOUT))
+
+
+def _torch_seed(*words):
+    high, low = np.random.SeedSequence(words).generate_state(2, np.uint32)
+    return int(high) << 31 ^ int(low)

@@ -1,5 +1,6 @@
 """Which software made a number: the commit of this checkout and the versions of what decides results."""
 
+import contextlib
 import pathlib
 import platform
 import subprocess
@@ -20,7 +21,7 @@ def git(*words):
 def git_commit():
     """Return the commit of this checkout, with a + where tracked files differ from it; None outside git."""
     commit = git("rev-parse", "HEAD").decode().strip()
-    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if commit else None
+    return commit + "+" * bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
 
 
 def uncommitted_changes():
@@ -31,10 +32,8 @@ def uncommitted_changes():
 
 def versions():
     """Return the versions of Python and of the packages that decide results; None for one that is not installed."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version()} | dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
     return found

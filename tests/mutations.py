@@ -90,7 +90,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("training/run.py", "if said != changed", "if False", RUN),
     ("training/run.py", "self.signal = self.signal or number", "self.signal = number", RUN),
     ("runtime/files.py", "os.replace(temporary, path)", "os.replace(temporary, temporary)", FILES),
-    ("runtime/files.py", "time.time() - os.fstat(opened.fileno()).st_mtime > STALE_AFTER", "True", FILES),
+    ("runtime/files.py", "time.time() - left.stat().st_mtime > STALE_AFTER", "True", FILES),
     # the objective
     ("flows/objective.py", "u = v_xi if first_step == \"student\"", "u = v_xi if first_step == \"teacher\"",
      f"{REFERENCE} {OBJECTIVE}"),

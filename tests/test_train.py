@@ -294,7 +294,7 @@ def test_resume_from_continues_another_run_in_a_new_folder(tmp_path):
 def test_unwritable_place_is_one_sentence_from_every_process(tmp_path):
     (tmp_path / "file").write_text("")
     for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "file", "run", *TINY)):
-        assert status == 2 and f"cannot write ({tmp_path / 'file'}" in log and "Traceback" not in log, log
+        assert status == 2 and f"cannot write {tmp_path / 'file'}" in log and "Traceback" not in log, log
 
 
 def test_batch_that_processes_cannot_share_is_refused(tmp_path):
