@@ -158,7 +158,7 @@ class Training:
             loss += mean.detach()
         if self.processes.world_size > 1:
             dist.all_reduce(loss.div_(self.processes.world_size))
-        apply_update(update, self.optimizer, self.ema, self.stats, loss, grad_clip=config.optim.grad_clip)
+        apply_update(self.optimizer, self.ema, self.stats, loss, grad_clip=config.optim.grad_clip)
         self.optimizer.zero_grad(set_to_none=True)
 
     def learning_rate(self, update):
@@ -185,7 +185,7 @@ class Training:
     def state(self, step):
         """Return the checkpoint after `step` updates: all that the next one depends on."""
         return {"model": dict(self.network.state_dict()), "ema": self.ema.state_dict(), "step": step,
-                "optimizer": self.optimizer.state_dict(), "stats": self.stats.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "stats": {"values": self.stats.values},
                 "config": config_to_dict(self.config)}
 
     def describe(self):

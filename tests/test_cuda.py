@@ -80,7 +80,7 @@ class Updates:
         for p in self.parameters:
             p.grad = torch.randn(p.shape, generator=generator).to(p.device)
         loss = torch.tensor(loss, device=p.device)
-        apply_update(number, self.optimizer, self.ema, self.stats, loss, grad_clip=1.0)
+        apply_update(self.optimizer, self.ema, self.stats, loss, grad_clip=1.0)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam"])

@@ -61,13 +61,13 @@ def seconds_of_update(config, device):
     t999 = torch.full((len(x),), 500.0, device=device)
     label = torch.zeros(len(x), data.num_classes, device=device) if data.num_classes else None
     times = []
-    for update in range(UPDATES + 1):
+    for _ in range(UPDATES + 1):
         started = time.perf_counter()
         for _ in range(steps):
             with autocast(config.training.precision, device):
                 loss = (net(x, t999, label).float() - x).square().mean() / steps
             loss.backward()
-        apply_update(update, optimizer, ema, stats, loss.detach(), grad_clip=1.0)
+        apply_update(optimizer, ema, stats, loss.detach(), grad_clip=1.0)
         optimizer.zero_grad(set_to_none=True)
         next(net.parameters()).sum().item()  # waits for the GPU
         times.append(time.perf_counter() - started)

@@ -12,51 +12,40 @@ from metrics.results import TITLES, main_metric, read_results, results_path, sam
 from models.checkpoint import numbered_checkpoints
 from runtime.errors import UserError
 from runtime.files import read_json_lines
+from training.run import CHECKPOINTS, CONFIG, LOG
 
 FLAGS = {"work_dir": Field("logs", "folder of the runs, searched with its sub-folders")}
 
-COLUMNS = ("run", "step", "loss", "images/s", "newest", "last figure", "last written")
-
 
 def describe_run(path, root):
-    """Return the texts of one row for the run folder `path` below `root`."""
-    entries, figures = read_json_lines(path / "log.jsonl"), read_results(results_path(path))
-    last = entries[-1] if entries else {}
+    """Return a row of the table, {column: text}, for the run folder `path` below `root`."""
+    last, figure = (read_json_lines(path / LOG) or [{}])[-1], "-"
     try:
-        updates = load_config(path / "config.json").training.n_iters
+        updates = load_config(path / CONFIG).training.n_iters
     except UserError:  # of another program, or damaged: the rest of the table is of use all the same
         updates = "?"
-    newest = list(numbered_checkpoints(path / "checkpoints").values())[-1:]
+    for result in read_results(results_path(path))[-1:]:
+        metric, checkpoint = main_metric(result), pathlib.Path(result["checkpoint"]).stem
+        figure = f"{TITLES[metric]} {result[metric]:.4g} ({checkpoint}, {sampler_name(result)})"
     written = max(p.stat().st_mtime for p in path.iterdir())
-    return [str(path.relative_to(root)), f"{last.get('step', 0)} of {updates}",
-            f"{last['loss']:.4f}" if last.get("loss") is not None else "-",
-            f"{last['images_per_second']:.0f}" if last.get("images_per_second") is not None else "-",
-            newest[0].stem if newest else "-", figure_of(figures[-1]) if figures else "-",
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(written))]
-
-
-def figure_of(result):
-    """Return a result's metric with what it is of: `FID 4.53 (checkpoint_16, euler-1)`."""
-    metric = main_metric(result)
-    return f"{TITLES[metric]} {result[metric]:.4g} ({pathlib.Path(result['checkpoint']).stem}, {sampler_name(result)})"
-
-
-def find_runs(root):
-    """Return the run folders below `root`, the one written last at the end."""
-    return sorted((p.parent for p in root.rglob("config.json") if (p.parent / "checkpoints").is_dir()),
-                  key=lambda p: p.stat().st_mtime)
+    return {"run": str(path.relative_to(root)), "step": f"{last.get('step', 0)} of {updates}",
+            "loss": "-" if last.get("loss") is None else f"{last['loss']:.4f}",
+            "images/s": "-" if last.get("images_per_second") is None else f"{last['images_per_second']:.0f}",
+            "newest": ["-", *(p.stem for p in numbered_checkpoints(path / CHECKPOINTS).values())][-1],
+            "last figure": figure, "last written": time.strftime("%Y-%m-%d %H:%M", time.localtime(written))}
 
 
 def main(args):
-    """Print the table."""
+    """Print the table, the run whose config was written last at the end."""
     root = pathlib.Path(args.work_dir)
-    runs = find_runs(root) if root.is_dir() else []
-    if not runs:
+    configs = sorted((p for p in root.rglob(CONFIG) if (p.parent / CHECKPOINTS).is_dir()),
+                     key=lambda p: p.stat().st_mtime)
+    if not configs:
         raise UserError(f"no runs in {root}; name their folder with --work_dir")
-    rows = [COLUMNS, *(describe_run(run, root) for run in runs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    rows = [describe_run(path.parent, root) for path in configs]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    for row in [dict(zip(widths, widths, strict=True)), *rows]:
+        print("  ".join(text.ljust(widths[name]) for name, text in row.items()).rstrip())
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ def endless_schedules(config):
 class RunLogger:
     """The log of a run, written by the main process only; the others hold one that is silent.
 
-    log.jsonl has an object per record: step, loss, lr, grad_norm, images_per_second, memory_mb, beta, skipped
-    (updates left out so far) and skipped_steps (the numbers of the last of them). log.txt has what was said.
+    log.jsonl has an object per record: step, loss, lr, grad_norm, images_per_second, memory_mb, beta and skipped
+    (updates left out so far). log.txt has what was said.
     """
 
     def __init__(self, config, *, start, active):
@@ -173,7 +173,6 @@ class RunLogger:
             "grad_norm": stats["norm_sum"] / count if count else None,
             "beta": beta,
             "skipped": int(stats["nonfinite"]),
-            "skipped_steps": stats["steps"],
             "images_per_second": round(speed, 2),
             "memory_mb": round(memory, 1),
         }

@@ -146,7 +146,7 @@ def restore(state, network, ema, optimizer, stats):
                              zip(own, state["optimizer"]["param_groups"], strict=True)]})
         match_layout(optimizer)
         if "stats" in state:  # the released layout has none
-            stats.load_state_dict(state["stats"])
+            stats.load_state(state["stats"]["values"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint does not fit config.model and config.optim: {reason}") from None

@@ -4,63 +4,29 @@ import torch
 
 from runtime.errors import UserError
 
-STEPS_KEPT = 16  # how many of the last skipped updates are named
 GROWTH_INTERVAL = 2000  # finite updates after which the fp16 loss scale doubles
 
 
-class RAdam(torch.optim.Optimizer):
-    """Rectified Adam (arXiv 1908.03265), its state laid out as torch.optim.RAdam's: a skipped step costs no copies.
-
-    `found_inf`: 0-dimensional tensor, 1 to leave parameters and moments as they are; weight decay is L2 as there.
-    """
-
-    def __init__(self, parameters, *, lr, betas, eps, weight_decay):
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+class RAdam(torch.optim.RAdam):
+    """torch's RAdam (arXiv 1908.03265), which knows no `found_inf`: a step that it forbids is undone on the device."""
 
     @torch.no_grad()
     def step(self):
-        """Do one step: about forty operations, and one for each parameter."""
-        skip = self.found_inf > 0
-        keep = 1 - self.found_inf
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
-                p.grad.masked_fill_(skip, 0.0)
-                if not self.state[p]:
-                    self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                         exp_avg_sq=torch.zeros_like(p))
-            steps, m, v = ([self.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq"))
-            beta1, beta2 = group["betas"]
-            g = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
-            torch._foreach_add_(steps, [keep] * len(steps))
-            for moment, value, beta in ((m, g, beta1), (v, torch._foreach_mul(g, g), beta2)):
-                change = torch._foreach_sub(value, moment)
-                torch._foreach_mul_(change, keep * (1 - beta))
-                torch._foreach_add_(moment, change)
-            n = steps[0].double().clamp(min=1)
-            unbias1, unbias2 = 1 - beta1**n, 1 - beta2**n
-            rho_inf = 2 / (1 - beta2) - 1
-            rho = rho_inf - 2 * n * beta2**n / unbias2
-            rectified = (rho > 5).double()
-            rectify = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).clamp(min=0).sqrt()
-            # p ← p - lr·m/(1-β1^n)·(r·sqrt(1-β2^n)/(sqrt(v)+eps) where rectified, 1 elsewhere)
-            rate = -group["lr"] * keep / unbias1
-            denominator = torch._foreach_sqrt(v)
-            torch._foreach_add_(denominator, group["eps"])
-            adaptive = torch._foreach_div(m, denominator)
-            torch._foreach_mul_(adaptive, (rate * rectified * rectify * unbias2.sqrt()).float())
-            torch._foreach_add_(parameters, adaptive)
-            torch._foreach_add_(parameters, torch._foreach_mul(m, (rate * (1 - rectified)).float()))
+        """Do one step; leave parameters and moments as they are where `found_inf` is 1."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [(p, p.clone(), {name: value.clone() for name, value in self.state[p].items()}) for p in parameters]
+        super().step()
+        for p, weight, moments in before:
+            p.copy_(torch.where(self.found_inf > 0, weight, p))
+            for name, value in self.state[p].items():
+                value.copy_(torch.where(self.found_inf > 0, moments.get(name, 0.0), value))
 
 
 def create_optimizer(parameters, *, name, lr, beta1, eps, weight_decay):
-    """Return Adam, AdamW (torch's fused kernels) or RAdam over `parameters`, betas (beta1, 0.999).
-
-    All three leave a step out on the device where their `found_inf` is 1.
-    """
+    """Return Adam, AdamW (torch's fused kernels) or RAdam, which leave a step out where their `found_inf` is 1."""
     options = {"lr": lr, "betas": (beta1, 0.999), "eps": eps, "weight_decay": weight_decay}
     if name == "RAdam":
-        return RAdam(parameters, **options)
+        return RAdam(parameters, capturable=parameters[0].is_cuda, **options)
     return {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name](parameters, fused=True, **options)
 
 
@@ -74,7 +40,7 @@ class UpdateStats:
 
     loss_sum, norm_sum, finite: over the finite updates since `restart`; nonfinite: updates left out in all;
     consecutive, most_consecutive: left out one after the other now, and at most since `restart`; scale, since_overflow:
-    the fp16 loss scale and the finite updates since it last changed. `steps`: numbers of the last updates left out.
+    the fp16 loss scale and the finite updates since it last changed (1 and unused without fp16).
     """
 
     NAMES = ("loss_sum", "norm_sum", "finite", "nonfinite", "consecutive", "most_consecutive", "scale",
@@ -83,61 +49,42 @@ class UpdateStats:
     def __init__(self, device, scaled=False):
         initial = 2.0**16 if scaled else 1.0
         self.values = torch.tensor([0.0] * 6 + [initial, 0.0], dtype=torch.float64, device=device)
-        self.steps = torch.full((STEPS_KEPT,), -1, dtype=torch.int64, device=device)
-        self._places = torch.arange(STEPS_KEPT, device=device)
         self.scaled = scaled
 
     @property
     def scale(self):
-        """The factor of the loss before the backward pass, a 0-dimensional tensor (1 without fp16)."""
+        """The factor of the loss before the backward pass, a 0-dimensional tensor."""
         return self.values[6]
 
-    def count(self, update, loss, norm, nonfinite):
-        """Add update number `update`: its loss and gradient norm, and whether it is left out (`nonfinite` 0 or 1).
-
-        loss, norm and nonfinite are 0-dimensional tensors.
-        """
+    def count(self, loss, norm, nonfinite):
+        """Add an update: its loss and gradient norm, and whether it is left out (`nonfinite` 0 or 1), 0-dimensional."""
         nonfinite = nonfinite.to(torch.float64)
         sums = torch.stack([loss.to(torch.float64), norm.to(torch.float64), torch.ones_like(nonfinite)])
         self.values[:3] += torch.where(nonfinite > 0, torch.zeros_like(sums), sums)
-        total, consecutive, most = self.values[3], self.values[4], self.values[5]
-        here = (self._places == total % STEPS_KEPT) & (nonfinite > 0)
-        self.steps.masked_fill_(here, update)
+        total, consecutive, most, scale, finite = self.values[3:]
         total += nonfinite
         consecutive.add_(1.0).mul_(nonfinite)
         torch.maximum(most, consecutive, out=most)
-        if self.scaled:
-            self._rescale(nonfinite)
-
-    def _rescale(self, overflow):
-        """Halve the scale after an overflow, double it after GROWTH_INTERVAL finite updates (as torch.amp does)."""
-        scale, finite = self.values[6], self.values[7]
-        finite.add_(1.0).mul_(1.0 - overflow)
-        grown = (finite >= GROWTH_INTERVAL).to(torch.float64)
-        scale.mul_(1.0 - 0.5 * overflow).mul_(1.0 + grown)
-        finite.mul_(1.0 - grown)
+        if self.scaled:  # as torch.amp does: half after an overflow, double after GROWTH_INTERVAL finite updates
+            finite.add_(1.0).mul_(1.0 - nonfinite)
+            grown = (finite >= GROWTH_INTERVAL).to(torch.float64)
+            scale.mul_(1.0 - 0.5 * nonfinite).mul_(1.0 + grown)
+            finite.mul_(1.0 - grown)
 
     def read(self):
-        """Return the counters as a dict of floats, and `steps` as a sorted list: the one read from the device."""
-        stats = dict(zip(self.NAMES, self.values.tolist(), strict=True))
-        stats["steps"] = sorted(step for step in self.steps.tolist() if step >= 0) if stats["nonfinite"] else []
-        return stats
+        """Return the counters as a dict of floats: the one read from the device."""
+        return dict(zip(self.NAMES, self.values.tolist(), strict=True))
 
     def restart(self):
         """Start the sums anew, after a record."""
         self.values[:3] = 0.0
         self.values[5] = self.values[4]
 
-    def state_dict(self):
-        """Return the counters for a checkpoint."""
-        return {"values": self.values, "steps": self.steps}
-
-    def load_state_dict(self, state):
-        """Continue from a checkpoint's counters; the fp16 scale only where it is used."""
-        scale = self.values[6].clone()
-        self.values.copy_(state["values"])
-        self.steps.copy_(state["steps"])
-        if not self.scaled or state["values"][6] == 1.0:
+    def load_state(self, values):
+        """Continue from the `values` of a checkpoint; from its fp16 scale only where one is used there and here."""
+        scale = self.scale.clone()
+        self.values.copy_(values)
+        if not self.scaled or values[6] == 1.0:
             self.values[6] = scale
 
 
@@ -151,12 +98,11 @@ def check_finite(stats, limit):
 
 
 @torch.no_grad()
-def apply_update(update, optimizer, ema, stats, loss, *, grad_clip):
+def apply_update(optimizer, ema, stats, loss, *, grad_clip):
     """Clip the gradients, step the optimizer and the EMA, and count; leave all as it was if anything is not finite.
 
-    update: its number. loss: 0-dimensional tensor of the whole update. grad_clip: largest norm (negative: off).
-    With several processes loss and gradients are those averaged over all of them, so that all come to one verdict.
-    Nothing is read from the device.
+    loss: 0-dimensional tensor of the whole update. grad_clip: largest norm (negative: off). With several processes
+    loss and gradients are those averaged over all of them, so that all come to one verdict.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if stats.scaled:
@@ -168,4 +114,4 @@ def apply_update(update, optimizer, ema, stats, loss, *, grad_clip):
     optimizer.grad_scale, optimizer.found_inf = None, nonfinite
     optimizer.step()
     ema.update(keep=1.0 - nonfinite)
-    stats.count(update, loss, norm, nonfinite)
+    stats.count(loss, norm, nonfinite)

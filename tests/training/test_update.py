@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.ema import ExponentialMovingAverage
 from runtime.errors import UserError
-from training.update import STEPS_KEPT, UpdateStats, apply_update, check_finite, create_optimizer, warmup_factor
+from training.update import UpdateStats, apply_update, check_finite, create_optimizer, warmup_factor
 
 OPTIMIZERS = ("Adam", "AdamW", "RAdam")
 
@@ -22,12 +22,12 @@ def make(name="Adam", lr=0.1, **options):
     return network, optimizer, ExponentialMovingAverage(parameters, 0.9), UpdateStats("cpu")
 
 
-def step(update, network, optimizer, ema, stats, factor=1.0, grad_clip=1.0):
+def step(network, optimizer, ema, stats, factor=1.0, grad_clip=1.0):
     """Do one update on fixed data; `factor` scales the loss (nan spoils it)."""
     x = torch.linspace(-1, 1, 6).view(2, 3)
     loss = network(x).square().mean() * factor
     loss.backward()
-    apply_update(update, optimizer, ema, stats, loss.detach(), grad_clip=grad_clip)
+    apply_update(optimizer, ema, stats, loss.detach(), grad_clip=grad_clip)
     optimizer.zero_grad()
     return loss
 
@@ -42,13 +42,13 @@ def tensors(network, optimizer, ema):
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
 def test_non_finite_update_leaves_weights_moments_and_ema_as_they_were(name, spoilt):
     network, optimizer, ema, stats = make(name)
-    for update in range(7):
-        step(update, network, optimizer, ema, stats)
+    for _ in range(7):
+        step(network, optimizer, ema, stats)
     before = tensors(network, optimizer, ema)
-    step(7, network, optimizer, ema, stats, factor=spoilt)
+    step(network, optimizer, ema, stats, factor=spoilt)
     after = tensors(network, optimizer, ema)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    step(8, network, optimizer, ema, stats)
+    step(network, optimizer, ema, stats)
     assert not torch.equal(tensors(network, optimizer, ema)[0], before[0])
 
 
@@ -56,12 +56,12 @@ def test_non_finite_update_leaves_weights_moments_and_ema_as_they_were(name, spo
 def test_very_first_update_can_be_skipped(name):
     network, optimizer, ema, stats = make(name)
     fresh = [p.detach().clone() for p in network.parameters()]
-    step(0, network, optimizer, ema, stats, factor=float("nan"))
+    step(network, optimizer, ema, stats, factor=float("nan"))
     assert all(torch.equal(a, b) for a, b in zip(fresh, network.parameters(), strict=True))
     other, other_optimizer, other_ema, other_guard = make(name)
-    for update in range(3):
-        step(update, network, optimizer, ema, stats)
-        step(update, other, other_optimizer, other_ema, other_guard)
+    for _ in range(3):
+        step(network, optimizer, ema, stats)
+        step(other, other_optimizer, other_ema, other_guard)
     for a, b in zip(network.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -70,7 +70,7 @@ def test_finite_loss_with_a_non_finite_gradient_is_skipped():
     network, optimizer, ema, stats = make()
     before = [p.detach().clone() for p in network.parameters()]
     (network[0].weight.sum() * 0 + network[1].bias.sum() * 0).sqrt().sum().backward()  # 0·inf: gradient nan, loss 0
-    apply_update(0, optimizer, ema, stats, torch.tensor(0.0), grad_clip=1.0)
+    apply_update(optimizer, ema, stats, torch.tensor(0.0), grad_clip=1.0)
     assert stats.read()["nonfinite"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
@@ -82,7 +82,7 @@ def test_update_equals_torchs_own_clip_and_step(name):
     plain = getattr(torch.optim, name)(reference.parameters(), lr=0.1, weight_decay=0.0)
     shadow = [p.detach().clone() for p in reference.parameters()]
     for update in range(1, 6):
-        step(update, network, optimizer, ema, stats, factor=30.0, grad_clip=0.5)
+        step(network, optimizer, ema, stats, factor=30.0, grad_clip=0.5)
         plain.zero_grad()
         (reference(torch.linspace(-1, 1, 6).view(2, 3)).square().mean() * 30).backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
@@ -101,40 +101,32 @@ def test_negative_clip_leaves_the_gradient_alone():
         network, optimizer, ema, stats = make(lr=0.1)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, fused=True)
         before = network[0].weight.detach().clone()
-        step(0, network, optimizer, ema, stats, factor=10.0, grad_clip=grad_clip)
+        step(network, optimizer, ema, stats, factor=10.0, grad_clip=grad_clip)
         changes.append((network[0].weight - before).norm().item())
     assert changes[0] > 100 * changes[1]
 
 
-def test_guard_counts_sums_rows_and_steps():
+def test_stats_are_sums_and_counts():
     network, optimizer, ema, stats = make()
     losses = []
-    for update, factor in enumerate([1.0, float("nan"), float("nan"), 1.0, float("inf")]):
-        loss = step(update, network, optimizer, ema, stats, factor=factor)
+    for factor in [1.0, float("nan"), float("nan"), 1.0, float("inf")]:
+        loss = step(network, optimizer, ema, stats, factor=factor)
         losses += [loss.item()] if factor == 1.0 else []
     found = stats.read()
     assert (found["finite"], found["nonfinite"], found["consecutive"], found["most_consecutive"]) == (2, 3, 1, 2)
-    assert found["steps"] == [1, 2, 4]
     assert found["loss_sum"] == pytest.approx(sum(losses), rel=1e-6)
     stats.restart()
-    step(5, network, optimizer, ema, stats, factor=float("nan"))
+    step(network, optimizer, ema, stats, factor=float("nan"))
     found = stats.read()
     assert (found["finite"], found["loss_sum"], found["nonfinite"], found["most_consecutive"]) == (0, 0, 4, 2)
 
 
-def test_guard_names_the_last_skipped_steps_only():
-    stats = UpdateStats("cpu")
-    for update in range(40):
-        stats.count(update, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0))
-    assert stats.read()["steps"] == list(range(40 - STEPS_KEPT, 40))
-
-
 def test_too_many_skipped_in_a_row_stop_training():
     stats = UpdateStats("cpu")
-    for update in range(4):
-        stats.count(update, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0))
+    for _ in range(4):
+        stats.count(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0))
     check_finite(stats.read(), 4)
-    stats.count(4, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.0))  # a finite one since does not excuse it
+    stats.count(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.0))  # a finite one since does not excuse it
     with pytest.raises(UserError, match="4 updates in a row"):
         check_finite(stats.read(), 3)
 
@@ -143,19 +135,19 @@ def test_fp16_scale_halves_on_overflow_and_doubles_after_a_long_good_run():
     stats = UpdateStats("cpu", scaled=True)
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
     start = float(stats.scale)
-    stats.count(0, one, one, one)
+    stats.count(one, one, one)
     assert float(stats.scale) == start / 2
-    for update in range(2000):
-        stats.count(update, one, one, zero)
+    for _ in range(2000):
+        stats.count(one, one, zero)
     assert float(stats.scale) == start
 
 
-def test_guard_survives_a_checkpoint():
+def test_stats_survive_a_checkpoint():
     stats = UpdateStats("cpu")
     for update in range(5):
-        stats.count(update, torch.tensor(2.0), torch.tensor(1.0), torch.tensor(float(update == 3)))
+        stats.count(torch.tensor(2.0), torch.tensor(1.0), torch.tensor(float(update == 3)))
     other = UpdateStats("cpu")
-    other.load_state_dict(stats.state_dict())
+    other.load_state(stats.values)
     assert other.read() == stats.read()
 
 
@@ -174,11 +166,11 @@ class Reads(TorchDispatchMode):
 
 def test_update_reads_nothing_from_the_device_and_is_a_handful_of_operations():
     network, optimizer, ema, stats = make()
-    step(0, network, optimizer, ema, stats)
+    step(network, optimizer, ema, stats)
     loss = network(torch.ones(2, 3)).square().mean()
     loss.backward()
     with Reads() as seen:
-        apply_update(1, optimizer, ema, stats, loss.detach(), grad_clip=1.0)
+        apply_update(optimizer, ema, stats, loss.detach(), grad_clip=1.0)
     assert seen.reads == 0
     assert seen.operations < 80
 
