@@ -28,7 +28,7 @@ class Field:
     default: object
     meaning: str
     choices: Collection = ()  # the values it may take, or a table of them
-    low: float | None = None  # smallest and largest number
+    low: float | None = None  # smallest and largest number, of each in a tuple
     high: float | None = None
 
     def describe(self, value):
@@ -45,9 +45,10 @@ class Field:
         right = is_number(value) if kind in (int, float) else isinstance(value, kind)
         if not right or (kind is int and value % 1) or (kind is tuple and not all(map(is_number, value))):
             raise UserError(f"{name} must be {KINDS[kind]}, not {value!r}")
-        if self.low is not None and value < self.low:
+        numbers = value if kind is tuple else [value]
+        if self.low is not None and any(number < self.low for number in numbers):
             raise UserError(f"{name} must be at least {self.low:g}, not {value!r}")
-        if self.high is not None and value > self.high:
+        if self.high is not None and any(number > self.high for number in numbers):
             raise UserError(f"{name} must be at most {self.high:g}, not {value!r}")
         choices = [str(c) for c in self.choices]
         patterns = [re.escape(c).replace("<number>", NUMBER).replace("<int>", WHOLE) for c in choices]
@@ -155,9 +156,9 @@ GROUPS = {
         "custom_data_root": Field("", "older name of data_root"),
         "train_subset": Field("all", "images to train on and to compare with: all, a class name, or random_N of them"),
         "cache_dir": Field("data/cache", "folder of the decoded uint8 arrays"),
-        "image_size": Field(32, "height and width of the images", low=1),
-        "num_channels": Field(3, "colour channels", low=1),
-        "num_classes": Field(0, "classes of a class-conditional model (0: unconditional)", low=0),
+        "image_size": Field(32, "height and width of the images", low=1, high=4096),
+        "num_channels": Field(3, "colour channels", low=1, high=1024),
+        "num_classes": Field(0, "classes of a class-conditional model (0: unconditional)", low=0, high=10**6),
         "centered": Field(True, "images in [-1, 1] (the only form there is)", choices=(True,)),
         "random_flip": Field(True, "flip images left-right with probability 1/2 (unless given, not digits and MNIST)"),
         "use_aug": Field(False, "flip images, or z0 and z1 of pairs together, left-right (probability 1/2) and upside "
@@ -170,9 +171,9 @@ GROUPS = {
     },
     "model": {
         "name": Field("ncsnpp", "network", choices=NETWORKS),
-        "nf": Field(128, "channels of the first level", low=1),
-        "ch_mult": Field((1, 2, 2, 2), "channels of each level, in multiples of nf"),
-        "num_res_blocks": Field(4, "residual blocks per level", low=1),
+        "nf": Field(128, "channels of the first level", low=4, high=4096),
+        "ch_mult": Field((1, 2, 2, 2), "channels of each level, in multiples of nf", low=1, high=64),
+        "num_res_blocks": Field(4, "residual blocks per level", low=1, high=64),
         "attn_resolutions": Field((16,), "image sizes at which levels have self-attention"),
         "dropout": Field(0.15, "dropout probability (DhariwalUNet: 0.13 unless given)", low=0.0, high=1.0),
         "preconditioning": Field("none", "the network's output is the velocity (none), or a denoiser of EDM's, from "
@@ -194,9 +195,9 @@ GROUPS = {
         "progressive_combine": Field("sum", "how the progressive input is joined", choices=("sum", "cat")),
         "init_scale": Field(0.0, "scale of the initial weights of each last layer", low=0.0),
         "scale_by_sigma": Field(False, "divide the output by the noise level that belongs to t"),
-        "sigma_min": Field(0.01, "smallest entry of the released `sigmas` buffer", low=0.0),
-        "sigma_max": Field(50.0, "largest entry of the released `sigmas` buffer", low=0.0),
-        "num_scales": Field(1000, "entries of the released `sigmas` buffer", low=1),
+        "sigma_min": Field(0.01, "smallest entry of the released `sigmas` buffer", low=1e-9),
+        "sigma_max": Field(50.0, "largest entry of the released `sigmas` buffer", low=1e-9),
+        "num_scales": Field(1000, "entries of the released `sigmas` buffer", low=1, high=10**6),
     },
     "optim": {
         "optimizer": Field("Adam", "optimizer", choices=("Adam", "AdamW", "RAdam")),

@@ -19,21 +19,17 @@ import urllib.request
 import torch
 
 from models import edm, edm_pickle, released
-from models.create import create_from_fields, create_model, tuple_of
+from models.create import create_from_fields, create_model, model_fields, tuple_of
 from models.safe_load import PART_BYTES, read_file
 from runtime.downloads import cached_file
 from runtime.errors import UserError
 from runtime.files import atomic_path, file_digest
 
-REMOTE = ("hf://", "https://")
-WRAPPERS = r"(module\.|_orig_mod\.)+"  # what DataParallel and torch.compile put before each name
+WRAPPERS = r"^(module\.|_orig_mod\.)+"  # what DataParallel and torch.compile put before each name
 
 
 def write_checkpoint(path, state):
-    """Write a checkpoint dict atomically: a crash leaves the old file or the new one, never half of one.
-
-    Raises OSError, naming the file, where it cannot be written.
-    """
+    """Write a checkpoint dict atomically; raise OSError, naming the file, where it cannot be written."""
     with atomic_path(path) as temporary, open(temporary, "wb") as opened:
         torch.save(state, opened)
 
@@ -47,7 +43,7 @@ def numbered_checkpoints(folder):
 
 def is_remote(path):
     """Whether `path` is an address: hf://owner/repo/file or https://…/file."""
-    return str(path).startswith(REMOTE)
+    return str(path).startswith(("hf://", "https://"))
 
 
 def local_file(path):
@@ -64,9 +60,8 @@ def local_file(path):
             raise UserError(f"{path} is incomplete; it must be https://host/…/file")
         address = hashlib.sha256(path.encode()).hexdigest()[:8]  # files of one name are not mixed up
         return str(cached_file(path, "a path in its place", f"{address}-{name}"))
-    owner, _, rest = path.removeprefix("hf://").partition("/")
-    repository, _, file = rest.partition("/")
-    if not (owner and repository and file):
+    match = re.fullmatch("hf://([^/]+/[^/]+)/(.+)", path)
+    if not match:
         raise UserError(f"{path} is incomplete; it must be hf://owner/repo/file")
     try:
         from huggingface_hub import constants, hf_hub_download
@@ -74,26 +69,24 @@ def local_file(path):
         raise UserError(f"{path} needs the package huggingface_hub; run pip install huggingface_hub") from error
     # Without a network the library would try for half a minute before it looks into its cache.
     alone = constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT)
-    download = functools.partial(hf_hub_download, f"{owner}/{repository}", local_files_only=alone)
+    download = functools.partial(hf_hub_download, match[1], local_files_only=alone)
     try:
-        fetched = part = download(file)
+        fetched = part = download(match[2])
         for number in itertools.count(2):  # of a file that is cut into parts
             if os.path.getsize(part) != PART_BYTES:
                 return fetched
-            part = download(f"{file}.part{number}")
+            part = download(f"{match[2]}.part{number}")
     except Exception as error:  # the library raises a dozen kinds, from its own, requests, httpx and the system
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        first_line = "there is no network, and the cache does not have it" if alone else first_line
-        raise UserError(f"{path} could not be fetched: {first_line}") from error
+        reason = "there is no network, and the cache does not have it" if alone else next(
+            iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{path} could not be fetched: {reason}") from error
 
 
 def _is_reachable(address):
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:  # an answer
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # an answer
     return True
 
 
@@ -109,27 +102,21 @@ def read_checkpoint(path):
     if pathlib.Path(file).is_file() and edm_pickle.is_snapshot(file):
         return edm.read_checkpoint(file, path, create_from_fields) | {"digest": file_digest(file), "path": str(path)}
     content, digest = read_file(file)
-    checkpoint = _with_entries(content, path)
-    model = {re.sub(f"^{WRAPPERS}", "", name): tensor for name, tensor in checkpoint["model"].items()}
-    if "config" in checkpoint:
-        fields = saved_fields(checkpoint["config"], path)
-    else:
-        fields = released.published_fields(model) if released.is_released(model) else None
-    return dict(checkpoint, model=model, fields=fields, digest=digest, path=str(path))
-
-
-def _with_entries(content, path):
-    """Return what a file holds as a dict with `model`; raise UserError unless weights and averages are tensors."""
     if not isinstance(content, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
-    checkpoint = dict(content) if "model" in content or not _is_state(content) else {"model": content}
+    checkpoint = {"model": content} if "model" not in content and _is_state(content) else content
     if not _is_state(checkpoint.get("model")):
         raise UserError(f"{path} is no checkpoint of this program: it has no state dict under 'model'")
     ema = checkpoint.get("ema", {"shadow_params": []})
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     if not isinstance(shadow, list) or not all(isinstance(tensor, torch.Tensor) for tensor in shadow):
         raise UserError(f"{path} is no checkpoint of this program: it has no averaged weights under 'ema'")
-    return checkpoint
+    model = {re.sub(WRAPPERS, "", name): tensor for name, tensor in checkpoint["model"].items()}
+    if "config" in checkpoint:
+        fields = saved_fields(checkpoint["config"], path)
+    else:
+        fields = released.published_fields(model) if released.is_released(model) else None
+    return dict(checkpoint, model=model, fields=fields, digest=digest, path=str(path))
 
 
 def _is_state(state):
@@ -146,8 +133,7 @@ def load_model(path, use_ema=True, device="cpu", fields=None):
     """
     checkpoint = read_checkpoint(path)
     net = create_from_fields(architecture(checkpoint, fields or {}, fields or {}))
-    load_weights(net, checkpoint, use_ema)
-    return ready(net, device)
+    return _with_weights(net, checkpoint, use_ema, device)
 
 
 def load_with_config(path, config, given, use_ema=True, device="cpu", say=print):
@@ -165,14 +151,12 @@ def load_with_config(path, config, given, use_ema=True, device="cpu", say=print)
 
 def network_of(config, checkpoint, use_ema=True, device="cpu"):
     """Return the network of a config of `config_of_run` with a checkpoint's weights, as `load_model` returns it."""
-    net = create_model(config)
+    return _with_weights(create_model(config), checkpoint, use_ema, device)
+
+
+def _with_weights(net, checkpoint, use_ema, device):
     load_weights(net, checkpoint, use_ema)
-    return ready(net, device)
-
-
-def ready(net, device):
-    """Return the network in eval mode on `device`; on a CPU with the memory layout that convolves fastest there."""
-    net = net.eval().to(device)
+    net = net.eval().to(device)  # on a CPU with the memory layout that convolves fastest there
     return net.to(memory_format=torch.channels_last) if torch.device(device).type == "cpu" else net
 
 
@@ -189,13 +173,26 @@ def load_weights(net, checkpoint, use_ema):
         raise UserError(f"{path} holds weights without their moving average (EMA): it can be sampled with --use_ema "
                         "false, and a training can start from it with config.flow.pre_train_model")
     checkpoint = in_our_layout({name: value for name, value in checkpoint.items() if name != "optimizer"}, net)
-    check_same_network(net, checkpoint)
+    if difference := _difference(net.state_dict(), checkpoint["model"]):
+        different = "; ".join(contradictions(net.config_fields, checkpoint["fields"] or {}))
+        raise UserError(f"{path} belongs to another network: {different}" if different else
+                        f"{path} does not fit the network: {difference}")
+    trained, shadow = [p for p in net.parameters() if p.requires_grad], checkpoint.get("ema", {}).get("shadow_params")
+    if shadow is not None and [s.shape for s in shadow] != [p.shape for p in trained]:
+        raise UserError(f"{path} does not fit the network: the EMA has {len(shadow)} tensors there and "
+                        f"{len(trained)} here, or their shapes differ")
     net.load_state_dict(checkpoint["model"])
     net.licence_note = checkpoint.get("licence_note", "")
     if use_ema:
-        trained = [p for p in net.parameters() if p.requires_grad]
         with torch.no_grad():
-            torch._foreach_copy_(trained, list(checkpoint["ema"]["shadow_params"]))
+            torch._foreach_copy_(trained, shadow)
+
+
+def _difference(ours, theirs):
+    """Return a phrase for the first tensor of two state dicts that differs in name or shape, or None."""
+    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (ours, theirs))
+    name = next((n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n)), None)
+    return name and f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
 
 
 def in_our_layout(checkpoint, net):
@@ -217,30 +214,6 @@ def read_translated(path):
     with torch.device("meta"):
         net = create_from_fields(architecture(checkpoint, {}, {}))
     return in_our_layout(checkpoint, net)
-
-
-def check_same_network(net, checkpoint):
-    """Raise UserError with the difference if a checkpoint's tensors, in our layout, are not those of `net`."""
-    path = checkpoint["path"]
-    difference = _difference(net.state_dict(), checkpoint["model"])
-    different = contradictions(net.config_fields, checkpoint["fields"] or {})
-    if difference and different:
-        raise UserError(f"{path} belongs to another network: {'; '.join(different)}")
-    if difference:
-        raise UserError(f"{path} does not fit the network: {difference}")
-    if "ema" in checkpoint:
-        trained = [p for p in net.parameters() if p.requires_grad]
-        shadow = checkpoint["ema"]["shadow_params"]
-        if [s.shape for s in shadow] != [p.shape for p in trained]:
-            raise UserError(f"{path} does not fit the network: the EMA has {len(shadow)} tensors there and "
-                            f"{len(trained)} here, or their shapes differ")
-
-
-def _difference(ours, theirs):
-    """Return a phrase for the first tensor of two state dicts that differs in name or shape, or ""."""
-    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (ours, theirs))
-    name = next((n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n)), None)
-    return name and f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here" or ""
 
 
 def load_matching(net, path):
@@ -268,22 +241,14 @@ def saved_fields(config, path):
     try:
         with torch.device("meta"):
             return create_from_fields(model_fields(config)).config_fields
-    except UserError as error:
-        raise UserError(f"{path} holds a config that makes no network: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"{path} holds a config that makes no network: a field of its groups model and data is "
-                        f"missing or of the wrong type ({error})") from error
+        raise UserError(f"{path} holds a config that makes no network: {error}") from error
 
 
 def contradictions(ours, theirs):
     """Return a phrase for each dotted field that both have with different values."""
-    return [f"{name} is {_plain(theirs[name])} in the checkpoint and {_plain(ours[name])} here"
-            for name in theirs if name in ours and _plain(ours[name]) != _plain(theirs[name])]
-
-
-def _plain(value):
-    """Return tuples as lists, so that they compare."""
-    return list(value) if isinstance(value, tuple) else value
+    return [f"{name} is {theirs[name]} in the checkpoint and {ours[name]} here"
+            for name in theirs if name in ours and tuple_of(ours[name]) != tuple_of(theirs[name])]
 
 
 def architecture(checkpoint, given, configured):
@@ -299,22 +264,19 @@ def architecture(checkpoint, given, configured):
     if told and not different:
         return told
     refusal = UserError(f"{path}: {'; '.join(different)}; leave the field out or name another checkpoint")
-    if different and (not is_released or "model.preconditioning" in given):
+    if different and not is_released:
         raise refusal
     try:
         with torch.device("meta"):
-            net = create_from_fields(configured | velocity)
+            net = create_from_fields(configured | velocity | given)
         difference = _difference(released.released_state(net) if is_released else net.state_dict(), checkpoint["model"])
-    except UserError:
-        if told:
-            raise refusal from None
-        raise
+    except UserError as error:
+        raise refusal if different else error from None
     if not difference:
         return net.config_fields
-    if told:
-        raise refusal
-    raise UserError(f"{path} does not tell its architecture, and it is none of the published ones: give it with "
-                    f"--config.model.… and --config.data.image_size (with what is given {difference})")
+    raise refusal if different else UserError(
+        f"{path} does not tell its architecture, and it is none of the published ones: give it with --config.model.… "
+        f"and --config.data.image_size (with what is given {difference})")
 
 
 def config_of_run(config, checkpoint, given):
@@ -338,15 +300,9 @@ def apply_architecture(config, checkpoint, given):
     given: the dotted fields that the user set himself. Raises UserError with the difference if one of them
     contradicts the checkpoint.
     """
-    configured = model_fields(config)
+    configured, result = model_fields(config), config.copy_and_resolve_references()
     chosen = {name: value for name, value in configured.items() if name in given}
-    result = config.copy_and_resolve_references()
     for name, value in architecture(checkpoint, chosen, configured).items():
         group, field = name.split(".")
         result[group][field] = tuple_of(value)
     return result
-
-
-def model_fields(config):
-    """Return the dotted fields of a config's groups model and data."""
-    return {f"{group}.{name}": value for group in ("model", "data") for name, value in config[group].items()}

@@ -3,8 +3,8 @@
 import inspect
 
 from models.dhariwal_unet import DhariwalUNet
-from models.edm import PRECONDITIONING, Preconditioned
-from models.ncsnpp import ACTIVATIONS, NCSNpp
+from models.edm import Preconditioned
+from models.ncsnpp import NCSNpp
 from runtime.errors import UserError
 
 # Every network, by its model.name. A network is an `nn.Module` class such that
@@ -20,14 +20,6 @@ DATA_FIELDS = ("image_size", "num_channels", "num_classes")
 FREE_ARGUMENTS = ("dropout", "label_dropout", "init_scale")
 # Sizes that every config file sets: a network without such an argument does without them.
 SIZES = ("model.nf", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions", "model.dropout")
-NCSNPP_CHOICES = {
-    "embedding_type": ("positional", "fourier"),
-    "resblock_type": ("biggan", "ddpm"),
-    "nonlinearity": tuple(ACTIVATIONS),
-    "progressive": ("none", "output_skip", "residual"),
-    "progressive_input": ("none", "input_skip", "residual"),
-    "progressive_combine": ("sum", "cat"),
-}
 
 
 def create_model(config):
@@ -36,42 +28,48 @@ def create_model(config):
     `net.config_fields` holds the dotted config fields that make its architecture, with their values, as lists and
     numbers. Raises UserError for fields that do not go together.
     """
-    fields = {f"model.{name}": value for name, value in config.model.items()}
-    fields.update({f"data.{name}": config.data[name] for name in DATA_FIELDS})
-    return create_from_fields(fields)
+    return create_from_fields(model_fields(config))
+
+
+def model_fields(config):
+    """Return the dotted fields of a config's groups model and data."""
+    return {f"{group}.{name}": value for group in ("model", "data") for name, value in config[group].items()}
 
 
 def create_from_fields(fields):
     """Return the network of dotted config fields; those that are missing take the CIFAR-10 config's values.
 
-    Options of other networks must have their default value. Raises UserError for fields that do not go together.
+    Options of other networks must have their default value. Raises UserError for fields outside the choices and ranges
+    of configs/default.py, and for those that do not go together.
     """
+    from configs.default import FIELDS  # here, since that table takes the networks from this file
+
+    fields = {field: tuple_of(value) for field, value in fields.items()}
     name = fields.get("model.name", "ncsnpp")
-    if name not in NETWORKS:
-        raise UserError(f"model.name is {name!r}; it must be one of {', '.join(NETWORKS)}")
-    preconditioning = fields.get("model.preconditioning", "none")
-    if preconditioning not in PRECONDITIONING:
-        raise UserError(f"model.preconditioning is {preconditioning!r}; it must be one of {', '.join(PRECONDITIONING)}")
+    FIELDS["model.name"].check("model.name", name)
     refuse_foreign_fields(name, fields)
-    arguments = {argument: tuple_of(fields.get(field, default)) for argument, field, default in argument_fields(name)}
+    values = {"model.name": name, "model.preconditioning": fields.get("model.preconditioning", "none"),
+              "data.num_classes": 0}
+    values |= {field: fields.get(field, default) for _, field, default in argument_fields(name)}
+    for field, value in values.items():
+        if field in FIELDS:
+            FIELDS[field].check(field, value)
+    arguments = {argument: values[field] for argument, field, _ in argument_fields(name)}
     if "ch_mult" in arguments:
         check_levels(arguments)
     if arguments.get("label_dropout", 0) > 0 and not arguments["num_classes"]:
         raise UserError("model.label_dropout hides class labels, but data.num_classes is 0; set one of them")
-    if preconditioning != "none" and arguments.get("scale_by_sigma"):
-        raise UserError(f"model.preconditioning is {preconditioning}, which scales the output itself; set "
-                        "model.scale_by_sigma to false")
+    if values["model.preconditioning"] != "none" and arguments.get("scale_by_sigma"):
+        raise UserError(f"model.preconditioning is {values['model.preconditioning']}, which scales the output itself; "
+                        "set model.scale_by_sigma to false")
     if name == "ncsnpp":
         check_ncsnpp(arguments)
 
     net = NETWORKS[name](**arguments)
-    if preconditioning != "none":
-        net = Preconditioned(net, preconditioning)
-    net.config_fields = {"model.name": name, "model.preconditioning": preconditioning, "data.num_classes": 0} | {
-        field: list(arguments[argument]) if isinstance(arguments[argument], tuple) else arguments[argument]
-        for argument, field, _ in argument_fields(name)
-        if argument not in FREE_ARGUMENTS
-    }
+    if values["model.preconditioning"] != "none":
+        net = Preconditioned(net, values["model.preconditioning"])
+    net.config_fields = {field: list(value) if isinstance(value, tuple) else value for field, value in values.items()
+                         if field.partition(".")[2] not in FREE_ARGUMENTS}
     return net
 
 
@@ -86,9 +84,8 @@ def refuse_foreign_fields(name, fields):
     own = {field for _, field, _ in argument_fields(name)} | set(SIZES)
     foreign = {field: default for other in NETWORKS for _, field, default in argument_fields(other) if field not in own}
     for field, default in foreign.items():
-        value = fields.get(field, default)
-        if tuple_of(value) != default:
-            raise UserError(f"{field} is {value}, but {name} has no such option; leave it at {default}")
+        if fields.get(field, default) != default:
+            raise UserError(f"{field} is {fields[field]}, but {name} has no such option; leave it at {default}")
 
 
 def tuple_of(value):
@@ -99,26 +96,21 @@ def tuple_of(value):
 def check_levels(arguments):
     """Raise UserError if the levels cannot be built at this image size."""
     size, mult, nf = arguments["image_size"], arguments["ch_mult"], arguments["nf"]
-    if not mult or any(not isinstance(m, int) or m < 1 for m in mult):
+    if not mult or any(not isinstance(m, int) for m in mult):
         raise UserError(f"model.ch_mult is {mult}; it needs one positive whole number for each level")
-    factor = 2 ** (len(mult) - 1)
-    if size < 1 or size % factor:
-        raise UserError(f"data.image_size is {size}, but the {len(mult)} levels of model.ch_mult halve it "
-                        f"{len(mult) - 1} times; it must be a multiple of {factor}")
-    if nf < 4 or nf % 2:
-        raise UserError(f"model.nf is {nf}; it must be an even number of at least 4")
     sizes = [size >> level for level in range(len(mult))]
-    absent = sorted(set(arguments["attn_resolutions"]) - set(sizes))
-    if absent:
+    if size % 2 ** (len(mult) - 1):
+        raise UserError(f"data.image_size is {size}, but the {len(mult)} levels of model.ch_mult halve it "
+                        f"{len(mult) - 1} times; it must be a multiple of {2 ** (len(mult) - 1)}")
+    if nf % 2:
+        raise UserError(f"model.nf is {nf}; it must be an even number")
+    if absent := sorted(set(arguments["attn_resolutions"]) - set(sizes)):
         raise UserError(f"model.attn_resolutions has {absent[0]}, but the levels have sizes "
                         f"{', '.join(map(str, sizes))} at data.image_size {size}")
 
 
 def check_ncsnpp(arguments):
-    """Raise UserError for options of ncsnpp that do not exist or do not go together."""
-    for argument, choices in NCSNPP_CHOICES.items():
-        if arguments[argument] not in choices:
-            raise UserError(f"model.{argument} is {arguments[argument]!r}; it must be one of {', '.join(choices)}")
+    """Raise UserError for options of ncsnpp that do not go together."""
     if arguments["progressive_combine"] == "cat" and arguments["progressive_input"] != "input_skip":
         raise UserError("model.progressive_combine is cat, which only model.progressive_input input_skip can use; "
                         "set one of them")
@@ -127,13 +119,12 @@ def check_ncsnpp(arguments):
         if arguments[argument] == value and len(arguments["ch_mult"]) == 1:
             raise UserError(f"model.{argument} is {value}, which joins levels, but model.ch_mult has one level only")
     taps = arguments["fir_kernel"]
-    if arguments["fir"] and (len(taps) < 2 or sum(taps) == 0):
-        raise UserError(f"model.fir_kernel is {taps}; a filter needs at least two taps, of sum other than zero")
+    if arguments["fir"] and (not 2 <= len(taps) <= 16 or sum(taps) == 0):
+        raise UserError(f"model.fir_kernel is {str(taps)[:80]}; a filter needs two to sixteen taps, of sum other than "
+                        "zero")
     if arguments["scale_by_sigma"] and arguments["embedding_type"] == "positional" and arguments["num_scales"] < 1000:
         raise UserError(f"model.num_scales is {arguments['num_scales']}, but model.scale_by_sigma looks up the noise "
                         "level of the times 0 to 999; it must be at least 1000")
-    if min(arguments["sigma_min"], arguments["sigma_max"]) <= 0:
-        raise UserError("model.sigma_min and model.sigma_max must be positive")
     if arguments["num_classes"] and not arguments["conditional"]:
         raise UserError(f"data.num_classes is {arguments['num_classes']}, but with model.conditional false ncsnpp has "
                         "no embedding that a class could join; set one of them")

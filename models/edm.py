@@ -4,12 +4,11 @@ A denoiser D(x; σ) of images plus σ times noise gives the velocity of the stra
 σ = (1-t)/t the noisy image is x_t/t, and v = (D(x_t/t; σ) - x_t)/(1-t).
 """
 
-import re
-
 import torch
 from torch import nn
 
 from models import edm_pickle
+from models.dhariwal_unet import head_count
 from models.ncsnpp import noise_levels
 from runtime.errors import UserError
 
@@ -81,12 +80,12 @@ DEFAULTS = {  # of arguments that EDM's training script does not pass
 }
 OTHERS = {"img_resolution", "img_channels", "label_dim", "model_type", "augment_dim", "dropout", "label_dropout",
           "use_fp16", "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "M", "epsilon_t"}
-LAYERS = {"conv": "input_conv", "aux_norm": "output_head.norm", "aux_conv": "output_head.conv"}
-TOP = {"ncsnpp": {"map_noise.freqs": "time_features.frequencies", "map_layer0": "time_embedding.linear0",
-                  "map_layer1": "time_embedding.linear1", "map_label": "class_features.linear"},
-       "DhariwalUNet": {"map_layer0": "embedding.linear0", "map_layer1": "embedding.linear1",
-                        "map_label": "embedding.label", "out_norm": "output_norm", "out_conv": "output_conv"}}
-IN_BLOCK = {"ncsnpp": {"affine": "time", "skip": "shortcut"}, "DhariwalUNet": {"skip": "shortcut"}}
+# Our names of layers and theirs, outside the levels and inside their blocks.
+TOP = {"time_features.frequencies": "map_noise.freqs", "time_embedding.linear": "map_layer",
+       "class_features.linear": "map_label", "embedding.linear": "map_layer", "embedding.label": "map_label",
+       "output_norm": "out_norm", "output_conv": "out_conv"}
+IN_BLOCK = {"attention.norm": "norm2", "attention.qkv": "qkv", "attention.proj": "proj", "shortcut": "skip",
+            "time": "affine"}
 
 
 def read_checkpoint(file, path, create):
@@ -102,21 +101,14 @@ def read_checkpoint(file, path, create):
             raise UserError("it has fewer tensors than blocks")
         with torch.device("meta"):
             net = create(fields)
-        state = our_state(snapshot.tensors, net.config_fields, taps)
-        if "net.sigmas" in (expected := net.state_dict()):
-            state["net.sigmas"] = noise_levels(*(
-                net.config_fields[f"model.{name}"] for name in ("sigma_max", "sigma_min", "num_scales")))
-        different = [name for name in [*expected, *state] if name not in state or name not in expected
-                     or state[name].shape != expected[name].shape]
-        if different:
-            raise UserError(f"{different[0]} is missing, or its shape is not that of the arguments")
+        state = our_state(snapshot.tensors, net, taps)
     except UserError as error:
         raise UserError(f"{path} is no network that can be used here: {error}") from None
     except edm_pickle.DAMAGE as error:
         raise UserError(f"{path} is damaged: its arguments and tensors make no network") from error
     shadow = [state[name] for name, _ in net.named_parameters()]
-    return {"model": {name: state[name] for name in expected}, "ema": {"num_updates": 0, "shadow_params": shadow},
-            "step": 0, "fields": net.config_fields, "licence_note": LICENCE_NOTE}
+    return {"model": state, "ema": {"num_updates": 0, "shadow_params": shadow}, "step": 0, "fields": net.config_fields,
+            "licence_note": LICENCE_NOTE}
 
 
 def check_start(net, fields, path):
@@ -137,7 +129,10 @@ def check_start(net, fields, path):
 
 
 def config_fields(snapshot):
-    """Return (dotted config fields, taps of the resampling filter) of a snapshot's arguments."""
+    """Return (dotted config fields, taps of the resampling filter) of a snapshot's arguments.
+
+    Raises UserError for arguments that ours lacks; those that are config fields are checked where a network is made.
+    """
     if snapshot.class_name not in CLASSES:
         raise UserError(f"its preconditioning is {snapshot.class_name}; known are {', '.join(CLASSES)}")
     for name, value in CONSTANTS.items():
@@ -149,9 +144,16 @@ def config_fields(snapshot):
         raise UserError(f"its model_type is {kind!r}; known are {', '.join(DEFAULTS)}")
     if unknown := arguments.keys() - OTHERS - DEFAULTS[kind].keys():
         raise UserError(f"it has the argument {min(unknown)!r}, which is not known")
-    given = DEFAULTS[kind] | arguments
-    check_options(kind, given)
-    size = given["img_resolution"]
+    given = {"resample_filter": [1, 1]} | DEFAULTS[kind] | arguments
+    noise = {"positional": 1, "fourier": 2}
+    allowed = {"channel_mult_emb": (4,)}
+    if kind == "SongUNet":
+        allowed |= {"embedding_type": tuple(noise), "encoder_type": ("standard", "residual"),
+                    "decoder_type": ("standard",), "channel_mult_noise": (noise.get(given["embedding_type"]),)}
+    for name, values in allowed.items():
+        if given[name] not in values:
+            raise UserError(f"its {name} is {given[name]!r}; known: {', '.join(map(str, values))}")
+    size, taps = given["img_resolution"], given["resample_filter"]
     sizes = [size >> level for level in range(len(given["channel_mult"]))]
     fields = {"model.preconditioning": CLASSES[snapshot.class_name], "model.nf": given["model_channels"],
               "model.ch_mult": given["channel_mult"], "model.num_res_blocks": given["num_blocks"],
@@ -159,93 +161,88 @@ def config_fields(snapshot):
               "data.image_size": size, "data.num_channels": given["img_channels"],
               "data.num_classes": given.get("label_dim", 0)}
     if kind == "DhariwalUNet":
-        return fields | {"model.name": "DhariwalUNet"}, [1, 1]
-    taps = given["resample_filter"]
+        return fields | {"model.name": "DhariwalUNet"}, taps
     fields |= {"model.name": "ncsnpp", "model.embedding_type": given["embedding_type"], "model.fir": taps != [1, 1],
                "model.progressive_input": {"standard": "none"}.get(given["encoder_type"], given["encoder_type"])}
     return fields | ({"model.fir_kernel": taps} if taps != [1, 1] else {}), taps
 
 
-def check_options(kind, given):
-    """Raise UserError for arguments of a U-Net that ours lacks, or that no U-Net has."""
-    for name in ("img_resolution", "img_channels", "model_channels", "num_blocks"):
-        if type(given[name]) is not int or not 1 <= given[name] <= 2**14:
-            raise UserError(f"its {name} is {given[name]!r}, not a number from 1 to {2**14}")
-    for name in ("channel_mult", "attn_resolutions"):
-        if type(given[name]) is not list or len(given[name]) > 12 or any(
-                type(number) is not int or not 1 <= number <= 2**14 for number in given[name]):
-            raise UserError(f"its {name} is not a list of a few whole numbers")
-    if type(given.get("label_dim", 0)) is not int or not 0 <= given.get("label_dim", 0) <= 2**20:
-        raise UserError(f"its label_dim is {given['label_dim']!r}")
-    allowed = {"channel_mult_emb": (4,)}
-    if kind == "SongUNet":
-        noise = {"positional": 1, "fourier": 2}
-        allowed |= {"embedding_type": tuple(noise), "encoder_type": ("standard", "residual"),
-                    "decoder_type": ("standard",), "channel_mult_noise": (noise.get(given["embedding_type"]),)}
-        taps = given["resample_filter"]
-        if type(taps) is not list or not 2 <= len(taps) <= 16 or sum(taps) == 0:
-            raise UserError("its resample_filter is no list of taps")
-    for name, values in allowed.items():
-        if given[name] not in values:
-            raise UserError(f"its {name} is {given[name]!r}; known: {', '.join(map(str, values))}")
-
-
-def our_state(tensors, fields, taps):
-    """Return {our name: tensor} of {EDM's name: tensor}, with the rows of attention's projections in our order."""
-    state = {}
-    for name, tensor in tensors.items():
-        bare = name.removeprefix("model.")
-        if bare == "map_augment.weight":  # acts on the parameters of augmentation, which sampling does not have
-            continue
-        if bare.endswith("resample_filter"):
-            kernel = torch.tensor([[a * b / sum(taps) ** 2 for a in taps] for b in taps])
-            if tensor.shape[-2:] != kernel.shape or not torch.allclose(tensor, kernel, atol=1e-6):
+def our_state(tensors, net, taps):
+    """Return the state dict of `net` of {EDM's name: tensor}, or raise UserError where the two differ."""
+    fields, expected = net.config_fields, net.state_dict()
+    names = {ours: f"model.{edm_name(ours.removeprefix('net.'), fields)}" for ours in expected if ours != "net.sigmas"}
+    kernel = torch.tensor([[a * b / sum(taps) ** 2 for a in taps] for b in taps])
+    for name in [name for name in tensors if name not in names.values()]:
+        if name.endswith("resample_filter"):
+            if tensors[name].shape[-2:] != kernel.shape or not torch.allclose(tensors[name], kernel, atol=1e-6):
                 raise UserError(f"{name} is not the filter of its resample_filter")
+        elif name != "model.map_augment.weight":  # acts on parameters of augmentation, which sampling does not have
+            raise UserError(f"it has the tensor {name.removeprefix('model.')[:80]!r}, which no such network has")
+    state = {}
+    for ours, like in expected.items():
+        if ours == "net.sigmas":
+            state[ours] = noise_levels(*(fields[f"model.{name}"] for name in ("sigma_max", "sigma_min", "num_scales")))
             continue
-        ours = our_name(bare, fields)
-        if ".attention." in ours and tensor.dim() == 4:
-            tensor = tensor[:, :, 0, 0]
-        if ".qkv." in ours:  # EDM's rows: head, channel, (q, k, v); ours: (q, k, v), head, channel
-            channels = tensor.shape[0] // 3
-            heads = max(1, channels // 64) if fields["model.name"] == "DhariwalUNet" else 1
-            tensor = tensor.reshape(heads, channels // heads, 3, *tensor.shape[1:]).movedim(2, 0).reshape(tensor.shape)
-        if f"net.{ours}" in state:
-            raise UserError(f"it has the tensor {name[:80]!r} twice")
-        state[f"net.{ours}"] = tensor
+        tensor = tensors.get(names[ours])
+        if tensor is not None and ".attention." in ours:
+            tensor = tensor[:, :, 0, 0] if tensor.dim() == 4 else tensor
+            if ".qkv." in ours:
+                tensor = deinterleave(tensor, None if fields["model.name"] == "DhariwalUNet" else 1)
+        if tensor is None or tensor.shape != like.shape:
+            raise UserError(f"{ours} is missing, or its shape is not that of the arguments")
+        state[ours] = tensor
     return state
 
 
-def our_name(name, fields):
-    """Return our name of EDM's tensor `name` (without its `model.`), or raise UserError."""
-    net, size, last = fields["model.name"], fields["data.image_size"], len(fields["model.ch_mult"]) - 1
-    for theirs, ours in TOP[net].items():
-        if name == theirs or name.startswith(f"{theirs}."):
-            return ours + name.removeprefix(theirs)
-    sizes = [size >> level for level in range(last + 1)]
-    match = re.fullmatch(r"(enc|dec)\.(\d{1,5})x\2_([a-z]+(?:_[a-z]+)?)(\d{0,3})\.((\w+\.)?\w+)", name)
-    if not match or int(match[2]) not in sizes:
-        raise UserError(f"it has the tensor {name[:80]!r}, which no such network has")
-    side, level, part, number, rest = match[1], sizes.index(int(match[2])), match[3], match[4], match[5]
-    if part in LAYERS:
-        return f"{LAYERS[part]}.{rest}"
-    if part == "aux_residual":
-        return f"encoder.{level - 1}.pyramid.down.conv.{rest}"
-    song, attends = net == "ncsnpp", rest.startswith(("norm2.", "qkv.", "proj."))
-    if attends:
-        rest = rest.replace("norm2.", "norm.")
-    else:
-        layer, dot, end = rest.partition(".")
-        rest = IN_BLOCK[net].get(layer, layer) + dot + end
-    if part == "in":
-        block = f"middle.block{number}" if song else f"middle.{number}"
-        attention = "middle.attention.attention" if song else f"{block}.attention"
-    elif part == "block":
-        place = level if side == "enc" else last - level
-        block = f"{side}oder.{place}.blocks.{number}"
-        attention = f"{side}oder.{place}.attention" + (f"s.{number}" if side == "enc" else "") + ".attention"
-        attention = attention if song else f"{block}.attention"
-    else:  # down, up: ours belongs to the level that it leaves, DhariwalUNet's to the one that it enters
-        place = level - song if side == "enc" else last - level - song
-        block = f"{side}oder.{place}.{part if song else 'resample'}"
-        attention = f"{block}.attention"
-    return f"{attention if attends else block}.{rest}"
+def edm_name(name, fields):
+    """Return the name that our tensor `name` of a network of dotted `fields` has in EDM's networks.
+
+    The released DhariwalUNet has the same names.
+    """
+    last = len(fields["model.ch_mult"]) - 1
+
+    def at(side, level):
+        size = fields["data.image_size"] >> level
+        return f"{side}.{size}x{size}"
+
+    match name.split("."):
+        case ["input_conv", end]:
+            return f"{at('enc', 0)}_conv.{end}"
+        case ["output_head", layer, end]:
+            return f"{at('dec', 0)}_aux_{layer}.{end}"
+        case ["encoder", level, "pyramid", "down", "conv", end]:
+            return f"{at('enc', int(level) + 1)}_aux_residual.{end}"
+        case ["encoder", level, "blocks" | "attentions", number, *rest]:
+            block = f"{at('enc', int(level))}_block{number}"
+        case ["encoder", level, "resample" | "down" as kind, *rest]:  # of the level that it enters, or leaves
+            block = f"{at('enc', int(level) + (kind == 'down'))}_down"
+        case ["middle", "attention" | "0" | "block0", *rest]:
+            block = f"{at('dec', last)}_in0"
+        case ["middle", "1" | "block1", *rest]:
+            block = f"{at('dec', last)}_in1"
+        case ["decoder", level, "blocks", number, *rest]:
+            block = f"{at('dec', last - int(level))}_block{number}"
+        case ["decoder", level, "attention", *rest]:
+            block = f"{at('dec', last - int(level))}_block{fields['model.num_res_blocks']}"
+        case ["decoder", level, "resample" | "up" as kind, *rest]:
+            block = f"{at('dec', last - int(level) - (kind == 'up'))}_up"
+        case _:
+            ours = next(ours for ours in TOP if name.startswith(ours))
+            return TOP[ours] + name.removeprefix(ours)
+    layer, end = ".".join(rest[:-1]), rest[-1]
+    return f"{block}.{IN_BLOCK.get(layer, layer)}.{end}"
+
+
+def interleave(rows, heads=None):
+    """Reorder the rows of an attention projection from ours, (q, k, v), head, channel, to head, channel, (q, k, v).
+
+    heads None: as many as DhariwalUNet has.
+    """
+    heads = heads or head_count(rows.shape[0] // 3)
+    return rows.reshape(3, heads, -1, *rows.shape[1:]).movedim(0, 2).reshape(rows.shape)
+
+
+def deinterleave(rows, heads=None):
+    """Undo `interleave`."""
+    heads = heads or head_count(rows.shape[0] // 3)
+    return rows.reshape(heads, -1, 3, *rows.shape[1:]).movedim(2, 0).reshape(rows.shape)

@@ -6,17 +6,20 @@ order, which tensor of ours it is. Everything else follows from that list.
 """
 
 import dataclasses
+import itertools
 
 import torch
 
-from models import layers
 from models.create import create_from_fields
-from models.dhariwal_unet import head_count
-from models.ncsnpp import AttentionBlock, OutputHead, ResidualBlock
+from models.edm import deinterleave, edm_name, interleave
+from models.layers import FIRFilter
+from models.ncsnpp import AttentionBlock, FourierFeatures, InputSkip, OutputSkip, ResidualBlock
 from runtime.errors import UserError
 
 PREFIX = "module."  # the released NCSN++ was saved from inside DataParallel
 BOX_FILTER = "resample_filter"  # constant buffers of the released DhariwalUNet: the 2×2 mean
+IN_BLOCK = {"GroupNorm_0": "norm0", "Conv_0": "conv0", "Dense_0": "time", "GroupNorm_1": "norm1", "Conv_1": "conv1"}
+
 
 def _row(parameters, image_size, nf, num_res_blocks, ch_mult, **others):
     fields = {"data.image_size": image_size, "model.nf": nf, "model.num_res_blocks": num_res_blocks,
@@ -69,34 +72,11 @@ def released_state(net):
     return {r.name: r.write(ours) for r in released_tensors(net)}
 
 
-def interleave(rows):
-    """Reorder the rows of an attention projection from ours, (q, k, v) then head then channel, to DhariwalUNet's.
-
-    Released: head, then channel, then (q, k, v).
-    """
-    heads = head_count(rows.shape[0] // 3)
-    return rows.reshape(3, heads, -1, *rows.shape[1:]).movedim(0, 2).reshape(rows.shape)
-
-
-def deinterleave(rows):
-    """Undo `interleave`."""
-    heads = head_count(rows.shape[0] // 3)
-    return rows.reshape(heads, -1, 3, *rows.shape[1:]).movedim(2, 0).reshape(rows.shape)
-
-
-def _add_pixel(matrix):
-    return matrix[:, :, None, None]
-
-
-def _drop_pixel(weight):
-    return weight[:, :, 0, 0]
-
-
 # Changes of a tensor: (from ours to the released one, back).
 INTERLEAVED = (interleave, deinterleave)
 TRANSPOSED = (torch.t, torch.t)
-CONVOLUTION = (_add_pixel, _drop_pixel)  # a matrix here, a 1×1 convolution there
-MATRIX = (_drop_pixel, _add_pixel)
+MATRIX = (lambda weight: weight[:, :, 0, 0], lambda matrix: matrix[:, :, None, None])  # of our 1×1 convolution
+CONVOLUTION = MATRIX[::-1]  # of our matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +92,13 @@ class Released:
     parameter: bool = True  # whether the released optimiser lists it
 
     def write(self, ours):
-        """Return the released tensor, made of {our name: tensor}."""
+        """Return the released tensor, made of {our name: tensor}; a count of steps goes to every part."""
         if not self.ours:
             return torch.full((1, 1, 2, 2), 0.25)
-        tensor = ours[self.ours].chunk(self.parts)[self.part]
+        tensor = ours[self.ours]
+        if tensor.dim() == 0:
+            return tensor.clone()
+        tensor = tensor.chunk(self.parts)[self.part]
         for change, _ in self.changes:
             tensor = change(tensor)
         return tensor.contiguous()
@@ -123,23 +106,9 @@ class Released:
     def read(self, theirs):
         """Return our part of our tensor, made of {released name: tensor}."""
         tensor = theirs[self.name]
-        for _, undo in reversed(self.changes):
+        for _, undo in reversed(self.changes if tensor.dim() else ()):
             tensor = undo(tensor)
         return tensor
-
-
-def _join(theirs, table):
-    """Return {our name: tensor} of {released name: tensor}, for those of ours whose every part is there."""
-    parts = {}
-    for r in table:
-        if r.ours and r.name in theirs:
-            parts.setdefault(r.ours, []).append(r.read(theirs))
-    return {ours: torch.cat(rows) if len(rows) > 1 else rows[0].contiguous() for ours, rows in parts.items()}
-
-
-def _split(ours, table):
-    """Return {released name: tensor} of {our name: tensor}, in the released order."""
-    return {r.name: r.write(ours) for r in table if r.ours in ours}
 
 
 def from_released(checkpoint, net):
@@ -147,21 +116,34 @@ def from_released(checkpoint, net):
 
     Raises ValueError, LookupError, TypeError, AttributeError or RuntimeError if these do not belong to `net`.
     """
-    return _translate(checkpoint, released_tensors(net), _join, _released_order(net), _our_order(net))
+    table = released_tensors(net)
+
+    def join(theirs):
+        parts = {}
+        for r in table:
+            if r.ours and r.name in theirs:
+                parts.setdefault(r.ours, []).append(r.read(theirs))
+        return {ours: torch.cat(rows) if len(rows) > 1 and rows[0].dim() else rows[0].contiguous()
+                for ours, rows in parts.items()}
+
+    return _translate(checkpoint, join, _released_order(table), _our_order(net))
 
 
 def to_released(checkpoint, net):
     """Return a checkpoint of `net` in the released layout: weights, EMA and Adam's moments."""
     table = released_tensors(net)
-    translated = _translate(checkpoint, table, _split, _our_order(net), _released_order(net))
+
+    def split(ours):
+        return {r.name: r.write(ours) for r in table if not r.ours or r.ours in ours}
+
+    translated = _translate(checkpoint, split, _our_order(net), _released_order(table))
     prefix = PREFIX if net.config_fields["model.name"] == "ncsnpp" else ""
-    translated["model"] = {prefix + r.name: r.write(checkpoint["model"]) for r in table}
+    translated["model"] = {prefix + name: tensor for name, tensor in translated["model"].items()}
     return translated
 
 
-def _released_order(net):
+def _released_order(table):
     """Return (names of the parameters in the order of the optimiser, names of those that the EMA follows)."""
-    table = released_tensors(net)
     return [r.name for r in table if r.parameter], [r.name for r in table if r.trained]
 
 
@@ -170,37 +152,28 @@ def _our_order(net):
     return [name for name, _ in parameters], [name for name, p in parameters if p.requires_grad]
 
 
-def _translate(checkpoint, table, translate, source, target):
-    """Translate every tensor of a checkpoint from the order of `source` to that of `target`."""
-    result = dict(checkpoint, model=translate(checkpoint["model"], table))
+def _translate(checkpoint, translate, source, target):
+    """Translate every tensor of a checkpoint from the order of `source` to that of `target`.
+
+    translate: of {name there: tensor} the {name here: tensor}. The optimiser has one parameter group, as Adam's.
+    """
+    result = dict(checkpoint, model=translate(checkpoint["model"]))
     if "ema" in checkpoint:
         shadow = checkpoint["ema"]["shadow_params"]
         if len(shadow) != len(source[1]):
             raise ValueError(f"the EMA has {len(shadow)} tensors there and {len(source[1])} here")
-        shadow = translate(dict(zip(source[1], shadow, strict=True)), table)
+        shadow = translate(dict(zip(source[1], shadow, strict=True)))
         result["ema"] = dict(checkpoint["ema"], shadow_params=[shadow[name] for name in target[1]])
     if "optimizer" in checkpoint:
-        result["optimizer"] = _translate_optimizer(checkpoint["optimizer"], table, translate, source[0], target[0])
+        states = {source[0][i]: state for i, state in checkpoint["optimizer"]["state"].items()}
+        kinds = dict.fromkeys(kind for state in states.values() for kind in state)  # step, exp_avg, …
+        values = {kind: translate({name: torch.as_tensor(state[kind]) for name, state in states.items()
+                                   if kind in state}) for kind in kinds}
+        moments = [{kind: values[kind][name] for kind in kinds if name in values[kind]} for name in target[0]]
+        group = dict(checkpoint["optimizer"]["param_groups"][0], params=list(range(len(moments))))
+        result["optimizer"] = {"state": {i: state for i, state in enumerate(moments) if state},
+                               "param_groups": [group]}
     return result
-
-
-def _translate_optimizer(optimizer, table, translate, source, target):
-    """Translate the state of an optimiser with one parameter group, Adam's for instance."""
-    states = {source[i]: state for i, state in optimizer["state"].items()}
-    translated = {name: {} for name in target}
-    for kind in dict.fromkeys(kind for state in states.values() for kind in state):
-        values = {name: torch.as_tensor(state[kind]) for name, state in states.items() if kind in state}
-        if all(value.dim() == 0 for value in values.values()):  # a count of steps: shared by parts and whole
-            for r in table:
-                there, name = (r.name, r.ours) if r.name in values else (r.ours, r.name)
-                if there in values:
-                    translated[name][kind] = values[there].clone()
-        else:
-            for name, value in translate(values, table).items():
-                translated[name][kind] = value
-    group = dict(optimizer["param_groups"][0], params=list(range(len(target))))
-    state = {i: translated[name] for i, name in enumerate(target) if translated[name]}
-    return {"state": state, "param_groups": [group]}
 
 
 # The released layout of each network.
@@ -211,18 +184,78 @@ def released_tensors(net):
 
     Raises UserError for a network of a kind that was never released.
     """
-    fields, names = net.config_fields, {module: name for name, module in net.named_modules()}
+    fields = net.config_fields
     layouts = {"ncsnpp": _ncsnpp_tensors, "DhariwalUNet": _dhariwal_tensors}
     if (fields["model.name"] not in layouts or fields["model.preconditioning"] != "none"
             or (fields["model.name"] == "ncsnpp" and fields["data.num_classes"])):
         raise UserError("only ncsnpp without classes and DhariwalUNet, neither with model.preconditioning, have a "
                         "released layout")
-    return list(layouts[fields["model.name"]](net, names))
+    return list(layouts[fields["model.name"]](net))
 
 
-def _plain(name, ours, changes=()):
+def _dhariwal_tensors(net):
+    """The names are those of EDM's networks, in our order; resampling blocks have their filters, too."""
+    for ours in net.state_dict():
+        name, changes = edm_name(ours, net.config_fields), ()
+        if ".qkv." in name:
+            changes += (INTERLEAVED,)
+        if name.endswith((".qkv.weight", ".proj.weight")):
+            changes += (CONVOLUTION,)
+        yield Released(name, ours, changes=changes)
+        for last, layer in (("conv0.bias", "conv0"), ("conv1.bias", "skip")):
+            if ".resample." in ours and name.endswith(last):
+                yield Released(name.replace(last, f"{layer}.{BOX_FILTER}"), "", trained=False, parameter=False)
+
+
+def _ncsnpp_tensors(net):
+    yield Released("sigmas", "sigmas", trained=False, parameter=False)
+    names = {module: name for name, module in net.named_modules()}
+    nin_shortcut = net.config_fields["model.resblock_type"] == "ddpm"
+    for number, module in enumerate(_numbered(net)):
+        name, ours = f"all_modules.{number}", names[module]
+        if isinstance(module, AttentionBlock):
+            yield from _plain(f"{name}.GroupNorm_0", f"{ours}.attention.norm")
+            for part in range(3):
+                yield from _nin(f"{name}.NIN_{part}", f"{ours}.attention.qkv", (TRANSPOSED,), part, 3)
+            yield from _nin(f"{name}.NIN_3", f"{ours}.attention.proj", (TRANSPOSED,))
+        elif isinstance(module, ResidualBlock):
+            for theirs, layer in IN_BLOCK.items():
+                yield from _plain(f"{name}.{theirs}", f"{ours}.{layer}")
+            if module.shortcut is not None and nin_shortcut:
+                yield from _nin(f"{name}.NIN_0", f"{ours}.shortcut", (MATRIX, TRANSPOSED))
+            elif module.shortcut is not None:
+                yield from _plain(f"{name}.Conv_2", f"{ours}.shortcut")
+        elif isinstance(module, FourierFeatures):
+            yield Released(f"{name}.W", f"{ours}.frequencies", trained=False)
+        elif hasattr(module, "conv"):  # a resampling
+            yield from _plain(f"{name}.{'Conv2d_0' if isinstance(module, FIRFilter) else 'Conv_0'}", f"{ours}.conv")
+        elif hasattr(module, "weight"):
+            yield from _plain(f"{name}.Conv_0" if ours.endswith("pyramid.conv") else name, ours)
+
+
+def _numbered(net):
+    """Return the modules that the released list numbers, in its order; those without tensors count, too."""
+    found = [net.time_features] if net.fourier else []
+    found += [*(net.time_embedding.children() if net.time_embedding is not None else ()), net.input_conv]
+    for level in net.encoder:
+        found += itertools.chain(*zip(level.blocks, level.attentions, strict=True))
+        found += [level.down, *_of_pyramid(level.pyramid)]
+    found += net.middle.children()
+    for level in net.decoder:
+        found += [*level.blocks, level.attention, *_of_pyramid(level.pyramid), level.up]
+    found += net.output_head.children() if net.output_head is not None else ()
+    return [module for module in found if not isinstance(module, torch.nn.Identity | None)]
+
+
+def _of_pyramid(pyramid):
+    if pyramid is None or isinstance(pyramid, InputSkip):
+        return [pyramid and pyramid.conv]
+    return pyramid.head.children() if isinstance(pyramid, OutputSkip) else pyramid.children()
+
+
+def _plain(name, ours):
     """Yield weight and bias of a layer that both sides have."""
-    yield Released(f"{name}.weight", f"{ours}.weight", changes=changes)
+    yield Released(f"{name}.weight", f"{ours}.weight")
     yield Released(f"{name}.bias", f"{ours}.bias")
 
 
@@ -230,121 +263,3 @@ def _nin(name, ours, changes, part=0, parts=1):
     """Yield W and b of a released "NIN", a matrix that is multiplied from the right."""
     yield Released(f"{name}.W", f"{ours}.weight", part, parts, changes)
     yield Released(f"{name}.b", f"{ours}.bias", part, parts)
-
-
-def _ncsnpp_tensors(net, names):
-    yield Released("sigmas", "sigmas", trained=False, parameter=False)
-    nin_shortcut = net.config_fields["model.resblock_type"] == "ddpm"
-    for number, module in enumerate(_ncsnpp_modules(net)):
-        yield from _ncsnpp_module(f"all_modules.{number}", module, names[module], nin_shortcut)
-
-
-def _ncsnpp_modules(net):
-    """Yield the modules that the released list numbers, in its order; those without tensors count, too."""
-    if net.fourier:
-        yield net.time_features
-    if net.time_embedding is not None:
-        yield from (net.time_embedding.linear0, net.time_embedding.linear1)
-    yield net.input_conv
-    for level in net.encoder:
-        for block, attention in zip(level.blocks, level.attentions, strict=True):
-            yield block
-            if isinstance(attention, AttentionBlock):
-                yield attention
-        if level.down is not None:
-            yield level.down
-        if level.pyramid is not None:
-            yield level.pyramid.conv if hasattr(level.pyramid, "conv") else level.pyramid.down
-    yield from (net.middle.block0, net.middle.attention, net.middle.block1)
-    for level in net.decoder:
-        yield from level.blocks
-        if isinstance(level.attention, AttentionBlock):
-            yield level.attention
-        if level.pyramid is not None:
-            yield from _head_or_up(level.pyramid)
-        if level.up is not None:
-            yield level.up
-    if net.output_head is not None:
-        yield from (net.output_head.norm, net.output_head.conv)
-
-
-def _head_or_up(pyramid):
-    head = getattr(pyramid, "head", None)
-    return (head.norm, head.conv) if isinstance(head, OutputHead) else (pyramid.up,)
-
-
-def _ncsnpp_module(name, module, ours, nin_shortcut):
-    """Yield the tensors of one numbered module of the released NCSN++; `ours` is its name here."""
-    if isinstance(module, ResidualBlock):
-        yield from _plain(f"{name}.GroupNorm_0", f"{ours}.norm0")
-        yield from _plain(f"{name}.Conv_0", f"{ours}.conv0")
-        yield from _plain(f"{name}.Dense_0", f"{ours}.time")
-        yield from _plain(f"{name}.GroupNorm_1", f"{ours}.norm1")
-        yield from _plain(f"{name}.Conv_1", f"{ours}.conv1")
-        if module.shortcut is not None and nin_shortcut:
-            yield from _nin(f"{name}.NIN_0", f"{ours}.shortcut", (MATRIX, TRANSPOSED))
-        elif module.shortcut is not None:
-            yield from _plain(f"{name}.Conv_2", f"{ours}.shortcut")
-    elif isinstance(module, AttentionBlock):
-        yield from _plain(f"{name}.GroupNorm_0", f"{ours}.attention.norm")
-        for part in range(3):
-            yield from _nin(f"{name}.NIN_{part}", f"{ours}.attention.qkv", (TRANSPOSED,), part, 3)
-        yield from _nin(f"{name}.NIN_3", f"{ours}.attention.proj", (TRANSPOSED,))
-    elif isinstance(module, layers.FIRConvUpsample | layers.FIRConvDownsample):
-        yield from _plain(f"{name}.Conv2d_0", f"{ours}.conv")
-    elif isinstance(module, layers.ConvUpsample | layers.ConvDownsample):
-        yield from _plain(f"{name}.Conv_0", f"{ours}.conv")
-    elif ours.endswith("pyramid.conv"):  # the 1×1 convolution of the progressive input
-        yield from _plain(f"{name}.Conv_0", ours)
-    elif ours == "time_features":
-        yield Released(f"{name}.W", "time_features.frequencies", trained=False)
-    elif isinstance(module, torch.nn.Linear | torch.nn.Conv2d | layers.GroupNorm):
-        yield from _plain(name, ours)
-
-
-def _dhariwal_tensors(net, names):
-    size = net.config_fields["data.image_size"]
-    yield from _plain("map_layer0", "embedding.linear0")
-    yield from _plain("map_layer1", "embedding.linear1")
-    if net.embedding.label is not None:
-        yield Released("map_label.weight", "embedding.label.weight")
-    for i, level in enumerate(net.encoder):
-        resolution = f"enc.{size >> i}x{size >> i}"
-        if level.resample is None:
-            yield from _plain(f"{resolution}_conv", "input_conv")
-        else:
-            yield from _dhariwal_block(f"{resolution}_down", level.resample, names)
-        for k, block in enumerate(level.blocks):
-            yield from _dhariwal_block(f"{resolution}_block{k}", block, names)
-    for i, level in zip(reversed(range(len(net.encoder))), net.decoder, strict=True):
-        resolution = f"dec.{size >> i}x{size >> i}"
-        if level.resample is None:
-            for k, block in enumerate(net.middle):
-                yield from _dhariwal_block(f"{resolution}_in{k}", block, names)
-        else:
-            yield from _dhariwal_block(f"{resolution}_up", level.resample, names)
-        for k, block in enumerate(level.blocks):
-            yield from _dhariwal_block(f"{resolution}_block{k}", block, names)
-    yield from _plain("out_norm", "output_norm")
-    yield from _plain("out_conv", "output_conv")
-
-
-def _dhariwal_block(name, block, names):
-    """Yield the tensors of one block of the released DhariwalUNet."""
-    ours = names[block]
-    yield from _plain(f"{name}.norm0", f"{ours}.norm0")
-    yield from _plain(f"{name}.conv0", f"{ours}.conv0")
-    if block.resample is not None:
-        yield Released(f"{name}.conv0.{BOX_FILTER}", "", trained=False, parameter=False)
-    yield from _plain(f"{name}.affine", f"{ours}.affine")
-    yield from _plain(f"{name}.norm1", f"{ours}.norm1")
-    yield from _plain(f"{name}.conv1", f"{ours}.conv1")
-    if block.shortcut is not None:
-        yield from _plain(f"{name}.skip", f"{ours}.shortcut")
-    elif block.resample is not None:
-        yield Released(f"{name}.skip.{BOX_FILTER}", "", trained=False, parameter=False)
-    if block.attention is not None:
-        yield from _plain(f"{name}.norm2", f"{ours}.attention.norm")
-        yield Released(f"{name}.qkv.weight", f"{ours}.attention.qkv.weight", changes=(INTERLEAVED, CONVOLUTION))
-        yield Released(f"{name}.qkv.bias", f"{ours}.attention.qkv.bias", changes=(INTERLEAVED,))
-        yield from _plain(f"{name}.proj", f"{ours}.attention.proj", (CONVOLUTION,))

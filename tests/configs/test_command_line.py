@@ -89,7 +89,7 @@ def test_script_boolean_takes_the_space_form():
     (["--config.model.nf", "many"], "--config.model.nf=many: this takes a whole number"),
     (["--config.optim.lr", "fast"], "--config.optim.lr=fast: "),
     (["--config.seed", str(2**70)], f"config.seed must be at most {2**63 - 1:g}"),
-    (["--config.model.nf", "0"], "config.model.nf must be at least 1, not 0"),
+    (["--config.model.nf", "0"], "config.model.nf must be at least 4, not 0"),
     (["--config.model.dropout", "nan"], "config.model.dropout must be a number, not nan"),
     (["--config.model.name", "ncsnp"], "did you mean ncsnpp?"),
     (["--config.sampling.use_ode_sampler", "rk54"], "did you mean rk45?"),

@@ -2,9 +2,8 @@
 
 import pytest
 
-from models import create
 from models.checkpoint import load_model, read_checkpoint
-from models.create import create_from_fields
+from models.create import NETWORKS, create_from_fields
 from models.describe import describe
 from runtime.errors import UserError
 from tests.models.added_network import Perceptron, add_perceptron
@@ -15,7 +14,7 @@ CONFIG = "configs/rectified_flow/digits_rf_gaussian.py"
 
 @pytest.fixture
 def added(monkeypatch):
-    monkeypatch.setattr(create, "NETWORKS", create.NETWORKS | {"perceptron": Perceptron})
+    monkeypatch.setitem(NETWORKS, "perceptron", Perceptron)
 
 
 def test_a_network_without_levels_runs_through_training_and_sampling(tmp_path, added):

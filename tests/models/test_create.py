@@ -31,31 +31,37 @@ def test_arguments_have_the_configs_defaults(name):
 
 
 @pytest.mark.parametrize("base, changes, sentence", [
-    (SMALL, {"model.name": "unet"}, "model.name is 'unet'"),
+    (SMALL, {"model.name": "unet"}, "model.name must be one of ncsnpp, DhariwalUNet, not 'unet'"),
     (SMALL, {"data.num_classes": 10, "model.conditional": False}, "data.num_classes is 10, but with model.conditional"),
-    (SMALL, {"model.preconditioning": "iddpm"}, "model.preconditioning is 'iddpm'; it must be one of none, edm"),
+    (SMALL, {"model.preconditioning": "iddpm"}, "model.preconditioning must be one of none, edm, vp, ve, not 'iddpm'"),
     (SMALL, {"model.preconditioning": "edm", "model.scale_by_sigma": True}, "set model.scale_by_sigma to false"),
     (SMALL, {"data.image_size": 9}, "data.image_size is 9, but the 2 levels of model.ch_mult halve it 1 times"),
     (SMALL, {"model.ch_mult": ()}, "model.ch_mult is"),
-    (SMALL, {"model.ch_mult": (1, 0)}, "model.ch_mult is"),
-    (SMALL, {"model.nf": 2}, "model.nf is 2"),
+    (SMALL, {"model.ch_mult": (1, 0)}, "model.ch_mult must be at least 1"),
+    (SMALL, {"model.ch_mult": (1, 1.5)}, "model.ch_mult is"),
+    (SMALL, {"model.nf": 2}, "model.nf must be at least 4"),
     (SMALL, {"model.nf": 9}, "model.nf is 9"),
     (SMALL, {"model.nf": 90}, "make a layer of 90 channels"),
     (SMALL, {"model.attn_resolutions": (16,)}, "model.attn_resolutions has 16, but the levels have sizes 8, 4"),
-    (SMALL, {"model.resblock_type": "resnet"}, "model.resblock_type is 'resnet'; it must be one of biggan, ddpm"),
+    (SMALL, {"model.resblock_type": "resnet"}, "model.resblock_type must be one of biggan, ddpm, not 'resnet'"),
     (SMALL, {"model.progressive_combine": "cat"}, "model.progressive_combine is cat"),
     (SMALL, {"model.ch_mult": (1,), "model.attn_resolutions": (), "model.progressive": "residual"},
      "model.progressive is residual, which joins levels, but model.ch_mult has one level only"),
     (SMALL, {"model.fir": True, "model.fir_kernel": (1,)}, "model.fir_kernel is"),
     (SMALL, {"model.scale_by_sigma": True, "model.num_scales": 10}, "model.num_scales is 10"),
-    (SMALL, {"model.sigma_min": 0.0}, "model.sigma_min and model.sigma_max"),
+    (SMALL, {"model.sigma_min": 0.0}, "model.sigma_min must be at least"),
+    (SMALL, {"model.num_res_blocks": 10**9}, "model.num_res_blocks must be at most 64"),
+    (SMALL, {"model.num_scales": 10**12}, "model.num_scales must be at most 1e+06"),
+    (SMALL, {"data.image_size": 2**40, "model.ch_mult": (1,) * 40}, "data.image_size must be at most 4096"),
+    (SMALL, {"model.ch_mult": (1, 10**9)}, "model.ch_mult must be at most 64"),
+    (SMALL, {"model.fir": True, "model.fir_kernel": (1,) * 10**5}, "a filter needs two to sixteen taps"),
     (WIDE, {"model.fir": True}, "model.fir is True, but DhariwalUNet has no such option"),
     (WIDE, {"model.progressive": "residual"}, "model.progressive is residual, but DhariwalUNet"),
     (WIDE, {"model.label_dropout": 0.1}, "model.label_dropout hides class labels, but data.num_classes is 0"),
     (WIDE, {"model.nf": 224, "model.ch_mult": (1, 1)}, "attention of 224 channels"),
 ])
 def test_senseless_combination_is_refused_by_name(base, changes, sentence):
-    """Each with the field, what it is and what it must be."""
+    """Each with the field, what it is and what it must be; sizes that would be built for ever, too."""
     with pytest.raises(UserError) as refused:
         create_from_fields(base | changes)
     assert sentence in str(refused.value)

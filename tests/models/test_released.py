@@ -5,14 +5,8 @@ import torch
 
 from models.checkpoint import in_our_layout, load_model, read_checkpoint
 from models.create import create_from_fields
-from models.released import (
-    deinterleave,
-    from_released,
-    interleave,
-    published_fields,
-    released_tensors,
-    to_released,
-)
+from models.edm import deinterleave, interleave
+from models.released import from_released, published_fields, released_tensors, to_released
 from models.safe_load import read_file
 from tests.models.released_numbers import (
     LAYOUTS,
