@@ -227,7 +227,7 @@ def test_a_config_file_of_ones_own_lies_anywhere_and_imports_another_beside_it(t
 
 @pytest.mark.parametrize("changes, sentence", [
     ({"model.ch_mult": (), "model.attn_resolutions": ()}, "model.ch_mult is ()"),
-    ({"model.ch_mult": (1, -2)}, "model.ch_mult is (1, -2); it needs one positive whole number for each level"),
+    ({"model.ch_mult": (1, -2)}, "model.ch_mult must be at least 1, not (1, -2)"),
     ({"model.attn_resolutions": (7,)}, "model.attn_resolutions has 7, but the levels have sizes 32, 16, 8, 4"),
     ({"data.image_size": 36, "model.attn_resolutions": ()}, "model.ch_mult halve it 3 times"),
     ({"expr": ""}, "config.expr is '': name the run, a folder inside config.work_dir"),
