@@ -3,7 +3,6 @@
 All compute in float32. DISTANCES and WEIGHTS are their tables.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -22,7 +21,6 @@ HUBER_C = 0.00054  # c / d of the pseudo-Huber distance; arXiv 2405.20320, secti
 KARRAS_SIGMA_DATA = 0.5  # standard deviation of the data in EDM's weight; arXiv 2206.00364, table 1
 LPIPS_SIZE = 64  # images are compared at 64×64 pixels
 LPIPS_EPS = 1e-10  # added to a squared feature norm; those of natural images are above 1
-VGG16_LAST_LAYER = "features.28.weight"  # which smaller networks lack
 
 
 def mean(values):
@@ -57,23 +55,18 @@ def huber(v, point):
 
 
 def lpips_at_start(v, point, lpips):
-    """Return LPIPS(z0 + v, z1), of the images that one step from the start of the path leads to: (N,)."""
+    """Return LPIPS(z0 + v, z1), of the images that one step from z0 leads to: (N,)."""
     return lpips(point.z0 + v, point.z0 + point.target)
 
 
 def lpips_from_here(v, point, lpips):
-    """Return LPIPS(x_t + (1-α)·v, z1), of the images that one step from x_t to the end of the path leads to: (N,)."""
+    """Return LPIPS(x_t + (1-α)·v, z1), of the images that one step from x_t leads to: (N,)."""
     return lpips(point.x_t + per_sample(1 - point.alpha, v) * v, point.z0 + point.target)
 
 
-def lpips_l2(v, point, lpips):
-    """Return LPIPS(z0 + v, z1) + ‖v - (z1 - z0)‖²/d: (N,)."""
-    return lpips_at_start(v, point, lpips) + l2(v, point)
-
-
-def lpips_l1(v, point, lpips):
-    """Return LPIPS(z0 + v, z1) + |v - (z1 - z0)|/d: (N,)."""
-    return lpips_at_start(v, point, lpips) + l1(v, point)
+def lpips_plus(distance, v, point, lpips):
+    """Return LPIPS(z0 + v, z1) + a distance of velocities, in the mean over C·H·W: (N,)."""
+    return lpips_at_start(v, point, lpips) + distance(v, point)
 
 
 def lpips_huber(v, point, lpips):
@@ -91,40 +84,33 @@ def lpips_huber_inverse(v, point, lpips):
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """A row of DISTANCES.
+    """A row of DISTANCES."""
 
-    function: `distance(v, point) -> (N,)` of the predicted velocity (N, C, H, W) and the `PathPoint` it belongs to
-    lpips: whether it takes `lpips(image, reference) -> (N,)`, of grey or colour images, whose weights are then loaded
-    reduce: whether it takes `reduce`, chosen by training.reduce_mean (the others always take the mean)
-    """
-
-    function: Callable
-    lpips: bool = False
-    reduce: bool = False
+    function: Callable  # of the predicted velocity v (N, C, H, W) and the `PathPoint` it belongs to → (N,)
+    lpips: bool = False  # whether it takes `lpips(image, reference) -> (N,)`, of grey or colour images
+    reduce: bool = False  # whether it takes `reduce`, as training.reduce_mean says (the others take the mean)
 
 
-# A new distance is a function above and a row here.
 DISTANCES = {
     "l2": Distance(l2, reduce=True),
     "l1": Distance(l1, reduce=True),
     "lpips": Distance(lpips_at_start, lpips=True),
-    "lpips+l2": Distance(lpips_l2, lpips=True),
-    "lpips+l1": Distance(lpips_l1, lpips=True),
+    "lpips+l2": Distance(functools.partial(lpips_plus, l2), lpips=True),
+    "lpips+l1": Distance(functools.partial(lpips_plus, l1), lpips=True),
     "huber": Distance(huber),
     "lpips+huber": Distance(lpips_huber, lpips=True),
     "lpips/1mt+huber": Distance(lpips_huber_inverse, lpips=True),
 }
 
 
-def create_distance(loss_type, reduce_mean, load_lpips):
-    """Return the distance `distance(v, point) -> (N,)` that `training.loss_type` names.
+def create_distance(loss_type, reduce_mean=True, device="cpu"):
+    """Return the distance `distance(v, point) -> (N,)` that `training.loss_type` names, with LPIPS on `device`.
 
-    `reduce_mean`: l2 and l1 as mean over C·H·W, otherwise as half the sum.
-    `load_lpips`: called when the distance needs it, returns `lpips(image, reference) -> (N,)`.
+    `reduce_mean`: l2 and l1 as mean over C·H·W, otherwise as half the sum. Raises UserError as `load_lpips`.
     """
     row, arguments = DISTANCES[loss_type], {}
     if row.lpips:
-        arguments["lpips"] = load_lpips()
+        arguments["lpips"] = load_lpips(device)
     if row.reduce:
         arguments["reduce"] = mean if reduce_mean else half_sum
     return functools.partial(row.function, **arguments)
@@ -133,17 +119,24 @@ def create_distance(loss_type, reduce_mean, load_lpips):
 def load_lpips(device):
     """Return `lpips(image, reference) -> (N,)`, the distance `lpips_distance` with its network frozen on `device`.
 
-    Network and weights are those of the `lpips` package and of torchvision's VGG16, which comes by torchvision's
-    cache, downloaded when absent. Raises UserError where that fails.
+    Network and weights are those of the `lpips` package. Raises UserError where VGG16's cannot be had.
     """
     import lpips  # here, since it takes a second and most objectives do without
+    from torchvision.models import VGG16_Weights
 
-    weights = _read_vgg16()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the package calls torchvision by an older keyword
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # draws weights, replaced by the next line
-    # The package's slice2.5.bias is torchvision's features.5.bias.
-    net.net.load_state_dict({name: weights["features." + name.partition(".")[2]] for name in net.net.state_dict()})
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # draws weights, which are replaced
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    try:
+        weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        # The package's slice2.5.bias is torchvision's features.5.bias.
+        net.net.load_state_dict({name: weights["features." + name.partition(".")[2]] for name in net.net.state_dict()})
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        raise UserError(f"LPIPS needs VGG16's weights, but {path} is damaged or cannot be downloaded "
+                        f"({type(error).__name__}): put {url} there, or set the environment variable TORCH_HOME to a "
+                        "folder that holds it in hub/checkpoints/") from error
     net.eval().requires_grad_(False).to(device)
     return functools.partial(lpips_distance, net)
 
@@ -163,31 +156,12 @@ def lpips_distance(net, image, reference):
         return [f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + LPIPS_EPS)
                 for f in net.net(net.scaling_layer(resized))]
 
-    kind = image.device.type  # the meta device has no autocast
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+    kind = image.device.type
+    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):  # the meta device has none
         with torch.no_grad():
             targets = unit_features(reference)
         layers = zip(net.lins, unit_features(image), targets, strict=True)
         return sum(weigh((f - target).square()).mean(dim=(1, 2, 3)) for weigh, f, target in layers)
-
-
-def _read_vgg16():
-    """Return the state dict of torchvision's VGG16 from its cache, downloaded there when absent."""
-    from torchvision.models import VGG16_Weights
-
-    url = VGG16_Weights.IMAGENET1K_V1.url
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    try:
-        weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        if VGG16_LAST_LAYER not in weights:
-            raise RuntimeError(f"there is no {VGG16_LAST_LAYER} in it")
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged or holds no VGG16 weights: remove it, so that {url} is downloaded again, "
-                        "or put that file there") from error
-    except OSError as error:
-        raise UserError(f"LPIPS needs VGG16's weights and cannot download them ({error}): put {url} at {path}, or set "
-                        "the environment variable TORCH_HOME to a folder that holds it in hub/checkpoints/") from error
-    return weights
 
 
 def snr(t, eps):

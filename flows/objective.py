@@ -18,23 +18,22 @@ GUIDANCE_TIMES = (0.2, 0.8)  # of the second guiding step: those of the released
 
 
 class Draws:
-    """The random numbers of one update, drawn for the whole global batch, of which the `rows` are returned.
+    """The random numbers of one update, drawn for the whole global batch, of which the `rows` (a slice) are returned.
 
     So a sample's numbers belong to its place in the batch, however that is split over processes and accumulation
-    steps. Each call draws the next ones from `generator`: all processes make the same calls in the same order.
+    steps. Each call draws the next ones from `generator` on `device`: all processes make the same calls.
     """
 
     def __init__(self, generator, count, rows=slice(None), device="cpu"):
-        """Draw for `count` samples on `device` (the generator's); `rows`: a slice of them."""
         self.generator, self.count, self.rows, self.device = generator, count, rows, device
 
     def noise(self, shape):
         """Return standard normal noise, (rows, *shape)."""
         return torch.randn(self.count, *shape, generator=self.generator, device=self.device)[self.rows]
 
-    def times(self, schedule):
-        """Return times (rows,) of a time schedule `schedule(generator, count, device)`."""
-        return schedule(self.generator, self.count, self.device)[self.rows]
+    def times(self, schedule, low, high):
+        """Return times (rows,) in [low, high] of a time schedule, see flows/schedules.py."""
+        return schedule(self.generator, self.count, self.device, low, high)[self.rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def guided_loss(choices, velocity, batch, draws, update, *, teacher, first_step=
     Both passes of the student are one call, which keeps the activations of both.
     """
     point, xi = draw_point(choices, batch, draws, update), draws.noise(batch.z1.shape[1:])
-    t = draws.times(lambda *where: schedules.uniform(*where, *GUIDANCE_TIMES))
+    t = draws.times(schedules.uniform, *GUIDANCE_TIMES)
     start, label = torch.full_like(t, choices.eps), batch.label
     both_labels = None if label is None else torch.cat([label, label])
     v, v_xi = velocity(torch.cat([point.x_t, xi]), torch.cat([point.t, start]), both_labels).chunk(2)
@@ -85,7 +84,7 @@ def guided_loss(choices, velocity, batch, draws, update, *, teacher, first_step=
 
 def draw_point(choices, batch, draws, update):
     """Return the `PathPoint` of each sample: on the path from fresh, paired or annealed noise to its image."""
-    t = draws.times(choices.times)
+    t = draws.times(choices.times, choices.eps, 1.0)
     z0 = draws.noise(batch.z1.shape[1:]) if batch.z0 is None else batch.z0
     if choices.beta is not None:
         z0 = anneal(z0, draws.noise(batch.z1.shape[1:]), choices.beta(update))
@@ -93,20 +92,17 @@ def draw_point(choices, batch, draws, update):
 
 
 def create_objective(config, teacher=None, device="cpu"):
-    """Return the objective of a config: `objective(velocity, batch, draws, update) -> losses (N,)`.
+    """Return the objective of a config: `objective(velocity, batch, draws, update) -> losses (N,)` on `device`.
 
-    `teacher`: `velocity(x, t, label)` of the frozen teacher in eval mode, needed with flow.use_teacher.
-    `device`: where the losses are computed (LPIPS is loaded there). Raises UserError for values out of range and
-    where LPIPS lacks its weights.
+    `teacher`: the frozen teacher's `velocity(x, t, label)`. Raises UserError where LPIPS lacks its weights.
     """
     flow, training = config.flow, config.training
     annealed = config.data.reflow_data_root and training.x0_randomness != "fix_0"
     choices = Choices(
-        times=schedules.create_time_schedule(flow.flow_t_schedule, flow.eps),
+        times=schedules.create_time_schedule(flow.flow_t_schedule),
         alpha=functools.partial(schedules.PATH_PLACES[flow.flow_alpha_t], eps=flow.eps),
         beta=schedules.create_annealing(training.x0_randomness) if annealed else None,
-        distance=losses.create_distance(training.loss_type, training.reduce_mean,
-                                        functools.partial(losses.load_lpips, device)),
+        distance=losses.create_distance(training.loss_type, training.reduce_mean, device),
         weigh=functools.partial(losses.WEIGHTS[training.weight_schedule], eps=flow.eps),
         eps=flow.eps,
     )
@@ -118,7 +114,7 @@ def create_objective(config, teacher=None, device="cpu"):
 def check_config(config):
     """Raise UserError where the fields of the objective do not fit together; nothing is loaded."""
     flow, training, data = config.flow, config.training, config.data
-    schedules.create_time_schedule(flow.flow_t_schedule, flow.eps)
+    schedules.create_time_schedule(flow.flow_t_schedule)
     schedules.create_annealing(training.x0_randomness)
     if losses.DISTANCES[training.loss_type].lpips and data.num_channels not in (1, 3):
         raise UserError(f"config.training.loss_type {training.loss_type} compares colour or grey images, but "
@@ -127,15 +123,13 @@ def check_config(config):
         raise UserError("config.flow.use_teacher needs a teacher: name its checkpoint in config.flow.teacher_model, or "
                         "in config.flow.pre_train_model if the student starts from it too")
     if flow.real_data_share > 0 and not data.real_pairs_root:
-        raise UserError(f"config.flow.real_data_share is {flow.real_data_share:g}, but config.data.real_pairs_root is "
-                        "empty: make such pairs with generate_data.py --config.sampling.direction from_z1")
+        raise UserError("config.flow.real_data_share needs pairs of real images: make them with generate_data.py "
+                        "--config.sampling.direction from_z1 and name their folder in config.data.real_pairs_root")
     times = str(flow.flow_t_schedule)
-    for field, value, needs_pairs in [
-        ("flow.flow_t_schedule", times, times == "t0" or times.isdigit()),
-        ("flow.use_teacher", "true", flow.use_teacher),
-        ("training.x0_randomness", training.x0_randomness, training.x0_randomness != "fix_0"),
-        ("flow.real_data_share", f"{flow.real_data_share:g}", flow.real_data_share > 0),
-    ]:
-        if needs_pairs and not data.reflow_data_root:
-            raise UserError(f"config.{field} {value} needs noise-image pairs: make them with generate_data.py and name "
-                            "their folder in config.data.reflow_data_root")
+    need_pairs = {f"flow.flow_t_schedule {times}": times == "t0" or times.isdigit(),
+                  "flow.use_teacher": flow.use_teacher, "flow.real_data_share": flow.real_data_share > 0,
+                  f"training.x0_randomness {training.x0_randomness}": training.x0_randomness != "fix_0"}
+    for field, needed in need_pairs.items():
+        if needed and not data.reflow_data_root:
+            raise UserError(f"config.{field} needs noise-image pairs: make them with generate_data.py and name their "
+                            "folder in config.data.reflow_data_root")

@@ -22,7 +22,7 @@ def per_sample(values, like):
 def interpolate(z0, z1, alpha):
     """Return the point at place α on the path, x_t = α·z1 + (1-α)·z0 (arXiv 2209.03003, equation 1).
 
-    `z0`, `z1`: (N, …); `alpha`: float or (N,), in [0, 1]. Exact at both ends.
+    `z0`, `z1`: (N, …); `alpha`: float or (N,) in [0, 1]. Exact at both ends.
     """
     return torch.lerp(z0, z1, per_sample(alpha, z0))
 
@@ -54,10 +54,9 @@ def analytic_velocity(data, chunk=4096):
     v(x, t) = (Σ_i w_i·z1_i - x)/(1-t), w = softmax_i(-‖x - t·z1_i‖² / (2(1-t)²)): the conditional mean of z1 - z0
     at x_t = t·z1 + (1-t)·z0 (arXiv 2209.03003, equation 2, for a finite data set).
 
-    `data` is float in [-1, 1] or uint8, on the device where x will be; uint8 is spread over [-1, 1] when used.
-    `chunk` images are compared with x at a time, so memory is O(N·chunk), whatever M. The comparison is made in
-    float64: near t = 1 the exponents are differences of numbers a million times as large.
-    t `(N,)` lies in [0, 1); the label is ignored.
+    `data` is float in [-1, 1] or uint8, on the device where x will be; t `(N,)` lies in [0, 1); the label is ignored.
+    `chunk` images are compared with x at a time: memory is O(N·chunk). The comparison is made in float64: near t = 1
+    the exponents are differences of numbers a million times as large.
     """
 
     def velocity(x, t, label=None):

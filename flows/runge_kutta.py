@@ -4,14 +4,10 @@ The pair of formulas is of Dormand and Prince (1980); the control law is that of
 "Solving Ordinary Differential Equations I", section II.4, as `scipy.integrate.RK45` has it: root-mean-square error
 norm, safety factor 0.9, step factors between 0.2 and 10, none above 1 after a refused step, automatic first step.
 With one step size for a batch (`joint`) this is scipy's law on the flattened batch, which the released code uses.
-Single samples differ from it in two ways, measured by benchmarks/ode.py:
-
-- half the gain (Söderlind, "Automatic control and adaptive time-stepping", Numerical Algorithms 31, 2002, section 4):
-  an accepted step with the error e is followed by one 0.9·e^(-1/10) times as long, not 0.9·e^(-1/5). The error of a
-  single sample is a noisier guide than that of a batch, and the velocity of a network is rough on the scale of a step:
-  a slower controller refuses fewer steps and leaves smaller errors;
-- the last step is split rather than cut tiny. The longer part comes first: velocities of 1-flows change fastest near
-  the data, where two halves would be refused more often.
+Single samples differ in two ways, measured by benchmarks/ode.py: half the gain (Söderlind, "Automatic control and
+adaptive time-stepping", Numerical Algorithms 31, 2002, section 4), since the error of a single sample is a noisier
+guide than that of a batch, and a slower controller refuses fewer steps and leaves smaller errors; and a last step that
+is split rather than cut tiny, the longer part first, since velocities of 1-flows change fastest near the data.
 
 What decides a step is computed in operations that IEEE 754 rounds correctly (+ - × ÷ √), so a sample's steps follow
 from its states alone. The states come from the network: they are the same to the last bit with the same number of slots
@@ -39,19 +35,11 @@ STAGE_WEIGHTS = (
 )
 ERROR_WEIGHTS = (-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40)
 
-START_EVALUATIONS = 2  # the first slope, and one more to choose the first step
-STEP_EVALUATIONS = 6  # of every attempted step, accepted or not
 SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
 ROOTS_OF_2 = (1.148698354997035, 1.3195079107728942, 1.515716566510398, 1.7411011265922482)  # 2^(r/5), r = 1..4
 SMALLEST_STEP = 10 * torch.finfo(torch.float64).eps
 
-# What a slot reports after a step, the worst last, and what to say of it.
-FINISHED, RUNNING, VANISHED, NOT_FINITE = range(4)
-PROBLEMS = {
-    RUNNING: "{} steps were not enough; raise sampling.max_steps or sampling.ode_tol",
-    VANISHED: "the step size shrank to nothing: the velocity jumps there, or sampling.ode_tol is too small",
-    NOT_FINITE: "the velocity is not finite; check the checkpoint's weights",
-}
+FINISHED, RUNNING, VANISHED = range(3)  # what a slot reports after a step: VANISHED, a refused step cannot shrink
 
 
 class Slots(NamedTuple):
@@ -81,17 +69,15 @@ class Slots(NamedTuple):
 def on_device(numbers, device):
     """Return a list of integers as a tensor on `device`; the host does not wait for the copy."""
     numbers = torch.tensor(numbers)
-    if device.type == "cuda":
-        numbers = numbers.pin_memory()
-    return numbers.to(device, non_blocking=True)
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 def inverse_fifth_root(x):
     """Return `x ** (-1/5)` of a positive float64 `(B,)` tensor: the same bits in every place and on every processor.
 
-    A vectorised `pow` treats the last few entries of a tensor differently, so a sample's step would depend on its
-    slot. Here only operations are used that IEEE 754 rounds correctly: with x = m·2^(5q - r), m in [0.5, 1), Newton's
-    iteration y ← y(6 - m·y⁵)/5 finds m^(-1/5). Relative error 3e-15; 0 and infinity are taken as 1e±300.
+    (A vectorised `pow` treats the last few entries of a tensor differently, so a sample's step would depend on its
+    slot.) With x = m·2^(5q - r), m in [0.5, 1), Newton's iteration y ← y(6 - m·y⁵)/5 finds m^(-1/5). Relative error
+    3e-15; 0 and infinity are taken as 1e±300.
     """
     m, exponent = torch.frexp(x.clamp(1e-300, 1e300))
     exponent = exponent.to(torch.int64)
@@ -106,14 +92,10 @@ def inverse_fifth_root(x):
     return y * root_of_2 * ((1023 - q) << 52).view(torch.float64)
 
 
-def mean_square(x):
-    """Mean over everything but the slots: `(B, ...)` to `(B,)`."""
-    return x.square().flatten(1).mean(1)
-
-
-def error_norm(mean_squares, joint):
-    """Return the root `(B,)` of mean squares per sample, or that of their mean: the batch as one long vector."""
-    return mean_squares.mean().sqrt().expand_as(mean_squares) if joint else mean_squares.sqrt()
+def error_norm(x, joint):
+    """Return the root mean square `(B,)` of each sample `(B, ...)`, or of the batch as one long vector."""
+    squares = x.square().flatten(1).mean(1)
+    return (squares.mean().expand_as(squares) if joint else squares).sqrt()
 
 
 def weighted_sum(weights, tensors):
@@ -137,10 +119,10 @@ def start_slots(velocity, z, label, t_start, t_end, tol, joint):
 
     slope = slope_at(x, t)
     scale = tol + x.abs() * tol
-    d0, d1 = (error_norm(mean_square(tensor / scale), joint) for tensor in (x, slope))
+    d0, d1 = (error_norm(tensor / scale, joint) for tensor in (x, slope))
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=abs(t_end - t_start))
     slope_1 = slope_at(x + per_sample(direction * h0, x) * slope, t + direction * h0)
-    d2 = error_norm(mean_square((slope_1 - slope) / scale), joint) / h0
+    d2 = error_norm((slope_1 - slope) / scale, joint) / h0
     steepest = torch.maximum(d1, d2)
     h1 = torch.where(steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), inverse_fifth_root(steepest / 0.01))
     h = torch.minimum(100 * h0, h1).clamp(max=abs(t_end - t_start))
@@ -148,10 +130,9 @@ def start_slots(velocity, z, label, t_start, t_end, tol, joint):
 
 
 def attempt_step(velocity, slots, t_end, tol, joint, dtype):
-    """Attempt one step of every slot towards `t_end`: six evaluations at `(B, ...)` in `dtype`.
+    """Attempt one step of every slot towards `t_end`, with six evaluations at `(B, ...)` in `dtype`.
 
-    Returns the new `Slots` and an int8 tensor `(B,)` of FINISHED, RUNNING, VANISHED (a refused step that cannot
-    shrink) or NOT_FINITE (the same, because the velocity is not finite). Finished slots stay as they are.
+    Returns the new `Slots` and FINISHED, RUNNING or VANISHED of each, `(B,)`; finished slots stay as they are.
     """
     x, t, h = slots.x, slots.t, slots.h
     to_go = t_end - t
@@ -167,8 +148,8 @@ def attempt_step(velocity, slots, t_end, tol, joint, dtype):
         slopes.append(stage.to(torch.float64))
 
     scale = tol + torch.maximum(x.abs(), x_new.abs()) * tol
-    own_error = mean_square(h_x * weighted_sum(ERROR_WEIGHTS, slopes) / scale)
-    error = error_norm(own_error, joint)
+    scaled = h_x * weighted_sum(ERROR_WEIGHTS, slopes) / scale
+    error = error_norm(scaled, joint)
     accepted = error < 1
     root = inverse_fifth_root(error)
     factor = SAFETY * torch.where(accepted, root if joint else root.sqrt(), root)
@@ -179,9 +160,8 @@ def attempt_step(velocity, slots, t_end, tol, joint, dtype):
     keep_x = per_sample(accepted, x)
     t_new = torch.where(accepted, torch.where(last, t_end, t + h), t)
     h_next = h.abs() * factor
-    vanished = ~(h_next >= SMALLEST_STEP) & ~(own_error < 1)  # negated: true of NaN, too
-    status = torch.where(vanished, torch.where(own_error.isfinite(), VANISHED, NOT_FINITE), RUNNING)
-    status = torch.where(t_new == t_end, FINISHED, status).to(torch.int8)
+    vanished = ~(h_next >= SMALLEST_STEP) & ~(error_norm(scaled, joint=False) < 1)  # negated: true of NaN, too
+    status = torch.where(t_new == t_end, FINISHED, torch.where(vanished, VANISHED, RUNNING))
     return Slots(x=torch.where(keep_x, x_new, x), slope=torch.where(keep_x, slopes[-1], slots.slope), t=t_new,
                  h=h_next, refused=~accepted, label=slots.label), status
 
@@ -203,8 +183,8 @@ def rk45(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, step_con
     float64. tol is both rtol and atol, on the root mean square over a sample (or batch). `finished(n)` is called with
     how many more samples are done, for a progress bar.
     Returns x `(N, ...)` like z and the number of evaluations of each sample, int64 `(N,)` on the CPU, counted as
-    scipy does. Raises `UserError` naming sample and time for a velocity that is not finite, a step that shrinks
-    to nothing and more than `max_steps` steps.
+    scipy does. Raises `UserError` naming sample and time where no step is small enough, as with a velocity that is not
+    finite, and after `max_steps` steps.
     """
     joint, eighth = step_control == "batch", max(1, slots // 8)
     x, steps = torch.empty_like(z), [0] * len(z)
@@ -228,7 +208,7 @@ def rk45(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, step_con
                 samples[slot], taken = taken, taken + 1
         busy = [slot for slot, sample in enumerate(samples) if sample is not None]
         if not busy:
-            return x, START_EVALUATIONS + STEP_EVALUATIONS * torch.tensor(steps, dtype=torch.int64)
+            return x, 2 + 6 * torch.tensor(steps, dtype=torch.int64)  # two of `start_slots`, six an attempted step
         # Once samples have finished and none waits, keep no more idle slots than fill up an eighth of all: in eighths,
         # so that a network meets few batch sizes.
         width = -(-len(busy) // eighth) * eighth
@@ -242,9 +222,14 @@ def rk45(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, step_con
         for slot in busy:
             steps[samples[slot]] += 1
         worst = max(busy, key=lambda slot: (statuses[slot], steps[samples[slot]]))
-        if statuses[worst] > RUNNING or (statuses[worst] == RUNNING and steps[samples[worst]] >= max_steps):
-            raise UserError(f"rk45, sample {samples[worst]} at t = {state.t[worst].item():.6g}: "
-                            + PROBLEMS[statuses[worst]].format(max_steps))
+        problem = None
+        if statuses[worst] == VANISHED:
+            problem = ("the velocity is not finite or jumps, so that no step is small enough; check the checkpoint's "
+                       "weights, or raise sampling.ode_tol")
+        elif statuses[worst] == RUNNING and steps[samples[worst]] >= max_steps:
+            problem = f"{max_steps} steps were not enough; raise sampling.max_steps or sampling.ode_tol"
+        if problem:
+            raise UserError(f"rk45, sample {samples[worst]} at t = {state.t[worst].item():.6g}: {problem}")
         free = [slot for slot in busy if statuses[slot] == FINISHED]
         if free:
             numbers = [samples[slot] for slot in free]

@@ -1,14 +1,15 @@
 """From noise to images and back: samplers over a callable `velocity(x, t, label)`, all of one signature.
 
 A sampler integrates z `(N, ...)` from time `t_start` to `t_end` and returns `(x, nfe)`: x `(N, ...)`, and the number
-of function evaluations of each sample, int64 `(N,)` on the CPU. t is 0 at noise and 1 at data; velocity sees t `(N,)`.
-SAMPLERS is the one table of them. Formulas: SlimFlow (arXiv 2407.12718) and the works named at each.
+of function evaluations of a sample, or of each, int64 `(N,)` on the CPU. t is 0 at noise and 1 at data; velocity sees
+t `(N,)`. SAMPLERS is their table. Formulas: SlimFlow (arXiv 2407.12718) and the works named at each.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from flows.runge_kutta import rk45
@@ -23,15 +24,10 @@ def times_like(t, x):
     return torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
 
 
-def evaluations(count, x):
-    """Return `count` evaluations for every sample of `x`, int64 `(N,)` on the CPU."""
-    return torch.full((x.shape[0],), count, dtype=torch.int64)
-
-
 def one_step(velocity, z, label=None, *, t_start=1e-3, t_end=1.0):
     """x = z + (t_end - t_start)·v(z, t_start): one evaluation."""
     x = z + (t_end - t_start) * velocity(z, times_like(t_start, z), label)
-    return x, evaluations(1, z)
+    return x, 1
 
 
 def euler(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0):
@@ -43,7 +39,7 @@ def euler(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0):
     for i in range(steps):
         t = t_start + i / steps * (t_end - t_start)
         x = x + velocity(x, times_like(t, x), label) / signed_steps
-    return x, evaluations(steps, z)
+    return x, steps
 
 
 def heun(velocity, z, label=None, *, steps, rho=1.0, t_start=1e-3, t_end=1.0):
@@ -59,7 +55,7 @@ def heun(velocity, z, label=None, *, steps, rho=1.0, t_start=1e-3, t_end=1.0):
         if i < steps - 1:
             v = (v + velocity(x + h * v, times_like(t + h, x), label)) / 2
         x = x + h * v
-    return x, evaluations(2 * steps - 1, z)
+    return x, 2 * steps - 1
 
 
 def edm(velocity, z, label=None, *, steps, sigma_max=80.0, sigma_min=0.002, t_start=1e-3, t_end=1.0):
@@ -83,7 +79,7 @@ def edm(velocity, z, label=None, *, steps, sigma_max=80.0, sigma_min=0.002, t_st
         if following:
             d = (d + slope(x + (following - sigma) * d, following)) / 2
         x = x + (following - sigma) * d
-    return x.to(z.dtype), evaluations(2 * steps - 1, z)
+    return x.to(z.dtype), 2 * steps - 1
 
 
 def cm_stochastic(velocity, z, label=None, *, steps, noise, t_start=1e-3, t_end=1.0):
@@ -97,30 +93,21 @@ def cm_stochastic(velocity, z, label=None, *, steps, noise, t_start=1e-3, t_end=
         x = x + (1 - t) * velocity(x, times_like(t, x), label)
         if t_next < 1:  # at t = 1 the noise has weight 0
             x = t_next * x + (1 - t_next) * noise()
-    return x, evaluations(steps, z)
+    return x, steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A row of SAMPLERS.
+    """A row of SAMPLERS."""
 
-    run: `run(velocity, z, label, *, t_start, t_end, **arguments) -> (x, nfe)`
-    fields: {field of config.sampling: argument of `run`}, all that its result depends on
-    reverse: whether it runs from data to noise, t_start above t_end
-    noise: whether it takes `noise()`, fresh standard normal noise like z, a function of (seed, index)
-    adaptive: whether it divides the samples itself: it then takes slots, max_steps, shrink_slots, and finished
-    """
-
-    run: Callable
-    fields: dict = dataclasses.field(default_factory=dict)
-    reverse: bool = False
-    noise: bool = False
-    adaptive: bool = False
+    run: Callable  # `run(velocity, z, label, *, t_start, t_end, **arguments) -> (x, nfe)`
+    fields: dict = dataclasses.field(default_factory=dict)  # field of config.sampling → argument of `run`: all of them
+    reverse: bool = False  # whether it runs from data to noise, t_start above t_end
+    noise: bool = False  # whether it takes `noise()`, fresh standard normal noise like z, a function of (seed, index)
+    adaptive: bool = False  # whether it divides the samples itself, and takes slots, max_steps, shrink_slots, finished
 
 
 STEPS = {"sample_N": "steps"}
-# A new sampler is a function above and a row here: choices, --help, identities of pairs and of results, file names
-# and refusals follow.
 SAMPLERS = {
     "one_step": Sampler(one_step),
     "euler": Sampler(euler, STEPS, reverse=True),
@@ -147,19 +134,18 @@ def sampler_title(name, values):
 
     `values`: as `sampler_values` returns them; absent fields are left out.
     """
-    known = {field: f"{value:g}" if isinstance(value, float) else value
-             for field, value in values.items() if field in sampler_fields() and value is not None}
+    known = {field: values[field] for field in sampler_fields() if values.get(field) is not None}
     steps = f"-{known.pop('sample_N')}" if "sample_N" in known else ""
-    others = ", ".join(f"{field} {value}" for field, value in known.items())
-    return name + steps + (f" ({others})" if others else "")
+    others = [f"{field} {value:g}" if isinstance(value, float) else f"{field} {value}"
+              for field, value in known.items()]
+    return name + steps + (f" ({', '.join(others)})" if others else "")
 
 
 @torch.no_grad()
 def straightness(velocity, z0, label=None, *, steps=100, t_start=1e-3, t_end=1.0):
     """Return Σ_i (1/N)·‖v_i - (x_T - z0)‖₂ of each sample, `(B,)`: 0 for straight trajectories.
 
-    The measure is its mean. The v_i are those of Euler's rule with N = `steps` (arXiv 2209.03003, S(Z)). All of them
-    are held at once: `steps` times the memory of z0.
+    The v_i are those of Euler's rule with N = `steps` (arXiv 2209.03003, S(Z)), all held at once.
     """
     velocities = []
 
@@ -174,23 +160,16 @@ def straightness(velocity, z0, label=None, *, steps=100, t_start=1e-3, t_end=1.0
 def path_noise(seed, indices, shape, device):
     """Return a function whose n-th call gives noise `(len(indices), *shape)` that belongs to (seed, index, n)."""
     generators = [index_generator(seed, int(index), PATH_NOISE) for index in indices]
-
-    def noise():
-        rows = [torch.from_numpy(g.standard_normal(shape, dtype="float32")) for g in generators]
-        return torch.stack(rows).to(device)
-
-    return noise
+    return lambda: torch.from_numpy(np.stack([g.standard_normal(shape, dtype="f4") for g in generators])).to(device)
 
 
 def create_sampler(config, reverse=False, T=1.0, shrink_slots=False):
     """Return the sampler that `config.sampling` asks for: `sample(velocity, z, label=None, …) -> (x, nfe)`.
 
-    Forward it runs from noise at config.flow.eps to data at T; with `reverse`, from data to noise.
-    T below 1 is for velocities that end before the data, as the closed form does. shrink_slots: see `rk45`.
-    `sample` takes any number of samples N, `batch_size` (default config.sampling.batch_size) at a time, and
-    further keywords: `indices`, the samples' numbers, which the noise of cm_stochastic belongs to (default 0…N-1);
-    `finished(n)`, called with how many more samples are done.
-    Raises `UserError` for a sampler that does not run in reverse.
+    It runs from noise at config.flow.eps to data at T, or with `reverse` back, for which some raise `UserError`. T < 1
+    is for velocities that end before the data, as the closed form does. shrink_slots: see `rk45`.
+    `sample` takes any number of samples N, `batch_size` (default config.sampling.batch_size) at a time, their numbers
+    `indices` (default 0…N-1), which cm_stochastic's noise belongs to, and `finished(n)`, called when n more are done.
     """
     settings, seed, row = config.sampling, config.seed, SAMPLERS[config.sampling.use_ode_sampler]
     if reverse and not row.reverse:

@@ -1,7 +1,7 @@
 """What changes with time: the distribution of the training time t, the place α on the path, and annealing's β.
 
-Three tables, of `flow.flow_t_schedule`, `flow.flow_alpha_t` and `training.x0_randomness`. In the names of schedules
-<number> stands for a decimal number and <int> for a positive whole one; both are handed to the row's function.
+In the names of TIME_SCHEDULES and ANNEALING_SCHEDULES <number> stands for a decimal number and <int> for a positive
+whole one; both are handed to the row's function.
 """
 
 import dataclasses
@@ -20,24 +20,20 @@ PLACEHOLDERS = {"<number>": r"(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)", "<int>": r"([
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A row of a table: the function, and what must hold of the numbers in its name, as a test and in words."""
+    """A row of a table."""
 
     function: Callable
-    valid: Callable = lambda *numbers: True
-    rule: str = ""
+    valid: Callable = lambda *numbers: True  # whether the numbers in the name are in range
+    rule: str = ""  # the same in words
 
 
 # Times: `function(generator, count, device, low, high, *numbers) -> t`, float32 (count,) in [low, high].
 
 
-def uniform(generator, count, device, low, high):
-    """Draw t ~ U(low, high)."""
+def uniform(generator, count, device, *bounds):
+    """Draw t ~ U(low, high), or U(a, b) with a and b behind them."""
+    low, high = bounds[-2:]
     return torch.rand(count, generator=generator, device=device) * (high - low) + low
-
-
-def uniform_within(generator, count, device, low, high, a, b):
-    """Draw t ~ U(a, b)."""
-    return uniform(generator, count, device, a, b)
 
 
 def constant(generator, count, device, low, high, tau):
@@ -69,8 +65,8 @@ def u_shaped(generator, count, device, low, high, a=U_SHAPE):
 def exponential(generator, count, device, low, high, base):
     """Draw t of density ∝ base^{1-s}, s = (t-low)/(high-low): for base > 1 more often near the noise.
 
-    Simple ReFlow (arXiv 2410.07815, section 3) weights its times so, with base 10; there time runs from data to
-    noise. The distribution function (1 - base^{-s}) / (1 - 1/base) is inverted here.
+    Simple ReFlow (arXiv 2410.07815, section 3) does, with base 10. The distribution function
+    (1 - base^{-s}) / (1 - 1/base) is inverted here.
     """
     u = torch.rand(count, generator=generator, device=device)
     s = -torch.log1p(u * (1 / base - 1)) / math.log(base)
@@ -84,7 +80,7 @@ TIME_SCHEDULES = {
     "t0t1": Schedule(either_end),
     "u_shaped": Schedule(u_shaped),
     "fix_<number>": Schedule(constant, lambda tau: 0 <= tau <= 1, "τ of fix_τ must lie in [0, 1]"),
-    "range_<number>_<number>": Schedule(uniform_within, lambda a, b: 0 <= a < b <= 1, "it needs 0 <= a < b <= 1"),
+    "range_<number>_<number>": Schedule(uniform, lambda a, b: 0 <= a < b <= 1, "it needs 0 <= a < b <= 1"),
     "exp_<number>": Schedule(exponential, lambda base: base > 0 and base != 1, "its base must be positive and not 1"),
     "<int>": Schedule(grid, lambda k: k > 1, "k-step distillation needs an integer k > 1 (one step is t0)"),
 }
@@ -105,26 +101,21 @@ ANNEALING_SCHEDULES = {
 }
 
 
-def create_time_schedule(name, eps):
-    """Return the schedule `draw(generator, count, device) -> t (count,)` in [eps, 1] that flow.flow_t_schedule names.
-
-    Raises UserError for a name that is not in the table, or whose numbers are out of range.
-    """
-    function, numbers = find_schedule(TIME_SCHEDULES, "flow.flow_t_schedule", str(name))
-    return lambda generator, count, device: function(generator, count, device, eps, 1.0, *numbers)
+def create_time_schedule(name):
+    """Return the schedule `draw(generator, count, device, low, high) -> t` that flow.flow_t_schedule names."""
+    return find_schedule(TIME_SCHEDULES, "flow.flow_t_schedule", str(name))
 
 
 def create_annealing(name):
-    """Return the schedule `beta(update) -> float in [0, 1]` that training.x0_randomness names.
-
-    Raises UserError for a name that is not in the table, or whose numbers are out of range.
-    """
-    function, numbers = find_schedule(ANNEALING_SCHEDULES, "training.x0_randomness", name)
-    return lambda update: function(update, *numbers)
+    """Return the schedule `beta(update) -> float in [0, 1]` that training.x0_randomness names."""
+    return find_schedule(ANNEALING_SCHEDULES, "training.x0_randomness", name)
 
 
 def find_schedule(table, field, name):
-    """Return the function of the row that `name` matches, and the numbers in `name`, a list of float."""
+    """Return the function of the row that `name` matches, which takes the numbers in `name` last.
+
+    Raises UserError for a name that is not in the table, or whose numbers are out of range.
+    """
     for pattern, row in table.items():
         expression = functools.reduce(lambda text, item: text.replace(*item), PLACEHOLDERS.items(), pattern)
         match = re.fullmatch(expression, name)
@@ -132,5 +123,5 @@ def find_schedule(table, field, name):
             numbers = [float(number) for number in match.groups()]
             if not row.valid(*numbers):
                 raise UserError(f"config.{field} is {name!r}, but {row.rule}")
-            return row.function, numbers
+            return lambda *arguments: row.function(*arguments, *numbers)
     raise UserError(f"config.{field} is {name!r}: use one of {', '.join(table)}")

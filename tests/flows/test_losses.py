@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flows import losses
 from flows.losses import WEIGHTS, create_distance
 from flows.rectified_flow import point_on_path
 
@@ -16,25 +17,30 @@ Z1 = torch.tensor([[[[0.0, 1.0], [0.5, 2.0]]]])
 DELTA = torch.tensor([[[[3.0, -4.0], [0.0, 0.0]]]])  # predicted minus true velocity: 25 its squared norm, d = 4
 
 
-def no_lpips():
-    raise AssertionError("LPIPS was loaded for a distance that does without")
-
-
 def point(t=0.25, alpha=0.25):
     return point_on_path(Z0, Z1, torch.tensor([t]), torch.tensor([alpha]))
 
 
-def squared_lpips():
-    """A stand-in for LPIPS that shows which images it is given."""
-    return lambda image, reference: (image - reference).square().sum(dim=(1, 2, 3))
+@pytest.fixture
+def references(monkeypatch):
+    """The references that LPIPS is given; it is replaced by the squared distance."""
+    seen = []
+
+    def squared(image, reference):
+        seen.append(reference)
+        return (image - reference).square().sum(dim=(1, 2, 3))
+
+    monkeypatch.setattr(losses, "load_lpips", lambda device: squared)
+    return seen
 
 
 @pytest.mark.parametrize(("loss_type", "reduce_mean", "value"), [
     ("l2", True, 25 / 4), ("l2", False, 25 / 2), ("l1", True, 7 / 4), ("l1", False, 7 / 2),
     ("huber", True, (math.sqrt(25 + 0.00216**2) - 0.00216) / 4), ("huber", False, 1.2494601166),
 ])
-def test_velocity_distances_have_their_closed_form(loss_type, reduce_mean, value):
-    distance = create_distance(loss_type, reduce_mean, no_lpips)
+def test_velocity_distances_have_their_closed_form_without_lpips(loss_type, reduce_mean, value, monkeypatch):
+    monkeypatch.setattr(losses, "load_lpips", None)
+    distance = create_distance(loss_type, reduce_mean)
     assert distance(point().target + DELTA, point()).tolist() == pytest.approx([value], rel=1e-6)
 
 
@@ -44,7 +50,7 @@ def test_pseudo_huber_is_exact_for_any_size_of_error(size, channels):
     """In float32 the textbook form loses all digits where the error is far below c."""
     delta = torch.full((1, channels, 4, 4), size)
     zero = torch.zeros_like(delta)
-    found = create_distance("huber", True, no_lpips)(delta, point_on_path(zero, zero, torch.ones(1), torch.ones(1)))
+    found = create_distance("huber")(delta, point_on_path(zero, zero, torch.ones(1), torch.ones(1)))
     d = 16 * channels
     c, norm = 0.00054 * d, delta.double().norm().item()
     assert found.item() == pytest.approx(norm**2 / (math.hypot(norm, c) + c) / d, rel=1e-5)
@@ -52,7 +58,7 @@ def test_pseudo_huber_is_exact_for_any_size_of_error(size, channels):
 
 def test_pseudo_huber_has_a_zero_gradient_at_no_error():
     v = point().target.clone().requires_grad_()
-    create_distance("huber", True, no_lpips)(v, point()).sum().backward()
+    create_distance("huber")(v, point()).sum().backward()
     assert torch.equal(v.grad, torch.zeros_like(v))
 
 
@@ -62,33 +68,28 @@ def test_pseudo_huber_has_a_zero_gradient_at_no_error():
     # one step from x_t: they differ by (1-α)·Δ, α = 0.25; t = 0.2; both forms weight Huber by t
     ("lpips+huber", 0.2 * 1.2494601166 + 25 * 0.75**2), ("lpips/1mt+huber", 0.2 * 1.2494601166 + 25 * 0.75**2 / 0.8),
 ])
-def test_image_distances_compare_the_images_they_lead_to(loss_type, value):
+def test_image_distances_compare_the_images_they_lead_to(loss_type, value, references):
     for reduce_mean in (True, False):  # a mixed form always takes the mean
-        distance = create_distance(loss_type, reduce_mean, squared_lpips)
+        distance = create_distance(loss_type, reduce_mean)
         found = distance(point().target + DELTA, point(t=0.2, alpha=0.25))
         assert found.tolist() == pytest.approx([value], rel=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", ["lpips", "lpips+huber", "lpips/1mt+huber"])
-def test_lpips_is_given_the_true_image_as_its_reference(loss_type):
-    seen = []
-
-    def load():
-        return lambda image, reference: seen.append(reference) or torch.zeros(1)
-
-    create_distance(loss_type, True, load)(DELTA, point())
-    assert torch.allclose(seen[0], Z1)
+def test_lpips_is_given_the_true_image_as_its_reference(loss_type, references):
+    create_distance(loss_type)(DELTA, point())
+    assert torch.allclose(references[0], Z1)
 
 
-def test_lpips_divided_by_one_minus_t_is_finite_at_the_image():
-    found = create_distance("lpips/1mt+huber", True, squared_lpips)(point().target + DELTA, point(t=1.0, alpha=1.0))
+def test_lpips_divided_by_one_minus_t_is_finite_at_the_image(references):
+    found = create_distance("lpips/1mt+huber")(point().target + DELTA, point(t=1.0, alpha=1.0))
     assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "lpips+l2"])
-def test_losses_are_float32_whatever_the_network_computes_in(loss_type):
+def test_losses_are_float32_whatever_the_network_computes_in(loss_type, references):
     v = (point().target + DELTA).to(torch.bfloat16)
-    assert create_distance(loss_type, True, squared_lpips)(v, point()).dtype == torch.float32
+    assert create_distance(loss_type)(v, point()).dtype == torch.float32
 
 
 SNR_HALF = (0.5 / 0.501) ** 2

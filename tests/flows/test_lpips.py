@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import VGG
 
-from flows.losses import create_distance, load_lpips, lpips_distance
+from flows.losses import load_lpips, lpips_at_start, lpips_distance, lpips_huber
 from flows.rectified_flow import point_on_path
 from runtime.errors import UserError
 
@@ -134,7 +134,7 @@ def test_its_network_is_frozen_in_eval_mode_and_leaves_the_global_generator_alon
 def test_it_compiles_in_one_graph_with_the_same_loss_and_gradient(distance):
     def loss(v, z0, z1, a):
         point = point_on_path(z0, z1, a, a)
-        return create_distance("lpips+huber", True, lambda: distance)(v, point)
+        return lpips_huber(v, point, distance)
 
     found = []
     for call in (loss, torch.compile(loss, backend="eager", fullgraph=True)):
@@ -154,7 +154,7 @@ def test_it_trains_a_distributed_network_with_dropout_in_train_mode(distance, tm
         student.train()
         x, z1 = images(0, size=8), images(1, size=8)
         point = point_on_path(x, z1, torch.zeros(2), torch.zeros(2))
-        create_distance("lpips", True, lambda: distance)(student(x), point).mean().backward()
+        lpips_at_start(student(x), point, distance).mean().backward()
         assert all(p.grad.any() for p in student.parameters())
     finally:
         torch.distributed.destroy_process_group()

@@ -53,9 +53,9 @@ class Kept(Draws):
         self.all_noise.append(super().noise(shape) if self.given[1] is None else self.given[1])
         return self.all_noise[-1]
 
-    def times(self, schedule):
+    def times(self, *arguments):
         self.names.append("times")
-        self.all_times.append(super().times(schedule) if self.given[0] is None else self.given[0])
+        self.all_times.append(super().times(*arguments) if self.given[0] is None else self.given[0])
         return self.all_times[-1]
 
     t = property(lambda self: self.all_times[0])

@@ -18,7 +18,7 @@ COUNT = 20_000
 
 
 def draw(name, count=COUNT, seed=0, eps=EPS):
-    return create_time_schedule(name, eps)(torch.Generator().manual_seed(seed), count, "cpu")
+    return create_time_schedule(name)(torch.Generator().manual_seed(seed), count, "cpu", eps, 1.0)
 
 
 def u_shaped_distribution(t, a=4.0):
@@ -68,7 +68,7 @@ def test_k_step_times_are_the_starts_of_k_euler_steps_equally_often():
     values, counts = t.double().unique(return_counts=True)
     assert values.tolist() == pytest.approx([EPS + j * (1 - EPS) / 4 for j in range(4)], abs=1e-6)
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
-    assert torch.equal(t, create_time_schedule(4, EPS)(torch.Generator().manual_seed(0), COUNT, "cpu"))
+    assert torch.equal(t, draw(4))
 
 
 def test_t0t1_takes_each_end_half_of_the_time_sample_by_sample():
@@ -112,7 +112,7 @@ def test_times_belong_to_the_generator(name):
                                   "range_0.5", "1", "0", "2.5", "exp_1", "exp_0", "uniform_3", "-3", "fix_0.1_0.2"])
 def test_a_wrong_name_or_range_is_one_sentence_naming_the_field(name):
     with pytest.raises(UserError, match="flow.flow_t_schedule") as caught:
-        create_time_schedule(name, EPS)
+        create_time_schedule(name)
     assert "\n" not in str(caught.value)
 
 
