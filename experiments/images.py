@@ -14,41 +14,29 @@ from torch import nn
 from configs.default import get_default_config
 from datasets import load_images, pixels_to_float
 from metrics.scores import frechet_distance, nearest_distances, precision_recall
-from runtime.errors import UserError
 from runtime.files import atomic_path
 from runtime.progress import progress_bar
 
-FASHION_ROOTS = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST")
 DATE = (2000, 1, 1, 0, 0, 0)  # of files in the archives, so that the same images make the same bytes
-
-
-def find_fashion():
-    """Return the folder of Fashion-MNIST's IDX files, or None."""
-    return next((root for root in FASHION_ROOTS if list(pathlib.Path(root).glob("**/train-images*"))), None)
 
 
 def split(images, cifar_root):
     """Return (images uint8 (N, C, H, W), labels (N,)) to train on, and as many held out as are measured.
 
-    CIFAR-10 has its own split; elsewhere even places train and odd places are held out. Raises UserError when
-    CIFAR-10's files are absent.
+    CIFAR-10 has its own split; elsewhere even places train and odd places are held out.
     """
     def load(dataset, root=""):
         config = get_default_config()
-        config.data.dataset, config.data.data_root, config.training.progress = dataset, str(root), "auto"
+        config.data.dataset, config.data.data_root, config.training.progress = dataset, root, "auto"
         config.data.image_size, config.data.num_channels = images.size, images.channels
         found = load_images(config)
         return found.images, found.labels
 
     if images.name == "cifar":
-        archives = [pathlib.Path(cifar_root, f"cifar10-jpeg-{part}.zip") for part in ("train", "test")]
-        for path in archives:
-            if not path.is_file():
-                raise UserError(f"no {path}: name the folder of CIFAR-10's two zips of class folders with --cifar_root")
-        train, (test, labels) = (load("custom", path) for path in archives)
+        train, (test, labels) = (load("custom", f"{cifar_root}/cifar10-jpeg-{part}.zip") for part in ("train", "test"))
         places = np.arange(images.measured) * len(test) // images.measured
         return train, (test[places], labels[places])
-    found, labels = load("FashionMNIST", find_fashion()) if images.name == "fashion" else load("digits")
+    found, labels = load("FashionMNIST" if images.name == "fashion" else "digits")
     held_out = slice(1, 2 * images.measured, 2)
     return (found[::2], labels[::2]), (found[held_out], labels[held_out])
 
@@ -113,15 +101,11 @@ class ConvolutionalClassifier(nn.Module):
         self.head = nn.Linear(width, classes)
         self.register_buffer("accuracy", torch.zeros(()))  # on the images held out
 
-    def forward(self, x):
-        return self.head(self.body(x))
-
     @torch.no_grad()
     def features(self, images):
         """Return the features, float64 (N, 4·width), of uint8 images (N, C, H, W)."""
-        device = self.head.weight.device
-        parts = [self.body(pixels_to_float(torch.from_numpy(part).to(device)))
-                 for part in np.array_split(images, -(-len(images) // 500))]
+        parts = [self.body(pixels_to_float(part.to(self.head.weight.device)))
+                 for part in torch.from_numpy(images).split(500)]
         return torch.cat(parts).double().cpu().numpy()
 
     @torch.no_grad()
@@ -146,8 +130,8 @@ class ConvolutionalClassifier(nn.Module):
             x = F.pad(x, [shift] * 4, mode="reflect")[..., down : down + size, right : right + size]
             x = x.flip(3) if random.integers(2) else x
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                found = self(x.contiguous(memory_format=torch.channels_last))
-                loss = F.cross_entropy(found, torch.from_numpy(labels[places]).to(device), label_smoothing=0.1)
+                logits = self.head(self.body(x.contiguous(memory_format=torch.channels_last)))
+                loss = F.cross_entropy(logits, torch.from_numpy(labels[places]).to(device), label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -155,36 +139,30 @@ class ConvolutionalClassifier(nn.Module):
         self.to(memory_format=torch.contiguous_format)
 
 
-def load_classifier(path, images, train, held_out):
-    """Return the convolutional classifier in the file `path`, trained if it is not there yet."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    net = ConvolutionalClassifier(images, int(train[1].max()) + 1).to(device)
-    if path.exists():
-        net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-        return net.eval()
-    net.fit(*train, images.epochs)
-    net.eval()
-    net.accuracy.fill_((net.probabilities(net.features(held_out[0])).argmax(1) == held_out[1]).mean())
-    with atomic_path(path) as temporary:
-        torch.save(net.state_dict(), temporary)
-    return net
-
-
 class Reference:
     """The held-out images of an `Images`, with which samples are compared, and the classifier that does it."""
 
     def __init__(self, images, folder, cifar_root):
         """Write train.zip and held_out.zip, which the scripts read, into `folder`, unless they are there."""
-        train, held_out = split(images, cifar_root)
-        if images.classifier:
-            path = folder / f"classifier_{images.classifier}_{images.size}_{images.epochs}.pth"
-            self.classifier = load_classifier(path, images, train, held_out)
-        else:
-            self.classifier = Perceptron(pathlib.Path(__file__).parent / "classifiers" / f"{images.name}.npz")
-        self.train, self.held_out = train[0], held_out[0]
+        (self.train, train_labels), (self.held_out, labels) = split(images, cifar_root)
         for name in ("train", "held_out"):
             write_archive(folder / f"{name}.zip", getattr(self, name))
+        if not images.classifier:
+            self.classifier = Perceptron(pathlib.Path(__file__).parent / "classifiers" / f"{images.name}.npz")
+        else:
+            path = folder / f"classifier_{images.classifier}_{images.size}_{images.epochs}.pth"
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            torch.manual_seed(0)
+            self.classifier = net = ConvolutionalClassifier(images, int(train_labels.max()) + 1).to(device)
+            if path.exists():
+                net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+                net.eval()
+            else:
+                net.fit(self.train, train_labels, images.epochs)
+                found = net.eval().probabilities(net.features(self.held_out)).argmax(1)
+                net.accuracy.fill_((found == labels).mean())
+                with atomic_path(path) as temporary:
+                    torch.save(net.state_dict(), temporary)
         self.features = self.classifier.features(self.held_out)
 
     def measure(self, samples):
@@ -201,17 +179,17 @@ class Reference:
     def _measure(self, group):
         features = self.classifier.features(group)
         precision, recall = precision_recall(torch.from_numpy(features), torch.from_numpy(self.features))
-        return {"feature_distance": frechet_distance(*gaussian(features), *gaussian(self.features)),
-                "pixel_distance": frechet_distance(*gaussian(pixels(group)), *gaussian(pixels(self.held_out))),
+        return {"feature_distance": distance(features, self.features),
+                "pixel_distance": distance(pixels(group), pixels(self.held_out)),
                 "precision": precision, "recall": recall,
                 "recognised": float((self.classifier.probabilities(features).max(1) >= 0.8).mean())}
 
 
 def pixels(images):
     """Return the pixels as rows of numbers in [-1, 1], float64."""
-    return pixels_to_float(torch.from_numpy(images.reshape(len(images), -1)), torch.float64).numpy()
+    return pixels_to_float(torch.from_numpy(images).flatten(1), torch.float64).numpy()
 
 
-def gaussian(rows):
-    """Return mean and covariance of rows of features (N, D)."""
-    return rows.mean(0), np.cov(rows, rowvar=False)
+def distance(a, b):
+    """Return the Fréchet distance of rows of features (N, D)."""
+    return frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))

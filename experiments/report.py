@@ -15,7 +15,6 @@ import statistics
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -47,26 +46,20 @@ LARGEST_STUDENT = 0.26
 
 def read_table(path):
     """Return {step name: row} of a results file, numbers as floats (None where a step has no such figure)."""
-    path, rows = pathlib.Path(path), {}
-    lines = list(csv.reader(path.read_text().splitlines())) if path.exists() else [COLUMNS]
-    for number, line in enumerate(lines, 1):
-        if len(line) != len(COLUMNS) or (number == 1 and tuple(line) != COLUMNS):
-            raise UserError(f"{path}, line {number}, does not have the {len(COLUMNS)} columns of a table of results: "
-                            "restore the file with git, or move it away")
-        row = dict(zip(COLUMNS, line, strict=True))
-        if number > 1:
-            rows[row["step"]] = row | {name: float(row[name]) if row[name] else None for name in NUMBERS}
-    return rows
+    rows = list(csv.DictReader(pathlib.Path(path).read_text().splitlines())) if pathlib.Path(path).exists() else []
+    if any(tuple(row) != COLUMNS or None in row.values() for row in rows):
+        raise UserError(f"{path} is not a whole table of results of {len(COLUMNS)} columns: restore it with git")
+    return {row["step"]: row | {name: float(row[name]) if row[name] else None for name in NUMBERS} for row in rows}
 
 
 def write_table(path, rows):
     """Write {step name: row} sorted by name, six digits a figure; the file appears whole."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as opened:
-        writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
+        writer.writeheader()
         for _, row in sorted(rows.items()):
-            values = [row.get(column) for column in COLUMNS]
-            writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in values)
+            writer.writerow({column: f"{value:.6g}" if isinstance(value, float) else value
+                             for column, value in row.items()})
 
 
 def by_seed(rows, name, figure):
@@ -108,27 +101,21 @@ def compare(rows, first, second, figure="feature_distance"):
             f"{summary(differences)}, the same sign in {agree} of {len(seeds)} seeds")
 
 
-def points(rows, images, names):
-    """Return arrays of evaluations, of the step named first, and of distance and its spread, of the second."""
-    found = []
-    for steps in names:
-        nfe, distance = (list(by_seed(rows, f"{images}/seed{{seed}}/{step}", figure).values())
-                         for step, figure in zip(steps, ("nfe", "feature_distance"), strict=True))
-        if nfe and distance:
-            found.append((np.mean(nfe), np.mean(distance), np.std(distance, ddof=1) if len(distance) > 1 else 0.0))
-    return np.array(sorted(found)).reshape(-1, 3).T
+def draw(path, rows, x_label, panels):
+    """Draw the feature distance against evaluations, in panels side by side, both axes logarithmic.
 
-
-def draw(path, x_label, panels):
-    """Draw panels with points side by side, both axes logarithmic: {title: {curve: what `points` returns}}."""
-    panels = {title: curves for title, curves in panels.items() if any(len(x) for x, _, _ in curves.values())}
-    if not panels:
-        return
+    panels: {(images, title): {curve: [(step with the evaluations, step with the distance), …]}}.
+    """
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for label, (x, y, spread) in curves.items():
-            axes.errorbar(x, y, spread, label=label, marker="o", markersize=4, capsize=2, linewidth=1)
+    for axes, ((images, title), curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(),
+                                               strict=True):
+        for label, pairs in curves.items():
+            found = [[list(by_seed(rows, f"{images}/seed{{seed}}/{step}", column).values())
+                      for step, column in zip(pair, ("nfe", "feature_distance"), strict=True)] for pair in pairs]
+            points = sorted((np.mean(nfe), np.mean(distance), np.std(distance, ddof=1) if len(distance) > 1 else 0.0)
+                            for nfe, distance in found if nfe and distance)
+            axes.errorbar(*np.array(points).reshape(-1, 3).T, label=label, marker="o", markersize=4, capsize=2,
+                          linewidth=1)
         axes.set(title=title, xlabel=x_label, ylabel="Fréchet distance, classifier features", xscale="log",
                  yscale="log")
         for axis, locator in ((axes.xaxis, LogLocator(2)), (axes.yaxis, LogLocator(subs=(1, 2, 5)))):
@@ -143,16 +130,17 @@ def draw(path, x_label, panels):
 
 def draw_miniature(rows, folder):
     """Write the plots of docs/miniature.md: distance against evaluations, and against what the pairs cost."""
-    draw(folder / "miniature_quality.png", "network evaluations a sample", {
-        title: {label: points(rows, images, [(f"{run}/{sampler}",) * 2 for sampler in SAMPLERS])
-                for run, label in CURVES.items()}
-        for images, title in (("digits", "Digits"), ("fashion", "Fashion-MNIST"))})
-    names = {kind: [(f"ablation/pairs_{kind}_{n}", f"ablation/solver_{kind}_{n}/euler-1") for n in parameters]
-             for kind, parameters in SOLVERS.items()}
-    names["rk45"].append(("pairs", "2_flow_annealed/euler-1"))
-    draw(folder / "miniature_pairs.png", "network evaluations a pair", {
-        "Digits: the student by the solver of its pairs": {kind: points(rows, "digits", found)
-                                                           for kind, found in names.items()}})
+    curves = {label: [(f"{run}/{sampler}",) * 2 for sampler in SAMPLERS] for run, label in CURVES.items()}
+    panels = {(images, title): curves for images, title in (("digits", "Digits"), ("fashion", "Fashion-MNIST"))
+              if f"{images}/seed0/1_flow/euler-1" in rows}
+    if panels:
+        draw(folder / "miniature_quality.png", rows, "network evaluations a sample", panels)
+    curves = {kind: [(f"ablation/pairs_{kind}_{n}", f"ablation/solver_{kind}_{n}/euler-1") for n in parameters]
+              for kind, parameters in SOLVERS.items()}
+    curves["rk45"].append(("pairs", "2_flow_annealed/euler-1"))
+    if "digits/seed0/2_flow_annealed/euler-1" in rows:
+        draw(folder / "miniature_pairs.png", rows, "network evaluations a pair",
+             {("digits", "Digits: the student by the solver of its pairs"): curves})
 
 
 def write_demo(root, rows):

@@ -1,12 +1,11 @@
 """Run the steps of studies that the table of results lacks.
 
     python -m experiments.run --study demo                  make demo
-    python -m experiments.run --study digits,ablations      what results.csv lacks, two runs at a time
+    python -m experiments.run --study digits,ablations      two steps at a time, each with one thread
     python -m experiments.run --study cifar --size small    CIFAR-10 end to end on two CPU cores
 
-Every step is one of the four scripts in a process of its own: with `--jobs 1` one after the other, with all threads
-and their progress on the terminal; otherwise several at a time, each with one thread, printing to {root}/output/.
-The same command continues an interrupted study. `--again STEP` repeats a step and prints both results.
+Every step is one of the four scripts in a process of its own; several at a time print to {root}/output/. The same
+command continues an interrupted study. `--again STEP` repeats a step, whose row it replaces.
 """
 
 import concurrent.futures
@@ -18,7 +17,6 @@ import pathlib
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,7 +26,7 @@ import torch
 
 from configs.command_line import run_program
 from configs.default import Field
-from experiments.images import Reference, find_fashion
+from experiments.images import Reference
 from experiments.report import NUMBERS, read_table, write_demo, write_table
 from experiments.studies import ROOT, STUDIES
 from metrics.results import read_results
@@ -55,46 +53,40 @@ KINDS = {"train.py": "train", "generate_data.py": "pairs", "evaluation_fid.py": 
 
 def main(args):
     """Run what the flags name and is missing; return the exit status."""
-    names, steps = chosen_steps(args)
+    names = args.study.split(",")
+    unknown = [name for name in names if name not in STUDIES]
+    if unknown:
+        raise UserError(f"--study {unknown[0]}: there is no such study; choose of {', '.join(STUDIES)}")
+    if "fashion" in names and not pathlib.Path("data/FashionMNIST").exists():
+        print("study: there is no data/FashionMNIST; its steps are left out", flush=True)
+        names.remove("fashion")
+    planned = {"tiny": 1, "small": 40, "large": 25}[args.size]
+    scale = args.minutes / planned if args.minutes else 1.0
+    if "cifar" in names and args.minutes:
+        print(f"study: updates and pairs scaled by {scale:.2g} for {args.minutes:g} minutes instead of {planned}",
+              flush=True)
+    options = {"demo": {"scale": args.scale}, "cifar": {"size": args.size, "scale": scale}}
+    steps = dict.fromkeys(step for name in names for step in STUDIES[name](**options.get(name, {})))
+    wanted = [step for step in steps if any(text in step.name for text in args.steps.split(","))
+              and args.again in ("", step.name)]
+    if not wanted:
+        raise UserError(f"no step is called {args.again or args.steps or args.study}; results.csv and --dry_run have "
+                        "their names")
+
     is_demo = names == ["demo"]
     root = args.root or ("logs/demo" if is_demo else "logs/study")
     results = args.results or (f"{root}/results.csv" if is_demo else "experiments/results.csv")
     study = Study(root, results, args.jobs or (1 if {"demo", "cifar"} & set(names) else 2), args.cifar_root, args.again)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, study.stop)
     with file_lock(study.root / "study.lock", "running a study") as lock:  # then all that it finished counts
-        todo = study.missing([step for step in steps if args.again in ("", step.name)])
+        todo = study.missing(wanted)
         if args.dry_run:
             for step in todo:
                 print(f"{step.name}\n    python {' '.join(step.command(root))}")
             print(f"study: {len(todo)} steps to run")
             return 0
         study.run(todo, lock)
-    print(f"study: all {len(steps)} steps are in {results}")
+    print(f"study: all {len(wanted)} steps are in {results}")
     return 1 if is_demo and not write_demo(study.root, read_table(results)) and args.scale >= 1 else 0
-
-
-def chosen_steps(args):
-    """Return (names of studies, steps) that the flags name. Raises UserError for names that do not exist."""
-    names = args.study.split(",")
-    unknown = [name for name in names if name not in STUDIES]
-    if unknown:
-        raise UserError(f"--study {unknown[0]}: there is no such study; choose of {', '.join(STUDIES)}")
-    if "fashion" in names and find_fashion() is None:
-        print("study: Fashion-MNIST is not here; its steps are left out", flush=True)
-        names.remove("fashion")
-    planned = {"tiny": 1, "small": 40, "large": 25}[args.size]
-    options = {"demo": {"scale": args.scale},
-               "cifar": {"size": args.size, "scale": (args.minutes or planned) / planned}}
-    steps = dict.fromkeys(step for name in names for step in STUDIES[name](**options.get(name, {})))
-    steps = [step for step in steps if any(text in step.name for text in args.steps.split(","))]
-    if args.again not in {"", *(step.name for step in steps)} or not steps:
-        raise UserError(f"no step is called {args.again or args.steps or args.study}; results.csv and --dry_run have "
-                        "their names")
-    if "cifar" in names and args.minutes:
-        print(f"study: updates and pairs scaled by {args.minutes / planned:.2g} for {args.minutes:g} minutes instead "
-              f"of {planned}", flush=True)
-    return names, steps
 
 
 class Study:
@@ -102,7 +94,7 @@ class Study:
 
     def __init__(self, root, results, jobs, cifar_root="data/cifar10-jpeg", again=""):
         self.root, self.results, self.jobs = pathlib.Path(root).absolute(), pathlib.Path(results), jobs
-        self.cifar_root, self.again, self.running = cifar_root, again, set()
+        self.cifar_root, self.again = cifar_root, again
 
     @functools.cache  # noqa: B019 - one study a process
     def reference(self, images):
@@ -127,12 +119,12 @@ class Study:
 
         def add(step):
             for _, need in step.needs:
-                if need not in found and (lacks_row(need) or not self.state(need)["finished"]):
+                if lacks_row(need) or not self.state(need)["finished"]:
                     add(need)
             found[step] = True
 
         for step in steps:
-            if step not in found and (lacks_row(step) or step.name == self.again):
+            if lacks_row(step) or step.name == self.again:
                 add(step)
         return list(found)
 
@@ -177,7 +169,8 @@ class Study:
             output = self.root / "output" / f"{step.name}.txt"
             output.parent.mkdir(parents=True, exist_ok=True)
             environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        say(f"{place} {step.name}: " + (f"prints to {output}" if output else f"\n    python {' '.join(words[1:])}"))
+        shown = f"prints to {output}" if output else f"\n    python {' '.join(words[1:])}"
+        print(f"{place} {step.name}: {shown}", flush=True)
         status, seconds = self.launch(words, output, environment, lock)
         state |= {"finished": status == 0, "seconds": state["seconds"] + seconds}
         write_json(self.marker(step), state)
@@ -193,31 +186,19 @@ class Study:
         with open(output, "a") if output else contextlib.nullcontext() as opened:
             process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=opened,
                                        stderr=opened and subprocess.STDOUT, pass_fds=[lock])
-            self.running.add(process)
             _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        self.running.discard(process)
         seconds = used.ru_utime + used.ru_stime if self.jobs > 1 else time.perf_counter() - started
         return process.returncode, seconds
 
-    def stop(self, number, frame):
-        """Tell the running scripts to end, too, when this process is told to (each ends after its update or block)."""
-        for process in list(self.running):
-            process.send_signal(signal.SIGINT)
-        raise KeyboardInterrupt
-
     def write_row(self, step, seconds):
-        """Measure a finished step and put its row into the table, which other studies may be writing, too."""
+        """Measure a finished step and put its row into the table."""
         row = {"step": step.name, "kind": KINDS[step.script], "seed": step.seed, "digest": step.digest,
                "commit": (git_commit() or "")[:10], "processor": processor(), "seconds": round(seconds, 1),
                **self.figures(step)}
-        with file_lock(self.root / "results.lock", "writing the results"):
-            rows = read_table(self.results)
-            earlier = rows.get(step.name)
-            write_table(self.results, rows | {step.name: row})
-        say(f"{step.name}: {described(row)}")
-        if earlier and earlier["digest"] == step.digest:
-            say(f"  before, at commit {earlier['commit']}: {described(earlier)}")
+        write_table(self.results, read_table(self.results) | {step.name: row})
+        figures = ", ".join(f"{name} {row[name]:.4g}" for name in NUMBERS if row.get(name) is not None)
+        print(f"{step.name}: {figures}", flush=True)
 
     def figures(self, step):
         """Return the figures of a finished step for its row of the table."""
@@ -238,16 +219,6 @@ class Study:
             return figures | {"pixel_distance": result["pixel_frechet_distance"], "nearest": result["nn_distance"]}
         samples = np.load(run / f"eval/checkpoint_1_{sampler}{f'-{steps}' if steps else ''}.npy")
         return figures | self.reference(step.images).measure(samples)
-
-
-def say(text):
-    """Print a line among those of the scripts."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def described(row):
-    """Return the figures of a row as text."""
-    return ", ".join(f"{name} {row[name]:.4g}" for name in NUMBERS if row.get(name) is not None)
 
 
 @functools.cache

@@ -68,62 +68,6 @@ def config_changes(path):
     return {name: value for name, value in values.items() if value != FIELDS[name].default}
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What all steps of one seed of a study share; a config field optim.lr is written optim__lr."""
-
-    prefix: str  # of the names of steps
-    images: Images | None
-    seed: int
-    fields: dict = dataclasses.field(default_factory=dict)
-    config: str = "configs/rectified_flow/digits_rf_gaussian.py"
-
-    def step(self, name, script, *words, needs=(), **fields):
-        """Return the step `name`: config and fields that all steps have, then `words`, then `fields`."""
-        own = {} if self.images is None else {
-            "data__dataset": "custom", "data__data_root": "{images}/train.zip", "data__cache_dir": "{root}/cache",
-            "data__image_size": self.images.size, "data__num_channels": self.images.channels}
-
-        def flags(fields):
-            return [word for field, value in fields.items()
-                    for word in (f"--config.{field.replace('__', '.')}", str(value))]
-
-        words = ("--config", self.config, *flags({"seed": self.seed} | own | self.fields), *words, *flags(fields))
-        return Step(self.prefix + name, script, words, self.seed, self.images, needs)
-
-    def train(self, name, updates, pairs=None, start=None, **fields):
-        """Return a training step. pairs: the step that made its pairs; start: the step of its pre_train_model."""
-        needs = tuple((key, step) for key, step in (("pairs", pairs), ("start", start)) if step)
-        own = {"work_dir": "{root}", "expr": "{here}", "training__n_iters": updates, "training__snapshot_freq": updates,
-               "training__snapshot_sampling": updates}
-        own |= {"data__reflow_data_root": "{pairs}"} if pairs else {}
-        own |= {"flow__pre_train_model": START} if start else {}
-        return self.step(name, "train.py", needs=needs, **own | fields)
-
-    def pairs(self, name, flow, count=None, **sampling):
-        """Return a step that makes `count` noise-image pairs (None: as the config says) with the trained step."""
-        fields = {"sampling__total_number_of_samples": count} if count else {}
-        return self.step(name, "generate_data.py", "--ckpt_path", FLOW, "--data_root", "{root}/{here}",
-                         needs=(("flow", flow),), **fields, training__batch_size=250, **sampling)
-
-    def evaluate(self, flows, *samplings, samples=None):
-        """Return a step for each trained step and sampling that measures its samples."""
-        words, fields = (), {"eval__num_samples": samples}
-        if self.images:
-            words = ("--target_path", "{images}/held_out.zip")
-            fields = {"eval__num_samples": self.images.groups * self.images.measured, "eval__batch_size": 250,
-                      "eval__nearest": 0, "eval__save_samples": "true", "eval__feature_extractor": "pixels"}
-        return [self.step(f"{flow.name.removeprefix(self.prefix)}/{'-'.join(map(str, sampling.values()))}",
-                          "evaluation_fid.py", "--ckpt_dir", FLOW, *words, needs=(("flow", flow),), **sampling,
-                          **fields) for flow in flows for sampling in samplings]
-
-    def look(self, flow, sampling=None):
-        """Return the step that draws samples of the trained step `flow` and measures the straightness of its paths."""
-        sampling = sampling or euler(2)  # a call with one evaluation measures no straightness
-        return self.step(f"{flow.name.removeprefix(self.prefix)}/straightness", "image_sampling.py", "--sampling_dir",
-                         FLOW, needs=(("flow", flow),), **sampling)
-
-
 # Fields of the config that studies share.
 
 
@@ -142,12 +86,67 @@ def annealed(updates, shape="warmup"):
     return {"training__x0_randomness": f"{shape}_{updates}"}
 
 
-ONE_STEP, ADAPTIVE = euler(1), {"sampling__use_ode_sampler": "rk45"}
+ONE_STEP, TWO_STEPS, ADAPTIVE = euler(1), euler(2), {"sampling__use_ode_sampler": "rk45"}
 T0, U_SHAPED = ({"flow__flow_t_schedule": schedule} for schedule in ("t0", "u_shaped"))
 HUBER = {"training__loss_type": "huber"}
 GUIDED = {"flow__use_teacher": "true", "flow__guidance_first_step": "student"}
 DISTILLATIONS = {"naive": {"flow__use_teacher": "false"}, "guided_student": GUIDED,
                  "guided_teacher": GUIDED | {"flow__guidance_first_step": "teacher"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all steps of one seed of a study share; a config field optim.lr is written optim__lr."""
+
+    prefix: str  # of the names of steps
+    images: Images | None
+    seed: int
+    fields: dict = dataclasses.field(default_factory=dict)
+    config: str = "configs/rectified_flow/digits_rf_gaussian.py"
+
+    def step(self, name, script, *words, needs, **fields):
+        """Return the step `name`: config and fields that all steps have, then `words`, then `fields`."""
+        own = {} if self.images is None else {
+            "data__dataset": "custom", "data__data_root": "{images}/train.zip", "data__cache_dir": "{root}/cache",
+            "data__image_size": self.images.size, "data__num_channels": self.images.channels}
+
+        def flags(fields):
+            return [word for field, value in fields.items()
+                    for word in (f"--config.{field.replace('__', '.')}", str(value))]
+
+        words = ("--config", self.config, *flags({"seed": self.seed} | own | self.fields), *words, *flags(fields))
+        return Step(name, script, words, self.seed, self.images, needs)
+
+    def train(self, name, updates, pairs=None, start=None, **fields):
+        """Return a training step. pairs: the step that made its pairs; start: the step of its pre_train_model."""
+        own = {"work_dir": "{root}", "expr": "{here}", "training__n_iters": updates, "training__snapshot_freq": updates,
+               "training__snapshot_sampling": updates}
+        own |= {"data__reflow_data_root": "{pairs}"} if pairs else {}
+        own |= {"flow__pre_train_model": START} if start else {}
+        needs = tuple((key, step) for key, step in (("pairs", pairs), ("start", start)) if step)
+        return self.step(self.prefix + name, "train.py", needs=needs, **own | fields)
+
+    def pairs(self, name, flow, count=None, **sampling):
+        """Return a step that makes `count` noise-image pairs (None: as the config says) with the trained step."""
+        fields = {"sampling__total_number_of_samples": count} if count else {}
+        return self.step(self.prefix + name, "generate_data.py", "--ckpt_path", FLOW, "--data_root", "{root}/{here}",
+                         needs=(("flow", flow),), **fields, training__batch_size=250, **sampling)
+
+    def evaluate(self, flows, *samplings, samples=None):
+        """Return a step for each trained step and sampling that measures its samples."""
+        words, fields = (), {"eval__num_samples": samples}
+        if self.images:
+            words = ("--target_path", "{images}/held_out.zip")
+            fields = {"eval__num_samples": self.images.groups * self.images.measured, "eval__batch_size": 250,
+                      "eval__nearest": 0, "eval__save_samples": "true", "eval__feature_extractor": "pixels"}
+        return [self.step(f"{flow.name}/{'-'.join(map(str, sampling.values()))}", "evaluation_fid.py", "--ckpt_dir",
+                          FLOW, *words, needs=(("flow", flow),), **sampling, **fields)
+                for flow in flows for sampling in samplings]
+
+    def look(self, flow, sampling=TWO_STEPS):  # in one evaluation no straightness is measured
+        """Return the step that draws samples of the trained step `flow` and measures the straightness of its paths."""
+        return self.step(f"{flow.name}/straightness", "image_sampling.py", "--sampling_dir", FLOW,
+                         needs=(("flow", flow),), **sampling)
 
 
 def demo(scale=1.0):
@@ -210,41 +209,36 @@ def ablations(seed):
                 "loss_huber": linear | HUBER, "huber_cos": cosine | HUBER,
                 "huber_u_shaped_cos": cosine | HUBER | U_SHAPED, "huber_u_shaped": linear | HUBER | U_SHAPED}
     changed |= {f"width_{width}": {"model__nf": width} | linear for width in (8, 16)}
-
-    def student(name, pairs, fields):
-        return setting.train(f"ablation/{name}", REFLOW_UPDATES, pairs, **REFLOW | fields)
-
-    students = {name: student(name, made, fields) for name, fields in changed.items()}
+    solvers = {f"euler_{n}": euler(n) for n in (4, 8, 16)} | {f"heun_{n}": euler(n, "heun") for n in (2, 4, 8)}
+    solvers |= {f"rk45_{tol:g}": rk45(tol) for tol in (1e-3, 1e-4)}
+    pairs = {f"count_{n}": setting.pairs(f"ablation/pairs_{n}", flow, n, **rk45(1e-2)) for n in (500, 1000, 2000, 8000)}
+    pairs |= {f"solver_{name}": setting.pairs(f"ablation/pairs_{name}", flow, PAIRS, **sampling)
+              for name, sampling in solvers.items()}
+    students = {name: setting.train(f"ablation/{name}", REFLOW_UPDATES, made, **REFLOW | fields)
+                for name, fields in changed.items()}
     students |= {f"distilled_{loss}": setting.train(
         f"ablation/distilled_{loss}", DISTIL_UPDATES, made, students["huber_u_shaped"],
         **DISTIL | {"training__loss_type": loss} | GUIDED) for loss in ("l2", "huber")}
-    others = {f"count_{n}": (f"pairs_{n}", n, rk45(1e-2)) for n in (500, 1000, 2000, 8000)}
-    solvers = {f"euler_{n}": euler(n) for n in (4, 8, 16)} | {f"heun_{n}": euler(n, "heun") for n in (2, 4, 8)}
-    solvers |= {f"rk45_{tol:g}": rk45(tol) for tol in (1e-3, 1e-4)}
-    others |= {f"solver_{name}": (f"pairs_{name}", PAIRS, sampling) for name, sampling in solvers.items()}
-    found = [flow, made]
-    for name, (folder, count, sampling) in others.items():
-        found.append(setting.pairs(f"ablation/{folder}", flow, count, **sampling))
-        students[name] = student(name, found[-1], linear)
-    return [*found, *students.values(), *setting.evaluate(students.values(), ONE_STEP)]
+    students |= {name: setting.train(f"ablation/{name}", REFLOW_UPDATES, own, **REFLOW | linear)
+                 for name, own in pairs.items()}
+    return [flow, made, *pairs.values(), *students.values(), *setting.evaluate(students.values(), ONE_STEP)]
 
 
-# What differs between the stages of the two recipes; all else is in the config of that name.
-RECIPES = {"recommended": (annealed(ANNEALING) | HUBER | U_SHAPED, {"optim__lr": 1e-3} | HUBER | GUIDED),
-           "released": (annealed(REFLOW_UPDATES * 3 // 8), GUIDED)}
-
-
-def recipe(name, seed):
-    """Return the steps of one of RECIPES on digits: 1-flow, pairs, small 2-flow, distillation, their figures."""
-    setting = miniature(DIGITS, seed, prefix=f"digits/seed{seed}/recipe_{name}/",
-                        config=f"configs/rectified_flow/digits_{name}.py")
-    reflow, distillation = RECIPES[name]
-    flow = setting.train("1_flow", FLOW_UPDATES, model__nf=WIDE)
-    made = setting.pairs("pairs", flow)
-    small = setting.train("2_flow", REFLOW_UPDATES, made, model__nf=NARROW, **reflow)
-    distilled = setting.train("distilled", DISTIL_UPDATES, made, small, model__nf=NARROW, **T0, **distillation)
-    return [flow, made, small, distilled, *setting.evaluate([flow], rk45(1e-3)),
-            *setting.evaluate([small, distilled], ONE_STEP)]
+def recipes(seed):
+    """Return the steps of two recipes on digits; what does not differ between their stages is in their configs."""
+    found, small = [], {"model__nf": NARROW}
+    for name, reflow, distillation in (
+            ("recommended", annealed(ANNEALING) | HUBER | U_SHAPED, {"optim__lr": 1e-3} | HUBER | GUIDED),
+            ("released", annealed(REFLOW_UPDATES * 3 // 8), GUIDED)):
+        setting = miniature(DIGITS, seed, prefix=f"digits/seed{seed}/recipe_{name}/",
+                            config=f"configs/rectified_flow/digits_{name}.py")
+        flow = setting.train("1_flow", FLOW_UPDATES, model__nf=WIDE)
+        made = setting.pairs("pairs", flow)
+        student = setting.train("2_flow", REFLOW_UPDATES, made, **small | reflow)
+        distilled = setting.train("distilled", DISTIL_UPDATES, made, student, **small | T0 | distillation)
+        found += [flow, made, student, distilled, *setting.evaluate([flow], rk45(1e-3)),
+                  *setting.evaluate([student, distilled], ONE_STEP)]
+    return found
 
 
 # CIFAR-10 end to end (docs/cifar.md): `large` for one GPU in half an hour, `small` for two CPU cores in 40 minutes.
@@ -288,6 +282,6 @@ STUDIES = {
     "digits": lambda: [step for seed in (0, 1, 2) for step in main_line(DIGITS, seed)],
     "fashion": lambda: main_line(FASHION, 0),
     "ablations": lambda: [step for seed in (0, 1, 2) for step in ablations(seed)],
-    "recipes": lambda: [step for seed in (3, 4, 5) for name in RECIPES for step in recipe(name, seed)],
+    "recipes": lambda: [step for seed in (3, 4, 5) for step in recipes(seed)],
     "cifar": cifar,
 }
