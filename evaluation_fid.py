@@ -192,8 +192,8 @@ def measure_images(measured, reference, observers=()):
     samples = measured(observers=[find_nearest, *observers])
     distances = torch.cat(gather(torch.cat(distances)))
     return processes.from_main(lambda: {
-        **compare(samples, target, reference.extractor, processes.device, config.seed, reference.radii,
-                  config.training.progress),
+        **compare(samples, target, reference.extractor, processes.device, config.seed,
+                  config.data.cache_dir if config.eval.precision_recall else None, config.training.progress),
         "nn_distance": distances.median().item() if len(distances) else None,
         "nn_distance_real": reference.nn_distance_real, "reference": target.name,
         "protocol": reference.extractor.protocol, "seconds": round(time.monotonic() - started, 2),

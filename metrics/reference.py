@@ -9,7 +9,7 @@ import torch
 from datasets import load_images
 from datasets.image_source import ArrayImages, open_images
 from metrics.features import create_extractor
-from metrics.scores import check_gaussian, kept_radii, nearest_distances
+from metrics.scores import check_gaussian, nearest_distances
 from metrics.statistics import Statistics, evenly_spread, measure_source
 from runtime.downloads import cached_file
 from runtime.errors import UserError
@@ -38,8 +38,16 @@ class Reference:
                 raise
             processes.say(f"no distance to the nearest training image: {error}")
         data, trained = config.data, self.training_images
-        self.path = None if own else pathlib.Path(target_path or published_statistics(data))
-        self.name = trained.source if own else str(target_path) or CIFAR10_NAME
+        if own:
+            self.path, self.name = None, trained.source
+        elif target_path:
+            self.path, self.name = pathlib.Path(target_path), str(target_path)
+        elif (data.dataset, data.image_size, data.num_channels) == ("CIFAR10", 32, 3):
+            self.path, self.name = cached_file(CIFAR10_URL, "--target_path"), CIFAR10_NAME
+        else:
+            raise UserError(f"no published statistics are known for config.data.dataset {data.dataset} at "
+                            f"{data.num_channels}×{data.image_size}×{data.image_size}: name some with --target_path "
+                            "(make them with python -m tools.reference_statistics)")
         if not (own or self.path.is_file() or self.path.is_dir()):
             raise UserError(f"--target_path {target_path} is no file or folder")
         self.identity = {
@@ -67,14 +75,6 @@ class Reference:
         return measure_source(self.source, self.extractor, self.config.eval.batch_size, self.processes)
 
     @functools.cached_property
-    def radii(self):
-        """The radii that precision and recall need, or None without features or where config.eval leaves them out."""
-        features, config = self.statistics.features, self.config
-        if features is None or not config.eval.precision_recall:
-            return None
-        return kept_radii(features.to(self.processes.device), config.data.cache_dir, config.training.progress)
-
-    @functools.cached_property
     def nn_distance_real(self):
         """The median distance of config.eval.nearest training images to the nearest other one, or None."""
         count = min(self.config.eval.nearest, len(self.training_images or ()))
@@ -84,15 +84,6 @@ class Reference:
         places = evenly_spread(count, len(images))
         queries, own = (torch.from_numpy(array).to(device) for array in (np.array(images[places]), places))
         return nearest_distances(queries, images, own, progress=self.config.training.progress).median().item()
-
-
-def published_statistics(data):
-    """Return the path of the statistics that are published for config.data; raise UserError where none are."""
-    if data.dataset == "CIFAR10" and (data.image_size, data.num_channels) == (32, 3):
-        return cached_file(CIFAR10_URL, "--target_path")
-    raise UserError(f"no published statistics are known for config.data.dataset {data.dataset} at "
-                    f"{data.image_size}×{data.image_size}: name some with --target_path (make them with "
-                    "python -m tools.reference_statistics)")
 
 
 def read_npz(path):

@@ -19,12 +19,12 @@ SPLITS = 10  # of the Inception score
 INDEFINITE = 1e-4  # share of its largest variance by which a covariance may miss being positive, by float32's rounding
 
 
-def compare(samples, reference, extractor, device, seed, radii=None, progress="auto"):
+def compare(samples, reference, extractor, device, seed, folder=None, progress="auto"):
     """Return {metric name: value}, names as in `extractor.names`, of two `Statistics`.
 
     None stands for what the reference does not allow: kernel distance, precision and recall need its features,
     the Inception score an extractor with classes. `seed` draws the subsets of the kernel distance and the splits of
-    the score. radii: of the reference (`neighbour_radii`); None leaves precision and recall out.
+    the score. folder: where the radii of the reference are kept; None leaves precision and recall out.
     """
     if samples.count <= extractor.dimension:
         print(f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is singular and "
@@ -35,8 +35,9 @@ def compare(samples, reference, extractor, device, seed, radii=None, progress="a
     if reference.features is not None:
         real = reference.features.to(device)
         values["kernel"] = kernel_distance(features, real, torch.Generator().manual_seed(seed))
-        if radii is not None:
-            values["precision"], values["recall"] = precision_recall(features, real, radii.to(device), progress)
+        if folder is not None:
+            radii = kept_radii(real, folder, progress).to(device)
+            values["precision"], values["recall"] = precision_recall(features, real, radii, progress)
     if extractor.probabilities is not None:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(device)
         values["inception"], values["inception_std"] = inception_score(extractor.probabilities(features)[order])

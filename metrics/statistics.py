@@ -1,7 +1,6 @@
 """Mean, covariance and features of images that arrive in batches, on one process or on many."""
 
 import dataclasses
-import sys
 
 import numpy as np
 import torch
@@ -68,21 +67,17 @@ def measure_source(source, extractor, batch_size, processes, count=None, observe
     """
     count = len(source) if count is None else count
     mine = share_of(processes, count)
-    batches = read_batches(source, evenly_spread(count, len(source))[mine.start : mine.stop], batch_size, processes)
+    chosen = evenly_spread(count, len(source))[mine.start : mine.stop]
+    lows = progress_bar(range(0, len(chosen), batch_size), desc=f"reading {source.name}", unit="batches",
+                        enabled="auto" if processes.is_main else "false")
+    batches = (torch.cat([source.read(place, place + 1) for place in chosen[low : low + batch_size]])
+               for low in lows)
     part = "" if count == len(source) else f"{count} of "
-    return measure(batches, extractor, mine.start, count, processes.device,
-                   f"{source.name}, {part}{len(source)} images", observers, max_features)
-
-
-def read_batches(source, chosen, batch_size, processes):
-    """Yield the images of an `ImageSource` at the places `chosen`, uint8 on the device; then say what was converted."""
-    for low in progress_bar(range(0, len(chosen), batch_size), desc=f"reading {source.name}", unit="batches",
-                            enabled="auto" if processes.is_main else "false"):
-        part = chosen[low : low + batch_size]
-        yield torch.cat([source.read(place, place + 1) for place in part]).to(processes.device)
-    if processes.is_main:
-        for note, number in source.notes.items():
-            print(f"{source.name}: {number} images: {note}", file=sys.stderr, flush=True)
+    found = measure((batch.to(processes.device) for batch in batches), extractor, mine.start, count, processes.device,
+                    f"{source.name}, {part}{len(source)} images", observers, max_features)
+    for note, number in source.notes.items():
+        processes.say(f"{source.name}: {number} images: {note}")
+    return found
 
 
 def evenly_spread(chosen, count):

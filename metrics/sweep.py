@@ -1,5 +1,6 @@
 """Which checkpoints of a run are evaluated, and waiting for those that training has yet to write."""
 
+import contextlib
 import itertools
 import pathlib
 import time
@@ -33,11 +34,9 @@ def read_checkpoints(ckpt_dir, settings, processes):
     """
     if is_remote(ckpt_dir) or pathlib.Path(ckpt_dir).is_file():
         found = map(read_checkpoint, [ckpt_dir])
-    elif settings.wait:
-        found = sweep(checkpoint_folder(ckpt_dir), max(1, settings.begin_ckpt), settings.end_ckpt,
-                      settings.wait_limit * 3600)
     else:
-        found = sweep(checkpoint_folder(ckpt_dir), settings.begin_ckpt, settings.end_ckpt)
+        found = sweep(checkpoint_folder(ckpt_dir), settings.begin_ckpt, settings.end_ckpt,
+                      settings.wait_limit * 3600 if settings.wait else 0.0)
     checkpoint = None
 
     def advance():
@@ -52,7 +51,7 @@ def read_checkpoints(ckpt_dir, settings, processes):
         yield checkpoint
 
 
-def sweep(folder, begin, end, limit=None, read=read_checkpoint):
+def sweep(folder, begin, end, limit=0.0, read=read_checkpoint):
     """Yield `read(path)` of the checkpoints begin ≤ k ≤ end (end 0: to the newest) in `folder`.
 
     A line tells of numbers that are not there, also where training has deleted one in the meantime. With a `limit`, in
@@ -61,41 +60,31 @@ def sweep(folder, begin, end, limit=None, read=read_checkpoint):
     says training will write, or when no new one comes.
     Raises UserError if there is none at all, or an awaited one does not come or does not complete.
     """
-    awaited, last = begin, end
+    awaited, last, k = begin, end, None
     while not last or awaited <= last:
         k, content = _next_checkpoint(folder, awaited, limit, read)
-        if k is None and limit is not None and (last or awaited == begin):
-            raise UserError(f"{folder}/checkpoint_{awaited}.pth did not come within config.eval.wait_limit; is "
-                            "training still running?")
         if k is None or last and k > last:
             break
         if k > awaited:
             print(f"checkpoints {awaited} to {k - 1} are not in {folder}: passed over", flush=True)
         yield content
         awaited = k + 1
-        if limit is not None and not end:
-            last = _last_of(content)
-    if awaited == begin:
+        if limit and not end:
+            with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):  # its config does not tell
+                last = content["config"]["training"]["n_iters"] // content["config"]["training"]["snapshot_freq"]
+    if awaited == begin or (limit and last and k is None):
         there = ", ".join(map(str, itertools.islice(numbered_checkpoints(folder), 40))) or "none"
-        raise UserError(f"no checkpoint_{{k}}.pth between config.eval.begin_ckpt {begin} and end_ckpt {end} in "
-                        f"{folder} (there: {there}): choose others, or wait for training to write them "
-                        "(evaluation_fid.py does, with --config.eval.wait true)")
+        within = "came within config.eval.wait_limit" if limit else "is there"
+        raise UserError(f"of the checkpoints {awaited} to {last or 'the newest'} in {folder} none {within} (there: "
+                        f"{there}): choose others with config.eval.begin_ckpt and end_ckpt, or let training write them "
+                        "and wait, with --config.eval.wait true")
     if end >= awaited:
         print(f"checkpoints {awaited} to {end} are not in {folder}: passed over", flush=True)
 
 
-def _last_of(content):
-    """Return the number of the last checkpoint that the training of this one writes; 0 if its config does not tell."""
-    try:
-        training = content["config"]["training"]
-        return training["n_iters"] // training["snapshot_freq"]
-    except (KeyError, TypeError, ZeroDivisionError):  # a released checkpoint, or a config of another program
-        return 0
-
-
 def _next_checkpoint(folder, number, limit, read):
-    """Return (k, content) of the first checkpoint k ≥ `number` once it is complete; (None, None) if there is none."""
-    deadline, pause = time.monotonic() + (limit or 0), 0.05
+    """Return (k, content) of the first checkpoint k ≥ `number` once it is complete; (None, None) if none comes."""
+    deadline, pause = time.monotonic() + limit, 0.05
     while True:
         error, found = None, [(k, path) for k, path in numbered_checkpoints(folder).items() if k >= number]
         try:
@@ -105,10 +94,10 @@ def _next_checkpoint(folder, number, limit, read):
             if not found[0][1].exists():  # training keeps only the newest ones and has just deleted it
                 continue
             error = caught
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-        pause = min(POLL, pause * 1.2)
-    if error:
-        raise error
-    return None, None
+        if time.monotonic() < deadline:
+            time.sleep(min(pause, limit))
+            pause = min(POLL, pause * 1.2)
+        elif error:
+            raise error
+        else:
+            return None, None

@@ -236,18 +236,14 @@ def statistics_of(seed, count, with_features=True):
     return found if with_features else Statistics(found.mu, found.sigma, None, None, "mu and sigma")
 
 
-def radii_of(seed, count):
-    return neighbour_radii(statistics_of(seed, count).features)
-
-
 def inception_like():
     weight = torch.randn(4, DIMENSION, generator=torch.Generator().manual_seed(0))
     return FeatureExtractor("inception", DIMENSION, lambda images: images, lambda f: (f @ weight.T).softmax(1),
                             INCEPTION_NAMES, "a stand-in")
 
 
-def test_every_metric_has_its_value_when_the_reference_has_features():
-    found = compare(statistics_of(0, 50), statistics_of(1, 40), inception_like(), "cpu", 1, radii_of(1, 40))
+def test_every_metric_has_its_value_when_the_reference_has_features(tmp_path):
+    found = compare(statistics_of(0, 50), statistics_of(1, 40), inception_like(), "cpu", 1, tmp_path)
     assert set(found) == {"fid", "kid", "precision", "recall", "inception_score", "inception_score_std"}
     assert all(value is not None for value in found.values())
 
@@ -259,8 +255,8 @@ def test_metrics_that_need_reference_features_are_none_without_them():
     assert found["inception_score"] > 1
 
 
-def test_pixel_metrics_carry_pixel_names_and_no_inception_score():
-    found = compare(statistics_of(0, 50), statistics_of(1, 40), pixel_extractor(DIMENSION), "cpu", 1, radii_of(1, 40))
+def test_pixel_metrics_carry_pixel_names_and_no_inception_score(tmp_path):
+    found = compare(statistics_of(0, 50), statistics_of(1, 40), pixel_extractor(DIMENSION), "cpu", 1, tmp_path)
     assert all(name.startswith("pixel_") for name in found)
     assert len(found) == 4
 

@@ -23,7 +23,7 @@ def read(path):
     return {"number": int(path.stem.split("_")[1]), "config": {"training": {"n_iters": 1000, "snapshot_freq": 500}}}
 
 
-def numbers(folder, begin, end, limit=None, read=read):
+def numbers(folder, begin, end, limit=0.0, read=read):
     """The checkpoints that a sweep visits."""
     return [found["number"] for found in sweep(folder, begin, end, limit, read)]
 
@@ -44,7 +44,7 @@ def test_a_checkpoint_of_a_huge_number_is_reached_without_counting(tmp_path, cap
 
 def test_a_checkpoint_that_training_deletes_during_the_sweep_is_told_of_and_left_out(tmp_path, capsys):
     touch(tmp_path, 1, 2, 3)
-    found = sweep(tmp_path, 1, 0, None, read)
+    found = sweep(tmp_path, 1, 0, read=read)
     assert next(found)["number"] == 1
     (tmp_path / "checkpoint_2.pth").unlink()
     assert [checkpoint["number"] for checkpoint in found] == [3]
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_training_deletes_during_the_sweep_is_told_of_and_left
 
 def test_a_sweep_without_any_checkpoint_says_what_is_there(tmp_path):
     touch(tmp_path, 1, 2, 3)
-    with pytest.raises(UserError, match=r"begin_ckpt 9 and end_ckpt 26 .*\(there: 1, 2, 3\)"):
+    with pytest.raises(UserError, match=r"of the checkpoints 9 to 26 in .* none is there \(there: 1, 2, 3\)"):
         numbers(tmp_path, 9, 26)
     with pytest.raises(UserError, match="there: none"):
         numbers(tmp_path / "absent", 1, 0)
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_passed_over(tmp_p
 
 def test_a_checkpoint_that_never_comes_or_never_completes_is_named(tmp_path):
     touch(tmp_path, 1)
-    with pytest.raises(UserError, match=r"checkpoint_2\.pth did not come"):
+    with pytest.raises(UserError, match="of the checkpoints 2 to 2 in .* none came within config.eval.wait_limit"):
         numbers(tmp_path, 1, 2, 0.1)
     (tmp_path / "checkpoint_2.pth").write_bytes(b"comp")
     with pytest.raises(UserError, match="cut short"):
