@@ -52,9 +52,9 @@ def main(config, args, given):
     if bool(args.ckpt_dir) == bool(args.data_dir):
         raise UserError("name either --ckpt_dir (checkpoints to sample) or --data_dir (images to measure)")
     set_precision(config.training.precision)
-    with start_processes(PATIENCE) as processes:
-        with memory_errors("lower config.eval.batch_size, or free memory of the GPU"):
-            path, done = (measure_files if args.data_dir else measure_checkpoints)(config, args, given, processes)
+    advice = "lower config.eval.batch_size, or free memory of the GPU"
+    with start_processes(PATIENCE) as processes, memory_errors(advice):
+        path, done = (measure_files if args.data_dir else measure_checkpoints)(config, args, given, processes)
         name = results.main_metric(done[0])
         best = min(done, key=lambda result: result[name])
         processes.say(f"{results.table(done)}\nbest: {best['checkpoint']}, {results.TITLES[name]} {best[name]:.4g}; "
@@ -123,10 +123,7 @@ def sampling_identity(config):
 
 
 def measure_network(net, title, config, reference):
-    """Sample from `net`; return the measured part of a result and, for config.eval.save_samples, the samples.
-
-    The samples are those of this process, a list of uint8 tensors (N, C, H, W).
-    """
+    """Sample from `net`; return what is measured, and for config.eval.save_samples this process's samples, or None."""
     count, shape = config.eval.num_samples, (config.data.num_channels, config.data.image_size, config.data.image_size)
     processes, nfes, samples = reference.processes, [], [torch.empty(0, *shape, dtype=torch.uint8)]
     mine = share_of(processes, count)
@@ -158,8 +155,7 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
                 if size == 1 or sampling_identity(config)["batch_size"]:
                     raise
                 size, bar.n = size // 2, low
-                print(f"the GPU's memory does not hold config.eval.batch_size {2 * size}: going on with {size}",
-                      file=sys.stderr, flush=True)
+                print(f"config.eval.batch_size {2 * size} does not fit the GPU: going on with {size}", file=sys.stderr)
                 continue
             count_evaluations(nfe)
             check_finite(x, part, title, "the network has diverged, or needs config.training.precision fp32")
@@ -170,12 +166,12 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
 def draw_labels(config, indices, device):
     """Return the one-hot classes of the samples `indices`: drawn, or config.sampling.class_label for all."""
     classes, chosen = config.data.num_classes, config.sampling.class_label
-    if classes == 0:
+    if chosen >= classes and chosen >= 0:
+        raise UserError(f"config.sampling.class_label is {chosen}, but the model has {classes} classes, counted from 0")
+    if not classes:
         return None
-    if chosen >= classes:
-        raise UserError(f"config.sampling.class_label is {chosen}, but the classes are 0 to {classes - 1}")
-    labels = index_labels(config.seed, indices, classes)
-    return one_hot((labels if chosen < 0 else torch.full_like(labels, chosen)).to(device), classes)
+    labels = index_labels(config.seed, indices, classes) if chosen < 0 else torch.full((len(indices),), chosen)
+    return one_hot(labels.to(device), classes)
 
 
 def measure_images(measured, reference, observers=()):
@@ -211,10 +207,7 @@ def earlier_result(path, identity, force, processes):
 
 
 def publish(result, path, processes, samples=None):
-    """Say a result on the terminal and write it to its file; what cannot be written is printed whole.
-
-    samples: of this process, as `measure_network` returns them; those of all go into an npy beside the file.
-    """
+    """Say a result and write it to its file, and all processes' `samples` beside it; print what cannot be written."""
     processes.say(results.protocol_line(result))
     images = samples and torch.cat(gather(torch.cat(samples))).numpy()
 

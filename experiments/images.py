@@ -13,7 +13,7 @@ from torch import nn
 
 from configs.default import get_default_config
 from datasets import load_images, pixels_to_float
-from metrics.scores import frechet_distance, nearest_distances, precision_recall
+from metrics.scores import frechet_distance, nearest_distances, neighbour_radii, precision_recall
 from runtime.files import atomic_path
 from runtime.progress import progress_bar
 
@@ -178,7 +178,8 @@ class Reference:
 
     def _measure(self, group):
         features = self.classifier.features(group)
-        precision, recall = precision_recall(torch.from_numpy(features), torch.from_numpy(self.features))
+        real = torch.from_numpy(self.features)
+        precision, recall = precision_recall(torch.from_numpy(features), real, neighbour_radii(real))
         return {"feature_distance": distance(features, self.features),
                 "pixel_distance": distance(pixels(group), pixels(self.held_out)),
                 "precision": precision, "recall": recall,

@@ -50,15 +50,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     `mu*` (D,) and `sigma*` (D, D): tensors or arrays, taken in float64 on the device of `mu1`. With Σ₁ = AAᵀ the
     eigenvalues of Σ₁Σ₂, other than 0, are those of the symmetric AᵀΣ₂A, and the trace of the root is the sum of
     their roots: real and non-negative whatever the rank, where `scipy.linalg.sqrtm` of the non-symmetric Σ₁Σ₂ can
-    come out complex. Raises UserError when dimensions differ, and as `check_gaussian`.
+    come out complex. Raises UserError as `check_gaussian`.
     Source: Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
     """
     device = mu1.device if torch.is_tensor(mu1) else "cpu"
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(value, dtype=torch.float64, device=device)
                                 for value in (mu1, sigma1, mu2, sigma2))
-    if mu1.shape != mu2.shape:
-        raise UserError(f"the two sets of statistics have different dimensions, mu {tuple(mu1.shape)} and "
-                        f"{tuple(mu2.shape)}; both must come from the same feature extractor")
     check_gaussian(mu1, sigma1)
     check_gaussian(mu2, sigma2)
     factor = _factor(sigma1)
@@ -118,17 +115,14 @@ def _sum_of_cubes(x, y):
 
 
 @full_float32()
-def precision_recall(samples, reference, reference_radii=None, progress="auto", chunk=2048):
+def precision_recall(samples, reference, reference_radii, progress="auto", chunk=2048):
     """Return (precision, recall): the share of samples inside the reference's manifold, and the reverse.
 
     `samples` (N, D) and `reference` (M, D). A manifold is the union of balls around its points, each reaching to
-    the point's k-th nearest other point; `reference_radii` (M,) are those of `neighbour_radii` (None: computed here).
+    the point's k-th nearest other point; `reference_radii` (M,) are those of `neighbour_radii`.
     Rows are compared `chunk` at a time. Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1 and 2.
     """
-    if reference_radii is None:
-        reference_radii = neighbour_radii(reference, progress, chunk)
-    inside = 0
-    covered = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
+    inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
     for part in progress_bar(samples.split(chunk), desc="precision and recall", unit="blocks", enabled=progress):
         reach, distances = _reach(part, samples), torch.cdist(part, reference)
         inside += (distances <= reference_radii).any(1).sum()
@@ -166,12 +160,9 @@ def inception_score(probabilities, splits=SPLITS):
     `probabilities` (N, classes), shuffled: stretches of one class each would score 1.
     Source: Salimans et al. 2016 (arXiv 1606.03498).
     """
-    splits = min(splits, len(probabilities))
-    scores = []
-    for part in probabilities.double().tensor_split(splits):
-        divergence = torch.special.entr(part).sum(1).neg() - torch.xlogy(part, part.mean(0)).sum(1)
-        scores.append(divergence.mean().exp())
-    scores = torch.stack(scores)
+    parts = probabilities.double().tensor_split(min(splits, len(probabilities)))
+    divergences = [torch.special.entr(part).sum(1).neg() - torch.xlogy(part, part.mean(0)).sum(1) for part in parts]
+    scores = torch.stack([divergence.mean().exp() for divergence in divergences])
     return scores.mean().item(), scores.std(unbiased=False).item()
 
 

@@ -70,11 +70,10 @@ def measure_source(source, extractor, batch_size, processes, count=None, observe
     chosen = evenly_spread(count, len(source))[mine.start : mine.stop]
     lows = progress_bar(range(0, len(chosen), batch_size), desc=f"reading {source.name}", unit="batches",
                         enabled="auto" if processes.is_main else "false")
-    batches = (torch.cat([source.read(place, place + 1) for place in chosen[low : low + batch_size]])
+    batches = (torch.cat([source.read(i, i + 1) for i in chosen[low : low + batch_size]]).to(processes.device)
                for low in lows)
-    part = "" if count == len(source) else f"{count} of "
-    found = measure((batch.to(processes.device) for batch in batches), extractor, mine.start, count, processes.device,
-                    f"{source.name}, {part}{len(source)} images", observers, max_features)
+    name = f"{source.name}, {'' if count == len(source) else f'{count} of '}{len(source)} images"
+    found = measure(batches, extractor, mine.start, count, processes.device, name, observers, max_features)
     for note, number in source.notes.items():
         processes.say(f"{source.name}: {number} images: {note}")
     return found

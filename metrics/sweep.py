@@ -55,10 +55,9 @@ def sweep(folder, begin, end, limit=0.0, read=read_checkpoint):
     """Yield `read(path)` of the checkpoints begin ≤ k ≤ end (end 0: to the newest) in `folder`.
 
     A line tells of numbers that are not there, also where training has deleted one in the meantime. With a `limit`, in
-    seconds, the sweep waits so long for each checkpoint: until it is there, and until `read`, which raises UserError
-    for a file that is not complete, reads it. With `end` 0 it then ends with the last one that the checkpoint's config
-    says training will write, or when no new one comes.
-    Raises UserError if there is none at all, or an awaited one does not come or does not complete.
+    seconds, the sweep waits so long for each checkpoint to be there and to be complete: `read` raises UserError for one
+    that is not. With `end` 0 it then ends with the last one that the checkpoint's config says training will write, or
+    when no new one comes. Raises UserError if there is none at all, or an awaited one does not come or complete.
     """
     awaited, last, k = begin, end, None
     while not last or awaited <= last:

@@ -280,7 +280,7 @@ def test_a_batch_too_large_for_the_memory_is_halved_with_a_sentence_and_gives_th
     again, nfe_again = samples(net, small_config())
     assert torch.equal(again, expected)
     assert torch.equal(nfe_again, nfe)
-    assert "does not hold config.eval.batch_size 4: going on with 2" in capsys.readouterr().err
+    assert "config.eval.batch_size 4 does not fit the GPU: going on with 2" in capsys.readouterr().err
     with pytest.raises(torch.OutOfMemoryError):
         samples(Linear(limit=0), small_config())
 
