@@ -104,7 +104,7 @@ def read_checkpoint(file, path, create):
         state = our_state(snapshot.tensors, net, taps)
     except UserError as error:
         raise UserError(f"{path} is no network that can be used here: {error}") from None
-    except edm_pickle.DAMAGE as error:
+    except Exception as error:  # of sizes and types that no network has
         raise UserError(f"{path} is damaged: its arguments and tensors make no network") from error
     shadow = [state[name] for name, _ in net.named_parameters()]
     return {"model": state, "ema": {"num_updates": 0, "shadow_params": shadow}, "step": 0, "fields": net.config_fields,

@@ -24,15 +24,12 @@ DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # numpy 1, numpy 2
 NAMES = {MODULE, *DICTS, *SCALARS, "torch.nn.modules.container.ModuleDict", "torch._utils._rebuild_parameter",
          "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes", "numpy.dtype"}
+OPCODES = ("PROTO FRAME STOP MARK POP POP_MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL NONE "
+           "NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
+           "BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_SET EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS")
 STORAGE = "torch.FloatStorage"
 STREAM = (0x1950A86A20F9469CFC6C, 1001)  # magic and version of torch.save's first format
 DEPTH = 12  # modules inside one another; EDM's networks have five
-DAMAGE = (EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError, AssertionError,
-          ArithmeticError, struct.error, pickle.UnpicklingError)  # what damaged files make Python and torch raise
-
-
-class Refused(Exception):
-    """What a snapshot holds and may not hold."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,39 +71,42 @@ def read_snapshot(file, path):
     Raises UserError, naming `path`, for a file that is damaged, or holds anything beside a network of EDM's.
     """
     with open(file, "rb") as opened:
-        content = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
-        snapshot = find_network(Reader(Bytes(content)).load())
-        claimed = 4 * sum(tensor.numel() for tensor in snapshot.tensors.values())
+        network, tensors = entries(Reader(Bytes(content)).load())["ema"], {}
+        class_name, state = module_state(network)
+        if class_name is None or state.get("_init_args", ()) != ():
+            raise ValueError
+        arguments = {name: plain_value(value) for name, value in entries(state["_init_kwargs"]).items()}
+        attributes = {name: plain_value(value) for name, value in state.items()
+                      if type(value) in (bool, int, float, str) or (type(value) is Call and value.name in SCALARS)}
+        collect_tensors(network, "", tensors, set(), DEPTH)
+        claimed = 4 * sum(tensor.numel() for tensor in tensors.values())
         if claimed > max(2**26, 4 * len(content)):  # tensors may overlap, so the file alone is no bound
-            raise Refused(f"its tensors claim {claimed:,} bytes, the file has {len(content):,}")
-        return snapshot
-    except Refused as error:
+            raise UserError(f"its tensors claim {claimed:,} bytes, the file has {len(content):,}")
+        return Snapshot(class_name, arguments, attributes, tensors)
+    except UserError as error:
         raise UserError(f"{path} is refused as a snapshot of EDM: {error}; nothing in it was executed") from None
-    except DAMAGE as error:
+    except Exception as error:  # damaged files make Python and torch raise a dozen kinds
         raise UserError(f"{path} cannot be read: it is cut short, damaged or no snapshot of EDM; nothing in it was "
                         "executed") from error
 
 
 class Bytes:
-    """The file that an unpickler reads: views of `content`, and EOFError where a file claims more than it has."""
+    """What an unpickler reads: `content`, long parts as views, and EOFError where a file claims more than it has."""
 
     def __init__(self, content):
-        self.content, self.place = content, 0
+        self.content, self.place = memoryview(content), 0
 
     def read(self, count):
-        """Return the next `count` bytes; long ones as a view."""
-        if count > len(self.content) - self.place:
+        part = self.content[self.place : self.place + count]
+        if len(part) < count:
             raise EOFError
         self.place += count
-        part = self.content[self.place - count : self.place]
         return part if count > 1024 else bytes(part)
 
     def readline(self):
-        """Return the rest of a line of a text opcode, at most 256 bytes."""
-        line = bytes(self.content[self.place : self.place + 256]).partition(b"\n")
-        self.place += len(line[0]) + len(line[1])
-        return line[0] + line[1]
+        return self.read(bytes(self.content[self.place : self.place + 256]).find(b"\n") + 1)
 
 
 class Reader(pickle._Unpickler):
@@ -121,77 +121,50 @@ class Reader(pickle._Unpickler):
             raise ValueError
         text = f"{module}.{name}"
         if text not in NAMES and not re.fullmatch(r"torch\.[A-Z][A-Za-z0-9]*Storage", text):
-            raise Refused(f"it names {text[:80]!r}, which is no part of a network")
+            raise UserError(f"it names {text[:80]!r}, which is no part of a network")
         return Name(text)
 
     def load_reduce(self):
-        """Keep a call as a `Call`."""
         args, name = self.stack.pop(), self.stack.pop()
         if type(name) is not Name or type(args) is not tuple:
             raise ValueError
         self.append(Call(name.text, args))
 
     def load_build(self):
-        """Keep the state of a `Call`."""
         state, call = self.stack.pop(), self.stack[-1]
         if type(call) is not Call:
-            raise Refused("it sets attributes of what is no module")
+            raise UserError("it sets attributes of what is no module")
         call.state = state
 
     def load_binpersid(self):
-        """Keep a persistent id as a `Call` of no name."""
         self.append(Call("", (self.stack.pop(),)))
 
     def load_setitem(self):
-        """Set one entry."""
         value, key = self.stack.pop(), self.stack.pop()
         self.set_items([key, value])
 
     def load_setitems(self):
-        """Set several entries."""
         self.set_items(self.pop_mark())
 
     def set_items(self, items):
         """Set entries of a dict, or of a `Call` that stands for one; the keys are text or numbers."""
         target = self.stack[-1]
-        if any(type(key) not in (str, int) for key in items[::2]):
+        target = target.items if type(target) is Call else target
+        if type(target) is not dict or any(type(key) not in (str, int) for key in items[::2]):
             raise ValueError
-        entries = target.items if type(target) is Call else target
-        if type(entries) is not dict:
-            raise ValueError
-        entries.update(zip(items[::2], items[1::2], strict=True))
+        target.update(zip(items[::2], items[1::2], strict=True))
 
     # All that EDM's files and torch's storages have; any other opcode is a KeyError.
-    dispatch = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in (
-        pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.MEMOIZE,
-        pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL, pickle.STACK_GLOBAL,
-        pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1,
-        pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES,
-        pickle.BINBYTES8, pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_SET, pickle.EMPTY_TUPLE, pickle.TUPLE,
-        pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.APPEND, pickle.APPENDS)}
+    dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+                for name in OPCODES.split()}
     dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.BUILD[0]: load_build,
                  pickle.BINPERSID[0]: load_binpersid, pickle.SETITEM[0]: load_setitem,
                  pickle.SETITEMS[0]: load_setitems}
 
 
-def find_network(content):
-    """Return the `Snapshot` of the content of a pickle."""
-    network = entries(content)["ema"]
-    class_name, state = module_state(network)
-    if class_name is None or state.get("_init_args", ()) != ():
-        raise ValueError
-    arguments = {name: plain_value(value) for name, value in entries(state["_init_kwargs"]).items()}
-    attributes = {name: plain_value(value) for name, value in state.items()
-                  if type(value) in (bool, int, float, str) or (type(value) is Call and value.name in SCALARS)}
-    tensors = {}
-    collect_tensors(network, "", tensors, set(), DEPTH)
-    return Snapshot(class_name, arguments, attributes, tensors)
-
-
 def entries(value):
     """Return a dict, or what stands for one, as a dict."""
-    if type(value) is Call and value.name in DICTS:
-        value = value.items
+    value = value.items if type(value) is Call and value.name in DICTS else value
     if type(value) is not dict:
         raise ValueError
     return value
@@ -199,13 +172,12 @@ def entries(value):
 
 def module_state(value):
     """Return (class name or None, state dict) of a module: one of EDM's, with source that is ignored, or torch's."""
-    if type(value) is Call and value.name == MODULE:
+    if called(value, MODULE):
         (meta,) = value.args
         meta = entries(meta)
-        if meta["type"] != "class" or type(meta["class_name"]) is not str:
-            raise ValueError
-        return meta["class_name"], entries(meta["state"])
-    if type(value) is Call and value.name == "torch.nn.modules.container.ModuleDict":
+        if meta["type"] == "class" and type(meta["class_name"]) is str:
+            return meta["class_name"], entries(meta["state"])
+    if called(value, "torch.nn.modules.container.ModuleDict"):
         return None, entries(value.state)
     raise ValueError
 
@@ -213,13 +185,12 @@ def module_state(value):
 def collect_tensors(module, prefix, tensors, seen, depth):
     """Add the tensors of a module and of those in it to `tensors`, in the order of its state dict."""
     if depth == 0 or id(module) in seen:
-        raise Refused("its modules contain themselves or are nested too deep")
+        raise UserError("its modules contain themselves or are nested too deep")
     seen.add(id(module))
     _, state = module_state(module)
-    for group in ("_parameters", "_buffers"):
-        for name, value in entries(state[group]).items():
-            if value is not None:
-                tensors[f"{prefix}{name}"] = tensor_of(value)
+    for name, value in [*entries(state["_parameters"]).items(), *entries(state["_buffers"]).items()]:
+        if value is not None:
+            tensors[f"{prefix}{name}"] = tensor_of(value)
     for name, child in entries(state["_modules"]).items():
         if child is not None:
             collect_tensors(child, f"{prefix}{name}.", tensors, seen, depth - 1)
@@ -227,21 +198,18 @@ def collect_tensors(module, prefix, tensors, seen, depth):
 
 def tensor_of(value):
     """Return the tensor of a `Call` that rebuilds one; size, stride and offset must lie inside its storage."""
-    if type(value) is not Call:
-        raise ValueError
-    if value.name == "torch._utils._rebuild_parameter":
+    if called(value, "torch._utils._rebuild_parameter"):
         value = value.args[0]
-    if type(value) is not Call or value.name != "torch._utils._rebuild_tensor_v2":
+    if not called(value, "torch._utils._rebuild_tensor_v2"):
         raise ValueError
     storage, offset, size, stride = value.args[:4]
     if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 4:
         raise ValueError
     if any(type(number) is not int or not 0 <= number < 2**40 for number in (offset, *size, *stride)):
-        raise Refused("a tensor has a negative or senseless size, stride or offset")
+        raise UserError("a tensor has a negative or senseless size, stride or offset")
     numbers = storage_numbers(storage)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 in size or last >= len(numbers):
-        raise Refused("a tensor reaches beyond its storage")
+    if 0 in size or offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= len(numbers):
+        raise UserError("a tensor reaches beyond its storage")
     return torch.from_numpy(numbers).as_strided(size, stride, offset)
 
 
@@ -251,12 +219,9 @@ def storage_numbers(value):
     That is five pickles (magic, version, about the system, the storage's persistent id, a list of its key), an int64
     count and the numbers, which need not be aligned in memory: every processor that torch runs on reads them so.
     """
-    if type(value) is not Call or value.name != "torch.storage._load_from_bytes":
+    if not called(value, "torch.storage._load_from_bytes") or type(value.args[0]) not in (bytes, memoryview):
         raise ValueError
-    (content,) = value.args
-    if type(content) not in (bytes, memoryview):
-        raise ValueError
-    stream = Bytes(memoryview(content))
+    stream = Bytes(value.args[0])
     magic, version, _, reference, keys = (Reader(stream).load() for _ in range(5))
     if (magic, version) != STREAM or type(reference) is not Call or type(keys) is not list:
         raise ValueError
@@ -264,20 +229,24 @@ def storage_numbers(value):
     if kind != "storage" or view is not None or keys != [key] or type(storage_type) is not Name:
         raise ValueError
     if storage_type.text != STORAGE:
-        raise Refused(f"it holds a {storage_type.text[:80]}; EDM's networks have {STORAGE}")
+        raise UserError(f"it holds a {storage_type.text[:80]}; EDM's networks have {STORAGE}")
     (stated,) = struct.unpack("<q", stream.read(8))
-    rest = len(stream.content) - stream.place
-    if type(count) is not int or stated != count or 4 * count != rest:
-        raise Refused(f"a storage claims {stated} numbers and has {rest / 4:g}")
     data = stream.content[stream.place :]
-    return np.frombuffer(data if type(content) is memoryview else bytearray(data), np.dtype("<f4"))
+    if type(count) is not int or stated != count or 4 * count != len(data):
+        raise UserError(f"a storage claims {stated} numbers and has {len(data) / 4:g}")
+    return np.frombuffer(bytearray(data) if data.readonly else data, np.dtype("<f4"))
+
+
+def called(value, name):
+    """Whether a value is a `Call` of this name."""
+    return type(value) is Call and value.name == name
 
 
 def plain_value(value):
     """Return a number, text, None or list of numbers of an argument; numpy's scalars as Python's."""
     if type(value) is Call and value.name in SCALARS:
         kind, data = value.args
-        if type(kind) is not Call or kind.name != "numpy.dtype" or kind.args[0] not in ("f8", "f4", "i8", "i4"):
+        if not called(kind, "numpy.dtype") or kind.args[0] not in ("f8", "f4", "i8", "i4"):
             raise ValueError
         return np.frombuffer(data, np.dtype(f"<{kind.args[0]}"), count=1)[0].item()
     if type(value) in (list, tuple) and all(type(number) in (int, float) for number in value):

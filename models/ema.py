@@ -17,9 +17,8 @@ class ExponentialMovingAverage:
     def __init__(self, parameters, decay):
         if not 0 <= decay <= 1:
             raise UserError(f"model.ema_rate is {decay}; it must be between 0 and 1")
-        self.decay = decay
-        self.num_updates = 0
-        self.parameters = trained(parameters)
+        self.decay, self.num_updates = decay, 0
+        self.parameters = [p for p in parameters if p.requires_grad]
         self.shadow_params = [p.detach().clone() for p in self.parameters]
         self._swapped = False
 
@@ -28,7 +27,7 @@ class ExponentialMovingAverage:
         """Take up the parameters' present values: one fused operation for all of them.
 
         keep: None, or a 0-dimensional float tensor on the device, 0 to leave the averages as they are and 1 to take
-        the values up, so that a skipped update is skipped here, too, without reading the device (three operations).
+        the values up: so a skipped update is skipped here, too, without reading the device.
         """
         if self._swapped:
             raise RuntimeError("the network holds its averaged weights: update the EMA outside average_parameters")
@@ -43,10 +42,9 @@ class ExponentialMovingAverage:
 
     @contextlib.contextmanager
     def average_parameters(self):
-        """Within `with ema.average_parameters():` the network computes with the averaged weights.
+        """Let the network compute with the averaged weights inside the `with` block.
 
-        Weights and averages trade their memory, so nothing is copied and nothing is held twice. `state_dict` and
-        `update` must wait until the end.
+        Weights and averages trade their memory, so nothing is held twice. `state_dict` and `update` must wait.
         """
         self._swap()
         try:
@@ -67,18 +65,10 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Take up a state of `state_dict`; the decay stays the one this EMA was made with.
-
-        Raises UserError if number or shapes of the tensors differ.
-        """
+        """Take up a state of `state_dict`, but for its decay; raise UserError if its tensors are of other shapes."""
         theirs, ours = [tuple(s.shape) for s in state["shadow_params"]], [tuple(s.shape) for s in self.shadow_params]
         if theirs != ours:
             raise UserError(f"the EMA of the checkpoint has {len(theirs)} tensors and the network {len(ours)}, or "
                             "their shapes differ; it belongs to another architecture")
         self.num_updates = int(state["num_updates"])
         torch._foreach_copy_(self.shadow_params, list(state["shadow_params"]))
-
-
-def trained(parameters):
-    """Return the parameters that require a gradient, as a list."""
-    return [p for p in parameters if p.requires_grad]

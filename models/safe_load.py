@@ -6,8 +6,6 @@ list below, which maps numpy's names to two small readers. So no function of num
 of the released optimiser states arrive as plain Python numbers.
 """
 
-import contextlib
-import errno
 import hashlib
 import io
 import itertools
@@ -39,9 +37,11 @@ def read_file(path):
     whole, so that memory is bounded by the size of the file. Raises UserError, one sentence that names `path`.
     """
     try:
-        with _opened(path) as (file, size):
+        with _opened(path) as file:
+            size = file.seek(0, os.SEEK_END)
             if not size:
                 raise UserError(f"{path} is empty; name a checkpoint file")
+            file.seek(0)
             start = file.read(9)
             if start.startswith(b"PK\x03\x04"):
                 _check_records(file, size)
@@ -51,30 +51,25 @@ def read_file(path):
             return content, hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except UserError:
         raise
-    except OSError as error:
-        if error.errno is None:
-            raise UserError(f"{path} {_why_unreadable(error)}") from error
-        raise UserError(f"{path} cannot be opened ({error.strerror}); name a checkpoint file or "
-                        "hf://owner/repo/file") from error
     except Exception as error:  # damaged pickles end in a dozen kinds, MemoryError and AssertionError among them
-        raise UserError(f"{path} {_why_unreadable(error)}") from error
+        reason = "cannot be read as a checkpoint; it is cut short, damaged or another kind of file"
+        if isinstance(error, OSError) and error.errno is not None:
+            reason = f"cannot be opened ({error.strerror}); name a checkpoint file or hf://owner/repo/file"
+        elif foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = (f"is refused: it names {foreign[1]}, which is neither a tensor nor a number and could run code; "
+                      "nothing was executed")
+        raise UserError(f"{path} {reason}") from error
 
 
-@contextlib.contextmanager
 def _opened(path):
-    """Yield (binary file, its size); the parts of a file that was cut (PATH, PATH.part2, PATH.part3, …) as one."""
+    """Return a binary file; the parts of a file that was cut (PATH, PATH.part2, PATH.part3, …) as one."""
     mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for
         raise UserError(f"{path} is a pipe or a device, not a file; name a checkpoint file")
-    if os.path.exists(f"{path}.part2"):
-        names = (path if number == 1 else f"{path}.part{number}" for number in itertools.count(1))
-        whole = b"".join(pathlib.Path(name).read_bytes() for name in itertools.takewhile(os.path.exists, names))
-        yield io.BytesIO(whole), len(whole)
-        return
-    with open(path, "rb") as file:
-        yield file, os.fstat(file.fileno()).st_size
+    if not os.path.exists(f"{path}.part2"):
+        return open(path, "rb")
+    names = (path if number == 1 else f"{path}.part{number}" for number in itertools.count(1))
+    return io.BytesIO(b"".join(pathlib.Path(name).read_bytes() for name in itertools.takewhile(os.path.exists, names)))
 
 
 def _check_records(file, size):
@@ -137,15 +132,6 @@ def safetensors_bytes(content):
     text = json.dumps({"__metadata__": {"slimflow": json.dumps(about)}} | header).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + data
-
-
-def _why_unreadable(error):
-    """Return the rest of a sentence about a file that could not be read."""
-    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if foreign:
-        return (f"is refused: it names {foreign[1]}, which is neither a tensor nor a number and could run code; "
-                "nothing was executed")
-    return "cannot be read as a checkpoint; it is cut short, damaged or another kind of file"
 
 
 class ScalarType:
