@@ -81,7 +81,7 @@ def train(config, processes, messages, held):
                              beta=create_annealing(options.x0_randomness)(step - 1), device=processes.device)
 
             if options.snapshot_sampling and (step % options.snapshot_sampling == 0 or ended) and processes.is_main:
-                grid = training.sample(path / run.SAMPLES / f"step_{step}.png")
+                grid = run.sample_grid(training.network, training.ema, config, training.source.shape, step)
                 logger.image(grid, step)
 
             paths = state.due_paths(path, step, ended, signal, options)
@@ -102,10 +102,12 @@ def train(config, processes, messages, held):
 
 
 class Training:
-    """What the updates change and need: network, EMA, optimizer, statistics; data, objective, teacher."""
+    """What the updates change and need: network, EMA, optimizer, statistics; data, objective, teacher.
+
+    found: the state to put in place, if there is one.
+    """
 
     def __init__(self, config, processes, found=None):
-        """Make everything as the config says, and put the state `found` in place, if there is one."""
         self.config, self.processes, self.device = config, processes, processes.device
         set_precision(config.training.precision)
         set_deterministic(config.training.deterministic)
@@ -150,7 +152,9 @@ class Training:
         seed_dropout(config.seed, update, self.processes.rank)
         loss, parts = torch.zeros((), device=self.device), self.parts()
         for part in parts:
-            with contextlib.nullcontext() if part is parts[-1] else self.without_synchronisation():
+            # gradients are averaged over the processes once an update, in the last accumulation step
+            alone = self.processes.world_size > 1 and part is not parts[-1]
+            with self.parallel.no_sync() if alone else contextlib.nullcontext():
                 batch = self.source.batch(update, part.start, part.stop)
                 draws = Draws(step_generator(config.seed, update, DRAWS, self.device), size, part, self.device)
                 mean = self.objective(self.velocity, batch, draws, update).mean() / len(parts)
@@ -172,15 +176,6 @@ class Training:
         size = self.config.training.batch_size // (steps * count)
         firsts = [(step * count + self.processes.rank) * size for step in range(steps)]
         return [slice(first, first + size) for first in firsts]
-
-    def without_synchronisation(self):
-        """Keep gradients to this process: they are averaged once an update, after the last accumulation step."""
-        return self.parallel.no_sync() if self.processes.world_size > 1 else contextlib.nullcontext()
-
-    def sample(self, path):
-        """Write the grid of one-step and few-step samples of the EMA weights from fixed noise; return its path."""
-        return run.sample_grid(self.network, self.ema, velocity_from_network(self.network), self.config,
-                               self.source.shape, path)
 
     def state(self, step):
         """Return the checkpoint after `step` updates: all that the next one depends on."""

@@ -7,10 +7,10 @@ with one sentence on stderr and status 2, before any file is written.
 import argparse
 import ast
 import difflib
-import importlib.util
 import json
 import pathlib
 import re
+import runpy
 import shutil
 import sys
 import textwrap
@@ -75,15 +75,17 @@ def run_program(main, doc, program_flags):
 
 
 def parse_command_line(argv, doc="", script_flags=None):
-    """Return (config, args, given) of the words `argv` (the first is the script); see `run_script`.
+    """Return (config, args, given) of the words `argv` (the first is the script; see `run_script`); None after help.
 
-    Returns None after --help [GROUP] and --print_config, which print. Raises UserError for an unknown field or flag,
-    a value of the wrong type or outside its choices, a missing config file, and leftover words.
+    Raises UserError for an unknown field or flag, a value that does not fit, a missing config file, leftover words.
     """
     common, words = parse_common(argv[1:])
     script_flags = script_flags or {}
     if common.help is not None:
-        print(help_text(doc, script_flags, help_groups(common.help), common.config and load_config(common.config)))
+        if common.help not in GROUPS:
+            raise UserError(f"--help {common.help}: the groups of fields are {', '.join(filter(None, GROUPS))}")
+        print(help_text(doc, script_flags, [common.help] if common.help else GROUPS,
+                        common.config and load_config(common.config)))
         return None
     for word in words:
         if re.match("--?(no)?config[.]", word):
@@ -117,8 +119,8 @@ def parse_common(words):
 
 def _follow_defaults(config, given):
     """Set the two defaults that depend on other fields, unless they were given."""
-    if (config.model.name == "DhariwalUNet" and "model.dropout" not in given
-            and config.model.dropout == FIELDS["model.dropout"].default):
+    untouched = "model.dropout" not in given and config.model.dropout == FIELDS["model.dropout"].default
+    if config.model.name == "DhariwalUNet" and untouched:
         config.model.dropout = 0.13  # what it was trained with
     known = DATASETS.get(config.data.dataset)  # None: refused later
     if known is not None and not known.mirror and "data.random_flip" not in given:
@@ -169,9 +171,8 @@ def require_field(name, source="config"):
         raise UserError(f"{source}.{name} is a group of fields: set one of them, for instance "
                         f"--config.{name}.{next(iter(GROUPS[name]))}")
     if name not in FIELDS:
-        ends = {other.rpartition(".")[2]: other for other in FIELDS}
-        last = name.rpartition(".")[2]  # the right name in the wrong group ("training.lr") is nearest
-        near = [ends[last]] if last in ends else difflib.get_close_matches(name, FIELDS, n=1)
+        last = "." + name.rpartition(".")[2]  # the right name in the wrong group ("training.lr") is nearest
+        near = [other for other in FIELDS if f".{other}".endswith(last)] or difflib.get_close_matches(name, FIELDS, n=1)
         hint = f"; did you mean config.{near[0]}?" if near else ""
         raise UserError(f"{source}.{name} is not a field{hint}")
 
@@ -189,10 +190,7 @@ def load_config(path):
         return config_from_dict(read_json(path), path)
     sys.path.insert(0, str(path.parent.resolve()))
     try:
-        spec = importlib.util.spec_from_file_location("config_file", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config()
+        config = runpy.run_path(str(path))["get_config"]()
     except Exception as error:  # whatever a config file does wrong is the user's to mend
         raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from None
     finally:
@@ -205,22 +203,17 @@ def load_config(path):
 def config_from_dict(values, source="config"):
     """Return a full config from nested dictionaries; absent fields keep their defaults.
 
-    Lists stand for tuples (JSON has none), and an integer may stand for text (flow_t_schedule 4) or a float. `source`
-    is named in the UserError for an unknown field.
+    Lists stand for tuples (JSON has none), and an integer may stand for text (flow_t_schedule 4) or a float. Raises
+    UserError, naming `source`, for an unknown field.
     """
     config = get_default_config()
-    values = {key: value for key, value in values.items() if key != "augment"}  # a group of earlier versions' runs
     for group, members in values.items():
-        if group in GROUPS and not isinstance(members, dict):
-            raise UserError(f"{source}: {group} must be a group of fields")
-        named = {f"{group}.{key}": value for key, value in members.items()} if group in GROUPS else {group: members}
-        for name, value in named.items():
+        for key, value in members.items() if isinstance(members, dict) else [("", members)]:
+            name = f"{group}.{key}".rstrip(".")
             require_field(name, f"{source}: config")
             kind = type(FIELDS[name].default)
-            if isinstance(value, list):
-                value = tuple(value)
-            elif kind in (str, float) and type(value) is int:
-                value = kind(value)
+            if isinstance(value, list) or (kind in (str, float) and type(value) is int):
+                value = tuple(value) if isinstance(value, list) else kind(value)
             set_field(config, name, value)
     return config
 
@@ -237,18 +230,11 @@ def save_config(config, path):
 
 def differences(config):
     """Return one line of text, `model.nf 64 (128)`, …: the fields that differ from their defaults, and these."""
-    values = {name: (get_field(config, name), field.default) for name, field in FIELDS.items()}
-    return ", ".join(f"{name} {value!r} ({default!r})" for name, (value, default) in values.items() if value != default)
+    return ", ".join(f"{name} {get_field(config, name)!r} ({field.default!r})" for name, field in FIELDS.items()
+                     if get_field(config, name) != field.default)
 
 
-def help_groups(asked):
-    """Return the groups of fields that `--help GROUP` names, all for ""; raise UserError for another name."""
-    if asked not in GROUPS:
-        raise UserError(f"--help {asked}: the groups of fields are {', '.join(filter(None, GROUPS))}")
-    return [asked] if asked else list(GROUPS)
-
-
-def help_text(doc, script_flags, groups=tuple(GROUPS), config=None):
+def help_text(doc, script_flags, groups=GROUPS, config=None):
     """Return what `--help` prints: the script's purpose, its flags, and the fields of `groups` with their values."""
     config = config or get_default_config()
     wrap = textwrap.TextWrapper(min(shutil.get_terminal_size((120, 24)).columns, 120), "  ", "      ",

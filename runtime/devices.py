@@ -76,6 +76,7 @@ def start_processes(patience=None):
         return
     dist.init_process_group(backend, timeout=patience, **own)
     try:
+        dist.barrier()  # one that fails at once must not be gone while others still join
         yield Processes(dist.get_rank(), world_size, device)
     finally:
         dist.destroy_process_group()

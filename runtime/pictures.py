@@ -49,7 +49,7 @@ def save_grid(path, images, columns, labels=None):
         picture.save(temporary)
 
 
-def save_lines(path, curves, title, x_label, y_label):
+def save_lines(path, curves, title, x_label, y_label, y_scale="linear"):
     """Write a plot of `curves`, a list of `(x, y, label)` with x and y sequences of numbers and label text or None.
 
     Curves of one label have one colour and one entry of the legend.
@@ -61,7 +61,7 @@ def save_lines(path, curves, title, x_label, y_label):
         colour = colours.setdefault(label, f"C{len(colours)}")
         axes.plot(x, y, color=colour, linewidth=1, marker="." if len(x) < MANY_POINTS else "", markersize=3,
                   label=label if new else None)
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale=y_scale)
     axes.grid(alpha=0.3)
     if set(colours) - {None}:
         axes.legend(loc="best", fontsize="small")

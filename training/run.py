@@ -12,7 +12,6 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -22,10 +21,11 @@ from datasets import one_hot
 from datasets.sources import DATASETS
 from flows import samplers
 from flows.objective import check_config
+from flows.rectified_flow import velocity_from_network
 from models import create_model
 from runtime.errors import UserError
 from runtime.files import atomic_path, file_lock, read_json, read_json_lines, state_digest, write_json, write_text
-from runtime.pictures import save_grid
+from runtime.pictures import save_grid, save_lines
 from runtime.progress import progress_bar
 from runtime.seeds import index_labels, index_noise
 from runtime.versions import git_commit, uncommitted_changes, versions
@@ -41,12 +41,10 @@ FREE_FIELDS = {
     "data.custom_data_root", *(name for name in FIELDS if name.startswith(("sampling.", "eval."))),
 }
 SAID_FIELDS = ("training.precision", "optim.lr")  # may change, too, and the log says so
-# Pairs and models that a run was started from may be moved or named otherwise; a change of these two is refused
-# all the same, since they say what is learnt.
+# Of these another spelling of the same path is no change.
 PATH_FIELDS = ("data.reflow_data_root", "data.real_pairs_root", "flow.pre_train_model", "flow.teacher_model")
 COLUMNS = 10  # of a sample grid
 EULER_STEPS = (2, 10)  # below the one-step row
-CURVES = ("loss", "grad_norm")
 
 
 def run_path(config):
@@ -139,7 +137,7 @@ def endless_schedules(config):
 
 
 class RunLogger:
-    """The log of a run, written by the main process only; the others hold one that is silent.
+    """The log of a run, written by the main process only (`active`); the others hold one that is silent.
 
     log.jsonl has an object per record: step, loss, lr, grad_norm, images_per_second, memory_mb, beta and skipped
     (updates left out so far). log.txt has what was said.
@@ -167,20 +165,15 @@ class RunLogger:
         memory = (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else
                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)  # on a CPU, the resident set's peak
         entry = {
-            "step": step,
-            "loss": stats["loss_sum"] / count if count else None,
-            "lr": lr,
-            "grad_norm": stats["norm_sum"] / count if count else None,
-            "beta": beta,
-            "skipped": int(stats["nonfinite"]),
-            "images_per_second": round(speed, 2),
-            "memory_mb": round(memory, 1),
+            "step": step, "loss": stats["loss_sum"] / count if count else None, "lr": lr,
+            "grad_norm": stats["norm_sum"] / count if count else None, "beta": beta,
+            "skipped": int(stats["nonfinite"]), "images_per_second": round(speed, 2), "memory_mb": round(memory, 1),
         }
         with open(self.path / LOG, "a") as opened:
             opened.write(json.dumps(entry) + "\n")
         shown = f"{entry['loss']:.4f}" if count else "none"
         self.bar.set_postfix(loss=shown, speed=f"{speed:.0f} images/s")
-        for name in (*CURVES, "lr", "beta", "images_per_second"):
+        for name in ("loss", "grad_norm", "lr", "beta", "images_per_second"):
             if entry[name] is not None:
                 self.board.add_scalar(name, entry[name], step)
 
@@ -189,17 +182,12 @@ class RunLogger:
         self.board.add_image("samples", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
 
     def draw(self):
-        """Draw loss.png: the loss and the gradient norm of log.jsonl against the update, both logarithmic."""
-        entries = [e for e in read_json_lines(self.path / LOG) if e.get("loss") is not None] if self.active else []
-        if not entries:
-            return
-        figure = Figure(figsize=(9, 3), layout="constrained")
-        for axis, name in zip(figure.subplots(1, 2), CURVES, strict=True):
-            axis.semilogy([e["step"] for e in entries], [e[name] for e in entries])
-            axis.set(xlabel="update", ylabel=name.replace("_", " "))
-            axis.grid(alpha=0.3)
-        with atomic_path(self.path / "loss.png") as temporary:
-            figure.savefig(temporary, dpi=110)
+        """Draw loss.png: the loss and the gradient norm of log.jsonl against the update."""
+        if self.active:
+            entries = [e for e in read_json_lines(self.path / LOG) if e.get("loss") is not None]
+            curves = [([e["step"] for e in entries], [e[name] for e in entries], name.replace("_", " "))
+                      for name in ("loss", "grad_norm")]
+            save_lines(self.path / "loss.png", curves, str(self.path), "update", "", "log")
 
     def say(self, text):
         """Write one line above the progress bar and into log.txt."""
@@ -223,14 +211,15 @@ def forget_after(log, step):
 
 
 @torch.no_grad()
-def sample_grid(network, ema, velocity, config, shape, path):
-    """Write an image with a labelled row per sampler to `path` and return the path.
+def sample_grid(network, ema, config, shape, step):
+    """Write the grid of one-step and few-step samples of the averaged weights, a row per sampler; return its path.
 
     Row after row the same noise, the samples 0, 1, … of config.seed, so that grids of different steps compare.
-    `network` (that `velocity` calls) has its training weights and mode again afterwards, and no global random
-    number is drawn. shape: (C, H, W).
+    The network has its training weights and mode again afterwards, and no global random number is drawn.
+    shape: (C, H, W).
     """
     device, classes = next(network.parameters()).device, config.data.num_classes
+    velocity, path = velocity_from_network(network), run_path(config) / SAMPLES / f"step_{step}.png"
     z0 = index_noise(config.seed, range(COLUMNS), shape).to(device) * config.sampling.init_noise_scale
     label = one_hot(index_labels(config.seed, range(COLUMNS), classes).to(device), classes) if classes else None
     network.eval()

@@ -55,8 +55,7 @@ def due_paths(folder, step, ended, stopped, options):
     """Return the files that the state after `step` updates of the run in `folder` is due to be written to.
 
     checkpoint_k is due after update k·snapshot_freq, the first being update 0 (its state says k·snapshot_freq + 1
-    updates). The last state of a run gets the number that comes next, which a longer run writes again in its turn.
-    The state from which the run goes on comes last: it is never older than the checkpoints.
+    updates); the last state of a run gets the next number. STATE, which is never older, comes last.
     """
     frequency, meta = options.snapshot_freq, options.snapshot_freq_for_preemption
     number, rest = divmod(step - 1, frequency)
@@ -153,10 +152,9 @@ def restore(state, network, ema, optimizer, stats):
 
 
 def match_layout(optimizer):
-    """Lay every moment out in memory as its parameter is: fused kernels walk both in the order of memory.
+    """Lay every moment out in memory as its parameter is, and the steps on its device, as fused kernels want them.
 
-    A checkpoint from another program may hold them contiguous where the network is channels_last. The count of steps
-    lives on the parameter's device, as fused kernels want it.
+    A checkpoint from another program may hold them contiguous where the network is channels_last.
     """
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
@@ -207,14 +205,10 @@ def load_pretrained(network, config):
 def load_teacher(config, device):
     """Return the frozen teacher (EMA weights, eval mode), or None without flow.use_teacher.
 
-    The teacher is flow.teacher_model, or flow.pre_train_model. Raises UserError if it sees other images or classes.
+    Raises UserError if it sees other images or classes than this run.
     """
     if not config.flow.use_teacher:
         return None
     path = config.flow.teacher_model or config.flow.pre_train_model
-    teacher = load_model(path, use_ema=True, device=device).requires_grad_(False)
-    for name in ("image_size", "num_channels", "num_classes"):
-        there, here = teacher.config_fields.get(f"data.{name}"), config.data[name]
-        if there not in (None, here):
-            raise UserError(f"the teacher {path} has data.{name} {there}, this run {here}")
-    return teacher
+    data = {f"data.{name}": config.data[name] for name in ("image_size", "num_channels", "num_classes")}
+    return load_model(path, use_ema=True, device=device, fields=data).requires_grad_(False)

@@ -8,6 +8,5 @@ def get_config():
     config = digits_rf_gaussian.get_config()
     config.optim.lr = 2e-3
     config.sampling.ode_tol = 1e-2
-    config.sampling.total_number_of_samples = 4000
     config.training.n_iters = 1000
     return config

@@ -6,31 +6,11 @@ from configs.default import get_default_config
 def get_config():
     """Return the digits config: the 1-flow network of the demo, 748,737 parameters."""
     config = get_default_config()
-    config.data.dataset = "digits"
-    config.data.image_size = 8
-    config.data.num_channels = 1
-    config.data.random_flip = False  # a mirrored digit is no digit
-    config.model.nf = 32
-    config.model.ch_mult = (1, 2)
-    config.model.num_res_blocks = 1
-    config.model.attn_resolutions = (4,)
-    config.model.dropout = 0.0
-    config.model.ema_rate = 0.999
-    config.training.batch_size = 64
-    config.training.n_iters = 1500
-    config.training.snapshot_freq = 500
-    config.training.snapshot_freq_for_preemption = 100
-    config.training.snapshot_sampling = 500
-    config.training.record_iters = 50
-    config.optim.lr = 1e-3
-    config.optim.warmup = 100
-    config.sampling.ode_tol = 1e-3
-    config.sampling.sample_N = 1
-    config.sampling.batch_size = 256
-    config.sampling.total_number_of_samples = 4000
-    config.eval.batch_size = 500
-    config.eval.num_samples = 2000
-    config.eval.begin_ckpt = 1
-    config.eval.end_ckpt = 0
-    config.eval.feature_extractor = "pixels"
+    config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False)  # none is its mirror image
+    config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, ema_rate=0.999)
+    config.optim.update(lr=1e-3, warmup=100)
+    config.training.update(batch_size=64, n_iters=1500, snapshot_freq=500, snapshot_freq_for_preemption=100,
+                           snapshot_sampling=500, record_iters=50)
+    config.sampling.update(ode_tol=1e-3, sample_N=1, batch_size=256, total_number_of_samples=4000)
+    config.eval.update(batch_size=500, num_samples=2000, begin_ckpt=1, end_ckpt=0, feature_extractor="pixels")
     return config

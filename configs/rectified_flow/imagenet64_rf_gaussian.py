@@ -6,12 +6,7 @@ from configs.default import get_default_config
 def get_config():
     """Return the ImageNet64 config."""
     config = get_default_config()
-    config.data.dataset = "ImageNet64"
-    config.data.image_size = 64
-    config.data.num_classes = 1000
-    config.model.name = "DhariwalUNet"
-    config.model.num_res_blocks = 2
-    config.model.ch_mult = (1, 2, 2, 4)
-    config.model.attn_resolutions = (32, 16)
-    config.model.dropout = 0.13
+    config.data.update(dataset="ImageNet64", image_size=64, num_classes=1000)
+    config.model.update(name="DhariwalUNet", num_res_blocks=2, ch_mult=(1, 2, 2, 4), attn_resolutions=(32, 16),
+                        dropout=0.13)
     return config
