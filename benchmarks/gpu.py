@@ -163,22 +163,9 @@ class Programme:
         largest = (ends[0] - ends[1]).abs().max().item()
         return {"same_bits": largest == 0, "largest": largest}
 
-    def ceilings(self):
-        """What the card gives: a copy's TB/s, and TFLOP/s of a matrix product in each precision."""
-        a, size = torch.empty(2**28 if self.cuda else 2**20, device=self.device).normal_(), 8192 if self.cuda else 256
-        b = torch.empty_like(a)
-        found = {"copy_tb_s": 2 * a.nbytes * self.rate(lambda: b.copy_(a)) / 1e12}
-        for precision in PEAKS:
-            set_precision(precision)
-            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            x, y = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
-            found[f"{precision}_tflops"] = 2 * size**3 * self.rate(lambda x=x, y=y: x @ y) / 1e12
-        return found
-
     def run(self):
         """Do all rows, the most important first; on a CPU a few of each kind."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.row(self.ceilings)
         for values in FIRST if self.cuda else FIRST[2:4]:
             self.row(self.train, **values)
         self.row(self.released, size="15.7M")

@@ -172,18 +172,17 @@ class Reference:
         of samples. `nearest` is the median distance in [-1, 1] to the nearest training image, `recognised` the share
         of samples of which the classifier is at least 80 % sure.
         """
-        found = [self._measure(group) for group in samples.reshape(-1, *self.held_out.shape)]
+        found = []
+        for group in samples.reshape(-1, *self.held_out.shape):
+            features = self.classifier.features(group)
+            real = torch.from_numpy(self.features)
+            precision, recall = precision_recall(torch.from_numpy(features), real, neighbour_radii(real))
+            found.append({"feature_distance": distance(features, self.features),
+                          "pixel_distance": distance(pixels(group), pixels(self.held_out)),
+                          "precision": precision, "recall": recall,
+                          "recognised": float((self.classifier.probabilities(features).max(1) >= 0.8).mean())})
         figures = {name: float(np.mean([group[name] for group in found])) for name in found[0]}
         return figures | {"nearest": nearest_distances(torch.from_numpy(samples), self.train).median().item()}
-
-    def _measure(self, group):
-        features = self.classifier.features(group)
-        real = torch.from_numpy(self.features)
-        precision, recall = precision_recall(torch.from_numpy(features), real, neighbour_radii(real))
-        return {"feature_distance": distance(features, self.features),
-                "pixel_distance": distance(pixels(group), pixels(self.held_out)),
-                "precision": precision, "recall": recall,
-                "recognised": float((self.classifier.probabilities(features).max(1) >= 0.8).mean())}
 
 
 def pixels(images):

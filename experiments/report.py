@@ -38,10 +38,8 @@ CURVES = {"1_flow": "1-flow", "2_flow_annealed": "small 2-flow", "distilled_guid
 SOLVERS = {"euler": (4, 8, 16), "heun": (2, 4, 8), "rk45": (0.001, 0.0001)}  # of pairs, beside the main line's
 SAMPLERS = ("euler-1", "euler-2", "euler-4", "euler-8", "euler-16", "rk45")
 
-# make demo: pixel Fréchet distances that count as success, and the largest share of the teacher's parameters that the
-# student may have.
-THRESHOLDS = {"1_flow/rk45": 0.25, "2_flow/one_step": 0.42, "distilled/one_step": 0.31}
-LARGEST_STUDENT = 0.26
+# What counts as success of the demo: pixel Fréchet distances, and the student's share of the teacher's parameters.
+THRESHOLDS, LARGEST_STUDENT = {"1_flow/rk45": 0.25, "2_flow/one_step": 0.42, "distilled/one_step": 0.31}, 0.26
 
 
 def read_table(path):
@@ -65,8 +63,8 @@ def write_table(path, rows):
 def by_seed(rows, name, figure):
     """Return {seed: figure} of the rows whose name is `name` with {seed} filled in."""
     seeds = sorted({int(row["seed"]) for row in rows.values()})
-    found = {seed: rows.get(name.format(seed=seed)) for seed in seeds}
-    return {seed: row[figure] for seed, row in found.items() if row and row[figure] is not None}
+    found = {seed: rows.get(name.format(seed=seed), {}).get(figure) for seed in seeds}
+    return {seed: value for seed, value in found.items() if value is not None}
 
 
 def summary(values):

@@ -38,8 +38,7 @@ FLAGS = {
     "study": Field("digits", f"studies to run, separated by commas, of {', '.join(STUDIES)}"),
     "jobs": Field(0, "steps at a time (0: one for demo and cifar, otherwise two)", low=0),
     "root": Field("", "folder of the runs, pairs and images (empty: logs/demo for the demo, otherwise logs/study)"),
-    "results": Field("", "table of finished steps (empty: {root}/results.csv for the demo, otherwise "
-                     "experiments/results.csv)"),
+    "results": Field("", "table of finished steps (empty: experiments/results.csv, of the demo {root}/results.csv)"),
     "again": Field("", "name of a step to run again"),
     "steps": Field("", "run only the steps whose names contain one of these texts, and what they need"),
     "dry_run": Field(False, "print the commands and run nothing"),
@@ -94,12 +93,7 @@ class Study:
 
     def __init__(self, root, results, jobs, cifar_root="data/cifar10-jpeg", again=""):
         self.root, self.results, self.jobs = pathlib.Path(root).absolute(), pathlib.Path(results), jobs
-        self.cifar_root, self.again = cifar_root, again
-
-    @functools.cache  # noqa: B019 - one study a process
-    def reference(self, images):
-        """Return the `Reference` of an `Images`."""
-        return Reference(images, self.root / "images" / images.name, self.cifar_root)
+        self.cifar_root, self.again, self.references = cifar_root, again, {}
 
     def marker(self, step):
         """Return the file that says which step ended well here, and in how many seconds."""
@@ -134,7 +128,7 @@ class Study:
         Raises the first `UserError`, after the steps that were running then have ended.
         """
         for images in dict.fromkeys(step.images for step in steps if step.images):
-            self.reference(images)
+            self.references[images] = Reference(images, self.root / "images" / images.name, self.cifar_root)
         waiting, futures, failures = list(steps), {}, []
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             while futures or (waiting and not failures):
@@ -187,8 +181,8 @@ class Study:
             process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=opened,
                                        stderr=opened and subprocess.STDOUT, pass_fds=[lock])
             _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
         seconds = used.ru_utime + used.ru_stime if self.jobs > 1 else time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
         return process.returncode, seconds
 
     def write_row(self, step, seconds):
@@ -218,7 +212,7 @@ class Study:
         if step.images is None:
             return figures | {"pixel_distance": result["pixel_frechet_distance"], "nearest": result["nn_distance"]}
         samples = np.load(run / f"eval/checkpoint_1_{sampler}{f'-{steps}' if steps else ''}.npy")
-        return figures | self.reference(step.images).measure(samples)
+        return figures | self.references[step.images].measure(samples)
 
 
 @functools.cache
