@@ -27,7 +27,7 @@ from configs.command_line import config_to_dict, run_script
 from configs.default import Field, get_field
 from datasets import pair_writer
 from datasets.initial_points import InitialPoints, image_shape
-from datasets.pairs import NoiseSource, PairFolder, as_float
+from datasets.pairs import NoiseSource, PairFolder
 from flows.couplings import COUPLINGS, create_coupling
 from flows.rectified_flow import analytic_velocity, interpolate, velocity_from_network
 from flows.samplers import SAMPLERS
@@ -98,27 +98,32 @@ def load_teacher(config, args, given, processes):
         raise UserError(f"{args.ckpt_path} was replaced while it was read: run the same command again")
     if net.licence_note:
         processes.say(net.licence_note)
-    return config, net, {"checkpoint": args.ckpt_path, "checkpoint_digest": digest, "network": config.model.name,
-                         "preconditioning": config.model.preconditioning}
+    return config, net, {"checkpoint": args.ckpt_path, "checkpoint_digest": digest}
 
 
 def create_velocity(net, points, device):
     """Return the velocity of the network; that of the images in closed form; or None."""
-    if net is not None:
-        return velocity_from_network(net)
-    if COUPLINGS[points.direction].velocity != "closed form":
-        return None
-    return analytic_velocity(torch.from_numpy(np.array(points.image_set.images)).to(device))
+    if net is None and COUPLINGS[points.direction].velocity == "closed form":
+        return analytic_velocity(torch.from_numpy(np.array(points.image_set.images)).to(device))
+    return net and velocity_from_network(net)
 
 
 def create_job(config, given, points, teacher):
     """Return the `PairJob`: how many pairs, in which blocks and arrays, and all that their values depend on."""
-    count, settings = config.sampling.total_number_of_samples, config.sampling
+    settings, shape, classes = config.sampling, image_shape(config), config.data.num_classes
+    count = settings.total_number_of_samples
     if points.available is not None and count > points.available:
         if "sampling.total_number_of_samples" in given:
             raise UserError(f"config.sampling.total_number_of_samples is {count}, but there are only "
                             f"{points.available} initial points: ask for no more")
         count = points.available
+    layouts = {"z0.npy": ("<f4", shape), "z1.npy": ("<f4", shape), "label.npy": ("<f4", (classes,))}
+    if settings.pair_storage == "compact":
+        layouts = {"z1.npy": ("<f2", shape), "label.npy": ("<i4", ())}
+        if not isinstance(points.noise, NoiseSource) or points.direction == "gt_v_from_z1":
+            raise UserError("config.sampling.pair_storage compact stores no z0 but draws it again from (seed, index); "
+                            f"in direction {points.direction} with these initial points it is not drawn: use full")
+    layouts = {name: np.dtype(layout) for name, layout in layouts.items() if name != "label.npy" or classes}
     names = ["seed", "data.image_size", "data.num_channels", "data.num_classes", "sampling.direction",
              "sampling.pair_storage", "sampling.class_label", "sampling.init_noise_scale"]
     if COUPLINGS[points.direction].velocity:
@@ -129,29 +134,16 @@ def create_job(config, given, points, teacher):
     block_size = settings.block_size or BLOCK_BATCHES * config.training.batch_size
     identity = {name: get_field(config, name) for name in names} | points.identity
     identity |= {"sampling.block_size": block_size, "checkpoint": teacher.get("checkpoint_digest")}
-    return pair_writer.PairJob(count, block_size, create_layouts(config, points), identity)
-
-
-def create_layouts(config, points):
-    """Return {file name: dtype of a row} of the files that the config's storage has."""
-    shape, classes = image_shape(config), config.data.num_classes
-    if config.sampling.pair_storage == "full":
-        layouts = {"z0.npy": ("<f4", shape), "z1.npy": ("<f4", shape), "label.npy": ("<f4", (classes,))}
-    elif isinstance(points.noise, NoiseSource) and points.direction != "gt_v_from_z1":
-        layouts = {"z1.npy": ("<f2", shape), "label.npy": ("<i4", ())}
-    else:
-        raise UserError("config.sampling.pair_storage compact stores no z0 but draws it again from (seed, index); in "
-                        f"direction {points.direction} with these initial points it is not drawn: use full")
-    return {name: np.dtype(layout) for name, layout in layouts.items() if name != "label.npy" or classes}
+    return pair_writer.PairJob(count, block_size, layouts, identity)
 
 
 def make_blocks(config, folder, job, todo, coupling, processes):
     """Solve and write this process's blocks of `todo`: every world_size-th."""
     done = job.count - sum(len(job.block_range(block)) for block in todo)
     flips = ", images flipped at random" if config.sampling.random_flip else ", images as they are, unflipped"
-    processes.say(f"{folder}: {job.count} pairs {config.sampling.direction}"
-                  f"{flips if COUPLINGS[config.sampling.direction].given != 'noise' else ''}, blocks of "
-                  f"{job.block_size}; {done} are there, {len(todo)} blocks to make")
+    flips = flips if COUPLINGS[config.sampling.direction].given != "noise" else ""
+    processes.say(f"{folder}: {job.count} pairs {config.sampling.direction}{flips}, blocks of {job.block_size}; {done} "
+                  f"are there, {len(todo)} blocks to make")
     with (progress_bar(total=job.count, desc="pairs", unit="pairs", initial=done,
                        enabled=config.training.progress if processes.is_main else "false") as bar,
           memory_errors("lower config.training.batch_size"),
@@ -175,18 +167,11 @@ def make_blocks(config, folder, job, todo, coupling, processes):
 
 def complete(folder, job, config, teacher):
     """Complete the folder: headers, `pairs.json`, and `pairs.png`, the first pairs as noise, midpoint and image."""
-    settings = config.sampling
-    sampler = settings.use_ode_sampler if COUPLINGS[settings.direction].velocity else None
-    fields = SAMPLERS[sampler].fields if sampler else ()
-    record = {"seed": config.seed, "shape": image_shape(config), "direction": settings.direction, **teacher,
-              "sampler": sampler, "sampler_settings": {name: settings[name] for name in fields},
-              "class": settings.class_label if config.data.num_classes and settings.class_label >= 0 else None,
-              "storage": settings.pair_storage, "software": {"torch": torch.__version__, "numpy": np.__version__},
-              "config": config_to_dict(config)}
-    pair_writer.finish(folder, job, record)
+    software = {"torch": torch.__version__, "numpy": np.__version__}
+    pair_writer.finish(folder, job, {**teacher, "software": software, "config": config_to_dict(config)})
     pairs, indices = PairFolder(folder), np.arange(min(PICTURED, job.count))
     if pairs.shape[0] in (1, 3):
-        z0, z1 = as_float(pairs.z0[indices]), as_float(pairs.z1[indices])
+        z0, z1 = pairs.take(indices)
         save_grid(folder / "pairs.png", torch.cat([z0, interpolate(z0, z1, 0.5), z1]), len(indices),
                   labels=["z0", "midpoint", "z1"])
 

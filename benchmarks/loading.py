@@ -1,30 +1,37 @@
-"""Batches of a CIFAR-10-sized data set: ours against torchvision's transforms in a DataLoader.
+"""Batches of training data, of images and of pairs, against torch's DataLoader: milliseconds a batch.
 
     python benchmarks/loading.py | tee benchmarks/loading.txt
 
-Both give shuffled batches of 128 colour images of 32×32, flipped at random, float in [-1, 1], on the CPU with one
-thread: ours from the memory-mapped cache entry; torchvision's as it documents them, with and without workers.
+An epoch of shuffled batches of 128 at CIFAR-10's size, opening included, on one thread. Images: flipped at random, ours
+from a memory-mapped array, torchvision's CIFAR10 and transforms as it documents them, with and without workers. Pairs:
+ours from disk (the page cache) and resident, the peer np.load with a TensorDataset, as the released code has it. Rounds
+alternate; figures are medians of wall-clock time.
 """
 
-import itertools
+import os
 import pathlib
-import pickle
 import statistics
 import sys
 import tempfile
 import time
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import torch
 import torchvision
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Resize, ToTensor
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from configs.default import get_default_config
-from datasets import create_batches
+from datasets import DATASETS, DataSet, array_set, create_batches
+from runtime.seeds import index_noise
 
-COUNT, BATCH, ROUNDS = 50_000, 128, 7
+COUNT, PAIRS, BATCH, ROUNDS, SHAPE = 50_000, 20_000, 128, 5, (3, 32, 32)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DATASETS["mapped"] = DataSet(lambda path, spec: array_set(np.load(path, mmap_mode="r"), None, spec))
 
 
 class RandomCifar(torchvision.datasets.CIFAR10):
@@ -36,45 +43,48 @@ class RandomCifar(torchvision.datasets.CIFAR10):
                                   Normalize((0.5,) * 3, (0.5,) * 3)])
 
 
-def our_batches(folder, images):
-    """Write the images as CIFAR-10's python batches and return an iterator over our training batches."""
-    for number, part in enumerate(np.array_split(images, 5), 1):
-        batch = {"data": part.transpose(0, 3, 1, 2).reshape(len(part), -1), "labels": [0] * len(part)}
-        (folder / f"data_batch_{number}").write_bytes(pickle.dumps(batch, protocol=2))
+def ours(batches, **data):
+    """Read the first batches of the data that fields of `config.data` describe."""
     config = get_default_config()
-    config.data.data_root, config.data.cache_dir = str(folder), str(folder / "cache")
-    config.training.progress, config.training.batch_size = "false", BATCH
-    source = create_batches(config, torch.device("cpu"))
-    return (source.batch(update, 0, BATCH) for update in itertools.count())  # over rounds: permutations are paid for
+    config.data.update(data)
+    config.training.batch_size = BATCH
+    source = create_batches(config, DEVICE)
+    for update in range(batches):
+        source.batch(update, 0, BATCH)
 
 
-def milliseconds(batches, count):
-    """Return the time per batch over `count` batches."""
-    started = time.perf_counter()
-    for _ in range(count):
-        next(batches)
-    return 1000 * (time.perf_counter() - started) / count
+def loader(batches, dataset, workers=0):
+    """Read the first batches of a DataLoader."""
+    rows = iter(DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers))
+    for _ in range(batches):
+        [row.to(DEVICE) for row in next(rows)]
 
 
 def main():
-    """Print the milliseconds per batch of each loader, medians over the rounds, and their ratios."""
-    torch.set_num_threads(1)
-    images = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
-    times = {}
-    with tempfile.TemporaryDirectory() as folder:
-        ours = our_batches(pathlib.Path(folder), images)
+    """Print milliseconds a batch of every reader, and their ratios to the first of its kind."""
+    images, times = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8), {}
+    with tempfile.TemporaryDirectory() as root:
+        np.save(f"{root}/images.npy", np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        os.mkdir(f"{root}/0")
+        np.save(f"{root}/0/z0.npy", index_noise(0, range(PAIRS), SHAPE))
+        np.save(f"{root}/0/z1.npy", index_noise(1, range(PAIRS), SHAPE).tanh())
+        cases = {  # name: (batches, how they are read)
+            "images: ours": (COUNT // BATCH, lambda n: ours(n, dataset="mapped", data_root=f"{root}/images.npy")),
+            "images: torchvision": (COUNT // BATCH, lambda n: loader(n, RandomCifar(images))),
+            "images: torchvision, 2 workers": (COUNT // BATCH, lambda n: loader(n, RandomCifar(images), 2)),
+            "pairs: ours, from disk": (PAIRS // BATCH, lambda n: ours(n, reflow_data_root=root, on_device="false")),
+            "pairs: ours, resident": (PAIRS // BATCH, lambda n: ours(n, reflow_data_root=root, on_device="true")),
+            "pairs: np.load, DataLoader": (PAIRS // BATCH, lambda n: loader(n, TensorDataset(
+                *(torch.from_numpy(np.load(f"{root}/0/{name}.npy")) for name in ("z0", "z1"))))),
+        }
         for _ in range(ROUNDS):
-            times.setdefault("ours", []).append(milliseconds(ours, 400))
-            for workers in (0, 2):
-                loader = iter(torch.utils.data.DataLoader(RandomCifar(images), BATCH, shuffle=True, drop_last=True,
-                                                          num_workers=workers))
-                milliseconds(loader, 5)  # the workers start
-                times.setdefault(f"torchvision, {workers} workers", []).append(milliseconds(loader, 40))
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, 1 thread, batch {BATCH} of {COUNT} "
-          f"images 3×32×32; ms per batch, medians of {ROUNDS} alternating rounds")
+            for name, (batches, read) in cases.items():
+                started = time.perf_counter()
+                read(batches)
+                times.setdefault(name, []).append(1000 * (time.perf_counter() - started) / batches)
+    print(f"{DEVICE}, torch {torch.__version__}, torchvision {torchvision.__version__}, batches of {BATCH}")
     for name, values in times.items():
-        median = statistics.median(values)
-        print(f"{name}: {median:.3f} ms, {median / statistics.median(times['ours']):.1f} times ours")
+        print(f"{name:32}{statistics.median(values):8.3f} ms; rounds {' '.join(f'{value:.2f}' for value in values)}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ def one_hot(labels, num_classes):
     return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
+def evenly_spread(chosen, count):
+    """Return at most `chosen` places out of `count`, int64, ascending, from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, chosen).round().astype(np.int64))
+
+
 def check_labels(labels, place, num_classes=None, first=0):
     """Raise UserError, naming `place`, unless an array `(N,)` or `(N, num_classes)` holds class numbers or is one-hot.
 
@@ -102,29 +107,26 @@ class Batches:
     def __init__(self, samples, order, config, device, mirror=False):
         """Take the samples, their order, the config (seed, batch size, data), the device, and whether to mirror.
 
-        samples: an `ImageSet`, or another with `shape`, `nbytes` and `take(indices)`. order: an `EndlessOrder`, or
-        another with `count` and `indices`. mirror: flip left-right with probability 1/2; data.use_aug: that, and
+        samples: an `ImageSet`, or another with `take(indices)`. order: an `EndlessOrder`, or another with `count` and
+        `indices`. shape: (C, H, W) of an image. mirror: flip left-right with probability 1/2; data.use_aug: that, and
         upside down with probability 0.06. Raises UserError for samples that shall stay on the device and do not fit.
         """
         self.samples, self.order, self.device = samples, order, torch.device(device)
+        first = samples.take(np.array([0]))
+        self.shape, size = tuple(first["z1"].shape[1:]), len(samples) * sum(rows.nbytes for rows in first.values())
         self.seed, self.batch_size, self.num_classes = config.seed, config.training.batch_size, config.data.num_classes
         use_aug, on_device, self.resident = config.data.use_aug, config.data.on_device, None
         self.flips = [(seeds.FLIP, 0.5, -1)] * (mirror or use_aug) + [(seeds.AUGMENT, UPSIDE_DOWN, -2)] * use_aug
-        if on_device == "true" or (on_device == "auto" and fits(samples.nbytes, self.device)):
+        if on_device == "true" or (on_device == "auto" and fits(size, self.device)):
             try:
                 self.resident = copy_to_device(samples, self.device)
             except torch.OutOfMemoryError:
-                raise UserError(f"data.on_device {on_device}: {samples.nbytes / 2**20:.0f} MiB do not fit: read them "
+                raise UserError(f"data.on_device {on_device}: {size / 2**20:.0f} MiB do not fit: read them "
                                 "from disk with data.on_device false") from None
 
     def __len__(self):
         """Return the number of samples, real pairs that are mixed in not counted."""
         return self.order.count
-
-    @property
-    def shape(self):
-        """Shape (C, H, W) of an image."""
-        return self.samples.shape
 
     def batch(self, update, low, high):
         """Return the `Batch` of places [low, high) of `update`, on the device, without waiting for it."""

@@ -48,16 +48,6 @@ class ImageSet:
         """Return the number of images."""
         return len(self.images)
 
-    @property
-    def shape(self):
-        """Shape (C, H, W) of an image."""
-        return self.images.shape[1:]
-
-    @property
-    def nbytes(self):
-        """Size of the pixels in bytes."""
-        return self.images.nbytes
-
     def choose(self, indices, source):
         """Return the images `indices` as an `ImageSet` that is called `source`."""
         labels = None if self.labels is None else self.labels[indices]

@@ -228,8 +228,6 @@ def _to_channels(image, channels):
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         if rgba.getchannel("A").getextrema()[0] < 255:
             notes.append("transparent, laid on white")
-    if channels == 1 and grey and image.mode != "RGBA":
-        return image.convert("L"), notes
     image = image.convert("RGB")  # also on the way to grey: CMYK has no direct one
     if channels == 3:
         return image, notes + [GREY_TO_COLOUR] * grey

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import torch
 
+from datasets.batches import evenly_spread
 from datasets.image_files import FileTree, ImageSpec, fit_images
 from datasets.sources import DATASETS
 from runtime.errors import UserError
@@ -61,7 +62,7 @@ class ArrayImages(ImageSource):
                             "channels, uint8, or floats in [-1, 1]")
         self.images, self.spec = images, spec or ImageSpec(None, images.shape[1])
         super().__init__(name, len(images))
-        some = images[np.unique(np.linspace(0, len(images) - 1, LOOKED_AT).astype(int))]
+        some = images[evenly_spread(LOOKED_AT, len(images))]
         if floats and some.min() >= 0 and some.max() <= 1:
             print(f"{name}: its values lie in [{some.min():.3g}, {some.max():.3g}], but floats are read as pixels in "
                   "[-1, 1]: bring them there if they were meant for [0, 1]", file=sys.stderr, flush=True)

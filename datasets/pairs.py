@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from datasets.batches import Batches, EndlessOrder, check_labels, one_hot
+from datasets.batches import Batches, EndlessOrder, check_labels, evenly_spread, one_hot
 from datasets.pair_writer import ARRAYS, RECORD, read_record
 from runtime import seeds
 from runtime.errors import UserError
@@ -57,8 +57,7 @@ class NoiseSource:
 
     def __getitem__(self, indices):
         """Return z0 of the pairs `indices`: float32 array `(n, C, H, W)`."""
-        noise = seeds.index_noise(self.seed, indices, self.shape).numpy()
-        return noise if self.scale == 1 else noise * np.float32(self.scale)
+        return seeds.index_noise(self.seed, indices, self.shape).numpy() * np.float32(self.scale)
 
     def digest(self):
         """Return the digest of the first rows at scale 1: another numpy that draws others would show here."""
@@ -105,16 +104,18 @@ class PairFolder:
         """Return the number of pairs."""
         return self.count
 
-    def check(self, indices=None, num_classes=None):
-        """Return the `moments` of the pairs `indices` (a few all over the folder, if None).
+    def take(self, indices):
+        """Return z0 and z1 of the pairs `indices`, float32 `(n, C, H, W)`."""
+        return as_float(self.z0[indices]), as_float(self.z1[indices])
+
+    def check(self, indices, num_classes=None):
+        """Return z0 and z1 of the pairs `indices`.
 
         Raises UserError for values that are not finite and for labels that are no classes of a network with
         `num_classes` classes (None: of any).
         """
-        if indices is None:
-            indices = np.unique(np.linspace(0, len(self) - 1, QUICK_ROWS).round().astype(np.int64))
-        rows = {"z0": as_float(self.z0[indices]), "z1": as_float(self.z1[indices])}
-        for name, values in rows.items():
+        rows = self.take(indices)
+        for name, values in zip(("z0", "z1"), rows, strict=True):
             bad = (~values.isfinite().flatten(1).all(1)).nonzero()
             if len(bad):
                 raise UserError(f"{self.path}: {name} of pair {indices[int(bad[0])]} is not finite; delete the folder "
@@ -122,38 +123,38 @@ class PairFolder:
         if self.label is not None:
             label = self.label[:len(self)] if self.label.ndim == 1 else self.label[indices]
             check_labels(label, self.path / "label.npy", num_classes)
-        return moments(**rows)
+        return rows
 
 
-def moments(z0, z1):
-    """Return sums over pairs `(n, C, H, W)` that `findings` judges; parts are added up (but "low" and "high")."""
+def describe(z0, z1):
+    """Return the numbers that `findings` judges pairs `(n, C, H, W)` by; spread and correlation are those about 0."""
     z0, z1 = z0.double(), z1.double()
-    return {"pairs": len(z0), "values": z0.numel(), "low": z1.min().item(), "high": z1.max().item(),
-            "product": (z0 * z1).sum().item(), "z0_square": z0.square().sum().item(),
-            "z1_square": z1.square().sum().item(),
-            "z0_beyond": (z0.abs() > BEYOND).sum().item(), "z1_beyond": (z1.abs() > BEYOND).sum().item()}
+    found = {"values": z0.numel(), "low": z1.min().item(), "high": z1.max().item()}
+    for name, values in (("z0", z0), ("z1", z1)):
+        found[f"{name} spread"] = values.square().mean().sqrt().item()
+        found[f"{name} beyond"] = (values.abs() > BEYOND).double().mean().item()
+    return found | {"correlation": (z0 * z1).mean().item() / max(found["z0 spread"] * found["z1 spread"], 1e-15)}
 
 
 def findings(folder, found):
-    """Return a sentence for each way in which the `moments` of a `PairFolder` are not those of noise and images."""
+    """Return a sentence for each way in which pairs of a `PairFolder`, by `describe`, are not noise and images."""
     said, low, high, scale = [], found["low"], found["high"], folder.noise_scale
     slack = 0.1 + 4 / np.sqrt(2 * found["values"])  # the standard deviation of so many values is itself uncertain
-    spread = {name: np.sqrt(found[f"{name}_square"] / found["values"]) for name in ("z0", "z1")}
-    beyond = {name: found[f"{name}_beyond"] / found["values"] for name in ("z0", "z1")}
-    noisy = {name: abs(spread[name] - 1) < 2 * slack and beyond[name] > 0.1 for name in ("z0", "z1")}
+    noisy = {name: abs(found[f"{name} spread"] - 1) < 2 * slack and found[f"{name} beyond"] > 0.1
+             for name in ("z0", "z1")}
     if not folder.record and (noisy["z1"] or not noisy["z0"]):  # our own files cannot be swapped
         said.append("z0 should be unit noise and z1 images in [-1, 1], but their standard deviations are "
-                    f"{spread['z0']:.2f} and {spread['z1']:.2f}, {beyond['z0']:.0%} and {beyond['z1']:.0%} of them "
-                    f"beyond {BEYOND}: are z0.npy and z1.npy swapped?")
-    elif abs(spread["z0"] - scale) > slack * scale:
-        said.append(f"z0 has standard deviation {spread['z0']:.3f} instead of {scale:g}")
+                    f"{found['z0 spread']:.2f} and {found['z1 spread']:.2f}, {found['z0 beyond']:.0%} and "
+                    f"{found['z1 beyond']:.0%} of them beyond {BEYOND}: are z0.npy and z1.npy swapped?")
+    elif abs(found["z0 spread"] - scale) > slack * scale:
+        said.append(f"z0 has standard deviation {found['z0 spread']:.3f} instead of {scale:g}")
     if low == high:
         said.append(f"every value of z1 is {low + 0.0:g}: its images were never written")
     elif low >= 0 and high <= 1.001:
         said.append(f"all values of z1 lie in {low:.2f} to {high:.2f}; images are in [-1, 1]: use 2 * z1 - 1")
-    elif beyond["z1"] > 0.05 and not said:
-        said.append(f"z1 reaches from {low:.2f} to {high:.2f}, {beyond['z1']:.0%} of it beyond {BEYOND}; images are in "
-                    "[-1, 1]")
+    elif found["z1 beyond"] > 0.05 and not said:
+        said.append(f"z1 reaches from {low:.2f} to {high:.2f}, {found['z1 beyond']:.0%} of it beyond {BEYOND}; images "
+                    "are in [-1, 1]")
     return [f"{folder.path}: {text}" for text in said]
 
 
@@ -186,7 +187,8 @@ def open_pairs(root, config):
         if data.num_classes and folder.label is None:
             raise UserError(f"{folder.path} has no label.npy, but config.data.num_classes is {data.num_classes}: set "
                             "it to 0 or use pairs of a class-conditional model")
-        for text in findings(folder, folder.check(num_classes=data.num_classes or None)):
+        pairs = folder.check(evenly_spread(QUICK_ROWS, len(folder)), data.num_classes or None)
+        for text in findings(folder, describe(*pairs)):
             print(text, file=sys.stderr)
     check_origins(folders)
     return folders
@@ -206,7 +208,7 @@ def check_origins(folders, names=SAME_ORIGIN):
                             "different roots")
     seen = {}
     for folder in folders:
-        pair = tuple(as_float(rows[np.array([0])]).numpy().tobytes() for rows in (folder.z0, folder.z1))
+        pair = tuple(rows.numpy().tobytes() for rows in folder.take(np.array([0])))
         if pair in seen:
             raise UserError(f"{folder.path} holds the same pairs as {seen[pair]} (z0 and z1 of the first are equal): "
                             "delete one of them")
@@ -218,9 +220,8 @@ class PairSet:
 
     def __init__(self, folders, num_classes):
         """Take `PairFolder`s of one shape; num_classes: width of the labels, 0 for none."""
-        self.folders, self.num_classes, self.shape = folders, num_classes, folders[0].shape
+        self.folders, self.num_classes = folders, num_classes
         self.ends = np.cumsum([len(folder) for folder in folders])
-        self.nbytes = len(self) * 2 * 4 * int(np.prod(self.shape))
 
     def __len__(self):
         """Return the number of pairs."""
@@ -231,14 +232,14 @@ class PairSet:
 
         There is no label without classes.
         """
-        taken = {name: torch.empty(len(indices), *self.shape) for name in ("z0", "z1")}
+        taken = {name: torch.empty(len(indices), *self.folders[0].shape) for name in ("z0", "z1")}
         if self.num_classes:
             taken["label"] = torch.empty(len(indices), self.num_classes)
         homes = np.searchsorted(self.ends, indices, side="right")
         for home in np.unique(homes):
             folder, places = self.folders[home], np.flatnonzero(homes == home)
             rows = indices[places] - (self.ends[home] - len(folder))
-            taken["z0"][places], taken["z1"][places] = as_float(folder.z0[rows]), as_float(folder.z1[rows])
+            taken["z0"][places], taken["z1"][places] = folder.take(rows)
             if self.num_classes:
                 taken["label"][places] = as_one_hot(folder.label[rows], self.num_classes)
         return taken

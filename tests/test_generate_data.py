@@ -232,7 +232,7 @@ def test_random_pairs_need_no_network_and_keep_the_classes_of_the_images(tmp_pat
     np.testing.assert_array_equal(np.load(folder / "z0.npy"), index_noise(3, range(40), (1, 8, 8)))
     assert "random_paired uses no network: --ckpt_path is ignored" in (tmp_path / "log").read_text()
     np.testing.assert_array_equal(np.load(folder / "label.npy"), np.eye(10, dtype=np.float32)[labels[:40]])
-    assert json.loads((folder / "pairs.json").read_text())["sampler"] is None
+    assert "sampling.use_ode_sampler" not in read_record(folder)["identity"]
 
 
 def test_images_from_a_file_bring_their_classes_from_another(tmp_path, network):
@@ -252,12 +252,12 @@ def test_images_from_a_file_bring_their_classes_from_another(tmp_path, network):
 def test_the_record_and_the_picture_tell_what_the_pairs_are(tmp_path, network):
     folder = make_by_network(tmp_path, network)
     record = json.loads((folder / "pairs.json").read_text())
-    assert record["count"] == 40 and record["shape"] == [1, 8, 8] and record["complete"] is True
-    assert record["sampler"] == "rk45" and record["sampler_settings"]["ode_tol"] == TOL
-    assert record["direction"] == "from_z0"
+    assert record["count"] == 40 and record["complete"] is True
+    assert record["identity"]["sampling.use_ode_sampler"] == "rk45" and record["identity"]["sampling.ode_tol"] == TOL
+    assert record["identity"]["sampling.direction"] == "from_z0"
     assert 8 <= record["nfe_mean"] <= record["nfe_worst"]
-    assert record["checkpoint"] == network and record["network"] == "DhariwalUNet" and record["class"] is None
-    assert len(record["checkpoint_digest"]) == 16 and record["config"]["model"]["nf"] == 8
+    assert record["checkpoint"] == network and len(record["checkpoint_digest"]) == 16
+    assert record["config"]["model"]["name"] == "DhariwalUNet" and record["config"]["model"]["nf"] == 8
     assert (folder / "pairs.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,12 +13,14 @@ import numpy as np
 
 from configs.command_line import run_program
 from configs.default import Field
-from datasets.pairs import QUICK_ROWS, check_origins, findings, open_folders
+from datasets.batches import evenly_spread
+from datasets.pairs import QUICK_ROWS, check_origins, describe, findings, open_folders
 from runtime.errors import UserError
 from runtime.progress import progress_bar
 
 # A 1-flow on digits has correlation 0.36, closed-form flows 0.22 (digits) and 0.05 (1,000 images of CIFAR-10).
 LEAST_CORRELATION = 0.03
+THOROUGH_ROWS = 4096  # whose values are described where all are read
 
 FLAGS = {
     "root": Field("", "folder of pairs: {root}/{seed}/z0.npy …, or one such folder; --root may be left out"),
@@ -31,24 +33,25 @@ def main(args):
     wrong = []
     try:
         for folder in (folders := open_folders(args.root)):
-            rows = np.array_split(np.arange(len(folder)), -(-len(folder) // QUICK_ROWS)) if args.check else [None]
-            parts = [folder.check(part) for part in progress_bar(rows, desc=str(folder.path), unit="parts")]
-            sums = {name: {"low": min, "high": max}.get(name, sum)([part[name] for part in parts]) for name in parts[0]}
-            correlation = sums["product"] / np.sqrt(max(sums["z0_square"] * sums["z1_square"], 1e-30))  # about 0
+            parts = np.array_split(np.arange(len(folder)), -(-len(folder) // QUICK_ROWS)) if args.check else []
+            for part in progress_bar(parts, desc=str(folder.path), unit="parts"):
+                folder.check(part)
+            some = evenly_spread(THOROUGH_ROWS if args.check else QUICK_ROWS, len(folder))
+            found = describe(*folder.check(some))
             made = "no pairs.json"
             if folder.record:
                 made = f"{folder.identity['sampling.direction']}, {folder.record.get('nfe_mean')} evaluations a pair"
             print(f"{folder.path}: {len(folder)} pairs {folder.shape}, "
-                  f"{'without' if folder.label is None else 'with'} labels, {made}; looked at {sums['pairs']}: z0 has "
-                  f"standard deviation {np.sqrt(sums['z0_square'] / sums['values']):.3f}, z1 lies in "
-                  f"{sums['low']:.2f} to {sums['high']:.2f}, correlation {correlation:.2f}")
-            wrong += findings(folder, sums)
-            uncertain = 4 / np.sqrt(sums["values"])
+                  f"{'without' if folder.label is None else 'with'} labels, {made}; looked at {len(some)}: z0 has "
+                  f"standard deviation {found['z0 spread']:.3f}, z1 lies in {found['low']:.2f} to {found['high']:.2f}, "
+                  f"correlation {found['correlation']:.2f}")
+            wrong += findings(folder, found)
+            uncertain = 4 / np.sqrt(found["values"])
             random = folder.identity.get("sampling.direction") == "random_paired"
-            if not random and correlation <= uncertain <= LEAST_CORRELATION:
-                wrong.append(f"{folder.path}: z0 and z1 have correlation {correlation:.3f}, where a flow makes it "
-                             "clearly positive: are they in the same order, and is z0 the noise that each image was "
-                             "made from?")
+            if not random and found["correlation"] <= uncertain <= LEAST_CORRELATION:
+                wrong.append(f"{folder.path}: z0 and z1 have correlation {found['correlation']:.3f}, where a flow "
+                             "makes it clearly positive: are they in the same order, and is z0 the noise that each "
+                             "image was made from?")
         check_origins(folders)
     except UserError as error:
         wrong.append(str(error))

@@ -41,7 +41,7 @@ def describe_images(image_set):
     mean, deviation = (" ".join(f"{value:.4f}" for value in values) for values in moments(image_set.images))
     lines = [f"source: {image_set.source}",
              f"cached: {image_set.cache or 'not needed'}",
-             f"images: {len(image_set)} of shape {image_set.shape} (C, H, W), uint8"]
+             f"images: {len(image_set)} of shape {image_set.images.shape[1:]} (C, H, W), uint8"]
     lines += [f"converted: {number} images: {note}" for note, number in image_set.notes.items()]
     if image_set.skipped:
         lines.append(f"skipped: {len(image_set.skipped)} images, the first: {image_set.skipped[0]}")
