@@ -30,8 +30,7 @@ class Batch:
 def one_hot(labels, num_classes):
     """Return class numbers `(N,)`, integers in [0, num_classes), as one-hot float32 `(N, num_classes)`.
 
-    A number outside the range is an all-zero row: ranges are checked where labels are read, once, so that
-    nothing here waits for the device.
+    A number outside the range gives zeros: ranges are checked where labels are read, so that nothing waits here.
     """
     return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
 
@@ -42,7 +41,7 @@ def evenly_spread(chosen, count):
 
 
 def check_labels(labels, place, num_classes=None, first=0):
-    """Raise UserError, naming `place`, unless an array `(N,)` or `(N, num_classes)` holds class numbers or is one-hot.
+    """Raise UserError, naming `place`, unless an array holds class numbers `(N,)` or is one-hot `(N, num_classes)`.
 
     num_classes: how many there are (None: any number), numbered from `first` on.
     """
@@ -64,19 +63,15 @@ def pixels_to_float(pixels, dtype=torch.float32):
 class EndlessOrder:
     """Indices 0..count-1 for ever: epoch e is a permutation drawn from (seed, e), batches run across its end.
 
-    The place of a sample in the whole sequence is `update * batch_size + place`, so any update of any run can
-    be looked up directly, and processes that take disjoint places get disjoint samples.
+    The place of a sample in the whole sequence is `update * batch_size + place`, with the global batch size, so any
+    update can be looked up directly, and processes that take disjoint places get disjoint samples.
     """
 
     def __init__(self, count, batch_size, seed):
-        """Take the number of samples, the global batch size and the seed."""
         self.count, self.batch_size, self.seed = count, batch_size, seed
 
     def indices(self, update, low, high):
-        """Return the samples at places [low, high) of the batch of `update`: int64 array `(high - low,)`.
-
-        The cost does not depend on `update`: at most the permutations of the epochs it touches are drawn.
-        """
+        """Return the samples at places [low, high) of the batch of `update`: int64 array `(high - low,)`."""
         first = update * self.batch_size
         epochs, places = np.divmod(np.arange(first + low, first + high), self.count)
         indices = np.empty(len(places), dtype=np.int64)
@@ -90,26 +85,23 @@ class EndlessOrder:
 def _permutation(count, seed, epoch):
     """Return epoch's permutation of 0..count-1, int64 `(count,)`.
 
-    Sorting raw Philox words: numpy promises that these stay the same in later versions, which it does not
-    promise of `permutation`, and a run must resume after an upgrade.
+    It sorts raw Philox words, which numpy promises to keep in later versions: a run must resume after an upgrade.
     """
     words = seeds.index_generator(seed, epoch, seeds.ORDER).bit_generator.random_raw(count)
     return np.argsort(words, kind="stable")
 
 
 class Batches:
-    """The batches of a set of samples.
+    """The batches of a set of samples: `batch(update, low, high)` is a pure function of (seed, update, place).
 
-    `batch(update, low, high)` holds the samples at places [low, high) of the global batch of `update`. It is a
-    pure function of (seed, update, place): neither the number of processes nor the updates before it matter.
+    Neither the number of processes nor the updates before it matter. `shape`: (C, H, W) of an image.
     """
 
     def __init__(self, samples, order, config, device, mirror=False):
-        """Take the samples, their order, the config (seed, batch size, data), the device, and whether to mirror.
+        """Take an `ImageSet` or `PairSet`, an order (`EndlessOrder`), the config and the device.
 
-        samples: an `ImageSet`, or another with `take(indices)`. order: an `EndlessOrder`, or another with `count` and
-        `indices`. shape: (C, H, W) of an image. mirror: flip left-right with probability 1/2; data.use_aug: that, and
-        upside down with probability 0.06. Raises UserError for samples that shall stay on the device and do not fit.
+        mirror: flip left-right with probability 1/2; data.use_aug: that, and upside down with probability 0.06. Raises
+        UserError for samples that shall stay on the device and do not fit.
         """
         self.samples, self.order, self.device = samples, order, torch.device(device)
         first = samples.take(np.array([0]))
@@ -147,7 +139,6 @@ class Batches:
         return Batch(found.get("z0"), pixels_to_float(z1) if z1.dtype == torch.uint8 else z1, label)
 
     def _send(self, tensor):
-        """Return a tensor in host memory on the device."""
         tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
         return tensor.to(self.device, non_blocking=True)
 

@@ -2,7 +2,7 @@
 
 An entry is a folder `{cache_dir}/{name}-{C}x{H}x{W}-{key}/` with `images.npy`, `labels.npy` and `about.json`. The key
 is a digest of the source's files (paths, sizes and times, not content) and of the `ImageSpec`. An entry is written
-as a hidden folder beside its place and renamed when it is complete, so an entry that exists is whole.
+as a hidden folder and renamed when it is complete, so an entry that exists is whole.
 """
 
 import collections
@@ -62,9 +62,9 @@ class ImageSet:
 class Source(NamedTuple):
     """Images on disk that can be decoded into the cache.
 
-    name: short, for folder names. title: for messages, with the path. identity: digest of the files' paths, sizes and
-    times (`identify`). open: called when the images are not cached; returns an iterator over `ImageSet`s, how many
-    images there are at most (None if only reading tells) and the class names or None.
+    name: for folder names. title: for messages, with the path. identity: digest of the files (`identify`). open: called
+    when they are not cached; returns an iterator over `ImageSet`s, how many images there are at most (None if only
+    reading tells) and the class names or None.
     """
 
     name: str
@@ -76,8 +76,8 @@ class Source(NamedTuple):
 def open_cached(source, spec, cache_dir, progress):
     """Return the `ImageSet` of a `Source`, mapped into memory read-only; decode it into `cache_dir` on first use.
 
-    progress: config field `training.progress`. Raises UserError for images that cannot be decoded or written, and for
-    an entry that was cached without its corrupt images, unless `spec` skips them.
+    Raises UserError for images that cannot be decoded or written, and for an entry that was cached without its corrupt
+    images, unless `spec` skips them.
     """
     entry = entry_folder(source, spec, cache_dir)
     found = _open_entry(entry, spec)
@@ -150,13 +150,10 @@ def _write_entry(source, spec, entry, progress):
 
 
 def _write_arrays(chunks, spec, folder, bar):
-    """Write `images.npy` and `labels.npy` chunk by chunk; return what `about.json` says of them.
-
-    Plain writes, since a memory map ends the process when the disk is full.
-    """
+    """Write `images.npy` and `labels.npy` chunk by chunk; return what `about.json` says of them."""
     count, labels, skipped, notes = 0, [], [], collections.Counter()
     layout = np.dtype(("|u1", (spec.channels, spec.size, spec.size)))
-    with open(folder / "images.npy", "wb") as written:
+    with open(folder / "images.npy", "wb") as written:  # a memory map would end the process when the disk is full
         written.write(npy_header(layout, 0))
         for chunk in chunks:
             written.write(np.ascontiguousarray(chunk.images))

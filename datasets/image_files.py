@@ -35,8 +35,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice its siz
 class ImageSpec:
     """What images are brought to: `channels` 1 (grey) or 3 (RGB), square with `size` pixels (None: as they are).
 
-    resample: "lanczos" or "area", the filter where the size changes. skip_corrupt: leave out unreadable files, count
-    them, and go on.
+    resample: "lanczos" or "area", where the size changes. skip_corrupt: leave out and count unreadable files.
     """
 
     size: int | None
@@ -49,11 +48,10 @@ class FileTree:
     """The image files of a folder (recursively, links followed) or a zip archive, by their paths inside it.
 
     A folder with one archive and nothing else stands for the archive, which is not unpacked to disk. Hidden files and
-    folders, and what macOS adds, are left out. Several threads may read.
+    folders, and what macOS adds, are left out. Several threads may read. Raises UserError for another `root`.
     """
 
     def __init__(self, root):
-        """Find the folder or archive `root`. Raises UserError for what is neither."""
         self.root = pathlib.Path(root)
         archives = list(self.root.glob("*.zip"))
         if len(archives) == 1 and not any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in self.root.iterdir()):
@@ -108,7 +106,7 @@ class FileTree:
 def find_labels(tree):
     """Return the class numbers (list of int) and class names of a `FileTree`'s images, (None, None) without classes.
 
-    Both are looked for below the innermost folder that holds all images, dataset.json also above it.
+    Sub-folders count below the innermost folder that holds all images; dataset.json is looked for also above it.
     """
     folders = [name.split("/")[:-1] for name in tree.names]
     common = os.path.commonprefix(folders)
@@ -123,10 +121,10 @@ def find_labels(tree):
 
 
 def _labels_from_json(tree, above):
-    """Return what `find_labels` does, from dataset.json in the folder `above` ("" or "x/"), which names lie below.
+    """Return what `find_labels` does, from dataset.json in the folder `above` ("" or "x/").
 
-    Its form is `{"labels": [["00000/img00000000.png", 6], …]}`, or `"labels": null` for none. Raises `UserError` for
-    another form, and for an image with no label or two.
+    `{"labels": [["00000/img00000000.png", 6], …]}`, or `"labels": null`. Raises `UserError` for another form, and for
+    an image with no label or two.
     """
     place = f"{tree.root}: {above}{LABEL_FILE}"
     try:
@@ -148,10 +146,7 @@ def _labels_from_json(tree, above):
 
 
 def identify(names, root="."):
-    """Return a digest of the paths (from `root`), sizes and times of files, not of their content.
-
-    Both times count, of the content and of the last change on disk: a file may be written anew with its old time.
-    """
+    """Return a digest of the paths (from `root`), sizes and times of files: of content, and of change on disk."""
     digest = hashlib.sha256(os.fsencode(os.path.realpath(root)))
     for name in names:
         digest.update(os.fsencode(name))
@@ -175,8 +170,8 @@ def decode_image(data, spec):
     """Return the pixels of an encoded image, uint8 `(C, H, W)`, and a list of notes on what was converted.
 
     The image is turned upright (EXIF), laid on white where it is transparent, reduced to 8 bits and brought to `spec`;
-    of several frames the first counts. Pillow raises an error of many kinds for what is no image of `FORMATS`, damaged,
-    or a decompression bomb (more than 179 million pixels).
+    of several frames the first counts. Raises an error of any kind for what is no image of `FORMATS`, damaged, or a
+    decompression bomb (more than 179 million pixels).
     """
     return _fit_image(Image.open(io.BytesIO(data), formats=FORMATS), spec)
 
@@ -196,7 +191,7 @@ def fit_images(images, spec):
 
 
 def _fit_image(image, spec):
-    """Return the pixels of a Pillow image brought to `spec`, uint8 `(C, H, W)`, and a list of notes."""
+    """Return the pixels of a Pillow image, uint8 `(C, H, W)`, and notes, as `decode_image`."""
     ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image is hundreds of megabytes
     image, notes = _to_channels(image, spec.channels)
     if spec.size is not None:
@@ -235,16 +230,14 @@ def _to_channels(image, channels):
 
 
 def _walk(root):
-    """Yield the paths of the files under `root`, from it, with forward slashes; each folder once, links or not."""
+    """Yield the paths of the files under `root`, with forward slashes; each folder once, whatever links to it."""
     visited = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse):
-        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
-        if (real := os.path.realpath(folder)) in visited:
-            subfolders.clear()
-            continue
+        real, inner = os.path.realpath(folder), pathlib.Path(folder).relative_to(root)
+        subfolders[:] = [name for name in subfolders if not _is_hidden(name) and real not in visited]
+        if real not in visited:
+            yield from ((inner / name).as_posix() for name in files)
         visited.add(real)
-        inner = os.path.relpath(folder, root).replace(os.sep, "/")
-        yield from files if inner == "." else (f"{inner}/{name}" for name in files)
 
 
 def _refuse(error):
@@ -253,5 +246,4 @@ def _refuse(error):
 
 
 def _is_hidden(name):
-    """Return whether a path is hidden, or what macOS adds to archives."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))

@@ -32,8 +32,8 @@ def quantise(images):
 class ImageSource:
     """Images that are read a batch at a time.
 
-    path: where they are. name: of them, in results. shape: (C, H, W) of each. notes: {what a reader must know of them,
-    how many of those read so far were converted how: number of images}.
+    path: where they are. name: of them, in results. shape: (C, H, W) of each. notes: {conversion, or what else a reader
+    must know: number of the images read so far}.
     """
 
     def __init__(self, path, count):
@@ -52,10 +52,9 @@ class ImageSource:
 
 
 class ArrayImages(ImageSource):
-    """Images of an array (N, C, H, W), uint8, or floats in [-1, 1], which are quantised by truncation."""
+    """Images of an array (N, C, H, W), uint8, or floats in [-1, 1], which are quantised; UserError for others."""
 
     def __init__(self, images, name, spec=None):
-        """Take the array, its name and the `ImageSpec` to bring images to. Raises UserError for no images."""
         floats = np.issubdtype(images.dtype, np.floating)
         if images.ndim != 4 or images.shape[1] not in (1, 3) or not (len(images) and (floats or images.dtype == "u1")):
             raise UserError(f"{name} holds {images.dtype} of shape {images.shape}; images are (N, C, H, W) with 1 or 3 "
@@ -72,9 +71,8 @@ class ArrayImages(ImageSource):
         if part.dtype != np.uint8:
             part = torch.from_numpy(part.astype(np.float32))
             check_finite(part, range(low, high), self.name, "make it again")
-            if part.abs().max() > LARGEST_FLOAT:
-                raise UserError(f"{self.name} holds values up to {part.abs().max():.0f}; images as floats are in "
-                                "[-1, 1]")
+            if (most := part.abs().max()) > LARGEST_FLOAT:
+                raise UserError(f"{self.name} holds values up to {most:.0f}; images as floats are in [-1, 1]")
             part = quantise(part).numpy()
         return fit_images(part, self.spec)
 
@@ -91,9 +89,8 @@ class FileImages(ImageSource):
         for name in self.tree.names[low:high]:
             image, conversions = self.tree.decode(name, self.spec)
             if image.shape != (shape := self.shape or image.shape):
-                raise UserError(f"{self.path} holds images of different sizes: {self.tree.names[0]} is "
-                                f"{shape[1]}×{shape[2]}, {name} is {image.shape[1]}×{image.shape[2]}; bring them to "
-                                "one size")
+                raise UserError(f"{self.path} holds images of different sizes, {self.tree.names[0]} of {shape}, {name} "
+                                f"of {image.shape} (C, H, W): bring them to one")
             images.append(image)
             notes.update(conversions + [LOSSY] * name.lower().endswith((".jpg", ".jpeg", ".webp")))
         return np.stack(images), notes
@@ -103,7 +100,7 @@ def open_images(path, config):
     """Return the `ImageSource` of an npy (NCHW in [-1, 1], or uint8), an npz of images, a folder or a zip.
 
     Images become grey with config.data.num_channels 1 and RGB with 3, and for the extractor `pixels` they are brought
-    to config.data.image_size as in training. Raises UserError if there is nothing to read or images differ in size.
+    to config.data.image_size as in training. Raises UserError if there is nothing to read.
     """
     path, data = pathlib.Path(path), config.data
     spec = ImageSpec(data.image_size if config.eval.feature_extractor == "pixels" else None, data.num_channels,
@@ -117,10 +114,7 @@ def open_images(path, config):
 
 
 def _load_array(path):
-    """Return the array in an npy, or in an npz under `images`, `samples` or `arr_0`, as (N, C, H, W).
-
-    uint8 in the order NHWC, as others' samplers write them, is turned.
-    """
+    """Return the array in an npy, or in an npz under `images`, `samples` or `arr_0`; (N, H, W, C) is turned."""
     try:
         images = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
         if path.suffix == ".npz":

@@ -16,13 +16,12 @@ from runtime.files import file_digest
 class InitialPoints:
     """The initial points of pairs by number, in one of the directions of generate_data.py.
 
-    z0(indices), z1(indices), label(indices): of the pairs `indices`, a range: float32 `(n, C, H, W)`, and one-hot
-    float32 `(n, num_classes)` or None. available: the largest number of pairs, None for no limit. identity: {name:
-    value} of what tells them from others. image_set: the images of the data set that the direction uses, or None.
+    z0, z1 `(n, C, H, W)` and one-hot label `(n, num_classes)`, or None, are float32. available: the largest number of
+    pairs, None for no limit. identity: {name: value} of what tells them from others. image_set: the images of the data
+    set that the direction uses, or None. Raises UserError for files and classes that do not fit the config.
     """
 
     def __init__(self, config, z0_path="", z1_path="", label_path=""):
-        """Open what `config.sampling.direction` needs; UserError for files and classes that do not fit the config."""
         settings = config.sampling
         self.direction, self.seed, self.num_classes = settings.direction, config.seed, config.data.num_classes
         self.class_label, self.random_flip = settings.class_label, settings.random_flip
@@ -100,7 +99,7 @@ def image_shape(config):
 
 
 def chosen_images(config):
-    """Return the `ImageSet` of the config, and only the class `sampling.class_label` if one is set."""
+    """Return the `ImageSet` of the config; only the class `sampling.class_label`, if one is set."""
     image_set, label = load_images(config), config.sampling.class_label
     if label < 0:
         return image_set

@@ -1,10 +1,9 @@
 """The folder that generate_data.py fills: arrays written in place, block by block, consistent at any moment.
 
-A folder holds the arrays (`z0.npy`, `z1.npy`, `label.npy`), `pairs.json` (what the pairs are) and `blocks.jsonl`
-(which blocks are on disk). A block is a fixed range of consecutive pairs. It is finished once its line is in this
-journal, which all processes append to, and the line is written after the block's rows have reached the disk. Until
-every block is finished the arrays' headers promise no more rows than before, so nobody reads a row that is missing,
-and a folder that is being extended stays usable.
+A folder holds the arrays, `pairs.json` (what the pairs are) and the journal `blocks.jsonl` (which blocks, fixed ranges
+of consecutive pairs, are on disk). All processes append to it, a line after the block's rows have reached the disk.
+Until every block is finished the arrays' headers promise no more rows than before, so nobody reads a row that is
+missing, and a folder that is being extended stays usable.
 """
 
 import dataclasses
@@ -19,7 +18,6 @@ import numpy as np
 from runtime.errors import UserError
 from runtime.files import file_lock, read_json, read_json_lines, write_json, write_text
 
-LAYOUT_VERSION = 1
 RECORD, JOURNAL, LOCK = "pairs.json", "blocks.jsonl", ".lock"
 ARRAYS = ("z0.npy", "z1.npy", "label.npy")
 SPARE_BYTES = 1 << 20  # for the journal, the record and the picture
@@ -28,10 +26,10 @@ ENTRY = ("block", "pairs", "nfe_sum", "nfe_worst", "z1_rounding")  # the numbers
 
 @dataclasses.dataclass(frozen=True)
 class PairJob:
-    """What to make: `count` pairs in blocks of `block_size`.
+    """What to make: pairs in blocks.
 
-    layouts: {file name: dtype of a row}, such as `np.dtype(("<f4", (3, 32, 32)))`. identity: {name: value} of
-    everything that a pair's values depend on.
+    layouts: {file name: dtype of a row, such as `np.dtype(("<f4", (3, 32, 32)))`}. identity: {name: value} of all that
+    a pair's values depend on.
     """
 
     count: int
@@ -73,16 +71,14 @@ def locked(folder):
 
 
 def prepare(folder, job):
-    """Make `folder` ready for `job`; return (number of pairs it already offers, list of unfinished blocks).
+    """Make a locked `folder` ready for `job`; return (number of pairs it already offers, list of unfinished blocks).
 
-    The caller holds the lock. Raises UserError, changing nothing, for a folder of other pairs and for a disk that
-    is too small.
+    Raises UserError, changing nothing, for a folder of other pairs and for a disk that is too small.
     """
     record, done = read_record(folder), read_journal(folder)
-    foreign = [name for name in ARRAYS if (folder / name).exists()]
-    if record is None and foreign:
-        raise UserError(f"{folder} has {foreign[0]} but no {RECORD}: these pairs were not made by this program; "
-                        "choose another --data_root or --config.seed")
+    if record is None and any((folder / name).exists() for name in ARRAYS):
+        raise UserError(f"{folder} has arrays but no {RECORD}: these pairs were not made by this program; choose "
+                        "another --data_root or --config.seed")
     if record is not None:
         there, here = record["identity"], json.loads(json.dumps(job.identity))  # as read back: lists for tuples
         differences = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
@@ -96,34 +92,25 @@ def prepare(folder, job):
         return offered, []
     _write_journal(folder, done)
     if record is None:
-        write_json(folder / RECORD, {"complete": False, "count": 0, "version": LAYOUT_VERSION,
-                                     "identity": job.identity})
+        write_json(folder / RECORD, {"complete": False, "count": 0, "identity": job.identity})
     for name, layout in job.layouts.items():
         _write(folder / name, npy_header(layout, offered), 0, least=row_offset(layout, job.count))
     return offered, job.unfinished(done)
 
 
 def read_record(folder):
-    """Return the content of `pairs.json`, or None if there is none.
-
-    Raises UserError if it is damaged or of another layout version.
-    """
+    """Return the content of `pairs.json`, or None if there is none. Raises UserError if it is damaged."""
     path = pathlib.Path(folder) / RECORD
-    if not path.exists():
-        return None
-    record = read_json(path)
-    numbers = record.get("count"), record.get("version")
-    if not (isinstance(record.get("complete"), bool) and isinstance(record.get("identity"), dict)
-            and all(isinstance(number, int) and number >= 0 for number in numbers)):
+    record = read_json(path) if path.exists() else None
+    if record is not None and not (isinstance(record.get("complete"), bool) and isinstance(record.get("count"), int)
+                                   and record["count"] >= 0 and isinstance(record.get("identity"), dict)):
         raise UserError(f"{path} is damaged: it does not say how many pairs of what kind there are; delete the folder "
                         "and make its pairs again")
-    if record["version"] != LAYOUT_VERSION:
-        raise UserError(f"{path} has layout version {record['version']}; this program reads version {LAYOUT_VERSION}")
     return record
 
 
 def _check_arrays(folder, job, done):
-    """Raise UserError if an array lacks finished rows (somebody deleted or cut it), or the disk room for the others."""
+    """Raise UserError if an array lacks finished rows (deleted or cut short), or the disk room for the others."""
     missing, rows = 0, _rows_written(job, done)
     for name, layout in job.layouts.items():
         path = folder / name
@@ -145,10 +132,7 @@ def _rows_written(job, done):
 
 
 def read_journal(folder):
-    """Return {block: its entry} of the journal in `folder`; of two entries for a block the one with more pairs.
-
-    A line that is cut off, damaged or lacks a number counts for nothing: its block is made again.
-    """
+    """Return {block: its entry} of the journal; of two the one with more pairs, and none of a damaged line."""
     done = {}
     for entry in read_json_lines(folder / JOURNAL):
         if (all(isinstance(entry.get(name), (int, float)) and entry[name] >= 0 for name in ENTRY)
@@ -165,8 +149,8 @@ def _write_journal(folder, done):
 def write_block(folder, job, block, rows, nfe):
     """Write a block's `rows`, {file name: float tensor}, into a prepared folder, and then its line in the journal.
 
-    One-hot labels become class numbers where the layout has numbers. nfe: int64 `(n,)`. Raises UserError for
-    values that are not finite. On a full disk (OSError) what was finished stays finished.
+    One-hot labels become class numbers where the layout has numbers. nfe: int64 `(n,)`. Raises UserError for values
+    that are not finite.
     """
     indices, stored = job.block_range(block), {}
     for name, values in rows.items():
@@ -188,10 +172,7 @@ def write_block(folder, job, block, rows, nfe):
 
 
 def finish(folder, job, record):
-    """Let the arrays' headers promise `job.count` rows, and write `record` with what was measured to `pairs.json`.
-
-    The caller holds the lock and every block is in the journal.
-    """
+    """Let the arrays' headers promise `job.count` rows, and write `record` with what was measured to `pairs.json`."""
     done = read_journal(folder)
     if missing := job.unfinished(done):
         raise UserError(f"{folder}: block {missing[0]} is missing; run the same command again")
@@ -204,14 +185,14 @@ def finish(folder, job, record):
     measured = {"nfe_mean": sum(entry["nfe_sum"] for entry in entries) / pairs,
                 "nfe_worst": max(entry["nfe_worst"] for entry in entries),
                 "z1_rounding": max(entry["z1_rounding"] for entry in entries)}
-    write_json(folder / RECORD, {"complete": True, "count": job.count, "version": LAYOUT_VERSION, **record,
-                                 **measured, "identity": job.identity})
+    write_json(folder / RECORD, {"complete": True, "count": job.count} | record | measured
+               | {"identity": job.identity})
 
 
 def _write(path, content, offset=None, least=0):
-    """Write all of `content` to the file at `path`, at `offset` or its end, and on to the disk; an OSError names it.
+    """Write `content` to the file at `path` (made if missing), at `offset` or its end, and flush it to the disk.
 
-    The file is made if it is missing, and lengthened to `least` bytes.
+    The file gets at least `least` bytes. An OSError of a full disk names it.
     """
     try:
         with open(path, "ab" if offset is None else "r+b" if path.exists() else "w+b", buffering=0) as file:

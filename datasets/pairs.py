@@ -66,19 +66,18 @@ class NoiseSource:
 
 
 class PairFolder:
-    """One folder of pairs. `z0[indices]`, `z1[indices]` and `label[indices]` are rows (label: None without)."""
+    """One folder of pairs. `z0[indices]`, `z1[indices]` and `label[indices]` are rows (label: None without).
+
+    Raises UserError if it is unfinished, a file is missing or damaged, shapes or lengths disagree, or the noise of
+    compact storage comes out otherwise here.
+    """
 
     def __init__(self, path):
-        """Open the folder at `path`.
-
-        Raises UserError if it is unfinished, a file is missing or damaged, shapes or lengths disagree, or the noise
-        of compact storage comes out otherwise here.
-        """
         self.path, self.record = pathlib.Path(path), read_record(path)
         if self.record and not self.record["complete"]:
             raise UserError(f"{self.path} is unfinished: run its generate_data.py command again to complete it, or "
                             "with fewer pairs to use those that are there")
-        self.identity = self.record["identity"] if self.record else {}
+        self.identity = (self.record or {}).get("identity", {})
         self.noise_scale = self.identity.get("sampling.init_noise_scale", 1.0)
         compact = self.identity.get("sampling.pair_storage") == "compact"
         arrays = {name: open_rows(self.path / name) for name in ARRAYS
@@ -88,11 +87,10 @@ class PairFolder:
         if len(self.shape) != 3 or self.count == 0:
             raise UserError(f"{self.path / 'z1.npy'} has shape {self.z1.shape}; images (N, C, H, W) are needed")
         for name, rows in arrays.items():
-            if name == "z0.npy" and rows.shape[1:] != self.shape:
-                raise UserError(f"{self.path}: z0.npy has rows of shape {rows.shape[1:]}, z1.npy of {self.shape}")
-            if len(rows) < self.count or (len(rows) > self.count and not self.record):
-                source = f"{RECORD} promises {self.count}" if self.record else f"z1.npy has {self.count}"
-                raise UserError(f"{self.path / name} has {len(rows)} rows, but {source}: these files do not belong "
+            right = len(rows) >= self.count if self.record else len(rows) == self.count
+            if not right or (name == "z0.npy" and rows.shape[1:] != self.shape):
+                source = f"{self.count} in {RECORD}" if self.record else f"those of z1.npy {self.z1.shape}"
+                raise UserError(f"{self.path / name} has rows {rows.shape}, {source}: these files do not belong "
                                 "together; copy or make them again")
         drawn = NoiseSource(self.identity.get("seed", 0), self.shape, self.noise_scale)
         self.z0 = drawn if compact else arrays["z0.npy"]
@@ -109,11 +107,7 @@ class PairFolder:
         return as_float(self.z0[indices]), as_float(self.z1[indices])
 
     def check(self, indices, num_classes=None):
-        """Return z0 and z1 of the pairs `indices`.
-
-        Raises UserError for values that are not finite and for labels that are no classes of a network with
-        `num_classes` classes (None: of any).
-        """
+        """Return z0 and z1 of the pairs `indices`; UserError if values are not finite or labels no classes."""
         rows = self.take(indices)
         for name, values in zip(("z0", "z1"), rows, strict=True):
             bad = (~values.isfinite().flatten(1).all(1)).nonzero()
@@ -159,10 +153,7 @@ def findings(folder, found):
 
 
 def open_folders(root):
-    """Return the `PairFolder`s in `root` (its sub-folders, one per seed, or `root` itself), ordered by name.
-
-    Raises UserError if there is none.
-    """
+    """Return the `PairFolder`s in `root`: its sub-folders, one per seed, or `root` itself; UserError for none."""
     root = pathlib.Path(root)
     found = [path for path in (root, *root.glob("*"))
              if path.is_dir() and any((path / name).exists() for name in (*ARRAYS, RECORD))]
@@ -173,10 +164,10 @@ def open_folders(root):
 
 
 def open_pairs(root, config):
-    """Return the `PairFolder`s under `root` after a look at some pairs of each.
+    """Return the `PairFolder`s under `root` after a look at some pairs of each; unlikely values are said on stderr.
 
-    Raises UserError if a folder is unfinished or damaged, does not fit `config.data`, or holds pairs of another
-    origin than the first, or the same. Unlikely values are said on stderr.
+    Raises UserError if a folder does not fit `config.data`, or holds pairs of another origin than the first, or the
+    same.
     """
     folders, data = open_folders(root), config.data
     wanted = (data.num_channels, data.image_size, data.image_size)
@@ -195,10 +186,7 @@ def open_pairs(root, config):
 
 
 def check_origins(folders, names=SAME_ORIGIN):
-    """Raise UserError if two folders come from different checkpoints, directions … (`names`), or are the same pairs.
-
-    Only folders with pairs.json tell their origin; the same pairs are known by the first one.
-    """
+    """Raise UserError if folders with pairs.json differ in checkpoint, direction … (`names`), or if two are equal."""
     first, *others = [folder for folder in folders if folder.record] or [None]
     for folder in others:
         different = [f"{name} is {folder.identity.get(name)} there and {first.identity.get(name)} in {first.path}"
@@ -219,7 +207,6 @@ class PairSet:
     """All pairs of some folders, one after the other."""
 
     def __init__(self, folders, num_classes):
-        """Take `PairFolder`s of one shape; num_classes: width of the labels, 0 for none."""
         self.folders, self.num_classes = folders, num_classes
         self.ends = np.cumsum([len(folder) for folder in folders])
 
@@ -228,10 +215,7 @@ class PairSet:
         return int(self.ends[-1])
 
     def take(self, indices):
-        """Return {"z0", "z1": float32 `(n, C, H, W)`, "label": one-hot float32 `(n, num_classes)`} of `indices` `(n,)`.
-
-        There is no label without classes.
-        """
+        """Return {"z0", "z1": float32 `(n, C, H, W)`, with classes "label": one-hot `(n, classes)`} of `indices`."""
         taken = {name: torch.empty(len(indices), *self.folders[0].shape) for name in ("z0", "z1")}
         if self.num_classes:
             taken["label"] = torch.empty(len(indices), self.num_classes)
@@ -253,7 +237,6 @@ class MixedOrder:
     """
 
     def __init__(self, count, real_count, share, batch_size, seed):
-        """Take the numbers of pairs, the share of real ones in [0, 1], the global batch size and the seed."""
         self.count, self.batch_size = count, batch_size
         self.share = fractions.Fraction(share).limit_denominator(10**6)
         self.orders = EndlessOrder(count, 1, seed), EndlessOrder(real_count, 1, seed)
@@ -275,7 +258,7 @@ class MixedOrder:
 
 
 def create_pair_batches(config, device):
-    """Return the `Batches` of `config.data.reflow_data_root`, with the real pairs that the config mixes in.
+    """Return the `Batches` of config.data.reflow_data_root, with the real pairs that the config mixes in.
 
     Raises UserError for pairs that cannot be trained on with this config.
     """
@@ -288,8 +271,8 @@ def create_pair_batches(config, device):
     order = EndlessOrder(count, size, config.seed)
     if share > 0:
         if not data.real_pairs_root:
-            raise UserError("config.flow.real_data_share is above 0, but config.data.real_pairs_root is empty: make "
-                            "pairs with sampling.direction from_z1 and name their folder")
+            raise UserError("config.flow.real_data_share needs pairs of sampling.direction from_z1: name their folder "
+                            "with config.data.real_pairs_root, which is empty")
         folders += open_pairs(data.real_pairs_root, config)
         check_origins(folders, SAME_ORIGIN[1:])
         order = MixedOrder(count, sum(map(len, folders)) - count, share, size, config.seed)

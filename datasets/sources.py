@@ -49,10 +49,9 @@ class DataSet(NamedTuple):
 
 
 def load_images(config):
-    """Return the `ImageSet` of `config.data`, or its `data.train_subset`; from the cache, if it is decoded once.
+    """Return the `ImageSet` of `config.data`, or its `data.train_subset`, decoded or from the cache.
 
-    Raises `UserError` for a missing or unusable source, naming it and what belongs there, and for labels that do
-    not fit `data.num_classes`.
+    Raises `UserError` for a missing or unusable source, and for labels that do not fit `data.num_classes`.
     """
     data, row = config.data, DATASETS[config.data.dataset]
     if data.num_channels not in (1, 3):
@@ -83,27 +82,22 @@ def check_classes(image_set, num_classes):
     """Raise `UserError` unless the labels are 0..num_classes-1, each of at least one image."""
     source = f"data.num_classes {num_classes}: {image_set.source}"
     if image_set.labels is None:
-        raise UserError(f"{source} has no labels; set data.num_classes 0, or give labels by sub-folders or "
-                        f"{LABEL_FILE}")
+        raise UserError(f"{source} has no labels: set it to 0, or give labels by sub-folders or {LABEL_FILE}")
     counts = np.bincount(image_set.labels, minlength=num_classes)
     names = image_set.class_names or tuple(map(str, range(len(counts))))
     found = _shorten([f"{names[k]}: {counts[k]}" for k in np.flatnonzero(counts)])
-    if len(counts) > num_classes:
-        raise UserError(f"{source} has labels up to {len(counts) - 1} ({found}); set data.num_classes {len(counts)}")
-    if not counts.all():
-        raise UserError(f"{source} has images of {np.count_nonzero(counts)} classes ({found}), and none of class "
-                        f"{np.argmin(counts)}: set data.num_classes to the classes there are, numbered from 0, or "
-                        "data.data_root to the folder whose sub-folders are the classes")
+    if len(counts) != num_classes or not counts.all():
+        raise UserError(f"{source} has images of {np.count_nonzero(counts)} classes ({found}): set data.num_classes to "
+                        "the classes there are, numbered from 0, or data.data_root to the folder whose sub-folders "
+                        "are the classes")
     if set(names) <= SPLITS:
-        raise UserError(f"{source} has the sub-folders {found}, which are no classes: set data.data_root to one of "
-                        "them")
+        raise UserError(f"{source} has the sub-folders {found}, which are no classes: set data.data_root to one")
 
 
 def subset(image_set, name, field="data.train_subset"):
-    """Return the part of `image_set` that a config field names.
+    """Return the part of `image_set` that a config field names; UserError, naming `field`, for another name.
 
-    name: "all"; "random_N", N images drawn without replacement, the same under every seed; or a class name of the
-    data set. Raises `UserError`, naming `field`, for any other name and for N outside 1..len(image_set).
+    name: "all"; "random_N", N images drawn without replacement, the same under every seed; or a class name.
     """
     if name == "all":
         return image_set
@@ -135,10 +129,9 @@ def _shorten(words):
 
 
 def open_files(name, with_labels, root, spec):
-    """Return the `Source` of all images in a folder or zip archive, of any size.
+    """Return the `Source` of all images in a folder or zip archive.
 
-    with_labels: classes by dataset.json, as EDM's dataset_tool.py writes it, or else by sub-folder; FFHQ's only keep
-    folders small.
+    with_labels: classes by dataset.json, as EDM's dataset_tool.py writes it, or by sub-folder; FFHQ's are no classes.
     """
     tree = FileTree(root)
 
@@ -178,12 +171,13 @@ def _decode_tree(tree, labels, spec):
 # Arrays in files
 
 
-def _batch_chunks(batches, size, first_label, classes, spec):
-    """Yield the `ImageSet`s of batches (path, dict of data and labels), as CIFAR-10 and ImageNet64 are distributed.
+def _read_batches(paths, size, first_label, classes, spec):
+    """Yield the `ImageSet`s of files with batches, as CIFAR-10 and ImageNet64 are distributed.
 
-    data: uint8 `(n, 3·size·size)`. labels: n class numbers from `first_label` on. Raises UserError for others.
+    They hold data, uint8 `(n, 3·size·size)`, and labels, n class numbers from `first_label` on; UserError for others.
     """
-    for path, batch in batches:
+    for path in paths:
+        batch = load_arrays(path)
         try:
             data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
         except (TypeError, KeyError, IndexError, ValueError):  # no dict, or lists of lists
@@ -195,7 +189,7 @@ def _batch_chunks(batches, size, first_label, classes, spec):
         yield array_set(data.reshape(-1, 3, size, size), labels.astype(np.int64) - first_label, spec)
 
 
-CIFAR10_ARCHIVE, CIFAR10_FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
+CIFAR10_FOLDER = "cifar-10-batches-py"
 CIFAR10_BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -203,19 +197,14 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 def open_cifar10(root, spec):
     """Return CIFAR-10's training set (Krizhevsky 2009): the python batches, at or under `root`.
 
-    When they are not there, they are unpacked from the archive at `root`, which is downloaded if it is not there,
-    either. Raises `UserError` when that fails.
+    They are unpacked from the archive at `root`, which is downloaded, if they are not there; UserError if that fails.
     """
     folders = [root, root / CIFAR10_FOLDER]
     there = [folder for folder in folders if any((folder / name).exists() for name in CIFAR10_BATCHES)]
     folder = there[0] if there else _download_cifar10(root)
     paths = [folder / name for name in CIFAR10_BATCHES]
-
-    def open_batches():
-        batches = ((path, load_arrays(path)) for path in paths)
-        return _batch_chunks(batches, 32, 0, 10, spec), None, CIFAR10_CLASSES
-
-    return Source("CIFAR10", f"CIFAR10 at {folder}", identify(paths), open_batches)
+    return Source("CIFAR10", f"CIFAR10 at {folder}", identify(paths),
+                  lambda: (_read_batches(paths, 32, 0, 10, spec), None, CIFAR10_CLASSES))
 
 
 def _download_cifar10(root):
@@ -232,8 +221,8 @@ def _download_cifar10(root):
                     os.replace(os.path.join(unpacked, CIFAR10_FOLDER), folder)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: the wrong digest
         raise UserError(f"CIFAR10: there is nothing at {root} and {CIFAR10.url} could not be downloaded "
-                        f"({getattr(error, 'reason', error)}): put {CIFAR10_ARCHIVE} or {CIFAR10_FOLDER}/ there, or "
-                        "set --config.data.data_root to where it is") from None
+                        f"({getattr(error, 'reason', error)}): put cifar-10-python.tar.gz or {CIFAR10_FOLDER}/ there, "
+                        "or set --config.data.data_root to where it is") from None
     return folder
 
 
@@ -252,12 +241,8 @@ def open_imagenet64(root, spec):
     if missing := set(range(1, max(found) + 1)) - set(found):
         raise UserError(f"ImageNet64: {root} lacks train_data_batch_{min(missing)}: add it (there are 10)")
     paths = [found[number] for number in sorted(found)]
-
-    def open_batches():
-        batches = ((path, load_arrays(path)) for path in paths)
-        return _batch_chunks(batches, 64, 1, 1000, spec), None, tuple(map(str, range(1000)))
-
-    return Source("ImageNet64", f"ImageNet64 at {root}", identify(paths), open_batches)
+    return Source("ImageNet64", f"ImageNet64 at {root}", identify(paths),
+                  lambda: (_read_batches(paths, 64, 1, 1000, spec), None, tuple(map(str, range(1000)))))
 
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
@@ -287,10 +272,10 @@ def open_idx(name, class_names, root, spec):
 
 
 def read_idx(path, dimensions):
-    """Return the uint8 array of an IDX file with that many dimensions. Raises `UserError` for any other content.
+    """Return the uint8 array of an IDX file, gzipped or not, with that many dimensions; UserError for other content.
 
-    The format (LeCun et al. 1998), gzipped or not: two zero bytes, the type (8: unsigned byte), the number of
-    dimensions, each dimension as a big-endian 32-bit number, then the values.
+    The format (LeCun et al. 1998): two zero bytes, the type (8: unsigned byte), the number of dimensions, each
+    dimension as a big-endian 32-bit number, then the values.
     """
     data = read_file(path)
     try:
@@ -316,8 +301,7 @@ def open_digits(root, spec):
                      tuple(map(str, digits.target_names)))
 
 
-# What pickles of numpy arrays name, asked of numpy itself, since numpy 2 renamed numpy.core; and what protocol 2 writes
-# bytes with.
+# What pickles of numpy arrays name (asked of numpy, since numpy 2 renamed numpy.core), and protocol 2 writes bytes by.
 _KNOWN = {
     "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
     "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
@@ -329,8 +313,6 @@ _KNOWN = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler that knows numpy arrays; numbers, texts, lists, tuples and dicts need no names."""
-
     def find_class(self, module, name):
         known = _KNOWN.get(f"{module}.{name}".replace("numpy._core.", "numpy.core."))
         if known is None:
@@ -341,8 +323,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def load_arrays(path):
     """Return what an npz, or a pickle of numpy arrays, numbers and texts in plain containers, holds.
 
-    Texts of Python 2 become str. Raises `UserError` for a file that is damaged or names anything else, which could run
-    code.
+    Raises `UserError` for a file that is damaged or names anything else, which could run code.
     """
     try:
         with open(path, "rb") as opened:

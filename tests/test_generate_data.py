@@ -302,7 +302,7 @@ def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, ne
     ({"sampling__class_label": 4}, {}, "class_label is 4, but config.data.num_classes is 0"),
     ({"data__num_classes": 10}, {}, "knows no classes: choose one"),
     ({"data__num_classes": 5, "sampling__direction": "random_paired", "sampling__train_subset": "all"}, {},
-     "has labels up to 9"),
+     "has images of 10 classes"),
 ])
 def test_what_does_not_go_together_is_refused_before_anything_is_created(tmp_path, fields, flags, sentence):
     said = refused(tmp_path / "pairs", flags, **fields)

@@ -114,7 +114,7 @@ def test_an_empty_folder_is_named(tmp_path):
 def test_images_of_different_sizes_are_named(tmp_path):
     write_pngs(tmp_path, uint8_images())
     Image.new("RGB", (7, 6)).save(tmp_path / "003.png")
-    with pytest.raises(UserError, match=r"000\.png is 6×6, 003\.png is 6×7"):
+    with pytest.raises(UserError, match=r"000\.png of \(3, 6, 6\), 003\.png of \(3, 6, 7\)"):
         read_images(tmp_path).read(0, 5)
 
 

@@ -147,7 +147,7 @@ def test_the_share_of_real_pairs_is_that_of_the_config(tmp_path):
 
 def test_a_share_of_real_pairs_without_their_folder_is_refused(tmp_path):
     save_pairs(tmp_path / "0")
-    with pytest.raises(UserError, match="real_pairs_root is empty"):
+    with pytest.raises(UserError, match="real_pairs_root, which is empty"):
         create_batches(make_config(tmp_path, flow__real_data_share=0.5), "cpu")
 
 
@@ -174,7 +174,7 @@ def test_unconditional_training_ignores_labels(tmp_path):
     (np.full(20, -1), "the first wrong one -1"),
     (np.zeros((20, 3, 2)), r"labels of shape \(20, 3, 2\)"),
     (np.full((20, 3), 0.5, dtype=np.float32), r"the first wrong one \[0.5 0.5 0.5\]"),
-    (np.eye(3, dtype=np.float32)[np.zeros(19, dtype=int)], "label.npy has 19 rows, but z1.npy has 20"),
+    (np.eye(3, dtype=np.float32)[np.zeros(19, dtype=int)], "label.npy has rows .19, 3., those of z1.npy .20, 1, 8, 8."),
 ])
 def test_labels_that_do_not_fit_are_refused(tmp_path, labels, sentence):
     save_pairs(tmp_path / "0", labels=labels)
@@ -328,8 +328,8 @@ def test_pairs_that_stay_on_the_device_give_the_batches_of_those_on_disk(tmp_pat
 
 
 @pytest.mark.parametrize("change, sentence", [
-    ({"z0": np.zeros((19, *SHAPE), np.float32)}, "z0.npy has 19 rows, but z1.npy has 20"),
-    ({"z0": np.zeros((20, 1, 8, 4), np.float32)}, r"z0.npy has rows of shape \(1, 8, 4\)"),
+    ({"z0": np.zeros((19, *SHAPE), np.float32)}, "z0.npy has rows .19, 1, 8, 8., those of z1.npy .20,"),
+    ({"z0": np.zeros((20, 1, 8, 4), np.float32)}, r"z0.npy has rows \(20, 1, 8, 4\)"),
     ({"z1": np.zeros((20, 64), np.float32), "z0": np.zeros((20, 64), np.float32)}, r"images \(N, C, H, W\) are needed"),
     ({"z1": np.zeros((0, *SHAPE), np.float32), "z0": np.zeros((0, *SHAPE), np.float32)}, "has shape .0, 1, 8, 8."),
     ({"z1": np.zeros((20, 3, 8, 8), np.float32), "z0": np.zeros((20, 3, 8, 8), np.float32)},

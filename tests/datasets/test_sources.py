@@ -219,8 +219,8 @@ def test_classes_without_labels_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("classes", "message"), [
-    (9, "labels up to 9 .0: 178, .*; set data.num_classes 10"),
-    (20, "images of 10 classes .0: 178, .* and none of class 10: set"),
+    (9, "images of 10 classes .0: 178, .*set data.num_classes to"),
+    (20, "images of 10 classes .0: 178, .*set data.num_classes to"),
 ])
 def test_another_number_of_classes_than_there_are_is_refused(tmp_path, classes, message):
     with pytest.raises(UserError, match=f"data.num_classes {classes}: .*{message}"):
