@@ -150,11 +150,6 @@ def fits(size, device):
 
 def copy_to_device(samples, device):
     """Return what `samples.take` gives of all samples, as tensors on `device`."""
-    whole = {}
-    for first in range(0, len(samples), COPIED_AT_ONCE):
-        part = samples.take(np.arange(first, min(first + COPIED_AT_ONCE, len(samples))))
-        for name, rows in part.items():
-            if first == 0:
-                whole[name] = torch.empty(len(samples), *rows.shape[1:], dtype=rows.dtype, device=device)
-            whole[name][first:first + len(rows)] = rows
-    return whole
+    places = np.array_split(np.arange(len(samples)), -(-len(samples) // COPIED_AT_ONCE))
+    parts = [{name: rows.to(device) for name, rows in samples.take(part).items()} for part in places]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -87,9 +88,9 @@ class FileTree:
         return self.archive.read(name) if self.archive else read_file(self.root / name)
 
     def decode(self, name, spec):
-        """Return what `decode_image` does of an image file. Raises UserError, naming it, if it is corrupt."""
+        """Return what `fit_image` does of an image file. Raises UserError, naming it, if it is corrupt."""
         try:
-            return decode_image(self.read(name), spec)
+            return fit_image(Image.open(io.BytesIO(self.read(name)), formats=FORMATS), spec)
         except Exception as error:  # zipfile, its decompressors and Pillow's plugins raise many kinds
             text = (str(error).splitlines() or [type(error).__name__])[0]
             text = "not an image" if isinstance(error, UnidentifiedImageError) else text
@@ -166,32 +167,12 @@ def read_file(path):
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def decode_image(data, spec):
-    """Return the pixels of an encoded image, uint8 `(C, H, W)`, and a list of notes on what was converted.
+def fit_image(image, spec):
+    """Return the pixels of a Pillow image brought to `spec`, uint8 `(C, H, W)`, and a list of notes on conversions.
 
-    The image is turned upright (EXIF), laid on white where it is transparent, reduced to 8 bits and brought to `spec`;
-    of several frames the first counts. Raises an error of any kind for what is no image of `FORMATS`, damaged, or a
-    decompression bomb (more than 179 million pixels).
+    It is turned upright (EXIF), laid on white where it is transparent, and reduced to 8 bits; of several frames the
+    first counts. Raises an error of any kind for a damaged file or a decompression bomb (over 179 million pixels).
     """
-    return _fit_image(Image.open(io.BytesIO(data), formats=FORMATS), spec)
-
-
-def fit_images(images, spec):
-    """Return uint8 images `(N, C, H, W)`, C 1 or 3, brought to `spec`, and a Counter of notes on conversions."""
-    notes = collections.Counter()
-    if spec.channels == images.shape[1] and (spec.size is None or images.shape[2:] == (spec.size, spec.size)):
-        return np.ascontiguousarray(images), notes
-    fitted = []
-    for image in images:
-        image = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-        pixels, conversions = _fit_image(image, spec)
-        fitted.append(pixels)
-        notes.update(conversions)
-    return np.stack(fitted), notes
-
-
-def _fit_image(image, spec):
-    """Return the pixels of a Pillow image, uint8 `(C, H, W)`, and notes, as `decode_image`."""
     ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image is hundreds of megabytes
     image, notes = _to_channels(image, spec.channels)
     if spec.size is not None:
@@ -205,6 +186,15 @@ def _fit_image(image, spec):
             notes.append(f"resampled to {spec.size}×{spec.size} with the {spec.resample} filter")
     pixels = np.asarray(image)
     return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)), notes
+
+
+def fit_images(images, spec):
+    """Return uint8 images `(N, C, H, W)`, C 1 or 3, brought to `spec`, and a Counter of notes on conversions."""
+    if spec.channels == images.shape[1] and (spec.size is None or images.shape[2:] == (spec.size, spec.size)):
+        return np.ascontiguousarray(images), collections.Counter()
+    images = (image[0] if len(image) == 1 else image.transpose(1, 2, 0) for image in images)
+    fitted, notes = zip(*(fit_image(Image.fromarray(image), spec) for image in images), strict=True)
+    return np.stack(fitted), collections.Counter(itertools.chain(*notes))
 
 
 def _to_channels(image, channels):

@@ -9,7 +9,8 @@ import torch
 
 from datasets.batches import evenly_spread
 from datasets.image_files import FileTree, ImageSpec, fit_images
-from datasets.sources import DATASETS
+from datasets.pairs import open_rows
+from datasets.sources import DATASETS, load_arrays
 from runtime.errors import UserError
 
 LARGEST_FLOAT = 20.0  # samples leave [-1, 1] a little; what goes beyond this was meant for 0 to 255
@@ -115,16 +116,14 @@ def open_images(path, config):
 
 def _load_array(path):
     """Return the array in an npy, or in an npz under `images`, `samples` or `arr_0`; (N, H, W, C) is turned."""
-    try:
-        images = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
-        if path.suffix == ".npz":
-            with images as arrays:
-                names = [name for name in ("images", "samples", "arr_0") if name in arrays.files]
-                if not names:
-                    raise ValueError(f"it holds {', '.join(arrays.files)}, but no array images, samples or arr_0")
-                images = arrays[names[0]]
-    except Exception as error:  # numpy, zipfile and zlib raise many kinds for damaged files
-        raise UserError(f"{path} cannot be read: {error or type(error).__name__}") from None
+    if path.suffix == ".npz":
+        arrays = load_arrays(path)
+        names = [name for name in ("images", "samples", "arr_0") if name in arrays]
+        if not names:
+            raise UserError(f"{path} holds {', '.join(arrays)}, but no array images, samples or arr_0")
+        images = arrays[names[0]]
+    else:
+        images = open_rows(path)
     if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     return images

@@ -90,7 +90,6 @@ def prepare(folder, job):
     offered = record["count"] if record and record["complete"] else 0
     if offered >= job.count:
         return offered, []
-    _write_journal(folder, done)
     if record is None:
         write_json(folder / RECORD, {"complete": False, "count": 0, "identity": job.identity})
     for name, layout in job.layouts.items():
@@ -111,7 +110,7 @@ def read_record(folder):
 
 def _check_arrays(folder, job, done):
     """Raise UserError if an array lacks finished rows (deleted or cut short), or the disk room for the others."""
-    missing, rows = 0, _rows_written(job, done)
+    missing, rows = 0, max((entry["block"] * job.block_size + entry["pairs"] for entry in done.values()), default=0)
     for name, layout in job.layouts.items():
         path = folder / name
         if rows and (not path.exists() or path.stat().st_size < row_offset(layout, rows)):
@@ -126,11 +125,6 @@ def _check_arrays(folder, job, done):
                         "--config.sampling.pair_storage compact")
 
 
-def _rows_written(job, done):
-    """Return the number of rows up to the last that the journal entries `done` call finished."""
-    return max((entry["block"] * job.block_size + entry["pairs"] for entry in done.values()), default=0)
-
-
 def read_journal(folder):
     """Return {block: its entry} of the journal; of two the one with more pairs, and none of a damaged line."""
     done = {}
@@ -139,11 +133,6 @@ def read_journal(folder):
                 and entry["pairs"] >= done.get(entry["block"], entry)["pairs"]):
             done[entry["block"]] = entry
     return done
-
-
-def _write_journal(folder, done):
-    """Replace the journal by the entries `done`, ordered by block, without lines that were cut off."""
-    write_text(folder / JOURNAL, "".join(json.dumps(done[block]) + "\n" for block in sorted(done)))
 
 
 def write_block(folder, job, block, rows, nfe):
@@ -168,7 +157,7 @@ def write_block(folder, job, block, rows, nfe):
         _write(folder / name, stored[name].tobytes(), row_offset(layout, indices.start))
     entry = {"block": block, "pairs": len(indices), "nfe_sum": int(nfe.sum()), "nfe_worst": int(nfe.max()),
              "z1_rounding": rounding}
-    _write(folder / JOURNAL, (json.dumps(entry) + "\n").encode())
+    _write(folder / JOURNAL, f"\n{json.dumps(entry)}\n".encode())  # the line before may have been cut off
 
 
 def finish(folder, job, record):
@@ -176,9 +165,8 @@ def finish(folder, job, record):
     done = read_journal(folder)
     if missing := job.unfinished(done):
         raise UserError(f"{folder}: block {missing[0]} is missing; run the same command again")
-    _write_journal(folder, done)
+    write_text(folder / JOURNAL, "".join(json.dumps(done[block]) + "\n" for block in sorted(done)))
     for name, layout in job.layouts.items():
-        os.truncate(folder / name, row_offset(layout, _rows_written(job, done)))
         _write(folder / name, npy_header(layout, job.count), 0)
     entries = [done[block] for block in job.blocks]
     pairs = sum(entry["pairs"] for entry in entries)  # a last block may hold more than are asked for now

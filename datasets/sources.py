@@ -330,8 +330,7 @@ def load_arrays(path):
             return dict(np.load(opened)) if path.suffix == ".npz" else _ArrayUnpickler(opened, encoding="latin1").load()
     except Exception as error:  # a damaged file can raise nearly any error
         text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no readable npz or pickle of plain arrays ({text}): fetch the file again from the "
-                        "data set's own page") from None
+        raise UserError(f"{path} is no readable npz or pickle of arrays ({text}): fetch or make it again") from None
 
 
 DATASETS = {

@@ -38,17 +38,15 @@ def main(args):
                 folder.check(part)
             some = evenly_spread(THOROUGH_ROWS if args.check else QUICK_ROWS, len(folder))
             found = describe(*folder.check(some))
-            made = "no pairs.json"
-            if folder.record:
-                made = f"{folder.identity['sampling.direction']}, {folder.record.get('nfe_mean')} evaluations a pair"
+            direction, nfe = folder.identity.get("sampling.direction"), (folder.record or {}).get("nfe_mean")
+            made = f"{direction}, {nfe} evaluations a pair" if folder.record else "no pairs.json"
             print(f"{folder.path}: {len(folder)} pairs {folder.shape}, "
                   f"{'without' if folder.label is None else 'with'} labels, {made}; looked at {len(some)}: z0 has "
                   f"standard deviation {found['z0 spread']:.3f}, z1 lies in {found['low']:.2f} to {found['high']:.2f}, "
                   f"correlation {found['correlation']:.2f}")
             wrong += findings(folder, found)
             uncertain = 4 / np.sqrt(found["values"])
-            random = folder.identity.get("sampling.direction") == "random_paired"
-            if not random and found["correlation"] <= uncertain <= LEAST_CORRELATION:
+            if direction != "random_paired" and found["correlation"] <= uncertain <= LEAST_CORRELATION:
                 wrong.append(f"{folder.path}: z0 and z1 have correlation {found['correlation']:.3f}, where a flow "
                              "makes it clearly positive: are they in the same order, and is z0 the noise that each "
                              "image was made from?")

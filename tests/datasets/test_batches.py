@@ -83,7 +83,7 @@ def test_images_that_were_told_to_live_on_a_full_gpu_are_one_sentence(monkeypatc
     def refuse(*words, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setattr(batches, "copy_to_device", refuse)
     with pytest.raises(UserError, match="data.on_device true: .* do not fit: .*data.on_device false"):
         make_batches("true")
 

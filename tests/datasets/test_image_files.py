@@ -1,5 +1,6 @@
 """Folders and zip archives of image files, and one image file to pixels."""
 
+import io
 import os
 import struct
 import subprocess
@@ -16,7 +17,7 @@ from datasets.image_files import (
     GREY_TO_COLOUR,
     FileTree,
     ImageSpec,
-    decode_image,
+    fit_image,
     fit_images,
 )
 from runtime.errors import UserError
@@ -25,6 +26,10 @@ from tests.datasets.image_files import encode, png, random_images, write_folder,
 COLOUR, GREY = random_images(1, 3, 6)[0], random_images(1, 1, 6)[0]
 FILES = {"b/2.PNG": b"two", "a/1.jpg": b"one", "notes.txt": b"-", "__MACOSX/a/1.jpg": b"-", "a/._1.jpg": b"-",
          ".ipynb_checkpoints/1.png": b"-", "a/.git/3.png": b"-"}
+
+
+def decode_image(data, spec):
+    return fit_image(Image.open(io.BytesIO(data)), spec)
 
 
 def make_trees(tmp_path, files):

@@ -57,7 +57,7 @@ def test_no_function_is_called(load, tmp_path, function):
     mark = tmp_path / "was here"
     for protocol in (0, 2, 4):
         data = pickle.dumps({"data": Attack(function, f"touch '{mark}'")}, protocol)
-        with pytest.raises(UserError, match="batch_1 is no readable npz or pickle of plain arrays .it names"):
+        with pytest.raises(UserError, match="batch_1 is no readable npz or pickle of arrays .it names"):
             load(data)
     assert not mark.exists()
 
