@@ -66,12 +66,15 @@ def run_script(main, doc, script_flags=None):
         sys.exit(parsed and main(*parsed))
 
 
-def run_program(main, doc, program_flags):
-    """As `run_script`, of a program without a config: call `main(args)`."""
+def run_program(main, doc, program_flags, places=()):
+    """As `run_script`, of a program without a config: call `main(args)`.
+
+    places: names of the flags that words without a name set, one after the other.
+    """
     with one_sentence(pathlib.Path(sys.argv[0]).name):
         if parse_common(sys.argv[1:])[0].help is not None:
             sys.exit(print(help_text(doc, program_flags, groups=())))
-        sys.exit(main(parse_flags(sys.argv[1:], program_flags)))
+        sys.exit(main(parse_flags(sys.argv[1:], program_flags, places=places)))
 
 
 def parse_command_line(argv, doc="", script_flags=None):
@@ -127,21 +130,24 @@ def _follow_defaults(config, given):
         config.data.random_flip = False  # a mirrored digit is no digit
 
 
-def parse_flags(words, fields, config=None):
+def parse_flags(words, fields, config=None, places=()):
     """Return absl's `FlagValues` of the words, with a flag for each {name: `Field`} and the overrides of a config.
 
-    The config is changed. Raises UserError for what absl does not accept, and for words that belong to no flag.
+    The config is changed. places: as of `run_program`. Raises UserError for what absl does not accept, and for words
+    that belong to no flag.
     """
     values = flags.FlagValues()
     for name, field in fields.items():
         kind = type(field.default)
         flags.DEFINE_flag(flags.Flag(PARSERS[kind], flags.ArgumentSerializer(), name, field.default, field.meaning,
                                      boolean=kind is bool), values)
-    words = join_booleans(words, fields)
+    words = join_booleans(words, fields, any_word=not places)
     try:
         if config is not None:
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words, lock_config=False)
         leftover = values(["", *words])[1:]
+        for name in places[: len(leftover)]:
+            values[name].parse(leftover.pop(0))
     except flags.Error as error:
         raise UserError(str(error)) from None
     if leftover:
@@ -152,13 +158,14 @@ def parse_flags(words, fields, config=None):
     return values
 
 
-def join_booleans(words, fields):
+def join_booleans(words, fields, any_word=True):
     """Return the words with `--name true` of a boolean as `--name=true`: absl would leave `true` over."""
     joined = [""]
     for word in words:
         name = joined[-1].lstrip("-")
         field = fields.get(name) or FIELDS.get(name.removeprefix("config."))
-        if field is not None and isinstance(field.default, bool) and not word.startswith("-"):
+        value = word.lower() in BOOLEANS or (any_word and not word.startswith("-"))
+        if field is not None and isinstance(field.default, bool) and value:
             joined[-1] += f"={word}"
         else:
             joined.append(word)

@@ -7,8 +7,6 @@ The exit status is 1 if anything is wrong: values that are not finite, z0 that i
 in [0, 1], labels that are no classes, swapped files, or z0 and z1 without the correlation that a flow gives them.
 """
 
-import sys
-
 import numpy as np
 
 from configs.command_line import run_program
@@ -23,7 +21,7 @@ LEAST_CORRELATION = 0.03
 THOROUGH_ROWS = 4096  # whose values are described where all are read
 
 FLAGS = {
-    "root": Field("", "folder of pairs: {root}/{seed}/z0.npy …, or one such folder; --root may be left out"),
+    "root": Field("", "folder of pairs: {root}/{seed}/z0.npy …, or one such folder"),
     "check": Field(False, "read every pair, not only some of each folder"),
 }
 
@@ -59,6 +57,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and not sys.argv[1].startswith("-"):
-        sys.argv.insert(1, "--root")
-    run_program(main, __doc__, FLAGS)
+    run_program(main, __doc__, FLAGS, places=("root",))

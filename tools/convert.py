@@ -11,24 +11,30 @@ config, the step and the digest of the source; a slim file over 16 MiB is cut in
 side by side. Every script reads all of these wherever it takes a checkpoint.
 """
 
-import argparse
 import io
 import pathlib
-import sys
 
 import torch
 
-from configs.command_line import load_config
+from configs.command_line import load_config, run_program
+from configs.default import Field
 from metrics.results import newest_of_each, protocol_line, read_results, results_path
 from metrics.sweep import run_folder
-from models.checkpoint import architecture, in_our_layout, load_weights, model_fields, read_checkpoint, write_checkpoint
-from models.create import create_from_fields
+from models.checkpoint import architecture, in_our_layout, load_weights, read_checkpoint, write_checkpoint
+from models.create import create_from_fields, model_fields
 from models.released import is_released, to_released
 from models.safe_load import PART_BYTES, safetensors_bytes
-from runtime.errors import UserError, one_sentence
+from runtime.errors import UserError
 from runtime.files import atomic_path, file_digest, write_json, write_text
 
-OWN_ENTRIES = ("fields", "digest", "path")  # that `read_checkpoint` adds
+FLAGS = {
+    "source": Field("", "IN: checkpoint; hf://owner/repo/file or https://…/file, too"),
+    "target": Field("", "OUT: file to write (with --hub: folder)"),
+    "slim": Field(False, "the averaged weights alone, in float16"),
+    "hub": Field(False, "a folder for Hugging Face"),
+    "config": Field("", "config file with the architecture, of a file that does not tell it"),
+}
+PLACES = ("source", "target")
 CARD = """---
 library_name: pytorch
 tags: [rectified-flow, one-step, image-generation]
@@ -52,37 +58,26 @@ Input: standard normal noise; output: about [-1, 1], channels first. config.json
 """
 
 
-def main(words=None):
-    """Convert what the words name."""
-    parser = argparse.ArgumentParser(prog="python -m tools.convert", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="IN", help="checkpoint; hf://owner/repo/file or https://…/file, too")
-    parser.add_argument("target", metavar="OUT", help="file to write (with --hub: folder)")
-    parser.add_argument("--slim", action="store_true", help="the averaged weights alone, in float16")
-    parser.add_argument("--hub", action="store_true", help="a folder for Hugging Face")
-    parser.add_argument("--config", help="config file with the architecture, of a file that does not tell it")
-    args = parser.parse_args(words)
-    checkpoint = read_checkpoint(args.source)
+def main(args):
+    """Convert what the flags name."""
+    if not args.target:
+        raise UserError("name a checkpoint and what to write: python -m tools.convert IN OUT")
+    checkpoint, target = read_checkpoint(args.source), pathlib.Path(args.target)
     fields = architecture(checkpoint, {}, model_fields(load_config(args.config)) if args.config else {})
     net = create_from_fields(fields)
-    target = pathlib.Path(args.target)
     if args.hub:
-        write_folder(target, checkpoint, net, args.slim)
+        write_folder(target, averaged(checkpoint, net, args.slim), net, run_folder(checkpoint["path"]))
         print(f"{target}: model.safetensors, config.json and README.md, to be read before it is shared")
     elif args.slim or target.suffix == ".safetensors":
-        count = write_parts(target, encode(averaged(checkpoint, net, args.slim), target))
+        count = write_parts(target, averaged(checkpoint, net, args.slim))
         print(f"{target}: averaged weights{' in float16' if args.slim else ''}, {count} part(s)")
-    elif is_released(checkpoint["model"]):
-        write_checkpoint(target, without_own(in_our_layout({"config": nested_config(fields)} | checkpoint, net)))
-        print(f"{target}: our layout")
     else:
-        write_checkpoint(target, without_own(to_released(checkpoint, net)))
-        print(f"{target}: released layout")
-
-
-def without_own(checkpoint):
-    """Return a checkpoint without what `read_checkpoint` adds."""
-    return {key: value for key, value in checkpoint.items() if key not in OWN_ENTRIES}
+        to_ours = is_released(checkpoint["model"])
+        converted = in_our_layout({"config": nested_config(fields)} | checkpoint, net) if to_ours else to_released(
+            checkpoint, net)
+        read_only = ("fields", "digest", "path")  # entries of `read_checkpoint`, not of a file
+        write_checkpoint(target, {key: value for key, value in converted.items() if key not in read_only})
+        print(f"{target}: {'our' if to_ours else 'released'} layout")
 
 
 def averaged(checkpoint, net, half):
@@ -97,17 +92,13 @@ def averaged(checkpoint, net, half):
             "source": checkpoint["digest"]}
 
 
-def encode(content, target):
-    """Return the bytes of a file: safetensors by its suffix, otherwise torch's."""
+def write_parts(target, content):
+    """Write a checkpoint to `target`, `target`.part2, … of at most PART_BYTES each; return how many."""
     if target.suffix == ".safetensors":
-        return safetensors_bytes(content)
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def write_parts(target, whole):
-    """Write bytes to `target`, `target`.part2, … of at most PART_BYTES each; return how many."""
+        whole = safetensors_bytes(content)
+    else:
+        torch.save(content, buffer := io.BytesIO())
+        whole = buffer.getvalue()
     count = max(1, -(-len(whole) // PART_BYTES))
     for left in target.parent.glob(f"{target.name}.part*"):
         left.unlink()
@@ -117,21 +108,20 @@ def write_parts(target, whole):
     return count
 
 
-def write_folder(folder, checkpoint, net, half):
-    """Write what a model on Hugging Face consists of."""
-    content = averaged(checkpoint, net, half)
+def write_folder(folder, content, net, run):
+    """Write what a model on Hugging Face consists of; run: the folder with the results of its checkpoint."""
     with atomic_path(folder / "model.safetensors") as temporary:
         temporary.write_bytes(safetensors_bytes(content))
     write_json(folder / "config.json", content["config"])
     fields, classes = net.config_fields, net.config_fields["data.num_classes"]
-    results = [result for result in newest_of_each(read_results(results_path(run_folder(checkpoint["path"])))).values()
-               if result["digest"] == checkpoint["digest"]]
+    results = [f"- {protocol_line(result)}" for result in newest_of_each(read_results(results_path(run)))
+               if result["digest"] == content["source"]]
     write_text(folder / "README.md", CARD.format(
         name=folder.resolve().name, network=fields["model.name"], parameters=sum(p.numel() for p in net.parameters()),
         channels=fields["data.num_channels"], size=fields["data.image_size"],
         classes=f" of {classes} classes" if classes else "", step=content["step"],
-        digest=file_digest(folder / "model.safetensors"), source=checkpoint["digest"],
-        results="\n".join(f"- {protocol_line(result)}" for result in results) or "Nothing yet."))
+        digest=file_digest(folder / "model.safetensors"), source=content["source"],
+        results="\n".join(results) or "Nothing yet."))
 
 
 def nested_config(fields):
@@ -144,5 +134,4 @@ def nested_config(fields):
 
 
 if __name__ == "__main__":
-    with one_sentence("convert"):
-        sys.exit(main())
+    run_program(main, __doc__, FLAGS, PLACES)

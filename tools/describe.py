@@ -9,22 +9,19 @@ GMACs: 10⁹ multiply-accumulates of a forward pass; the paper's tables give tho
 float32 forward pass keeps for the backward pass for each image, with the config's dropout.
 """
 
-import statistics
-import time
-
 import torch
+from torch.utils.benchmark import Timer
 
 from configs.command_line import run_script
 from configs.default import Field
-from models import create_model
-from models.checkpoint import apply_architecture, model_fields, read_checkpoint
+from models.checkpoint import apply_architecture, read_checkpoint
+from models.create import create_model, model_fields
 from models.describe import describe, table, training_bytes
 from models.ema import ExponentialMovingAverage
 from runtime.devices import autocast, set_precision
 from training.update import UpdateStats, apply_update, create_optimizer
 
 BATCHES = (16, 32, 64, 128, 256, 512)
-UPDATES = 5
 
 FLAGS = {
     "ckpt_path": Field("", "checkpoint to describe"),
@@ -47,31 +44,30 @@ def main(config, args, given):
 
 
 def seconds_of_update(config, device):
-    """Return the median seconds of network, Adam and EMA for one batch, in config.training.precision, after one more.
+    """Return the median seconds of network, Adam and EMA for one batch, in config.training.precision.
 
     The loss is the squared error to random targets. Raises UserError as `create_model` does.
     """
     set_precision(config.training.precision)
-    net, data, count = create_model(config).to(device), config.data, config.training.batch_size
+    net, data, steps = create_model(config).to(device), config.data, config.training.accumulation_steps
     net = net.to(memory_format=torch.channels_last)
     ema, stats = ExponentialMovingAverage(net.parameters(), 0.999), UpdateStats(device)
     optimizer = create_optimizer(list(net.parameters()), name="Adam", lr=1e-4, beta1=0.9, eps=1e-8, weight_decay=0.0)
-    steps = config.training.accumulation_steps
-    x = torch.randn(count // steps, data.num_channels, data.image_size, data.image_size, device=device)
+    x = torch.randn(config.training.batch_size // steps, data.num_channels, data.image_size, data.image_size,
+                    device=device)
     t999 = torch.full((len(x),), 500.0, device=device)
     label = torch.zeros(len(x), data.num_classes, device=device) if data.num_classes else None
-    times = []
-    for _ in range(UPDATES + 1):
-        started = time.perf_counter()
+
+    def update():
         for _ in range(steps):
             with autocast(config.training.precision, device):
                 loss = (net(x, t999, label).float() - x).square().mean() / steps
             loss.backward()
         apply_update(optimizer, ema, stats, loss.detach(), grad_clip=1.0)
         optimizer.zero_grad(set_to_none=True)
-        next(net.parameters()).sum().item()  # waits for the GPU
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+
+    timer = Timer("update()", globals={"update": update}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=2.0).median
 
 
 if __name__ == "__main__":

@@ -25,35 +25,40 @@ A picture, with onnxruntime and Pillow alone:
     Image.fromarray(sheet.reshape(4 * height, 4 * width, channels).squeeze()).save("images.png")
 """
 
-import argparse
 import contextlib
-import dataclasses
 import importlib.metadata
 import io
 import logging
 import pathlib
-import statistics
-import sys
 import tempfile
-import time
 import warnings
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
-from configs.command_line import load_config
-from configs.default import get_default_config
+from configs.command_line import load_config, run_program
+from configs.default import Field, get_default_config
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
 from metrics.sweep import run_folder
 from models.checkpoint import is_remote, load_with_config
-from runtime.errors import UserError, one_sentence
+from runtime.errors import UserError
 from runtime.files import atomic_path, write_json
 from runtime.seeds import EVALUATION, index_labels, index_noise
 
 TOLERANCE = 1e-4  # of the float32 file, largest difference of a pixel in [-1, 1]
 CHECKED, CALIBRATED = 16, 64  # images
-REPEATS = 15
+
+FLAGS = {
+    "checkpoint": Field("", "a checkpoint file; hf://owner/repo/file or https://…/file, too"),
+    "out": Field("", "folder of the files (empty: {run}/export)"),
+    "sampler": Field("one_step", "sampler of the model", choices=("one_step", "euler")),
+    "steps": Field(1, "number of Euler steps", low=1),
+    "config": Field("", "config file with the architecture, of a file that does not tell it"),
+    "raw": Field(False, "the raw weights, not their moving average"),
+}
+PLACES = ("checkpoint",)
 
 
 class Generator(torch.nn.Module):
@@ -82,54 +87,35 @@ class Generator(torch.nn.Module):
         return euler(velocity, z, label, steps=self.steps, t_start=self.eps)[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """A way of running the model: bytes of its file, one-image latency, largest and mean difference from PyTorch."""
-
-    name: str
-    file: str
-    bytes: int
-    latency_ms: float
-    largest_difference: float
-    mean_difference: float
-
-
-def main(words=None):
-    """Write the two ONNX files and the report that the words name, and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint file; hf://owner/repo/file or https://…/file, too")
-    parser.add_argument("--out", default="", help="folder of the files (default: {run}/export)")
-    parser.add_argument("--sampler", choices=("one_step", "euler"), default="one_step")
-    parser.add_argument("--steps", type=int, default=1, help="number of Euler steps")
-    parser.add_argument("--config", help="config file with the architecture, of a file that does not tell it")
-    parser.add_argument("--raw", action="store_true", help="the raw weights, not their moving average")
-    args = parser.parse_args(words)
+def main(args):
+    """Write the two ONNX files and the report that the flags name, and print a table."""
     onnxruntime = require_packages()
-    if args.steps < 1:
-        raise UserError(f"--steps must be 1 or more, not {args.steps}")
     config = load_config(args.config) if args.config else get_default_config()
     config, net, digest = load_with_config(args.checkpoint, config, frozenset(), not args.raw, say=lambda remark: None)
     model = Generator(net, args.steps if args.sampler == "euler" else None, config.flow.eps,
                       config.sampling.init_noise_scale).eval()
-    folder = pathlib.Path(args.out) if args.out else default_folder(args.checkpoint)
-    path = folder / f"{pathlib.Path(args.checkpoint).stem}.onnx"
+    run = pathlib.Path() if is_remote(args.checkpoint) else run_folder(args.checkpoint)
+    path = (pathlib.Path(args.out) if args.out else run / "export") / f"{pathlib.Path(args.checkpoint).stem}.onnx"
     small = path.with_name(f"{path.stem}_int8.onnx")
-    write_onnx(model, path, vars(args))
+    write_onnx(model, path, {name: args[name].value for name in FLAGS})
     write_int8(model, path, small)
     torch.set_num_threads(1)
-    rows = [measure_torch(model),
-            measure_onnx(onnxruntime, "onnx float32", path, model),
-            measure_onnx(onnxruntime, "onnx int8", small, model)]
+    rows = [measure(model, "PyTorch", lambda inputs: model(*inputs.values()).numpy()),
+            measure(model, "onnx float32", runner(onnxruntime, path), path),
+            measure(model, "onnx int8", runner(onnxruntime, small), small)]
     report = {"checkpoint": args.checkpoint, "digest": digest, "sampler": args.sampler, "steps": args.steps,
               "eps": model.eps, "noise_scale": model.noise_scale, "shape": model.shape,
               "classes": model.classes, "parameters": sum(p.numel() for p in net.parameters()), "threads": 1,
-              "files": [dataclasses.asdict(row) for row in rows],
+              "files": rows,
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")}}
     write_json(path.with_suffix(".json"), report)
-    print_table(rows, report)
-    if not rows[1].largest_difference <= TOLERANCE:
-        raise UserError(f"{path} differs from PyTorch by {rows[1].largest_difference:.1e}, more than {TOLERANCE:g}: "
+    print(f"{report['parameters']:,} parameters, {args.sampler} with {args.steps} step(s), one thread")
+    print(f"{'':14}{'MB':>8}{'ms/image':>10}{'largest':>10}{'mean':>10}  difference from PyTorch, file")
+    for row in rows:
+        print(f"{row['name']:14}{row['bytes'] / 1e6:8.2f}{row['latency_ms']:10.2f}{row['largest_difference']:10.1e}"
+              f"{row['mean_difference']:10.1e}  {row['file']}")
+    if not rows[1]["largest_difference"] <= TOLERANCE:
+        raise UserError(f"{path} differs from PyTorch by {rows[1]['largest_difference']:.1e}, more than {TOLERANCE:g}: "
                         "do not use it; report the versions in the .json beside it")
 
 
@@ -144,18 +130,11 @@ def require_packages():
     return onnxruntime
 
 
-def default_folder(checkpoint):
-    """Return {run}/export; a checkpoint from elsewhere has no run, its files go to ./export."""
-    return pathlib.Path("export") if is_remote(checkpoint) else run_folder(checkpoint) / "export"
-
-
 def draw_inputs(model, count, first=0):
-    """Return {input name: array} of `count` samples: noise, and class numbers for a conditional model."""
+    """Return {input name: tensor} of `count` samples: noise, and class numbers for a conditional model."""
     indices = range(first, first + count)
-    inputs = {"noise": index_noise(0, indices, model.shape, EVALUATION)}
-    if model.classes:
-        inputs["label"] = index_labels(0, indices, model.classes)
-    return inputs
+    labels = {"label": index_labels(0, indices, model.classes)} if model.classes else {}
+    return {"noise": index_noise(0, indices, model.shape, EVALUATION)} | labels
 
 
 def write_onnx(model, path, settings):
@@ -185,16 +164,12 @@ def write_int8(model, path, small):
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Noise(CalibrationDataReader):
-        def __init__(self):
-            self.first = CHECKED  # not the samples that the result is checked with
+    class Noise(CalibrationDataReader):  # not the samples that the result is checked with
+        batches = (draw_inputs(model, 8, first) for first in range(CHECKED, CHECKED + CALIBRATED, 8))
 
         def get_next(self):
-            if self.first >= CHECKED + CALIBRATED:
-                return None
-            inputs = draw_inputs(model, 8, self.first)
-            self.first += 8
-            return {name: value.numpy() for name, value in inputs.items()}
+            inputs = next(self.batches, {})
+            return {name: value.numpy() for name, value in inputs.items()} or None
 
     with quiet(), atomic_path(small) as temporary, tempfile.TemporaryDirectory() as folder:
         prepared = pathlib.Path(folder, "prepared.onnx")
@@ -218,52 +193,28 @@ def quiet():
         logging.disable(level)
 
 
-def measure_torch(model):
-    """Return the `Measured` of PyTorch, on one thread; its bytes are those of the weights alone."""
-    inputs = tuple(draw_inputs(model, 1).values())
-    with torch.inference_mode():
-        latency = median_ms(lambda: model(*inputs))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.net.state_dict().values())
-    return Measured("PyTorch", "", size, latency, 0.0, 0.0)
-
-
-def measure_onnx(onnxruntime, name, path, model):
-    """Return the `Measured` of an ONNX file in onnxruntime, on one thread of the CPU."""
+def runner(onnxruntime, path):
+    """Return a function {input name: tensor} → images that runs an ONNX file on one thread of the CPU."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
 
-    def run(inputs):
-        return session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
 
+@torch.inference_mode()
+def measure(model, name, run, file=None):
+    """Return a row of the report about `run`: {input name: tensor} → images of `file`, or of PyTorch's weights alone.
+
+    Its bytes, the median latency of one image, and the largest and the mean difference from PyTorch.
+    """
     checked, one = draw_inputs(model, CHECKED), draw_inputs(model, 1)
-    with torch.inference_mode():
-        expected = model(*checked.values()).numpy()
-    difference = np.abs(np.concatenate([run(checked)[:-1], run({k: v[-1:] for k, v in checked.items()})]) - expected)
-    return Measured(name, str(path), path.stat().st_size, median_ms(lambda: run(one)), float(difference.max()),
-                    float(difference.mean()))
-
-
-def median_ms(call):
-    """Return the median time of a call in milliseconds, after two that are not counted."""
-    times = []
-    for _ in range(REPEATS + 2):
-        started = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[2:])
-
-
-def print_table(rows, report):
-    """Print what was written, one line a file."""
-    print(f"{report['parameters']:,} parameters, {report['sampler']} with {report['steps']} step(s), one thread")
-    print(f"{'':14}{'MB':>8}{'ms/image':>10}{'largest':>10}{'mean':>10}  difference from PyTorch, file")
-    for row in rows:
-        print(f"{row.name:14}{row.bytes / 1e6:8.2f}{row.latency_ms:10.2f}{row.largest_difference:10.1e}"
-              f"{row.mean_difference:10.1e}  {row.file}")
+    parts = [{key: value[part] for key, value in checked.items()} for part in (slice(-1), slice(-1, None))]
+    difference = np.abs(np.concatenate([run(part) for part in parts]) - model(*checked.values()).numpy())
+    timed = Timer("run(one)", globals={"run": run, "one": one}).blocked_autorange(min_run_time=0.5)
+    size = file.stat().st_size if file else sum(t.nbytes for t in model.net.state_dict().values())
+    return {"name": name, "file": str(file or ""), "bytes": size, "latency_ms": 1000 * timed.median,
+            "largest_difference": float(difference.max()), "mean_difference": float(difference.mean())}
 
 
 if __name__ == "__main__":
-    with one_sentence("export"):
-        sys.exit(main())
+    run_program(main, __doc__, FLAGS, PLACES)

@@ -2,7 +2,6 @@
 
 import collections
 import os
-import pathlib
 import pickle
 import sys
 import threading
@@ -352,19 +351,23 @@ def test_matching_load_takes_raw_weights_of_a_released_file():
 # hf://
 
 
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch, ours):
-    """A Hugging Face cache that holds our checkpoint as hf://someone/SlimFlow/models/ours.pth, and no network."""
-    repository = tmp_path / "hub/models--someone--SlimFlow"
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    (repository / f"snapshots/{revision}/models").mkdir(parents=True)
-    (repository / "refs").mkdir()
+def fill_cache(monkeypatch, folder, files):
+    """Make a Hugging Face cache that holds hf://someone/SlimFlow/NAME of {NAME: path}, and no network."""
+    repository, revision = folder / "models--someone--SlimFlow", "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text(revision)
-    (repository / f"snapshots/{revision}/models/ours.pth").write_bytes(ours.read_bytes())
-    snapshot = pathlib.Path(__file__).parent.parent / "data/edm/edm_ddpmpp_cond.pkl"
-    (repository / f"snapshots/{revision}/edm.pkl").write_bytes(snapshot.read_bytes())
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, path in files.items():
+        copy = repository / "snapshots" / revision / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, ours, data_folder):
+    fill_cache(monkeypatch, tmp_path / "hub", {"models/ours.pth": ours,
+                                               "edm.pkl": data_folder / "edm/edm_ddpmpp_cond.pkl"})
 
 
 def test_hub_path_is_read_from_the_local_cache(hub_cache, ours):

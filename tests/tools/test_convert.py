@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from configs.command_line import parse_flags
 from models import load_model
 from models.checkpoint import load_matching, read_checkpoint, write_checkpoint
 from models.create import create_from_fields
@@ -12,10 +13,14 @@ from models.safe_load import read_file
 from runtime.errors import UserError
 from runtime.files import file_digest
 from tests.models.released_numbers import fields_of, inputs_of, path_of
-from tests.models.test_checkpoint import tiny_checkpoint
+from tests.models.test_checkpoint import fill_cache, tiny_checkpoint
 from tests.models.test_released import assert_same
 from tools import convert
-from tools.convert import main
+
+
+def main(*words):
+    """Run the command with these words."""
+    convert.main(parse_flags([str(word) for word in words], convert.FLAGS, places=convert.PLACES))
 
 
 def config_file(folder, name):
@@ -31,8 +36,8 @@ def config_file(folder, name):
 def test_there_and_back_is_the_same_checkpoint(tmp_path, name, capsys):
     """Weights, averages, Adam's moments and step: nothing is lost in our layout. The config stays with the file."""
     ours, released = str(tmp_path / "ours.pth"), str(tmp_path / "released.pth")
-    main([str(path_of(name)), ours, "--config", config_file(tmp_path, name)])
-    main([ours, released])
+    main(str(path_of(name)), ours, "--config", config_file(tmp_path, name))
+    main(ours, released)
     assert capsys.readouterr().out.splitlines() == [f"{ours}: our layout", f"{released}: released layout"]
     expected, found = read_file(path_of(name))[0], read_file(released)[0]
     assert {key: found.pop(key) for key in ["config"]}["config"]["data"]["image_size"] == 16
@@ -43,8 +48,8 @@ def test_there_and_back_is_the_same_checkpoint(tmp_path, name, capsys):
 def test_converted_file_needs_no_flags(tmp_path):
     """In our layout, and in the released one with our config, the image size is told."""
     ours, released = tmp_path / "ours.pth", tmp_path / "released.pth"
-    main([str(path_of("ncsnpp_cifar")), str(ours), "--config", config_file(tmp_path, "ncsnpp_cifar")])
-    main([str(ours), str(released)])
+    main(str(path_of("ncsnpp_cifar")), str(ours), "--config", config_file(tmp_path, "ncsnpp_cifar"))
+    main(ours, released)
     x, t999, label, recorded = inputs_of("ncsnpp_cifar")
     for path in (ours, released):
         net = load_model(path)
@@ -56,7 +61,7 @@ def test_converted_file_needs_no_flags(tmp_path):
 def test_nothing_is_written_for_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "text.pth").write_text("text")
     with pytest.raises(UserError, match="text.pth cannot be read as a checkpoint"):
-        main([str(tmp_path / "text.pth"), str(tmp_path / "out.pth")])
+        main(tmp_path / "text.pth", tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
 
 
@@ -73,7 +78,7 @@ def ours(tmp_path):
 def test_averaged_weights_alone_are_read_like_any_checkpoint(tmp_path, ours, name, words):
     """Without flags, with step and architecture; float32 to the last bit, float16 rounded; raw weights are refused."""
     target = tmp_path / name
-    main([str(ours), str(target), *words])
+    main(*words, ours, target)
     source, found = load_model(ours), load_model(target)
     assert found.config_fields == source.config_fields
     for ours_p, theirs in zip(source.parameters(), found.parameters(), strict=True):
@@ -90,7 +95,7 @@ def test_averaged_weights_alone_are_read_like_any_checkpoint(tmp_path, ours, nam
 def test_a_slim_file_is_cut_into_parts_that_belong_together(tmp_path, ours, monkeypatch):
     monkeypatch.setattr(convert, "PART_BYTES", 20000)
     (tmp_path / "slim.pth.part9").write_text("of an earlier file")
-    main([str(ours), str(tmp_path / "slim.pth"), "--slim"])
+    main(ours, tmp_path / "slim.pth", "--slim")
     parts = sorted(tmp_path.glob("slim.pth*"))
     assert len(parts) > 1 and all(part.stat().st_size <= 20000 for part in parts) and "part9" not in str(parts)
     assert torch.equal(next(load_model(parts[0]).parameters()), next(load_model(ours).parameters()).half().float())
@@ -104,13 +109,28 @@ def test_weights_that_float16_cannot_hold_are_refused(tmp_path):
     checkpoint["ema"]["shadow_params"][0].fill_(1e5)
     write_checkpoint(tmp_path / "ours.pth", checkpoint)
     with pytest.raises(UserError, match="ours.pth has weights that are not finite, or too large for float16"):
-        main([str(tmp_path / "ours.pth"), str(tmp_path / "slim.pth"), "--slim"])
+        main(tmp_path / "ours.pth", tmp_path / "slim.pth", "--slim")
 
 
 def test_a_folder_for_hugging_face_has_the_model_its_config_and_a_card(tmp_path, ours):
-    main([str(ours), str(tmp_path / "hub"), "--hub"])
+    main(ours, tmp_path / "hub", "--hub")
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     model, card = tmp_path / "hub" / "model.safetensors", (tmp_path / "hub" / "README.md").read_text()
     assert file_digest(model) in card and file_digest(ours) in card and "3×8×8" in card and "Nothing yet" in card
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["model"]["nf"] == 8
     assert torch.equal(next(load_model(model).parameters()), next(load_model(ours).parameters()))
+
+
+def test_the_folder_shared_on_hugging_face_is_read_back_by_its_address(tmp_path, ours, monkeypatch):
+    """The command that the card shows: hf://OWNER/REPO/model.safetensors, here from the local cache."""
+    main(ours, tmp_path / "hub", "--hub", "--slim")
+    fill_cache(monkeypatch, tmp_path / "cache", {path.name: path for path in (tmp_path / "hub").iterdir()})
+    address, source = "hf://someone/SlimFlow/model.safetensors", load_model(ours)
+    net = load_model(address)
+    assert net.config_fields == source.config_fields and read_checkpoint(address)["step"] == 7
+    assert all(torch.equal(a, b.half().float()) for a, b in zip(net.parameters(), source.parameters(), strict=True))
+
+
+def test_nothing_to_write_is_one_sentence(ours):
+    with pytest.raises(UserError, match="name a checkpoint and what to write"):
+        main(ours)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.command_line import config_to_dict, load_config
+from configs.command_line import config_to_dict, load_config, parse_flags
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
 from models import create_model, load_model
@@ -26,6 +26,11 @@ from tests.tools.test_convert import config_file
 from tools import export
 
 
+def run(*words):
+    """Run the command with these words."""
+    export.main(parse_flags([str(word) for word in words], export.FLAGS, places=export.PLACES))
+
+
 @pytest.fixture(scope="module")
 def recorded(request):
     return request.config.rootpath / "tests" / "data" / "golden"
@@ -36,7 +41,7 @@ def conditional(recorded, tmp_path_factory):
     """A released class-conditional checkpoint, exported; (checkpoint, folder of the files)."""
     folder = tmp_path_factory.mktemp("conditional")
     config = config_file(tmp_path_factory.mktemp("config"), "dhariwal_cond")
-    export.main([str(recorded / "dhariwal_cond.pth"), "--out", str(folder), "--config", config])
+    run(recorded / "dhariwal_cond.pth", "--out", folder, "--config", config)
     return recorded / "dhariwal_cond.pth", folder
 
 
@@ -45,9 +50,7 @@ def two_steps(recorded, tmp_path_factory):
     """An unconditional checkpoint, exported with two Euler steps."""
     folder = tmp_path_factory.mktemp("two_steps")
     config = config_file(tmp_path_factory.mktemp("config"), "ncsnpp_cifar")
-    words = [str(recorded / "ncsnpp_cifar.pth"), "--out", str(folder), "--sampler", "euler", "--steps", "2",
-             "--config", config, "--raw"]
-    export.main(words)
+    run(recorded / "ncsnpp_cifar.pth", "--out", folder, "--sampler", "euler", "--steps", 2, "--config", config, "--raw")
     return recorded / "ncsnpp_cifar.pth", folder
 
 
@@ -133,7 +136,7 @@ def test_the_ten_lines_shown_make_a_picture_without_torch_of_what_the_command_sh
     assert len([line for line in lines.splitlines() if line]) <= 10
     write_checkpoint(tmp_path / checkpoint, digits_checkpoint())
     monkeypatch.chdir(tmp_path)
-    export.main([str(checkpoint)])
+    run(checkpoint)
     status, err = run_without_torch(lines, tmp_path)
     assert status == 0, err
     velocity = velocity_from_network(load_model(checkpoint))
@@ -166,13 +169,13 @@ def test_the_process_of_these_tests_cannot_import_torch(tmp_path):
 
 
 def test_missing_packages_and_wrong_words_are_one_sentence(recorded, monkeypatch):
-    for words, sentence in (([recorded / "dhariwal_cond.pth", "--steps", 0], "--steps must be 1 or more"),
+    for words, sentence in (([recorded / "dhariwal_cond.pth", "--steps", 0], "--steps must be at least 1"),
                             ([recorded / "absent.pth"], "absent.pth cannot be opened")):
         with pytest.raises(UserError, match=sentence):
-            export.main([str(word) for word in words])
+            run(*words)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
-        export.main([str(recorded / "dhariwal_cond.pth")])
+        run(recorded / "dhariwal_cond.pth")
 
 
 @pytest.mark.parametrize("kind", ["", "_int8"])
@@ -191,5 +194,5 @@ def test_a_file_that_differs_from_pytorch_fails_the_command(conditional, tmp_pat
     monkeypatch.setattr(export, "write_onnx", lambda model, path, settings: path.write_bytes(other))
     monkeypatch.setattr(export, "write_int8", lambda model, path, small: small.write_bytes(other))
     with pytest.raises(UserError, match="do not use it"):
-        export.main([str(checkpoint), "--sampler", "euler", "--steps", "3", "--out", str(tmp_path), "--config",
-                     config_file(tmp_path, "dhariwal_cond")])
+        run(checkpoint, "--sampler", "euler", "--steps", 3, "--out", tmp_path, "--config",
+            config_file(tmp_path, "dhariwal_cond"))
