@@ -4,21 +4,18 @@
 
 All integrate the same float32 network (EMA weights) from the same noise, t = 0.001 to 1, with a float64 state and
 rtol = atol, a batch at a time: scipy and torchdiffeq with one step size for a batch, torchode and ours with one for
-each sample. Columns: evaluations a sample needs by its solver's own count (a step is six, the start two); rows, how
-many times the network really saw it; the root mean square over a sample's pixels of the difference to a solution at
-tolerance 1e-6, as mean, median and worst of the samples; `over`, the mean error divided by that of ours at as many
-evaluations, interpolated on logarithms (nan outside): above 1, ours is the more accurate for the same work.
-docs/work_precision.png shows the curves.
+each sample. Columns: evaluations of a sample by its solver's own count (a step is six, the start two); rows, how often
+the network really saw it; the root mean square over a sample's pixels of the difference to a solution at tolerance
+1e-6, as mean, median and worst of the samples; `over`, the mean error divided by that of ours at as many evaluations,
+interpolated on logarithms (nan outside): above 1, ours is more accurate for the same work. The curves are drawn in
+docs/work_precision.png.
 """
 
 import argparse
-import os
 import pathlib
 import platform
 import sys
 from importlib import metadata
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
@@ -39,43 +36,31 @@ EPS, TIGHT, OURS = 1e-3, 1e-6, "ours, per sample"
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 
 
-# Peers return the end points of a batch and, where steps are a sample's own, its evaluations.
+# Peers integrate dx/dt = field(t, x) from z. They return the ends and, where steps are a sample's own, its evaluations.
 
 
-def scipy_rk45(velocity, z, tol):
+def scipy_rk45(field, z, tol):
     """scipy's solve_ivp on the flattened batch."""
-
-    def right_side(t, flat):
-        x = torch.from_numpy(flat).view_as(z).to(z)
-        return velocity(x, x.new_full((len(z),), t)).double().cpu().numpy().reshape(-1)
-
-    found = solve_ivp(right_side, (EPS, 1.0), z.double().cpu().numpy().reshape(-1), method="RK45", rtol=tol, atol=tol)
-    return torch.from_numpy(found.y[:, -1]).view_as(z).to(z), None
+    found = solve_ivp(lambda t, x: field(t, torch.from_numpy(x)).cpu().numpy(), (EPS, 1.0),
+                      z.double().flatten().cpu().numpy(), method="RK45", rtol=tol, atol=tol)
+    return torch.from_numpy(found.y[:, -1]), None
 
 
-def torchdiffeq_dopri5(velocity, z, tol):
+def torchdiffeq_dopri5(field, z, tol):
     """torchdiffeq's dopri5, one step size for a batch."""
-
-    def right_side(t, x):
-        return velocity(x.to(z.dtype), t.to(z.dtype).expand(len(z))).double()
-
     times = torch.tensor([EPS, 1.0], dtype=torch.float64, device=z.device)
-    return torchdiffeq.odeint(right_side, z.double(), times, rtol=tol, atol=tol, method="dopri5")[-1].to(z.dtype), None
+    return torchdiffeq.odeint(field, z.double(), times, rtol=tol, atol=tol, method="dopri5")[-1], None
 
 
-def torchode_dopri5(velocity, z, tol):
+def torchode_dopri5(field, z, tol):
     """torchode's dopri5, each sample with its own steps, with the PID controller its documentation names."""
-
-    def right_side(t, flat):
-        return velocity(flat.to(z.dtype).view_as(z), t.to(z.dtype)).double().flatten(1)
-
-    term = torchode.ODETerm(right_side)
+    term = torchode.ODETerm(field)
     controller = torchode.PIDController(term=term, atol=tol, rtol=tol, pcoeff=0.2, icoeff=0.5, dcoeff=0.0)
     solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term), controller)
     start, end = (torch.full((len(z),), t, dtype=torch.float64, device=z.device) for t in (EPS, 1.0))
     found = solver.solve(torchode.InitialValueProblem(z.double().flatten(1), start, end, t_eval=end[:, None]))
     # Its own n_f_evals is one number for the batch; a step of a sample is six evaluations, the start two.
-    return found.ys[:, -1].view_as(z).to(z.dtype), 2 + 6 * found.stats["n_steps"]
+    return found.ys[:, -1], 2 + 6 * found.stats["n_steps"]
 
 
 PEERS = {"scipy RK45": scipy_rk45, "torchdiffeq dopri5": torchdiffeq_dopri5, "torchode dopri5": torchode_dopri5}
@@ -83,19 +68,22 @@ PEERS = {"scipy RK45": scipy_rk45, "torchdiffeq dopri5": torchdiffeq_dopri5, "to
 
 def run(name, velocity, z, tol, batch):
     """Return (x, evaluations, rows) of a solver on all samples, both per sample in the mean."""
-    rows = []
+    rows, shape = [], (-1, *z.shape[1:])
 
     def counted(x, t, label=None):
-        rows.append(len(x))
+        rows.append(len(x) / len(z))
         return velocity(x, t, label)
+
+    def field(t, x):
+        images = x.to(z).view(shape)
+        return counted(images, torch.as_tensor(t).to(z).expand(len(images))).double().view_as(x)
 
     if name == OURS:
         x, nfe = rk45(counted, z, t_start=EPS, tol=tol, slots=batch, shrink_slots=True)
     else:
-        parts, counts = zip(*(PEERS[name](counted, part, tol) for part in z.split(batch)), strict=True)
-        x, nfe = torch.cat(parts), None if counts[0] is None else torch.cat(counts)
-    rows = sum(rows) / len(z)
-    return x, rows if nfe is None else nfe.double().mean().item(), rows
+        parts, counts = zip(*(PEERS[name](field, part, tol) for part in z.split(batch)), strict=True)
+        x, nfe = torch.cat([part.to(z).view(shape) for part in parts]), None if counts[0] is None else torch.cat(counts)
+    return x, sum(rows) if nfe is None else nfe.double().mean().item(), sum(rows)
 
 
 @torch.no_grad()
@@ -112,8 +100,8 @@ def main():
     shape = [net.config_fields[f"data.{name}"] for name in ("num_channels", "image_size", "image_size")]
     velocity, z = velocity_from_network(net), index_noise(0, range(options.samples), shape).to(device)
     title = f"{options.samples} samples {shape} of a 1-flow of {sum(p.numel() for p in net.parameters()):,} parameters"
-    print(f"{device.type}, {platform.machine()}, 1 thread; "
-          + ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "scipy", "torchdiffeq", "torchode")))
+    print(f"{device.type}, {platform.machine()}, 1 thread",
+          *(f"{name} {metadata.version(name)}" for name in ("torch", "scipy", "torchdiffeq", "torchode")), sep=", ")
     print(f"{title}, batches (slots) of {options.batch}\n{'tolerance':>9}  {'solver':20}{'evaluations':>12}{'rows':>8}"
           f"{'mean error':>12}{'median':>10}{'worst':>10}{'over':>7}", flush=True)
     tight = run(OURS, velocity, z, TIGHT, options.batch)[0]
