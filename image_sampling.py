@@ -22,7 +22,7 @@ from configs.command_line import run_script
 from configs.default import FIELDS, Field, get_field
 from datasets import load_images, one_hot
 from flows.rectified_flow import velocity_from_network
-from flows.samplers import SAMPLERS, create_sampler, euler, sampler_values, straightness
+from flows.samplers import SAMPLERS, create_sampler, sampler_values, straightness
 from metrics.sweep import checkpoint_folder, run_folder
 from models.checkpoint import is_remote, load_with_config, numbered_checkpoints
 from runtime.devices import in_precision, set_precision, start_processes
@@ -59,7 +59,7 @@ def main(config, args, given):
 
 
 def checkpoint_paths(place, settings, given):
-    """Return the checkpoint files that --sampling_dir and config.eval (`settings`) ask for, at least one."""
+    """Return the checkpoint files that --sampling_dir and config.eval (`settings`) ask for."""
     if is_remote(place) or pathlib.Path(place).is_file():
         return [place]
     if not place or not pathlib.Path(place).is_dir():
@@ -80,9 +80,9 @@ def sample_checkpoint(path, config, args, given, device):
     velocity = velocity_from_network(in_precision(net, config.training.precision, device))
     classes, titles = class_rows(args.classes, config, given)
     z, label = initial_points(classes, config, given, device)
-    name = pathlib.Path(path).stem + ("" if args.use_ema else "_raw")
-    asked = [(config.sampling.use_ode_sampler, config.sampling.sample_N)]
-    survey, grids = asked if "sampling.use_ode_sampler" in given else SURVEY, []
+    name, grids, survey = pathlib.Path(path).stem + ("" if args.use_ema else "_raw"), [], SURVEY
+    if "sampling.use_ode_sampler" in given:
+        survey = [(config.sampling.use_ode_sampler, config.sampling.sample_N)]
     with progress_bar(total=len(z) * len(survey), desc=f"sampling {name}", unit="images",
                       enabled=config.training.progress) as bar:
         for sampler, steps in survey:
@@ -93,17 +93,12 @@ def sample_checkpoint(path, config, args, given, device):
     if config.flow.flow_t_schedule != "t0" and max(entry["nfe"] for _, entry in grids) > 1:
         # A one-step model knows no time but the first: it has no trajectory.
         first = slice(config.sampling.batch_size)
-        straight = straightness(velocity, z[first], None if label is None else label[first], steps=STRAIGHTNESS_STEPS,
-                                t_start=config.flow.eps).mean().item()
-        curves = trace_pixels(velocity, z, label, config.flow.eps)
+        straight, curves = trace(velocity, z[first], None if label is None else label[first], config.flow.eps)
 
     folder = (pathlib.Path() if is_remote(path) else run_folder(path)) / "eval_sample" / name
-    suffix = file_suffix(NAMED, config, given)
-    if classes:
-        suffix += "_classes" + "-".join(map(str, classes))[:100]
-    elif len(z) != IMAGES:
-        suffix += f"_{len(z)}images"
-    columns = ROW if classes else math.isqrt(len(z) - 1) + 1
+    suffix, columns = file_suffix(NAMED, config, given), ROW if classes else math.isqrt(len(z) - 1) + 1
+    if classes or len(z) != IMAGES:
+        suffix += f"_classes{'-'.join(map(str, classes))}"[:100] if classes else f"_{len(z)}images"
     for images, entry in grids:
         own = {f"sampling.{field}": field for field in SAMPLERS[entry["sampler"]].fields if field != "sample_N"}
         stem = f"{entry['sampler']}_sample_{round(entry['nfe'])}"  # the evaluations tell sample_N
@@ -124,30 +119,27 @@ def sample_checkpoint(path, config, args, given, device):
 
 
 def class_rows(asked, config, given):
-    """Return the classes that --classes asks for and a title for each; ([], None) without the flag.
-
-    Names are those of the data set that the model was trained on, which is read only where they are asked for.
-    """
+    """Return the classes that --classes asks for and a title for each; ([], None) without the flag."""
     count, chosen = config.data.num_classes, config.sampling.class_label
-    if "sampling.class_label" in given and (asked or chosen >= count):
-        raise UserError("--classes and --config.sampling.class_label are both given; give one of them" if asked else
-                        f"config.sampling.class_label is {chosen}, but the model has {count} classes, counted from 0")
+    if not asked and "sampling.class_label" in given and chosen >= count:
+        raise UserError(f"config.sampling.class_label is {chosen}, but the model has {count} classes, counted from 0")
     if not asked:
         return [], None
-    if not count:
-        raise UserError(f"--classes {asked}: this model has no classes; leave the flag out")
+    if not count or "sampling.class_label" in given:
+        raise UserError(f"--classes {asked}: this model has no classes; leave the flag out" if not count else
+                        "--classes and --config.sampling.class_label are both given; give one of them")
     words = [str(k) for k in range(count)] if asked == "all" else [word.strip() for word in asked.split(",")]
     names = [f"class {k}" for k in range(count)]
-    if not all(word.isdecimal() for word in words):
+    if not all(word.isdecimal() for word in words):  # the names of the data set, which is read only for them
         try:
             names = load_images(config).class_names or names
         except UserError as error:
             raise UserError(f"--classes {asked}: the classes' names are not known ({error}); give numbers") from None
     numbers = {name: k for k, name in enumerate(names)} | {str(k): k for k in range(count)}
-    for word in words:
-        if word not in numbers:
-            raise UserError(f"--classes {asked}: {word!r} is no class; the classes are 0 to {count - 1}, or all, or "
-                            f"names: {', '.join(names[:12])}{', …' if count > 12 else ''}")
+    unknown = [word for word in words if word not in numbers]
+    if unknown:
+        raise UserError(f"--classes {asked}: {unknown[0]!r} is no class; the classes are 0 to {count - 1}, or all, or "
+                        f"names: {', '.join(names[:12])}{', …' if count > 12 else ''}")
     return [numbers[word] for word in words], [names[numbers[word]] for word in words]
 
 
@@ -159,11 +151,8 @@ def initial_points(classes, config, given, device):
     z = (z * config.sampling.init_noise_scale).to(device)
     if not data.num_classes:
         return z, None
-    if classes:
-        numbers = torch.tensor(classes).repeat_interleave(ROW)
-    elif chosen >= 0:
-        numbers = torch.full((count,), chosen)
-    else:
+    numbers = torch.tensor(classes or [chosen]).repeat_interleave(ROW if classes else count)
+    if not classes and chosen < 0:
         numbers = index_labels(config.seed, range(count), data.num_classes)
     return z, one_hot(numbers.to(device), data.num_classes)
 
@@ -176,30 +165,20 @@ def sample_grid(velocity, z, label, config, finished):
         x, nfe = sample(velocity, z, label, batch_size=min(settings.batch_size, len(z)), finished=finished)
     images = x.float().cpu()
     seconds = time.perf_counter() - started
-    finite = images.flatten(1).isfinite().all(1)
-    if not finite.all():
+    if not (finite := images.flatten(1).isfinite().all(1)).all():
         raise UserError(f"{name}: sample {finite.int().argmin()} is not finite; the network has diverged, or needs "
                         "--config.training.precision fp32")
     return images, {"sampler": name, "nfe": nfe.double().mean().item(), "seconds": round(seconds, 4),
                     **sampler_values(config)}
 
 
-def trace_pixels(velocity, z, label, eps):
-    """Return (times, values, title) of a few pixels of a few samples; reflow straightens these curves."""
-    times, states = [], []
-
-    def traced(x, t, label):
-        times.append(t[0].item())
-        states.append(x)
-        return velocity(x, t, label)
-
-    z, label = z[:TRACED_SAMPLES], None if label is None else label[:TRACED_SAMPLES]
-    with torch.no_grad():
-        x, _ = euler(traced, z, label, steps=STRAIGHTNESS_STEPS, t_start=eps)
-    pixels = torch.stack([*states, x]).flatten(2).cpu()
+def trace(velocity, z, label, eps):
+    """Return the straightness, and (times, values, title) of a few pixels; reflow straightens these curves."""
+    values, times, states = straightness(velocity, z, label, steps=STRAIGHTNESS_STEPS, t_start=eps)
+    pixels = states[:, :TRACED_SAMPLES].flatten(2).cpu()
     places = torch.linspace(0, pixels.shape[2] - 1, TRACED_PIXELS + 2).long()[1:-1]
-    return [([*times, 1.0], pixels[:, sample, place].tolist(), f"sample {sample}")
-            for sample in range(len(z)) for place in places]
+    return values.mean().item(), [(times.tolist(), pixels[:, sample, place].tolist(), f"sample {sample}")
+                                  for sample in range(pixels.shape[1]) for place in places]
 
 
 def file_suffix(words, config, given):

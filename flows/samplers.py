@@ -143,18 +143,22 @@ def sampler_title(name, values):
 
 @torch.no_grad()
 def straightness(velocity, z0, label=None, *, steps=100, t_start=1e-3, t_end=1.0):
-    """Return Σ_i (1/N)·‖v_i - (x_T - z0)‖₂ of each sample, `(B,)`: 0 for straight trajectories.
+    """Return Σ_i (1/N)·‖v_i - (x_T - z0)‖₂ of each sample, `(B,)`, 0 for straight trajectories; and the trajectories.
 
-    The v_i are those of Euler's rule with N = `steps` (arXiv 2209.03003, S(Z)), all held at once.
+    The v_i are those of Euler's rule with N = `steps` (arXiv 2209.03003, S(Z)). Trajectories are times `(N+1,)` and
+    states `(N+1, B, ...)`; they and the velocities are held at once.
     """
-    velocities = []
+    times, states, velocities = [], [], []
 
-    def remember(x, t, label):
+    def traced(x, t, label):
+        times.append(t[0])
+        states.append(x)
         velocities.append(velocity(x, t, label))
         return velocities[-1]
 
-    x, _ = euler(remember, z0, label, steps=steps, t_start=t_start, t_end=t_end)
-    return sum((v - (x - z0)).flatten(1).norm(dim=1) for v in velocities) / steps
+    x, _ = euler(traced, z0, label, steps=steps, t_start=t_start, t_end=t_end)
+    values = sum((v - (x - z0)).flatten(1).norm(dim=1) for v in velocities) / steps
+    return values, torch.stack([*times, torch.full_like(times[0], t_end)]), torch.stack([*states, x])
 
 
 def path_noise(seed, indices, shape, device):

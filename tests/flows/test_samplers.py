@@ -236,9 +236,10 @@ def test_fixed_steps_stay_on_the_device(name, device):
 
 def test_straight_trajectories_have_straightness_zero_and_bent_trajectories_the_integral():
     z = noise(6, 1, 2, 2, dtype=torch.float64)
-    assert straightness(constant, z).abs().max() < 1e-12
+    values, times, states = straightness(constant, z)
+    assert values.abs().max() < 1e-12 and times[-1] == 1 and torch.equal(states[-1], euler(constant, z, steps=100)[0])
     # v = (t, 1): the trajectory ends at z + (1/2, 1), and ‖v - (1/2, 1)‖ = |t - 1/2| has the mean 1/4.
-    values = straightness(lambda x, t, label: torch.stack([t, torch.ones_like(t)], 1), z[:, 0, 0], t_start=0.0)
+    values, _, _ = straightness(lambda x, t, label: torch.stack([t, torch.ones_like(t)], 1), z[:, 0, 0], t_start=0.0)
     assert values.shape == (6,)
     torch.testing.assert_close(values, torch.full((6,), 0.25, dtype=torch.float64), rtol=0, atol=1e-3)
 
