@@ -140,13 +140,9 @@ def _write_entry(source, spec, entry, progress):
         partial.rename(entry)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    size = (entry / "images.npy").stat().st_size / 2**20
-    lines = [f"cached {source.title}: {about['count']} images in {entry} ({size:.1f} MiB)"]
-    lines += [f"  {count} images: {note}" for note, count in about["notes"].items()]
-    if about["skipped"]:
-        lines.append(f"  {len(about['skipped'])} images skipped, the first: {about['skipped'][0]}; all are listed in "
-                     f"{entry / 'about.json'}")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    notes = about["notes"] | {f"skipped, the first: {first}": len(about["skipped"]) for first in about["skipped"][:1]}
+    print(f"cached {source.title}: {about['count']} images in {entry}",
+          *(f"  {count} images: {note}" for note, count in notes.items()), sep="\n", file=sys.stderr, flush=True)
 
 
 def _write_arrays(chunks, spec, folder, bar):

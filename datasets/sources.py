@@ -78,19 +78,24 @@ def array_set(images, labels, spec, source="", class_names=None):
     return ImageSet(images, labels, class_names, source, dict(notes))
 
 
+def count_classes(image_set, num_classes=0):
+    """Return how many images each class has, of at least `num_classes`, and a text that names the classes with any."""
+    counts = np.bincount(image_set.labels, minlength=num_classes)
+    names = image_set.class_names or range(len(counts))
+    return counts, _shorten([f"{names[k]}: {counts[k]}" for k in np.flatnonzero(counts)])
+
+
 def check_classes(image_set, num_classes):
     """Raise `UserError` unless the labels are 0..num_classes-1, each of at least one image."""
     source = f"data.num_classes {num_classes}: {image_set.source}"
     if image_set.labels is None:
         raise UserError(f"{source} has no labels: set it to 0, or give labels by sub-folders or {LABEL_FILE}")
-    counts = np.bincount(image_set.labels, minlength=num_classes)
-    names = image_set.class_names or tuple(map(str, range(len(counts))))
-    found = _shorten([f"{names[k]}: {counts[k]}" for k in np.flatnonzero(counts)])
+    counts, found = count_classes(image_set, num_classes)
     if len(counts) != num_classes or not counts.all():
         raise UserError(f"{source} has images of {np.count_nonzero(counts)} classes ({found}): set data.num_classes to "
                         "the classes there are, numbered from 0, or data.data_root to the folder whose sub-folders "
                         "are the classes")
-    if set(names) <= SPLITS:
+    if image_set.class_names and SPLITS.issuperset(image_set.class_names):
         raise UserError(f"{source} has the sub-folders {found}, which are no classes: set data.data_root to one")
 
 

@@ -23,7 +23,7 @@ def test_the_four_additions_of_the_page_run_through_the_scripts_from_one_config_
                                  tmp_path / "pairs", "--config.sampling.total_number_of_samples", 16)
     assert status == 0, printed
     about = json.loads((tmp_path / "pairs/42/pairs.json").read_text())
-    assert about["sampler"] == "midpoint" and about["nfe_mean"] == 8
+    assert about["identity"]["sampling.use_ode_sampler"] == "midpoint" and about["nfe_mean"] == 8
     status, printed = run_script(tmp_path, "image_sampling.py", *common, "--sampling_dir", checkpoint,
                                  "--config.sampling.use_ode_sampler", "midpoint", "--config.eval.batch_size", 4)
     assert status == 0 and list((tmp_path / "stripes").rglob("midpoint_sample_8*.png")), printed

@@ -10,6 +10,7 @@ import torch
 from configs.command_line import run_script
 from configs.default import Field
 from datasets import create_batches
+from datasets.sources import count_classes
 from runtime.pictures import save_grid
 
 FLAGS = {
@@ -18,7 +19,6 @@ FLAGS = {
 }
 
 CHUNK = 4096  # images whose pixels are read at a time
-CLASSES_SHOWN = 20
 COLUMNS = 10
 
 
@@ -45,8 +45,9 @@ def describe_images(image_set):
     lines += [f"converted: {number} images: {note}" for note, number in image_set.notes.items()]
     if image_set.skipped:
         lines.append(f"skipped: {len(image_set.skipped)} images, the first: {image_set.skipped[0]}")
-    return lines + class_lines(image_set.labels, image_set.class_names) + [
-        f"mean per channel: {mean} (of pixels in [0, 1])", f"standard deviation: {deviation}"]
+    counts, named = ([], "none") if image_set.labels is None else count_classes(image_set)
+    return [*lines, f"classes: {len(counts)} ({named})", f"mean per channel: {mean} (of pixels in [0, 1])",
+            f"standard deviation: {deviation}"]
 
 
 def moments(images):
@@ -57,16 +58,6 @@ def moments(images):
         sums += [part.sum((0, 2, 3), np.float64), (part**2).sum((0, 2, 3), np.float64)]
     mean, square = sums / (images.size / images.shape[1])
     return mean, np.sqrt(np.maximum(0, square - mean**2))
-
-
-def class_lines(labels, names):
-    """Return lines with the number of images of each class; the first `CLASSES_SHOWN` of many."""
-    if labels is None:
-        return ["classes: none"]
-    counts = np.bincount(labels, minlength=len(names or ()))
-    lines = [f"classes: {len(counts)}, with {counts.min()} to {counts.max()} images each"]
-    lines += [f"  {k} {names[k] if names else k}: {count}" for k, count in enumerate(counts[:CLASSES_SHOWN])]
-    return lines + ([f"  … and {len(counts) - CLASSES_SHOWN} more"] if len(counts) > CLASSES_SHOWN else [])
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_the_user_is_told_once_what_was_cached_where(tmp_path, capsys):
         found = open_cached(make_source(), tmp_path)
     said = capsys.readouterr().err
     assert said.count("cached tiny at somewhere: 10 images in") == 1 and found.cache in said
-    assert "5 images: turned" in said and "5 images skipped, the first: bad0" in said
+    assert "5 images: turned" in said and "5 images: skipped, the first: bad0" in said
     written = json.loads((pathlib.Path(found.cache) / "about.json").read_text())
     assert written["source"] == "tiny at somewhere" and written["count"] == 10
 

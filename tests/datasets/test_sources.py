@@ -116,7 +116,7 @@ def test_corrupt_images_are_skipped_and_counted_when_asked(tmp_path, capsys):
     found = load_images(config)
     assert len(found) == 4 and found.labels.tolist() == [0, 0, 1, 1]
     assert len(found.skipped) == 1 and "x/bad.png" in found.skipped[0]
-    assert "1 images skipped, the first: corrupt image x/bad.png in" in capsys.readouterr().err
+    assert "1 images: skipped, the first: corrupt image x/bad.png in" in capsys.readouterr().err
     config.data.skip_corrupt = False
     with pytest.raises(UserError, match="was cached without 1 images, the first: corrupt image x/bad.png"):
         load_images(config)

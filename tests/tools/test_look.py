@@ -10,7 +10,7 @@ from configs.rectified_flow.digits_rf_gaussian import get_config
 from datasets import ImageSet, create_batches
 from tests.processes import run_script
 from tools import look
-from tools.look import class_lines, describe_images, main, moments
+from tools.look import describe_images, main, moments
 
 
 def test_one_command_describes_the_digits_and_writes_a_picture(tmp_path):
@@ -18,7 +18,7 @@ def test_one_command_describes_the_digits_and_writes_a_picture(tmp_path):
              "--out", str(tmp_path / "look.png"), "--images", "20"]
     status, log = run_script(tmp_path, "tools.look", *words)
     assert status == 0, log
-    assert "images: 1797 of shape (1, 8, 8)" in log and "  3 3: 183" in log
+    assert "images: 1797 of shape (1, 8, 8)" in log and "classes: 10 (0: 178, 1: 182, " in log
     assert "mean per channel: 0.3053 " in log and "standard deviation: 0.3759" in log
     with Image.open(tmp_path / "look.png") as picture:
         assert picture.width > picture.height > 2 * 8
@@ -31,12 +31,11 @@ def test_moments_are_those_of_the_pixels():
     np.testing.assert_allclose(deviation, (images / 255).std((0, 2, 3)))
 
 
-def test_a_class_without_images_and_many_classes_are_shown():
-    assert class_lines(np.array([0, 0, 2]), ("ant", "bee", "cat")) == [
-        "classes: 3, with 0 to 2 images each", "  0 ant: 2", "  1 bee: 0", "  2 cat: 1"]
-    many = class_lines(np.arange(1000), None)
-    assert many[0] == "classes: 1000, with 1 to 1 images each" and many[-1] == "  … and 980 more"
-    assert class_lines(None, None) == ["classes: none"]
+def test_classes_are_counted_and_many_shortened():
+    pixels, names = np.zeros((1000, 1, 4, 4), np.uint8), ("ant", "bee", "cat")
+    assert "classes: 3 (ant: 2, cat: 1)" in describe_images(ImageSet(pixels[:3], np.array([0, 0, 2]), names))
+    [line] = [line for line in describe_images(ImageSet(pixels, np.arange(1000))) if line.startswith("classes")]
+    assert line.startswith("classes: 1000 (0: 1, 1: 1, ") and line.endswith("19: 1, … (1000 classes))")
 
 
 def test_cache_conversions_and_skipped_images_are_told():
@@ -44,7 +43,7 @@ def test_cache_conversions_and_skipped_images_are_told():
     images = ImageSet(pixels, None, None, "two images", {"turned": 2}, "data/cache/two", ("bad",))
     text = "\n".join(describe_images(images))
     assert "cached: data/cache/two" in text and "2 images: turned" in text
-    assert "skipped: 1 images, the first: bad" in text and "classes: none" in text
+    assert "skipped: 1 images, the first: bad" in text and "classes: 0 (none)" in text
 
 
 def test_the_picture_shows_what_training_sees(monkeypatch, capsys):
