@@ -1,8 +1,8 @@
-"""Small wrong changes, one at a time, and whether the tests of their area notice: `python tests/mutations.py [WORD]`.
+"""Small wrong changes, one at a time, and whether the tests of their area notice: `python tests/mutations.py [WORDS]`.
 
 Each row replaces a text that occurs once in a file of a copy of the working tree and runs the named tests there; what
-they pass is printed as SURVIVED, and the exit status is then 1. WORD runs the rows whose file has it in its name. Not
-part of `make test`: it takes some seconds a row.
+they pass is printed as SURVIVED, and the exit status is then 1. WORDS run the rows of these numbers and
+those whose files have one in their names. Not part of `make test`: it takes some seconds a row.
 """
 
 import os
@@ -48,11 +48,9 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("train.py", "self.optimizer.zero_grad(set_to_none=True)", "pass", REFERENCE),
     ("train.py", "self.network.train()", "self.network.eval()", REFERENCE),
     ("datasets/batches.py", "step_generator(self.seed, update,", "step_generator(self.seed, 0,", REFERENCE),
-    ("runtime/seeds.py", "SeedSequence([seed, update, stream])", "SeedSequence([seed, update])", REFERENCE),
-    ("runtime/seeds.py", "SeedSequence([seed, update, rank, DROPOUT])", "SeedSequence([seed, update, DROPOUT])",
-     REFERENCE),
-    ("runtime/seeds.py", "key=[seed % 2**64, stream], counter=[0, 0, 0, index])",
-     "key=[seed % 2**64, 0], counter=[0, 0, 0, index])", f"{SEEDS} {REFERENCE}"),
+    ("runtime/seeds.py", "_torch_seed(seed, update, stream)", "_torch_seed(seed, update)", REFERENCE),
+    ("runtime/seeds.py", "_torch_seed(seed, update, rank, DROPOUT)", "_torch_seed(seed, update, DROPOUT)", REFERENCE),
+    ("runtime/seeds.py", "np.array([seed % 2**64, stream]", "np.array([seed % 2**64, 0]", f"{SEEDS} {REFERENCE}"),
     # the teacher, the start, the averages
     ("training/state.py", "load_model(path, use_ema=True", "load_model(path, use_ema=False", REFERENCE),
     ("training/state.py", "config.flow.teacher_model or config.flow.pre_train_model", "config.flow.pre_train_model",
@@ -136,9 +134,10 @@ def notices(tree, file, text, wrong, tests):
     return status == pytest.ExitCode.TESTS_FAILED
 
 
-def main(word=""):
+def main(*words):
     """Run the rows; return the number of survivors."""
-    rows, survivors = [row for row in MUTATIONS if word in row[0]], 0
+    rows, survivors = [row for number, row in enumerate(MUTATIONS, 1) if not words or str(number) in words
+                       or any(word in row[0] for word in words)], 0
     with tempfile.TemporaryDirectory() as folder:
         tree = pathlib.Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "logs", "reflow_data",
