@@ -184,6 +184,12 @@ class Reference:
         figures = {name: float(np.mean([group[name] for group in found])) for name in found[0]}
         return figures | {"nearest": nearest_distances(torch.from_numpy(samples), self.train).median().item()}
 
+    def real(self):
+        """Return the figures of as many training images, each once: no model should be expected below them."""
+        places = np.random.default_rng(0).permutation(len(self.train))[: len(self.held_out)]
+        nearest = nearest_distances(torch.from_numpy(self.held_out), self.train).median().item()
+        return self.measure(self.train[np.sort(places)]) | {"nearest": nearest}
+
 
 def pixels(images):
     """Return the pixels as rows of numbers in [-1, 1], float64."""

@@ -28,11 +28,12 @@ from configs.command_line import run_program
 from configs.default import Field
 from experiments.images import Reference
 from experiments.report import NUMBERS, read_table, write_demo, write_table
-from experiments.studies import ROOT, STUDIES
+from experiments.studies import FLOW, ROOT, STUDIES
 from metrics.results import read_results
 from runtime.errors import UserError
 from runtime.files import file_lock, read_json, write_json
 from runtime.versions import git_commit
+from tools import convert
 
 FLAGS = {
     "study": Field("digits", f"studies to run, separated by commas, of {', '.join(STUDIES)}"),
@@ -129,6 +130,9 @@ class Study:
         """
         for images in dict.fromkeys(step.images for step in steps if step.images):
             self.references[images] = Reference(images, self.root / "images" / images.name, self.cifar_root)
+            real = f"{images.name}_{images.size}/real"
+            if real not in read_table(self.results):
+                self.write_row(real, "real", 0, **self.references[images].real())
         waiting, futures, failures = list(steps), {}, []
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             while futures or (waiting and not failures):
@@ -141,7 +145,8 @@ class Study:
                 for future in concurrent.futures.wait(futures, return_when="FIRST_COMPLETED").done:
                     step = futures.pop(future)
                     try:
-                        self.write_row(step, future.result())
+                        self.write_row(step.name, KINDS[step.script], step.seed, digest=step.digest,
+                                       seconds=round(future.result(), 1), **self.figures(step))
                     except UserError as error:
                         failures.append(error)
         if failures:
@@ -185,18 +190,19 @@ class Study:
         process.returncode = os.waitstatus_to_exitcode(status)
         return process.returncode, seconds
 
-    def write_row(self, step, seconds):
-        """Measure a finished step and put its row into the table."""
-        row = {"step": step.name, "kind": KINDS[step.script], "seed": step.seed, "digest": step.digest,
-               "commit": (git_commit() or "")[:10], "processor": processor(), "seconds": round(seconds, 1),
-               **self.figures(step)}
-        write_table(self.results, read_table(self.results) | {step.name: row})
-        figures = ", ".join(f"{name} {row[name]:.4g}" for name in NUMBERS if row.get(name) is not None)
-        print(f"{step.name}: {figures}", flush=True)
+    def write_row(self, name, kind, seed, **figures):
+        """Put a row into the table."""
+        row = {"step": name, "kind": kind, "seed": seed, "commit": (git_commit() or "")[:10], "processor": processor()}
+        write_table(self.results, read_table(self.results) | {name: row | figures})
+        shown = ", ".join(f"{column} {figures[column]:.4g}" for column in NUMBERS if figures.get(column) is not None)
+        print(f"{name}: {shown}", flush=True)
 
     def figures(self, step):
-        """Return the figures of a finished step for its row of the table."""
+        """Return the figures of a finished step for its row of the table; write CIFAR-10's networks as slim files."""
         if step.script == "train.py":
+            if step.images and step.images.name == "cifar":
+                slim = self.root / "slim" / f"{step.name}.pth"
+                convert.main([FLOW.format(flow=self.root / step.name), str(slim), "--slim"])
             return {"loss": json.loads((self.root / step.name / "log.jsonl").read_text().splitlines()[-1])["loss"]}
         if step.script == "generate_data.py":
             return {"nfe": read_json(self.root / step.name / str(step.seed) / "pairs.json")["nfe_mean"]}

@@ -10,12 +10,14 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from experiments import report
 from experiments.report import COLUMNS, read_table, write_table
 from experiments.run import Study
 from experiments.studies import DIGITS, GUIDED, ONE_STEP, STUDIES, T0, annealed, cifar, euler, miniature
+from models import load_model
 from runtime.errors import UserError
 from runtime.files import file_lock
 from tests.processes import launch_step, run_script, run_study
@@ -50,6 +52,8 @@ def finished(tmp_path_factory):
 def test_every_step_leaves_a_row_with_its_figures_and_its_processor(finished):
     folder, _, steps = finished
     rows = read_table(folder / "results.csv")
+    real = rows.pop("digits_8/real")
+    assert real["feature_distance"] > 0 and real["nearest"] > 0
     assert {row["digest"] for row in rows.values()} == {step.digest for step in steps}
     assert all(row["seconds"] > 0 and row["processor"] for row in rows.values())
     assert rows["digits/seed0/1_flow"]["loss"] > 0 and rows["digits/seed0/pairs"]["nfe"] == 2
@@ -170,8 +174,13 @@ def test_cifar_runs_end_to_end_from_zips_of_class_folders(tmp_path):
                                  "--results", tmp_path / "results.csv", prepare=run_study)
     assert status == 0, printed
     rows = read_table(tmp_path / "results.csv")
-    assert rows.keys() == {step.name for step in cifar("tiny")}
+    assert rows.keys() == {"cifar_8/real", *(step.name for step in cifar("tiny"))}
     distilled = rows["cifar_tiny/seed0/distilled/euler-1"]
     assert distilled["feature_distance"] > 0 and distilled["nfe"] == 1
     about = json.loads((tmp_path / "runs/cifar_tiny/seed0/2_flow_pairs/0/pairs.json").read_text())
     assert about["nfe_mean"] > 1
+    for name in ("1_flow", "2_flow", "distilled"):  # slim files hold the averaged weights in float16
+        run = f"cifar_tiny/seed0/{name}"
+        whole = load_model(tmp_path / "runs" / run / "checkpoints/checkpoint_1.pth").parameters()
+        slim = load_model(tmp_path / "runs/slim" / f"{run}.pth").parameters()
+        assert all(torch.equal(a.half().float(), b) for a, b in zip(whole, slim, strict=True))
