@@ -96,7 +96,7 @@ def test_a_failing_step_is_named_with_what_its_script_printed(finished, tmp_path
     study = Study(tmp_path, tmp_path / "results.csv", jobs=2)
     with pytest.raises(UserError, match=r"1_flow: train\.py ended with status 2.*optim\.lr"):
         run(study, [wrong])
-    assert read_table(tmp_path / "results.csv") == {}
+    assert read_table(tmp_path / "results.csv").keys() == {"digits_8/real"}
     assert study.state(wrong)["seconds"] > 0 and not study.state(wrong)["finished"]
 
 
