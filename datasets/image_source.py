@@ -40,14 +40,14 @@ class ImageSource:
     def __init__(self, path, count):
         self.path, self.name, self.count = pathlib.Path(path), str(path), count
         self.shape, self.notes = None, collections.Counter()
-        self.shape = tuple(self._load(0, 1)[0].shape[1:])
+        self.shape = tuple(self._load([0])[0].shape[1:])
 
     def __len__(self):
         return self.count
 
-    def read(self, low, high):
-        """Return the images low ≤ i < high, uint8 tensor (high - low, C, H, W). Raises UserError, naming bad ones."""
-        images, notes = self._load(low, high)
+    def read(self, places):
+        """Return the images at `places`, uint8 tensor (len(places), C, H, W). Raises UserError, naming bad ones."""
+        images, notes = self._load(places)
         self.notes.update(notes)
         return torch.from_numpy(images)
 
@@ -67,11 +67,11 @@ class ArrayImages(ImageSource):
             print(f"{name}: its values lie in [{some.min():.3g}, {some.max():.3g}], but floats are read as pixels in "
                   "[-1, 1]: bring them there if they were meant for [0, 1]", file=sys.stderr, flush=True)
 
-    def _load(self, low, high):
-        part = np.array(self.images[low:high])
+    def _load(self, places):
+        part = np.array(self.images[np.array(places)])
         if part.dtype != np.uint8:
             part = torch.from_numpy(part.astype(np.float32))
-            check_finite(part, range(low, high), self.name, "make it again")
+            check_finite(part, places, self.name, "make it again")
             if (most := part.abs().max()) > LARGEST_FLOAT:
                 raise UserError(f"{self.name} holds values up to {most:.0f}; images as floats are in [-1, 1]")
             part = quantise(part).numpy()
@@ -85,9 +85,9 @@ class FileImages(ImageSource):
         self.tree, self.spec = FileTree(path), spec
         super().__init__(path, len(self.tree.names))
 
-    def _load(self, low, high):
+    def _load(self, places):
         images, notes = [], collections.Counter()
-        for name in self.tree.names[low:high]:
+        for name in (self.tree.names[place] for place in places):
             image, conversions = self.tree.decode(name, self.spec)
             if image.shape != (shape := self.shape or image.shape):
                 raise UserError(f"{self.path} holds images of different sizes, {self.tree.names[0]} of {shape}, {name} "

@@ -1,5 +1,6 @@
 """Mean, covariance and features of images that arrive in batches, on one process or on many."""
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -70,11 +71,10 @@ def measure_source(source, extractor, batch_size, processes, count=None, observe
     chosen = evenly_spread(count, len(source))[mine.start : mine.stop]
     lows = progress_bar(range(0, len(chosen), batch_size), desc=f"reading {source.name}", unit="batches",
                         enabled="auto" if processes.is_main else "false")
-    batches = (torch.cat([source.read(i, i + 1) for i in chosen[low : low + batch_size]]).to(processes.device)
-               for low in lows)
+    batches = (source.read(chosen[low : low + batch_size]).to(processes.device) for low in lows)
     name = f"{source.name}, {'' if count == len(source) else f'{count} of '}{len(source)} images"
     found = measure(batches, extractor, mine.start, count, processes.device, name, observers, max_features)
-    for note, number in source.notes.items():
+    for note, number in sum(gather(source.notes), collections.Counter()).items():
         processes.say(f"{source.name}: {number} images: {note}")
     return found
 
