@@ -1,12 +1,11 @@
 """Sample images from every checkpoint of a run, or from one file, all from the same noise.
 
-Into {run}/eval_sample/{checkpoint}/ go a grid for each sampler, {sampler}_sample_{nfe}.png; where there are several,
-contact_sheet.png, which compares them; pixel_trajectories.png, the values of a few pixels from noise to image; and
-samples.json with sampler, NFE, seconds, straightness, seed and checkpoint of each grid. What else makes an image
-another is in the name, as in euler_sample_2_seed7_class3.png. Checkpoints are those of the folder, or from
-eval.begin_ckpt to eval.end_ckpt where these are given. With --config.sampling.use_ode_sampler that sampler is used;
-otherwise a survey: rk45, then Euler with 1, 2, 5, 10, 20, 50 and 100 steps. A grid has eval.batch_size images where
-that is given, 64 otherwise, or with --classes a row of ten for each class.
+Into {run}/eval_sample/{checkpoint}/ go a grid for each sampler, {sampler}_sample_{nfe}.png; contact_sheet.png, which
+compares several; pixel_trajectories.png, the values of a few pixels from noise to image; and samples.json with sampler,
+NFE, seconds, straightness, seed and checkpoint of each grid. Other options that were given are in the names, as in
+euler_sample_2_seed7_class3.png. Without --config.sampling.use_ode_sampler there is a survey: rk45, then Euler with 1,
+2, 5, 10, 20, 50 and 100 steps. eval.begin_ckpt and eval.end_ckpt choose among the checkpoints of a folder. A grid has
+eval.batch_size images where that is given, 64 otherwise, or with --classes a row of ten for each class.
 """
 
 from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
@@ -40,8 +39,7 @@ FLAGS = {
 IMAGES = 64  # in a grid, unless eval.batch_size is given
 ROW = 10  # images in a row of the contact sheet, and of a class
 SURVEY = [("rk45", 1), *(("euler", steps) for steps in (1, 2, 5, 10, 20, 50, 100))]
-STRAIGHTNESS_STEPS = 100
-TRACED_SAMPLES, TRACED_PIXELS = 4, 6  # in the plot of pixels over time
+STRAIGHTNESS_STEPS, TRACED_SAMPLES, TRACED_PIXELS = 100, 4, 6  # the last two in the plot of pixels over time
 # Fields beside the sampler's own that make an image another where they are given, and their words in a file's name.
 NAMED = {"seed": "seed", "sampling.class_label": "class", "sampling.init_noise_scale": "scale", "flow.eps": "eps",
          "training.precision": ""}
@@ -59,12 +57,11 @@ def main(config, args, given):
 
 
 def checkpoint_paths(place, settings, given):
-    """Return the checkpoint files that --sampling_dir and config.eval (`settings`) ask for."""
+    """Return the files that --sampling_dir and config.eval, whose defaults are for FID sweeps, ask for."""
     if is_remote(place) or pathlib.Path(place).is_file():
         return [place]
     if not place or not pathlib.Path(place).is_dir():
         raise UserError(f"--sampling_dir {place!r} is neither a run folder nor a .pth or .pkl file: name one")
-    # Their defaults are for FID sweeps.
     begin, end = (settings[name] if f"eval.{name}" in given else 0 for name in ("begin_ckpt", "end_ckpt"))
     there = numbered_checkpoints(checkpoint_folder(place))
     paths = [path for k, path in there.items() if begin <= k <= (end or k)]
@@ -92,8 +89,7 @@ def sample_checkpoint(path, config, args, given, device):
     straight = curves = None
     if config.flow.flow_t_schedule != "t0" and max(entry["nfe"] for _, entry in grids) > 1:
         # A one-step model knows no time but the first: it has no trajectory.
-        first = slice(config.sampling.batch_size)
-        straight, curves = trace(velocity, z[first], None if label is None else label[first], config.flow.eps)
+        straight, curves = trace(velocity, z, label, config)
 
     folder = (pathlib.Path() if is_remote(path) else run_folder(path)) / "eval_sample" / name
     suffix, columns = file_suffix(NAMED, config, given), ROW if classes else math.isqrt(len(z) - 1) + 1
@@ -172,9 +168,10 @@ def sample_grid(velocity, z, label, config, finished):
                     **sampler_values(config)}
 
 
-def trace(velocity, z, label, eps):
+def trace(velocity, z, label, config):
     """Return the straightness, and (times, values, title) of a few pixels; reflow straightens these curves."""
-    values, times, states = straightness(velocity, z, label, steps=STRAIGHTNESS_STEPS, t_start=eps)
+    z, label = (part if part is None else part[: config.sampling.batch_size] for part in (z, label))
+    values, times, states = straightness(velocity, z, label, steps=STRAIGHTNESS_STEPS, t_start=config.flow.eps)
     pixels = states[:, :TRACED_SAMPLES].flatten(2).cpu()
     places = torch.linspace(0, pixels.shape[2] - 1, TRACED_PIXELS + 2).long()[1:-1]
     return values.mean().item(), [(times.tolist(), pixels[:, sample, place].tolist(), f"sample {sample}")

@@ -36,11 +36,8 @@ EPS, TIGHT, OURS = 1e-3, 1e-6, "ours, per sample"
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 
 
-# Peers integrate dx/dt = field(t, x) from z. They return the ends and, where steps are a sample's own, its evaluations.
-
-
 def scipy_rk45(field, z, tol):
-    """scipy's solve_ivp on the flattened batch."""
+    """Integrate dx/dt = field(t, x) from z by scipy; as all peers, return the ends and a sample's own evaluations."""
     found = solve_ivp(lambda t, x: field(t, torch.from_numpy(x)).cpu().numpy(), (EPS, 1.0),
                       z.double().flatten().cpu().numpy(), method="RK45", rtol=tol, atol=tol)
     return torch.from_numpy(found.y[:, -1]), None

@@ -1,8 +1,7 @@
 """Couplings: which noise z0 goes with which image z1, as the directions of generate_data.py have it (COUPLINGS).
 
-A coupling is a function (points, indices, solve, eps) → (z0, z1, nfe). `points` gives the initial points of pairs by
-number: `points.z0(indices)`, `points.z1(indices)`. `solve(x)` integrates x, and returns where it ends and its
-evaluations.
+A coupling is a function (points, indices, solve, eps) → (z0, z1, nfe). `points.z0(indices)` and `points.z1(indices)`
+are the initial points of pairs by number; `solve(x)` integrates x, and returns where it ends and its evaluations.
 """
 
 import dataclasses

@@ -44,9 +44,9 @@ def l1(v, point, reduce=mean):
 
 
 def huber(v, point):
-    """Return the pseudo-Huber distance (sqrt(‖Δ‖² + c²) - c) / d, d = C·H·W, c = 0.00054·d: (N,).
+    """Return the pseudo-Huber distance (sqrt(‖Δ‖² + c²) - c) / d of Δ = v - (z1 - z0), d = C·H·W, c = 0.00054·d: (N,).
 
-    Δ = v - (z1 - z0) (arXiv 2405.20320, section 4.2). Written without the difference of two near numbers.
+    From arXiv 2405.20320, section 4.2, without its difference of two near numbers.
     """
     d = math.prod(v.shape[1:])
     c = HUBER_C * d
@@ -70,10 +70,7 @@ def lpips_plus(distance, v, point, lpips):
 
 
 def lpips_huber(v, point, lpips):
-    """Return t·Huber + LPIPS(x_t + (1-α)·v, z1): (N,) (arXiv 2405.20320, section 4.2, LPIPS-Huber).
-
-    There t = 1 is noise, so that its 1-t is our t.
-    """
+    """Return t·Huber + LPIPS(x_t + (1-α)·v, z1): (N,) (arXiv 2405.20320, LPIPS-Huber; there t = 1 is noise)."""
     return point.t * huber(v, point) + lpips_from_here(v, point, lpips)
 
 

@@ -78,8 +78,7 @@ def guided_loss(choices, velocity, batch, draws, update, *, teacher, first_step=
         x_t = xi + per_sample(t, xi) * u
         x_1 = x_t + per_sample(1 - t, xi) * teacher(x_t, t, label)
         guided = PathPoint(z0=xi, x_t=xi, t=start, alpha=torch.zeros_like(t), target=x_1 - xi)
-    return (choices.weigh(choices.distance(v, point), point.t)
-            + choices.weigh(choices.distance(v_xi, guided), t))
+    return choices.weigh(choices.distance(v, point), point.t) + choices.weigh(choices.distance(v_xi, guided), t)
 
 
 def draw_point(choices, batch, draws, update):

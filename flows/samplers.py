@@ -130,10 +130,7 @@ def sampler_values(config):
 
 
 def sampler_title(name, values):
-    """Return a sampler with its settings for people: `euler-2`, `rk45 (ode_tol 1e-05, step_control sample)`.
-
-    `values`: as `sampler_values` returns them; absent fields are left out.
-    """
+    """Return a sampler with its `sampler_values` for people: `euler-2`, `rk45 (ode_tol 1e-05, step_control sample)`."""
     known = {field: values[field] for field in sampler_fields() if values.get(field) is not None}
     steps = f"-{known.pop('sample_N')}" if "sample_N" in known else ""
     others = [f"{field} {value:g}" if isinstance(value, float) else f"{field} {value}"

@@ -63,10 +63,9 @@ def u_shaped(generator, count, device, low, high, a=U_SHAPE):
 
 
 def exponential(generator, count, device, low, high, base):
-    """Draw t of density ∝ base^{1-s}, s = (t-low)/(high-low): for base > 1 more often near the noise.
+    """Draw t of density ∝ base^{1-s}, s = (t-low)/(high-low), as arXiv 2410.07815, section 3, with base 10.
 
-    Simple ReFlow (arXiv 2410.07815, section 3) does, with base 10. The distribution function
-    (1 - base^{-s}) / (1 - 1/base) is inverted here.
+    The distribution function (1 - base^{-s}) / (1 - 1/base) is inverted here.
     """
     u = torch.rand(count, generator=generator, device=device)
     s = -torch.log1p(u * (1 / base - 1)) / math.log(base)
@@ -118,8 +117,7 @@ def find_schedule(table, field, name):
     """
     for pattern, row in table.items():
         expression = functools.reduce(lambda text, item: text.replace(*item), PLACEHOLDERS.items(), pattern)
-        match = re.fullmatch(expression, name)
-        if match:
+        if match := re.fullmatch(expression, name):
             numbers = [float(number) for number in match.groups()]
             if not row.valid(*numbers):
                 raise UserError(f"config.{field} is {name!r}, but {row.rule}")
