@@ -30,6 +30,8 @@ from experiments.images import Reference
 from experiments.report import NUMBERS, read_table, write_demo, write_table
 from experiments.studies import FLOW, ROOT, STUDIES
 from metrics.results import read_results
+from models import load_model
+from models.checkpoint import read_checkpoint
 from runtime.errors import UserError
 from runtime.files import file_lock, read_json, write_json
 from runtime.versions import git_commit
@@ -201,8 +203,9 @@ class Study:
         """Return the figures of a finished step for its row of the table; write CIFAR-10's networks as slim files."""
         if step.script == "train.py":
             if step.images and step.images.name == "cifar":
-                slim = self.root / "slim" / f"{step.name}.pth"
-                convert.main([FLOW.format(flow=self.root / step.name), str(slim), "--slim"])
+                path = FLOW.format(flow=self.root / step.name)
+                slim = convert.averaged(read_checkpoint(path), load_model(path), half=True)
+                convert.write_parts(self.root / "slim" / f"{step.name}.pth", slim)
             return {"loss": json.loads((self.root / step.name / "log.jsonl").read_text().splitlines()[-1])["loss"]}
         if step.script == "generate_data.py":
             return {"nfe": read_json(self.root / step.name / str(step.seed) / "pairs.json")["nfe_mean"]}
