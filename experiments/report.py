@@ -99,21 +99,23 @@ def compare(rows, first, second, figure="feature_distance"):
             f"{summary(differences)}, the same sign in {agree} of {len(seeds)} seeds")
 
 
-def draw(path, rows, x_label, panels):
-    """Draw the feature distance against evaluations, in panels side by side, both axes logarithmic.
+def points(rows, images, pairs):
+    """Return arrays: evaluations of the first step of each pair, distance of the second, its spread over seeds."""
+    found = [[list(by_seed(rows, f"{images}/seed{{seed}}/{step}", column).values())
+              for step, column in zip(pair, ("nfe", "feature_distance"), strict=True)] for pair in pairs]
+    return np.array(sorted((np.mean(nfe), np.mean(distance), np.std(distance, ddof=1) if len(distance) > 1 else 0.0)
+                           for nfe, distance in found if nfe and distance)).reshape(-1, 3).T
 
-    panels: {(images, title): {curve: [(step with the evaluations, step with the distance), …]}}.
-    """
+
+def draw(path, x_label, panels):
+    """Draw the panels that have points, {title: {curve: points}}, side by side, both axes logarithmic."""
+    panels = {title: curves for title, curves in panels.items() if any(x.size for x in curves.values())}
+    if not panels:
+        return
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-    for axes, ((images, title), curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(),
-                                               strict=True):
-        for label, pairs in curves.items():
-            found = [[list(by_seed(rows, f"{images}/seed{{seed}}/{step}", column).values())
-                      for step, column in zip(pair, ("nfe", "feature_distance"), strict=True)] for pair in pairs]
-            points = sorted((np.mean(nfe), np.mean(distance), np.std(distance, ddof=1) if len(distance) > 1 else 0.0)
-                            for nfe, distance in found if nfe and distance)
-            axes.errorbar(*np.array(points).reshape(-1, 3).T, label=label, marker="o", markersize=4, capsize=2,
-                          linewidth=1)
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, (x, y, spread) in curves.items():
+            axes.errorbar(x, y, spread, label=label, marker="o", markersize=4, capsize=2, linewidth=1)
         axes.set(title=title, xlabel=x_label, ylabel="Fréchet distance, classifier features", xscale="log",
                  yscale="log")
         for axis, locator in ((axes.xaxis, LogLocator(2)), (axes.yaxis, LogLocator(subs=(1, 2, 5)))):
@@ -128,17 +130,15 @@ def draw(path, rows, x_label, panels):
 
 def draw_miniature(rows, folder):
     """Write the plots of docs/miniature.md: distance against evaluations, and against what the pairs cost."""
-    curves = {label: [(f"{run}/{sampler}",) * 2 for sampler in SAMPLERS] for run, label in CURVES.items()}
-    panels = {(images, title): curves for images, title in (("digits", "Digits"), ("fashion", "Fashion-MNIST"))
-              if f"{images}/seed0/1_flow/euler-1" in rows}
-    if panels:
-        draw(folder / "miniature_quality.png", rows, "network evaluations a sample", panels)
-    curves = {kind: [(f"ablation/pairs_{kind}_{n}", f"ablation/solver_{kind}_{n}/euler-1") for n in parameters]
-              for kind, parameters in SOLVERS.items()}
-    curves["rk45"].append(("pairs", "2_flow_annealed/euler-1"))
-    if "digits/seed0/2_flow_annealed/euler-1" in rows:
-        draw(folder / "miniature_pairs.png", rows, "network evaluations a pair",
-             {("digits", "Digits: the student by the solver of its pairs"): curves})
+    draw(folder / "miniature_quality.png", "network evaluations a sample", {
+        title: {label: points(rows, images, [(f"{run}/{sampler}",) * 2 for sampler in SAMPLERS])
+                for run, label in CURVES.items()}
+        for images, title in (("digits", "Digits"), ("fashion", "Fashion-MNIST"))})
+    pairs = {kind: [(f"ablation/pairs_{kind}_{n}", f"ablation/solver_{kind}_{n}/euler-1") for n in parameters]
+             for kind, parameters in SOLVERS.items()}
+    pairs["rk45"].append(("pairs", "2_flow_annealed/euler-1"))
+    draw(folder / "miniature_pairs.png", "network evaluations a pair", {
+        "Digits: the student by the solver of its pairs": {k: points(rows, "digits", v) for k, v in pairs.items()}})
 
 
 def write_demo(root, rows):
@@ -202,7 +202,8 @@ def main(args):
         print(compare(rows, *args.compare.split(":", 1), args.figure))
         return
     print(table(rows))
-    draw_miniature(rows, pathlib.Path(args.plots))
+    if not args.show:  # plots are of the whole table
+        draw_miniature(rows, pathlib.Path(args.plots))
 
 
 if __name__ == "__main__":

@@ -106,16 +106,16 @@ class Setting:
 
     def step(self, name, script, *words, needs, **fields):
         """Return the step `name`: config and fields that all steps have, then `words`, then `fields`."""
-        own = {} if self.images is None else {
-            "data__dataset": "custom", "data__data_root": "{images}/train.zip", "data__cache_dir": "{root}/cache",
-            "data__image_size": self.images.size, "data__num_channels": self.images.channels}
-
         def flags(fields):
             return [word for field, value in fields.items()
                     for word in (f"--config.{field.replace('__', '.')}", str(value))]
 
-        words = ("--config", self.config, *flags({"seed": self.seed} | own | self.fields), *words, *flags(fields))
-        return Step(name, script, words, self.seed, self.images, needs)
+        own = {"seed": self.seed}
+        if self.images:
+            own |= {"data__dataset": "custom", "data__data_root": "{images}/train.zip", "data__cache_dir":
+                    "{root}/cache", "data__image_size": self.images.size, "data__num_channels": self.images.channels}
+        words = ("--config", self.config, *flags(own | self.fields), *words, *flags(fields))
+        return Step(name, script, words, self.seed, self.images, tuple(needs.items()))
 
     def train(self, name, updates, pairs=None, start=None, **fields):
         """Return a training step. pairs: the step that made its pairs; start: the step of its pre_train_model."""
@@ -123,14 +123,14 @@ class Setting:
                "training__snapshot_sampling": updates}
         own |= {"data__reflow_data_root": "{pairs}"} if pairs else {}
         own |= {"flow__pre_train_model": START} if start else {}
-        needs = tuple((key, step) for key, step in (("pairs", pairs), ("start", start)) if step)
+        needs = {key: step for key, step in (("pairs", pairs), ("start", start)) if step}
         return self.step(self.prefix + name, "train.py", needs=needs, **own | fields)
 
     def pairs(self, name, flow, count=None, **sampling):
         """Return a step that makes `count` noise-image pairs (None: as the config says) with the trained step."""
         fields = {"sampling__total_number_of_samples": count} if count else {}
         return self.step(self.prefix + name, "generate_data.py", "--ckpt_path", FLOW, "--data_root", "{root}/{here}",
-                         needs=(("flow", flow),), **fields, training__batch_size=250, **sampling)
+                         needs={"flow": flow}, **fields, training__batch_size=250, **sampling)
 
     def evaluate(self, flows, *samplings, samples=None):
         """Return a step for each trained step and sampling that measures its samples."""
@@ -140,13 +140,13 @@ class Setting:
             fields = {"eval__num_samples": self.images.groups * self.images.measured, "eval__batch_size": 250,
                       "eval__nearest": 0, "eval__save_samples": "true", "eval__feature_extractor": "pixels"}
         return [self.step(f"{flow.name}/{'-'.join(map(str, sampling.values()))}", "evaluation_fid.py", "--ckpt_dir",
-                          FLOW, *words, needs=(("flow", flow),), **sampling, **fields)
+                          FLOW, *words, needs={"flow": flow}, **sampling, **fields)
                 for flow in flows for sampling in samplings]
 
     def look(self, flow, sampling=TWO_STEPS):  # in one evaluation no straightness is measured
         """Return the step that draws samples of the trained step `flow` and measures the straightness of its paths."""
         return self.step(f"{flow.name}/straightness", "image_sampling.py", "--sampling_dir", FLOW,
-                         needs=(("flow", flow),), **sampling)
+                         needs={"flow": flow}, **sampling)
 
 
 def demo(scale=1.0):
