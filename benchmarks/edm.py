@@ -1,7 +1,7 @@
 """EDM's networks as teachers: loading a snapshot, and what each solver's pairs cost, on the CPU with one thread.
 
-    python benchmarks/edm.py edm-cifar10-32x32-uncond-vp.pkl
-    python benchmarks/edm.py tests/data/edm/edm_ddpmpp_cond.pkl --wide FILE.pkl | tee benchmarks/edm.txt
+    python -m benchmarks.edm edm-cifar10-32x32-uncond-vp.pkl
+    python -m benchmarks.edm tests/data/edm/edm_ddpmpp_cond.pkl --wide FILE.pkl | tee benchmarks/edm.txt
 
 Loading: seconds, and the peak of memory above what the program had, over the size of the file. Solvers, on the exact
 denoiser of a mixture of Gaussians and on small networks: evaluations of a sample, and the median over samples of the
@@ -11,29 +11,26 @@ channels and random weights, written to a temporary folder: of edm_ddpmpp_defaul
 channels, that is the architecture of edm-cifar10-32x32-uncond-vp.pkl.
 """
 
-import argparse
 import multiprocessing
-import os
 import pathlib
-import sys
 import tempfile
 import time
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from configs.command_line import run_program
+from configs.default import Field, get_default_config
+from flows.rectified_flow import velocity_from_network
+from flows.samplers import create_sampler
+from models import load_model
+from models.edm_pickle import Bytes, Reader
+from runtime.seeds import index_noise
+from tests.models.edm_networks import emit, widen
 
-from configs.default import get_default_config  # noqa: E402
-from flows.rectified_flow import velocity_from_network  # noqa: E402
-from flows.samplers import create_sampler  # noqa: E402
-from models import load_model  # noqa: E402
-from models.edm_pickle import Bytes, Reader  # noqa: E402
-from runtime.seeds import index_noise  # noqa: E402
-from tests.models.edm_networks import emit, widen  # noqa: E402
-
+FLAGS = {
+    "snapshot": Field("", "an EDM snapshot"),
+    "wide": Field("", "a snapshot to make 16 times as wide"),
+}
 SOLVERS = [("edm", 18), ("edm", 40), ("heun", 18), ("heun", 40), ("rk45", 1e-3), ("rk45", 1e-4), ("rk45", 1e-5)]
 IMAGES, SMALL = 4, 10**7
 
@@ -45,7 +42,7 @@ def memory(name):
 
 def load(path):
     """Load a snapshot and print its time and peak memory, after a small one: what torch loads once is not counted."""
-    load_model(ROOT / "tests/data/edm/edm_ncsnpp.pkl")
+    load_model("tests/data/edm/edm_ncsnpp.pkl")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from now
     before, started = memory("VmRSS"), time.process_time()
     net = load_model(path)
@@ -102,30 +99,22 @@ def measure(path):
     print(f"  {seconds:.2f} s an evaluation of an image: {1 / seconds / 35:.4f} images/s with edm 18", flush=True)
 
 
-def main():
+def main(args):
     """Measure what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("snapshots", nargs="*", type=pathlib.Path)
-    parser.add_argument("--wide", type=pathlib.Path)
-    args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread; processor seconds\nmixture of 20 Gaussians, images (3, 8, 8)")
     compare(mixture_velocity, index_noise(0, range(256), (3, 8, 8)), tolerance=1e-7)
-    for path in args.snapshots:
-        measure(path)
+    if args.snapshot:
+        measure(pathlib.Path(args.snapshot))
     if args.wide:
         with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, f"{args.wide.stem}_16_times_as_wide.pkl")
-            write_wide(args.wide, path)
+            source = pathlib.Path(args.wide)
+            path = pathlib.Path(folder, f"{source.stem}_16_times_as_wide.pkl")
+            content = Reader(Bytes(source.read_bytes())).load()
+            widen(content["ema"], 16)
+            path.write_bytes(b"\x80\x04" + emit(content) + b".")
             measure(path)
 
 
-def write_wide(source, target):
-    """Write the snapshot `source` with 16 times the channels."""
-    content = Reader(Bytes(memoryview(source.read_bytes()))).load()
-    widen(content["ema"], 16)
-    target.write_bytes(b"\x80\x04" + emit(content) + b".")
-
-
 if __name__ == "__main__":
-    main()
+    run_program(main, __doc__, FLAGS, places=("snapshot",))

@@ -1,6 +1,6 @@
 """Both U-Nets at every configuration of the paper: ours against the released way of computing them, on the CPU.
 
-    OMP_NUM_THREADS=2 python benchmarks/networks.py | tee benchmarks/networks.txt
+    OMP_NUM_THREADS=2 python -m benchmarks.networks | tee benchmarks/networks.txt
 
 The peer has the same weights and gives the same velocity, computed as the released networks do it: attention by
 einsum with its pixels × pixels matrix, 1×1 projections between permutations, resampling by reshaping or by filters,
@@ -10,131 +10,109 @@ which `load_model` returns a network on a CPU); figures are medians, ratio is th
 two for each multiply-accumulate of our forward pass; the peak is this machine's torch.mm in the same run.
 """
 
-import argparse
 import copy
 import math
-import pathlib
 import platform
 import statistics
-import sys
 import time
+import types
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from models import dhariwal_unet, layers, ncsnpp  # noqa: E402
-from models.create import create_from_fields  # noqa: E402
-from models.describe import describe  # noqa: E402
-from models.released import PUBLISHED  # noqa: E402
+from models import layers
+from models.create import create_from_fields
+from models.describe import describe
+from models.dhariwal_unet import DhariwalUNet
+from models.ncsnpp import NCSNpp
+from models.released import PUBLISHED
 
 GMACS_PER_RUN = 5.0  # small networks get a batch that makes at least about this much work
+ROUNDS = 5
 
 
-# The peer: modules of ours with the forward pass of the released way.
+# The peer: methods of our modules, the released way. First NCSN++'s.
 
 
-class NINAttention(layers.SelfAttention):
-    """NCSN++: three projections and an output, each a tensordot between permutations; einsum attention."""
+def nin_attention(self, x):
+    """Three projections and an output, each a tensordot between permutations; einsum attention."""
+    n, c, height, width = x.shape
 
-    def project(self, x, rows, layer):
-        """Multiply the channels of x (N, C, H, W) with some rows of a layer."""
+    def project(x, rows, layer):
         y = torch.tensordot(x.permute(0, 2, 3, 1), layer.weight[rows].t(), dims=1) + layer.bias[rows]
         return y.permute(0, 3, 1, 2)
 
-    def forward(self, x):
-        """Return the attention branch of x."""
-        n, c, height, width = x.shape
-        h = self.norm(x)
-        q, k, v = (self.project(h, slice(i * c, (i + 1) * c), self.qkv) for i in range(3))
-        w = torch.einsum("bchw,bcij->bhwij", q, k) * (c ** -0.5)
-        w = w.reshape(n, height, width, -1).softmax(dim=-1).reshape(n, height, width, height, width)
-        return self.project(torch.einsum("bhwij,bcij->bchw", w, v), slice(None), self.proj)
+    h = self.norm(x)
+    q, k, v = (project(h, slice(i * c, (i + 1) * c), self.qkv) for i in range(3))
+    w = torch.einsum("bchw,bcij->bhwij", q, k) * (c ** -0.5)
+    w = w.reshape(n, height, width, -1).softmax(dim=-1).reshape(n, height, width, height, width)
+    return project(torch.einsum("bhwij,bcij->bchw", w, v), slice(None), self.proj)
 
 
-class EinsumAttention(layers.SelfAttention):
-    """DhariwalUNet: 1×1 convolutions, batched heads, float32 einsum attention."""
-
-    def forward(self, x):
-        """Return the attention branch of x."""
-        n, c, height, width = x.shape
-        qkv = F.conv2d(self.norm(x), self.qkv.weight[:, :, None, None], self.qkv.bias)
-        q, k, v = qkv.reshape(n, 3, self.heads, -1, height * width).transpose(0, 1).flatten(1, 2).unbind()
-        w = torch.einsum("ncq,nck->nqk", q.float(), (k / math.sqrt(k.shape[1])).float()).softmax(dim=2)
-        mixed = torch.einsum("nqk,nck->ncq", w, v).reshape(n, c, height, width)
-        return F.conv2d(mixed, self.proj.weight[:, :, None, None], self.proj.bias)
+def reshape_upsample(self, x, shifts=None):
+    """Every pixel repeated by expanding and copying."""
+    n, c, height, width = x.shape
+    return x.view(n, c, height, 1, width, 1).repeat(1, 1, 1, 2, 1, 2).view(n, c, 2 * height, 2 * width)
 
 
-class ReshapeUpsample(layers.BoxUpsample):
-    """NCSN++: every pixel repeated by expanding and copying."""
-
-    def forward(self, x, shifts=None):
-        """(N, C, H, W) to (N, C, 2H, 2W)."""
-        n, c, height, width = x.shape
-        return x.view(n, c, height, 1, width, 1).repeat(1, 1, 1, 2, 1, 2).view(n, c, 2 * height, 2 * width)
+def reshape_downsample(self, x, shifts=None):
+    """The mean over two dimensions of a reshaped image."""
+    n, c, height, width = x.shape
+    return x.reshape(n, c, height // 2, 2, width // 2, 2).mean(dim=(3, 5))
 
 
-class ReshapeDownsample(layers.BoxDownsample):
-    """NCSN++: the mean over two dimensions of a reshaped image."""
-
-    def forward(self, x, shifts=None):
-        """(N, C, H, W) to (N, C, H/2, W/2)."""
-        n, c, height, width = x.shape
-        return x.reshape(n, c, height // 2, 2, width // 2, 2).mean(dim=(3, 5))
-
-
-class FilterUpsample(layers.BoxUpsample):
-    """DhariwalUNet: a transposed convolution of each channel with ones."""
-
-    def forward(self, x, shifts=None):
-        """(N, C, H, W) to (N, C, 2H, 2W)."""
-        return F.conv_transpose2d(x, x.new_full((x.shape[1], 1, 2, 2), 1.0), stride=2, groups=x.shape[1])
-
-
-class FilterDownsample(layers.BoxDownsample):
-    """DhariwalUNet: a convolution of each channel with a quarter."""
-
-    def forward(self, x, shifts=None):
-        """(N, C, H, W) to (N, C, H/2, W/2)."""
-        return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 0.25), stride=2, groups=x.shape[1])
-
-
-class ReleasedNCSNpp(ncsnpp.NCSNpp):
+def time_shifts(self, t999, label):
     """Each block activates and projects the time embedding itself."""
-
-    def time_shifts(self, t999, label):
-        """Return an iterator over the blocks' shifts."""
-        net = self.time_embedding
-        emb = net.linear1(F.silu(net.linear0(self.time_features(t999))))
-        return (linear(F.silu(emb)) for linear in self.time_linears)
+    net = self.time_embedding
+    emb = net.linear1(F.silu(net.linear0(self.time_features(t999))))
+    return (linear(F.silu(emb)) for linear in self.time_linears)
 
 
-class ReleasedDhariwal(dhariwal_unet.DhariwalUNet):
+# And DhariwalUNet's.
+
+
+def einsum_attention(self, x):
+    """1×1 convolutions, batched heads, float32 einsum attention."""
+    n, c, height, width = x.shape
+    qkv = F.conv2d(self.norm(x), self.qkv.weight[:, :, None, None], self.qkv.bias)
+    q, k, v = qkv.reshape(n, 3, self.heads, -1, height * width).transpose(0, 1).flatten(1, 2).unbind()
+    w = torch.einsum("ncq,nck->nqk", q.float(), (k / math.sqrt(k.shape[1])).float()).softmax(dim=2)
+    mixed = torch.einsum("nqk,nck->ncq", w, v).reshape(n, c, height, width)
+    return F.conv2d(mixed, self.proj.weight[:, :, None, None], self.proj.bias)
+
+
+def filter_upsample(self, x, shifts=None):
+    """A transposed convolution of each channel with ones."""
+    return F.conv_transpose2d(x, x.new_full((x.shape[1], 1, 2, 2), 1.0), stride=2, groups=x.shape[1])
+
+
+def filter_downsample(self, x, shifts=None):
+    """A convolution of each channel with a quarter."""
+    return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 0.25), stride=2, groups=x.shape[1])
+
+
+def scales_and_shifts(self, t999, label):
     """Each block projects the embedding itself."""
-
-    def scales_and_shifts(self, t999, label):
-        """Return an iterator over the blocks' scales and shifts."""
-        emb = self.embedding(t999, label)
-        return (linear(emb) for linear in self.affine_linears)
+    emb = self.embedding(t999, label)
+    return (linear(emb) for linear in self.affine_linears)
 
 
 RELEASED_WAY = {
-    "ncsnpp": {layers.SelfAttention: NINAttention, layers.BoxUpsample: ReshapeUpsample,
-               layers.BoxDownsample: ReshapeDownsample, ncsnpp.NCSNpp: ReleasedNCSNpp},
-    "DhariwalUNet": {layers.SelfAttention: EinsumAttention, layers.BoxUpsample: FilterUpsample,
-                     layers.BoxDownsample: FilterDownsample, dhariwal_unet.DhariwalUNet: ReleasedDhariwal},
+    "ncsnpp": {layers.SelfAttention: nin_attention, layers.BoxUpsample: reshape_upsample,
+               layers.BoxDownsample: reshape_downsample, NCSNpp: time_shifts},
+    "DhariwalUNet": {layers.SelfAttention: einsum_attention, layers.BoxUpsample: filter_upsample,
+                     layers.BoxDownsample: filter_downsample, DhariwalUNet: scales_and_shifts},
 }
 
 
 def released_way(net):
     """Return a copy of a network that computes the released way."""
     peer = copy.deepcopy(net)
-    classes = RELEASED_WAY[net.config_fields["model.name"]]
+    ways = RELEASED_WAY[net.config_fields["model.name"]]
     for module in peer.modules():
-        module.__class__ = classes.get(type(module), type(module))
+        if way := ways.get(type(module)):
+            setattr(module, way.__name__ if module is peer else "forward", types.MethodType(way, module))
     return peer
 
 
@@ -149,19 +127,16 @@ class Count(TorchDispatchMode):
 
 
 def forward(net, inputs):
-    """Run one eval forward pass."""
     with torch.no_grad():
         net.eval()(*inputs)
 
 
 def forward_backward(net, inputs):
-    """Run one training pass, gradients thrown away."""
     net.train()(*inputs).square().mean().backward()
     net.zero_grad(set_to_none=True)
 
 
 def seconds(work, *args):
-    """Return the seconds that one call takes."""
     start = time.perf_counter()
     work(*args)
     return time.perf_counter() - start
@@ -173,7 +148,7 @@ def mm_peak(size=2048, rounds=5):
     return max(2 * size**3 / seconds(torch.mm, a, b) / 1e9 for _ in range(rounds))
 
 
-def compare(name, fields, rounds):
+def compare(name, fields):
     """Print the line of one configuration; return the ratios (forward, forward and backward)."""
     torch.manual_seed(0)
     net = create_from_fields(fields)
@@ -182,8 +157,7 @@ def compare(name, fields, rounds):
             torch.nn.init.normal_(p, std=0.02)
     gmacs = describe(fields)[-1].gmacs
     batch = max(1, round(GMACS_PER_RUN / gmacs))
-    size = net.config_fields["data.image_size"]
-    classes = net.config_fields["data.num_classes"]
+    size, classes = net.config_fields["data.image_size"], net.config_fields["data.num_classes"]
     label = torch.eye(classes)[:batch] if classes else None
     x, t999 = torch.randn(batch, 3, size, size), 999 * torch.rand(batch)
     last = copy.deepcopy(net).to(memory_format=torch.channels_last)
@@ -191,52 +165,35 @@ def compare(name, fields, rounds):
             "channels_last": (last, (x.contiguous(memory_format=torch.channels_last), t999, label))}
     with torch.no_grad():
         torch.testing.assert_close(net(x, t999, label), arms["peer"][0](x, t999, label), rtol=1e-3, atol=1e-4)
-    medians = {}
+    line, ratios, rates = f"{name:<17} {gmacs:>7.2f} {batch:>5}", [], []
     for work, names in ((forward, arms), (forward_backward, ("ours", "peer"))):
-        times = {arm: [] for arm in names}
-        for number in range(rounds + 1):  # the first is to warm up
-            for arm in names:
-                taken = seconds(work, *arms[arm])
-                if number:
-                    times[arm].append(taken)
-        medians[work] = {arm: statistics.median(values) for arm, values in times.items()}
-    line = f"{name:<17} {gmacs:>7.2f} {batch:>5}"
-    for taken in medians.values():
-        line += "".join(f" {batch / value:>9.2f}" for value in taken.values())
-        line += f" {taken['peer'] / taken['ours']:>6.2f}"
-    rate = 2 * gmacs * batch / medians[forward]["ours"]
-    print(f"{line} {rate:>8.1f}", flush=True)
-    return [taken["peer"] / taken["ours"] for taken in medians.values()]
-
-
-def print_operations():
-    """Print how many operations each way dispatches for the CIFAR 3.4M network."""
-    net = create_from_fields(PUBLISHED["CIFAR32 3.4M"][1])
-    inputs = torch.randn(1, 3, 32, 32), torch.rand(1)
-    found = []
-    for arm in (net, released_way(net)):
-        for work in (forward, forward_backward):
-            with Count() as count:
-                work(arm, inputs)
-            found.append(count.operations)
-    print(f"aten operations of CIFAR32 3.4M, forward and forward+backward: ours {found[0]} and {found[1]}, "
-          f"peer {found[2]} and {found[3]}")
+        rounds = [{arm: seconds(work, *arms[arm]) for arm in names} for _ in range(ROUNDS + 1)][1:]  # one to warm up
+        taken = {arm: statistics.median(times[arm] for times in rounds) for arm in names}
+        ratios.append(taken["peer"] / taken["ours"])
+        rates.append(2 * gmacs * batch / taken["ours"])
+        line += "".join(f" {batch / value:>9.2f}" for value in taken.values()) + f" {ratios[-1]:>6.2f}"
+    print(f"{line} {rates[0]:>8.1f}", flush=True)
+    return ratios
 
 
 def main():
     """Print a line for each configuration and the ratios over all of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} "
-          f"threads, float32, medians of {rounds} rounds")
-    print_operations()
+          f"threads, float32, medians of {ROUNDS} rounds")
+    net, found = create_from_fields(PUBLISHED["CIFAR32 3.4M"][1]), []
+    for arm in (net, released_way(net)):
+        for work in (forward, forward_backward):
+            with Count() as count:
+                work(arm, (torch.randn(1, 3, 32, 32), torch.rand(1)))
+            found.append(count.operations)
+    print(f"aten operations of CIFAR32 3.4M, forward and forward+backward: ours {found[0]} and {found[1]}, "
+          f"peer {found[2]} and {found[3]}")
     print(f"torch.mm: {mm_peak():.1f} GFLOP/s before")
     both = f" {'ours':>9} {'peer':>9}"
     print(f"{'':<31} {'forward, images/s':^36} {'forward+backward, images/s':^26}")
     print(f"{'configuration':<17} {'GMACs':>7} {'batch':>5}{both} {'ours c.l.':>9} {'ratio':>6}{both} {'ratio':>6} "
           f"{'GFLOP/s':>8}")
-    ratios = [compare(name, fields, rounds) for name, (_, fields) in PUBLISHED.items()]
+    ratios = [compare(name, fields) for name, (_, fields) in PUBLISHED.items()]
     print(f"torch.mm: {mm_peak():.1f} GFLOP/s after")
     for work, values in zip(("forward", "forward+backward"), zip(*ratios, strict=True), strict=True):
         print(f"{work}: ours {statistics.geometric_mean(values):.2f} times as fast as the peer (geometric mean), from "
