@@ -160,7 +160,7 @@ def make_blocks(config, folder, job, todo, coupling, processes):
                 pair_writer.write_block(folder, job, block, rows, nfe)
             except UserError as error:
                 raise UserError(f"pairs {indices.start} to {indices.stop - 1}: {error}") from None
-            bar.set_postfix(NFE=nfe.double().mean().item())
+            bar.set_postfix(refresh=False, NFE=nfe.double().mean().item())
         processes.barrier()
         finished(job.count)
 

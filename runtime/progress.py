@@ -34,10 +34,6 @@ class PlainProgress(tqdm):
             line = ("{desc}: " if self.desc else "") + place + ", {rate_noinv:.1f} {unit}/s" + left + "{postfix}"
             print(self.format_meter(**self.format_dict | {"bar_format": line}), file=sys.stderr, flush=True)
 
-    def set_postfix(self, **values):
-        """Show these values at the end of the next lines."""
-        super().set_postfix(refresh=False, **values)
-
     def close(self):
         """End the task without another line."""
         self.disable = True

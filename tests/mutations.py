@@ -83,7 +83,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("training/state.py", "tensor.detach().to(\"cpu\", copy=True)", "tensor", STATE),
     ("training/state.py", "torch.empty_like(parameter, dtype=value.dtype).copy_(value)", "value", RESTORE),
     ("training/state.py", "{**ours, \"params\": theirs[\"params\"]}", "theirs", RESTORE),
-    ("training/run.py", "os.path.normpath(value) if", "value if", RUN),
+    ("training/run.py", "os.path.normpath(str(there))", "str(there)", RUN),
     ("training/run.py", "if said != changed", "if False", RUN),
     ("training/run.py", "self.signal = self.signal or number", "self.signal = number", RUN),
     ("runtime/files.py", "os.replace(temporary, path)", "os.replace(temporary, temporary)", FILES),

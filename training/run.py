@@ -24,7 +24,7 @@ from flows.objective import check_config
 from flows.rectified_flow import velocity_from_network
 from models import create_model
 from runtime.errors import UserError
-from runtime.files import atomic_path, file_lock, read_json, read_json_lines, state_digest, write_json, write_text
+from runtime.files import file_lock, read_json, read_json_lines, state_digest, write_json, write_text
 from runtime.pictures import save_grid, save_lines
 from runtime.progress import progress_bar
 from runtime.seeds import index_labels, index_noise
@@ -41,8 +41,6 @@ FREE_FIELDS = {
     "data.custom_data_root", *(name for name in FIELDS if name.startswith(("sampling.", "eval."))),
 }
 SAID_FIELDS = ("training.precision", "optim.lr")  # may change, too, and the log says so
-# Of these another spelling of the same path is no change.
-PATH_FIELDS = ("data.reflow_data_root", "data.real_pairs_root", "flow.pre_train_model", "flow.teacher_model")
 COLUMNS = 10  # of a sample grid
 EULER_STEPS = (2, 10)  # below the one-step row
 
@@ -71,13 +69,9 @@ def check_training(config, world_size=1):
 
 def describe_changes(before, config):
     """Return a phrase for each field that decides what is learnt and differs between two configs."""
-
-    def plain(config, name):
-        value = get_field(config, name)
-        return os.path.normpath(value) if value and name in PATH_FIELDS else value
-
-    return [f"{name} ({get_field(before, name)!r} there, {get_field(config, name)!r} here)" for name in FIELDS
-            if name not in FREE_FIELDS and plain(before, name) != plain(config, name)]
+    values = {name: (get_field(before, name), get_field(config, name)) for name in FIELDS if name not in FREE_FIELDS}
+    return [f"{name} ({there!r} there, {here!r} here)" for name, (there, here) in values.items()
+            if os.path.normpath(str(there)) != os.path.normpath(str(here))]  # a/ and ./a are one path
 
 
 def check_same_run(config, path):
@@ -116,8 +110,7 @@ def open_run(config, held):
         opened.write(shlex.join([sys.executable, *sys.argv]) + "\n")
     patch, untracked = uncommitted_changes()
     write_json(path / "versions.json", {"commit": git_commit(), "untracked": untracked, **versions()})
-    with atomic_path(path / "uncommitted.patch") as temporary:
-        temporary.write_bytes(patch)
+    (path / "uncommitted.patch").write_bytes(patch)
     images = [] if data.reflow_data_root else [data.data_root or data.custom_data_root or f"data/{data.dataset}"]
     roots = [data.reflow_data_root, data.real_pairs_root, *images]
     found = {root: state_digest(root) for root in roots if root and os.path.exists(root)}
@@ -172,7 +165,7 @@ class RunLogger:
         with open(self.path / LOG, "a") as opened:
             opened.write(json.dumps(entry) + "\n")
         shown = f"{entry['loss']:.4f}" if count else "none"
-        self.bar.set_postfix(loss=shown, speed=f"{speed:.0f} images/s")
+        self.bar.set_postfix(refresh=False, loss=shown, speed=f"{speed:.0f} images/s")
         for name in ("loss", "grad_norm", "lr", "beta", "images_per_second"):
             if entry[name] is not None:
                 self.board.add_scalar(name, entry[name], step)

@@ -210,7 +210,7 @@ def test_every_field_is_explained_takes_its_default_and_is_set_from_the_command_
     elif isinstance(field.default, (bool, str, tuple)):
         other = {bool: not field.default, str: "other", tuple: (1, 2)}[type(field.default)]
     else:
-        other = 3 if isinstance(field.default, int) else 0.25
+        other = max(3, field.low or 0) if isinstance(field.default, int) else 0.25
     config, _, given = parse(f"--config.{name}", str(other))
     assert get_field(config, name) == other and type(get_field(config, name)) is type(field.default)
     assert given == {name}

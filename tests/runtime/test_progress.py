@@ -10,7 +10,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
     with progress_bar(total=200, desc="pairs", unit="samples", initial=100) as bar:
         assert isinstance(bar, PlainProgress)
-        bar.set_postfix(loss=0.123456, nfe=20)
+        bar.set_postfix(refresh=False, loss=0.123456, nfe=20)
         bar.update(50)
     written = capsys.readouterr()
     assert written.out == ""
