@@ -42,6 +42,7 @@ FLAGS = {
     "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
     "force": Field(False, "compute again what results.jsonl has"),
 }
+READS = ("seed", "training.precision", "training.progress", "flow.eps", "sampling.", "eval.", "data.", "model.")
 
 BATCHES_AT_ONCE = 4  # handed to the sampler together, so that rk45's slots seldom run empty
 PATIENCE = datetime.timedelta(days=7)  # of processes for one that waits for training or compares the features
@@ -227,4 +228,4 @@ def publish(result, path, processes, samples=None):
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, FLAGS)
+    run_script(main, __doc__, FLAGS, READS)

@@ -44,6 +44,8 @@ FLAGS = {
     "z1_path": Field("", "npy of images (N, C, H, W) in [-1, 1] to start from instead of the data set"),
     "label_path": Field("", "npy of the classes of --z1_path, numbers (N,) or one-hot (N, num_classes)"),
 }
+READS = ("seed", "training.batch_size", "training.precision", "training.progress", "flow.eps", "sampling.", "data.",
+         "model.")
 
 BLOCK_BATCHES = 4  # batches in a block: a stop loses little, and rk45's slots are refilled for most of it
 PICTURED = 10
@@ -177,4 +179,4 @@ def complete(folder, job, config, teacher):
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, FLAGS)
+    run_script(main, __doc__, FLAGS, READS)

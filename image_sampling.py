@@ -35,6 +35,8 @@ FLAGS = {
     "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
     "classes": Field("", "class-conditional models: a grid row for each of these classes: 0,3,7 or cat,dog or all"),
 }
+READS = ("seed", "training.precision", "training.progress", "flow.eps", "flow.flow_t_schedule", "sampling.",
+         "eval.begin_ckpt", "eval.end_ckpt", "eval.batch_size", "data.", "model.")
 
 IMAGES = 64  # in a grid, unless eval.batch_size is given
 ROW = 10  # images in a row of the contact sheet, and of a class
@@ -197,4 +199,4 @@ def write_entries(path, entries):
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, FLAGS)
+    run_script(main, __doc__, FLAGS, READS)

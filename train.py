@@ -28,6 +28,9 @@ from runtime.seeds import DRAWS, seed_dropout, step_generator
 from training import run, state
 from training.update import UpdateStats, apply_update, check_finite, create_optimizer, warmup_factor
 
+READS = ("seed", "work_dir", "expr", "training.", "flow.", "data.", "model.", "optim.", "sampling.init_noise_scale",
+         "sampling.train_subset")
+
 
 def main(config, args, given):
     """Train the run that the config names; return the exit status."""
@@ -209,4 +212,4 @@ def explained_failures(options):
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, reads=READS)

@@ -54,15 +54,16 @@ for kind, parser in PARSERS.items():
     config_flags.register_flag_parser_for_type(kind, parser)
 
 
-def run_script(main, doc, script_flags=None):
+def run_script(main, doc, script_flags=None, reads=()):
     """Parse the command line and call `main(config, args, given)`; exit 2 with one sentence on a `UserError`.
 
     script_flags: {name: `Field`} of the script's own flags; args has their values as attributes. config: the
     validated `ml_collections.ConfigDict`. given: frozenset of the config fields ("sampling.sample_N") and flags
-    that stood on the command line. With --help and --print_config, `main` is not called.
+    that stood on the command line. With --help and --print_config, `main` is not called; reads: the beginnings of the
+    names of the fields that --help marks as read by this script.
     """
     with one_sentence(pathlib.Path(sys.argv[0]).name):
-        parsed = parse_command_line(sys.argv, doc, script_flags)
+        parsed = parse_command_line(sys.argv, doc, script_flags, reads)
         sys.exit(parsed and main(*parsed))
 
 
@@ -77,7 +78,7 @@ def run_program(main, doc, program_flags, places=()):
         sys.exit(main(parse_flags(sys.argv[1:], program_flags, places=places)))
 
 
-def parse_command_line(argv, doc="", script_flags=None):
+def parse_command_line(argv, doc="", script_flags=None, reads=()):
     """Return (config, args, given) of the words `argv` (the first is the script; see `run_script`); None after help.
 
     Raises UserError for an unknown field or flag, a value that does not fit, a missing config file, leftover words.
@@ -88,7 +89,7 @@ def parse_command_line(argv, doc="", script_flags=None):
         if common.help not in GROUPS:
             raise UserError(f"--help {common.help}: the groups of fields are {', '.join(filter(None, GROUPS))}")
         print(help_text(doc, script_flags, [common.help] if common.help else GROUPS,
-                        common.config and load_config(common.config)))
+                        common.config and load_config(common.config), reads))
         return None
     for word in words:
         if re.match("--?(no)?config[.]", word):
@@ -241,7 +242,7 @@ def differences(config):
                      if get_field(config, name) != field.default)
 
 
-def help_text(doc, script_flags, groups=GROUPS, config=None):
+def help_text(doc, script_flags, groups=GROUPS, config=None, reads=()):
     """Return what `--help` prints: the script's purpose, its flags, and the fields of `groups` with their values."""
     config = config or get_default_config()
     wrap = textwrap.TextWrapper(min(shutil.get_terminal_size((120, 24)).columns, 120), "  ", "      ",
@@ -253,7 +254,9 @@ def help_text(doc, script_flags, groups=GROUPS, config=None):
                   "  --help GROUP: only the fields of one group"]
     lines += [wrap(f"--{name}: {field.describe(field.default)}") for name, field in script_flags.items()]
     for group in groups:
-        lines += ["", f"config fields{group and ' of '}{group} (--config.NAME value):"]
-        names = [f"{group}.{name}".lstrip(".") for name in GROUPS[group]]
-        lines += [wrap(f"{name}: {FIELDS[name].describe(get_field(config, name))}") for name in names]
+        marked = "; * is read by this script" if reads else ""
+        lines += ["", f"config fields{group and ' of '}{group} (--config.NAME value{marked}):"]
+        for name in (f"{group}.{name}".lstrip(".") for name in GROUPS[group]):
+            lines.append(wrap(f"{'* ' * name.startswith(reads)}{name}: "
+                              f"{FIELDS[name].describe(get_field(config, name))}"))
     return "\n".join(lines)

@@ -94,6 +94,7 @@ GROUPS = {
                               "networks", choices=("default", "reduce-overhead", "max-autotune")),
         "deterministic": Field(False, "use only operations with the same bits every time (slower on a GPU)"),
         "max_skipped": Field(100, "non-finite updates in a row after which training stops", low=1),
+        "wandb": Field("", "Weights & Biases project that is sent what TensorBoard shows (needs the package wandb)"),
         "keep_checkpoints": Field(0, "how many of the newest checkpoint_{k}.pth to keep (0: all)", low=0),
     },
     "flow": {

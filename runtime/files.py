@@ -33,26 +33,18 @@ def atomic_path(path):
                 left.unlink()
     temporary = path.with_name(f"{start}{secrets.token_hex(4)}{end}")
     try:
-        with named_errors(path, temporary):
-            yield temporary
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def named_errors(path, temporary=None):
-    """Raise an OSError of a full or read-only disk in the `with` block, which names no other file, with `path`."""
-    try:
-        yield
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the system's word
         if (not isinstance(cause, OSError) or cause.errno not in CANNOT_WRITE
                 or cause.filename not in (None, str(temporary))):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

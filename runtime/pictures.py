@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.functional import pad
+from torchvision.utils import make_grid
 
 from runtime.errors import UserError
 from runtime.files import atomic_path
@@ -32,19 +34,16 @@ def save_grid(path, images, columns, labels=None):
     rows, labels = -(-len(images) // columns), labels or []
     if labels and len(labels) != rows:
         raise UserError(f"{path}: {len(labels)} labels for a grid of {rows} rows; give one label per row")
-    cells = to_uint8(images)
-    scale = max(1, -(-SMALLEST_CELL // max(cells.shape[1:3])))
-    cells = np.pad(cells.repeat(scale, axis=1).repeat(scale, axis=2), ((0, rows * columns - len(cells)), (GAP, 0),
-                                                                     (GAP, 0), (0, 0)), constant_values=255)
-    height, width, channels = cells.shape[1:]
-    canvas = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, -1, channels)
+    scale = max(1, -(-SMALLEST_CELL // max(images.shape[2:])))
+    cells = images.detach().float().cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid(cells, columns, GAP, pad_value=1.0) if len(cells) > 1 else pad(cells[0], (GAP,) * 4, value=1.0)
+    canvas = to_uint8(grid[None, : images.shape[1]])[0]
     font = ImageFont.load_default(size=FONT_SIZE)
     margin = max((int(font.getlength(text)) + 12 for text in labels), default=0)
-    canvas = np.pad(canvas, ((0, GAP), (margin, GAP), (0, 0)), constant_values=255)
-    picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
-    draw = ImageDraw.Draw(picture)
+    picture = Image.fromarray(np.pad(canvas, ((0, 0), (margin, 0), (0, 0)), constant_values=255).squeeze())
+    draw, height = ImageDraw.Draw(picture), cells.shape[2]
     for row, text in enumerate(labels):
-        draw.text((margin - 6, GAP + row * height + (height - GAP) // 2), text, fill=0, font=font, anchor="rm")
+        draw.text((margin - 6, GAP + row * (height + GAP) + height // 2), text, fill=0, font=font, anchor="rm")
     with atomic_path(path) as temporary:
         picture.save(temporary)
 

@@ -10,13 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
 import torch
+from ml_collections import ConfigDict
 
+import train
+from configs.command_line import help_text, parse_command_line
+from configs.default import FIELDS
 from models.checkpoint import write_checkpoint
+from runtime.errors import UserError
 from runtime.files import read_json_lines
 from tests.processes import run_ranks, run_script, start_ranks
 from training import state
@@ -369,3 +376,70 @@ def test_bf16_radam_and_accumulation_train(tmp_path):
     assert status == 0, log
     records = read_json_lines(tmp_path / "run" / "log.jsonl")
     assert records[-1]["skipped"] == 0 and 0 < records[-1]["loss"] < 5
+
+
+@pytest.fixture
+def digits(tmp_path, repository, monkeypatch):
+    """Parse and run a tiny training in this process: `digits(*words)` returns train.main's status."""
+    monkeypatch.chdir(repository)
+    argv = ["train.py", *words(tmp_path, "run", *TINY, "--config.training.n_iters", 2)]
+    return lambda *more: train.main(*parse_command_line([str(word) for word in [*argv, *more]]))
+
+
+def test_help_marks_every_field_that_training_reads(digits, monkeypatch):
+    """Attributes are what code reads; whole configs are compared and saved by items."""
+    groups, seen, original = {}, set(), ConfigDict.__getattr__
+
+    def record(self, name):
+        value = original(self, name)
+        if isinstance(value, ConfigDict):
+            groups[id(value)] = name
+        else:
+            seen.add(f"{groups.get(id(self), '')}.{name}".lstrip("."))
+        return value
+
+    monkeypatch.setattr(ConfigDict, "__getattr__", record)
+    assert digits("--config.training.snapshot_sampling", 2) == 0
+    monkeypatch.undo()
+    read = seen & FIELDS.keys()
+    assert len(read) > 30 and all(name.startswith(train.READS) for name in read)
+    lines = help_text("", {}, reads=train.READS).splitlines()
+    marked = {line.removeprefix("  * ").split(":")[0] for line in lines if line.startswith("  * ")}
+    assert read <= marked and not any(name.startswith("eval.") for name in marked)
+
+
+def test_wandb_is_told_before_the_first_tensorboard_file_and_refused_where_it_is_missing(digits, monkeypatch, tmp_path):
+    chosen = ["--config.training.wandb", "flows"]
+    with pytest.raises(UserError, match="config.training.wandb needs the package wandb"):
+        digits(*chosen)
+    asked, fake = [], types.ModuleType("wandb")
+    fake.__spec__ = ModuleSpec("wandb", None)
+    fake.init = lambda **options: asked.append((options, (tmp_path / "run" / "tensorboard").exists()))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert digits(*chosen) == 0
+    options = {"project": "flows", "name": "run", "dir": str(tmp_path / "run"), "sync_tensorboard": True}
+    assert asked == [(options, False)]
+
+
+def test_memory_that_runs_out_is_one_sentence_that_names_the_fields_to_change(digits, monkeypatch):
+    def full(x, t, label=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(train, "velocity_from_network", lambda network: full)
+    with pytest.raises(UserError, match="^out of memory: raise config.training.accumulation_steps .* or lower "
+                                        "config.training.batch_size"):
+        digits()
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_deterministic_training_sets_every_switch(value, digits, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)  # put back at the end
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        assert digits("--config.training.deterministic", value) == 0
+        assert torch.are_deterministic_algorithms_enabled() is value and torch.backends.cudnn.benchmark is not value
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if value else None)
+    finally:
+        torch.use_deterministic_algorithms(before)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, how it was made, what it logs, and how a signal ends it."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -37,8 +38,8 @@ FREE_FIELDS = {
     "expr", "work_dir", "training.n_iters", "training.snapshot_sampling", "training.snapshot_freq_for_preemption",
     "training.record_iters", "training.progress", "training.keep_checkpoints", "training.max_skipped",
     "training.resume_from", "training.accumulation_steps", "training.compile", "training.compile_mode",
-    "training.deterministic", "data.on_device", "data.cache_dir", "data.skip_corrupt", "data.data_root",
-    "data.custom_data_root", *(name for name in FIELDS if name.startswith(("sampling.", "eval."))),
+    "training.deterministic", "training.wandb", "data.on_device", "data.cache_dir", "data.skip_corrupt",
+    "data.data_root", "data.custom_data_root", *(name for name in FIELDS if name.startswith(("sampling.", "eval."))),
 }
 SAID_FIELDS = ("training.precision", "optim.lr")  # may change, too, and the log says so
 COLUMNS = 10  # of a sample grid
@@ -62,6 +63,8 @@ def check_training(config, world_size=1):
     if config.training.batch_size % (world_size * config.training.accumulation_steps):
         raise UserError(f"config.training.batch_size {config.training.batch_size} cannot be split into {world_size} "
                         f"processes × {config.training.accumulation_steps} accumulation steps")
+    if config.training.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("config.training.wandb needs the package wandb: run pip install wandb, or leave it out")
     with torch.device("meta"):
         create_model(config)
     check_config(config)
@@ -144,7 +147,12 @@ class RunLogger:
         if active:
             from torch.utils.tensorboard import SummaryWriter  # a second of import time, only where it is used
 
-            forget_after(self.path / LOG, start)
+            kept = [entry for entry in read_json_lines(self.path / LOG) if entry.get("step", start) <= start]
+            write_text(self.path / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))  # the rest comes again
+            if config.training.wandb:
+                import wandb  # optional
+
+                wandb.init(project=config.training.wandb, name=config.expr, dir=str(self.path), sync_tensorboard=True)
             self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=start + 1)
 
     def write(self, step, stats, *, lr, beta, device):
@@ -195,12 +203,6 @@ class RunLogger:
         self.draw()
         if self.active:
             self.board.close()
-
-
-def forget_after(log, step):
-    """Drop the records that come after `step`, from which the run goes on: it will write them again."""
-    entries = [entry for entry in read_json_lines(log) if entry.get("step", step) <= step]
-    write_text(log, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 @torch.no_grad()
