@@ -1,6 +1,7 @@
 """What a run was trained on and with, taken from the config that its checkpoint holds."""
 
 from configs.default import FIELDS, get_field, set_field
+from datasets.pairs import RECORD, open_folders
 
 # These decide nothing once a network is trained: where this machine keeps data, and what training drew.
 NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.use_aug", "data.reflow_data_root",
@@ -10,16 +11,30 @@ RUN_FIELDS = ("flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale",
 ROOTS = {"data.data_root", "data.custom_data_root"}
 
 
-def take_run_fields(config, saved, given, path):
+def take_pair_fields(config, given):
+    """Set the fields data.* to those of the run whose pairs data.reflow_data_root holds, unless given; return remarks.
+
+    Pairs without pairs.json change nothing.
+    """
+    root = config.data.reflow_data_root
+    folder = next((folder for folder in (open_folders(root) if root else ()) if folder.record), None)
+    if folder is None:
+        return []
+    path, fields = folder.path / RECORD, [name for name in RUN_FIELDS if name.startswith("data.")]
+    return [f"{path}: {remark}"
+            for remark in take_run_fields(config, folder.record.get("config", {}), given, path, fields)]
+
+
+def take_run_fields(config, saved, given, path, fields=RUN_FIELDS):
     """Set the fields of `config` that say what the run of a checkpoint was trained on and with, unless given.
 
     saved: the config in the checkpoint at `path` as a nested dict; fields that it lacks stay as they are. given:
-    dotted names of the fields on the command line, which win. Returns remarks for the user, one sentence each: where
-    the command line contradicts the run, and where the config file did. Raises UserError for a saved value that its
-    field does not allow.
+    dotted names of the fields on the command line, which win. fields: those that are taken. Returns remarks for the
+    user, one sentence each: where the command line contradicts the run, and where the config file did. Raises
+    UserError for a saved value that its field does not allow.
     """
     run = {}
-    for name in RUN_FIELDS:
+    for name in fields:
         group, field = name.split(".")
         members = saved.get(group)
         if isinstance(members, dict) and field in members:

@@ -54,7 +54,7 @@ def test_pairs_say_which_teacher_made_them_and_how(pairs):
     about = json.loads((pairs / "pairs.json").read_text())
     file = golden_file(f"{TEACHER}.pkl")
     assert about["checkpoint"] == str(file) and about["checkpoint_digest"] == file_digest(file)
-    assert about["sampler"] == "heun" and about["config"]["sampling"]["sample_N"] == 3
+    assert about["identity"]["sampling.use_ode_sampler"] == "heun" and about["identity"]["sampling.sample_N"] == 3
     assert about["config"]["sampling"]["class_label"] == -1 and about["config"]["data"]["image_size"] == 16
     assert np.load(pairs / "z1.npy").shape == (16, 3, 16, 16) and np.load(pairs / "label.npy").shape == (16, 10)
     assert (pairs.parent / "log").read_text().count("CC BY-NC-SA 4.0") == 1

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import generate_data
+import train
 from configs.command_line import config_to_dict, load_config, parse_command_line
 from configs.default import set_field
 from datasets import load_images
@@ -28,6 +29,7 @@ from models.ema import ExponentialMovingAverage
 from runtime.errors import UserError
 from runtime.files import file_digest
 from runtime.seeds import index_labels, index_noise
+from tests.datasets.image_files import png, random_images, write_folder
 from tests.processes import Script, run_ranks
 
 CONFIG = "configs/rectified_flow/digits_rf_gaussian.py"
@@ -259,6 +261,25 @@ def test_the_record_and_the_picture_tell_what_the_pairs_are(tmp_path, network):
     assert record["checkpoint"] == network and len(record["checkpoint_digest"]) == 16
     assert record["config"]["model"]["name"] == "DhariwalUNet" and record["config"]["model"]["nf"] == 8
     assert (folder / "pairs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_the_teacher_was_trained_on_is_recorded_for_the_student_unless_given(tmp_path, capsys):
+    """Pairs of own images: config.json of a run on them, started by a config of digits, has the own images."""
+    write_folder(tmp_path / "own", {f"{k}.png": png(image) for k, image in enumerate(random_images(10, 1, 8))})
+    own = {"data.dataset": "custom", "data.data_root": str(tmp_path / "own")}
+    make(tmp_path / "pairs", sampling__direction="random_paired", sampling__train_subset="all",
+         **{name.replace(".", "__"): value for name, value in own.items()})
+    common = ["--config", CONFIG, "--config.data.reflow_data_root", str(tmp_path / "pairs"), "--config.work_dir",
+              str(tmp_path), "--config.training.n_iters", "1", "--config.training.batch_size", "8",
+              "--config.model.nf", "8", "--config.training.snapshot_sampling", "0"]
+    for expr, given, dataset, said in (
+            ("taken", [], "custom", "pairs.json: as in training, not as in the config file: data.dataset 'custom'"),
+            ("given", ["--config.data.dataset", "digits"], "digits",
+             "pairs.json: trained with data.dataset 'custom', but 'digits' of the command line is used")):
+        assert train.main(*parse_command_line(["train.py", *common, "--config.expr", expr, *given])) == 0
+        recorded = load_config(tmp_path / expr / "config.json").data
+        assert (recorded.dataset, recorded.data_root) == (dataset, own["data.data_root"] if not given else "")
+        assert said in capsys.readouterr().err
 
 
 def test_compact_storage_takes_a_quarter_of_the_disk_and_says_what_it_loses(tmp_path):

@@ -38,8 +38,8 @@ def test_a_sampler_added_to_the_table_makes_pairs_pictures_and_figures(tmp_path,
     status, log = run(tmp_path, "generate_data.py", *pairs)
     assert status == 0, log
     record = json.loads((tmp_path / "pairs" / "42" / "pairs.json").read_text())
-    assert record["sampler"] == "midpoint" and record["nfe_mean"] == 6
-    assert record["sampler_settings"]["sample_N"] == 3
+    assert record["identity"]["sampling.use_ode_sampler"] == "midpoint" and record["nfe_mean"] == 6
+    assert record["identity"]["sampling.sample_N"] == 3
     status, log = run(tmp_path, "generate_data.py", *pairs, "--config.sampling.sample_N", "4")
     assert status == 2 and "sampling.sample_N is 3 there and 4 here" in log
 
