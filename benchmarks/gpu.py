@@ -17,7 +17,6 @@ import tempfile
 import time
 
 import torch
-from torch.utils.benchmark import Timer
 from torchvision.models import inception_v3
 
 from benchmarks.train_step import SMALL, create_training, ours, released
@@ -27,7 +26,7 @@ from flows.samplers import euler
 from metrics.features import full_float32
 from models import load_model
 from models.checkpoint import write_checkpoint
-from models.describe import describe
+from models.describe import describe, median_seconds
 from runtime.devices import in_precision, set_precision
 
 PEAKS = {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4}  # dense TFLOP/s of an H100 SXM
@@ -79,8 +78,7 @@ class Programme:
 
     def rate(self, call):
         """Return calls a second."""
-        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        return 1 / timer.blocked_autorange(min_run_time=self.seconds).median
+        return 1 / median_seconds(call, seconds=self.seconds)
 
     def training(self, size, precision, compile=None):
         """Return train.py's `Training` of a network."""

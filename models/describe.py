@@ -2,13 +2,13 @@
 
 import collections
 import dataclasses
+import logging
 import resource
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
@@ -82,19 +82,28 @@ def cost_of(net):
     included; on a CPU the most that this process has held so far.
     """
     device, gmacs = next(net.parameters()).device, sum(measure(net, 1).macs.values()) / 1e9
-    cuda, threads = device.type == "cuda", torch.get_num_threads()
+    cuda = device.type == "cuda"
     batch = 64 if cuda else 8
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
-        one, many = (Timer("net(*inputs)", globals={"net": net, "inputs": _inputs(net, images)}, num_threads=threads)
-                     .blocked_autorange(min_run_time=0.5).median for images in (1, batch))
+        one, many = (median_seconds(net, *_inputs(net, images)) for images in (1, batch))
     peak = torch.cuda.max_memory_allocated(device) if cuda else 1024 * resource.getrusage(
         resource.RUSAGE_SELF).ru_maxrss
     return {"parameters": sum(p.numel() for p in net.parameters()), "gmacs": round(gmacs, 6),
             "gflops": round(2 * gmacs, 6), "latency_ms": round(1000 * one, 3),
             "batch_latency_ms": round(1000 * many, 3), "latency_batch": batch,
-            "peak_memory_mib": round(peak / 2**20, 1), "threads": threads}
+            "peak_memory_mib": round(peak / 2**20, 1), "threads": torch.get_num_threads()}
+
+
+def median_seconds(call, *arguments, seconds=0.5):
+    """Return the median time of `call(*arguments)` within about `seconds`, after a call that is not counted."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns where nvcc is without a GPU
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("call(*arguments)", globals={"call": call, "arguments": arguments},
+                  num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).median
 
 
 def cost_line(cost):

@@ -10,13 +10,12 @@ float32 forward pass keeps for the backward pass for each image, with the config
 """
 
 import torch
-from torch.utils.benchmark import Timer
 
 from configs.command_line import run_script
 from configs.default import Field
 from models.checkpoint import apply_architecture, read_checkpoint
 from models.create import create_model, model_fields
-from models.describe import describe, table, training_bytes
+from models.describe import describe, median_seconds, table, training_bytes
 from models.ema import ExponentialMovingAverage
 from runtime.devices import autocast, set_precision
 from training.update import UpdateStats, apply_update, create_optimizer
@@ -66,8 +65,7 @@ def seconds_of_update(config, device):
         apply_update(optimizer, ema, stats, loss.detach(), grad_clip=1.0)
         optimizer.zero_grad(set_to_none=True)
 
-    timer = Timer("update()", globals={"update": update}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=2.0).median
+    return median_seconds(update, seconds=2.0)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ import warnings
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 from configs.command_line import load_config, run_program
 from configs.default import Field, get_default_config
@@ -43,6 +42,7 @@ from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
 from metrics.sweep import run_folder
 from models.checkpoint import is_remote, load_with_config
+from models.describe import median_seconds
 from runtime.errors import UserError
 from runtime.files import atomic_path, write_json
 from runtime.seeds import EVALUATION, index_labels, index_noise
@@ -210,9 +210,8 @@ def measure(model, name, run, file=None):
     checked, one = draw_inputs(model, CHECKED), draw_inputs(model, 1)
     parts = [{key: value[part] for key, value in checked.items()} for part in (slice(-1), slice(-1, None))]
     difference = np.abs(np.concatenate([run(part) for part in parts]) - model(*checked.values()).numpy())
-    timed = Timer("run(one)", globals={"run": run, "one": one}).blocked_autorange(min_run_time=0.5)
     size = file.stat().st_size if file else sum(t.nbytes for t in model.net.state_dict().values())
-    return {"name": name, "file": str(file or ""), "bytes": size, "latency_ms": 1000 * timed.median,
+    return {"name": name, "file": str(file or ""), "bytes": size, "latency_ms": 1000 * median_seconds(run, one),
             "largest_difference": float(difference.max()), "mean_difference": float(difference.mean())}
 
 
