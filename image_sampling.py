@@ -42,13 +42,13 @@ IMAGES = 64  # in a grid, unless eval.batch_size is given
 ROW = 10  # images in a row of the contact sheet, and of a class
 SURVEY = [("rk45", 1), *(("euler", steps) for steps in (1, 2, 5, 10, 20, 50, 100))]
 STRAIGHTNESS_STEPS, TRACED_SAMPLES, TRACED_PIXELS = 100, 4, 6  # the last two in the plot of pixels over time
-# Fields beside the sampler's own that make an image another where they are given, and their words in a file's name.
+# Fields beside the sampler's own that change an image, and their names in that of a file.
 NAMED = {"seed": "seed", "sampling.class_label": "class", "sampling.init_noise_scale": "scale", "flow.eps": "eps",
          "training.precision": ""}
 
 
 def main(config, args, given):
-    """Sample the checkpoints that the flags name and say where the pictures are."""
+    """Sample the checkpoints that the flags name."""
     paths = checkpoint_paths(args.sampling_dir, config.eval, given)
     set_precision(config.training.precision)
     with start_processes() as processes:
@@ -77,7 +77,7 @@ def sample_checkpoint(path, config, args, given, device):
     """Sample one checkpoint and write everything about it; nothing is written before all of it is sampled."""
     config, net, digest = load_with_config(path, config, given, args.use_ema, device)
     velocity = velocity_from_network(in_precision(net, config.training.precision, device))
-    classes, titles = class_rows(args.classes, config, given)
+    classes, class_titles = class_rows(args.classes, config, given)
     z, label = initial_points(classes, config, given, device)
     name, grids, survey = pathlib.Path(path).stem + ("" if args.use_ema else "_raw"), [], SURVEY
     if "sampling.use_ode_sampler" in given:
@@ -103,17 +103,17 @@ def sample_checkpoint(path, config, args, given, device):
         entry |= {"file": stem + file_suffix(own, config, given) + suffix + ".png", "checkpoint": str(path),
                   "digest": digest, "weights": "EMA" if args.use_ema else "raw", "seed": config.seed,
                   "images": len(z), "straightness": straight}
-        save_grid(folder / entry["file"], images, columns, titles)
-    words = [f"{entry['sampler']}, NFE {entry['nfe']:.4g}" for _, entry in grids]
+        save_grid(folder / entry["file"], images, columns, class_titles)
+    titles = [f"{entry['sampler']}, NFE {entry['nfe']:.4g}" for _, entry in grids]
     if len(grids) > 1:  # of one sampler the grid tells as much, and the sheet of an earlier survey stays
         sheet = torch.cat([images[:ROW] for images, _ in grids])
-        save_grid(folder / f"contact_sheet{suffix}.png", sheet, min(ROW, len(z)), words)
+        save_grid(folder / f"contact_sheet{suffix}.png", sheet, min(ROW, len(z)), titles)
     if curves:
         save_lines(folder / f"pixel_trajectories{suffix}.png", curves,
                    f"{name}: {TRACED_PIXELS} pixels a sample, {STRAIGHTNESS_STEPS} Euler steps",
                    "time t (0: noise, 1: image)", "pixel value (images: -1 to 1)")
     write_entries(folder / "samples.json", [entry for _, entry in grids])
-    print(f"{folder}: {', '.join(words)}" + ("" if straight is None else f"; straightness {straight:.4g}"), flush=True)
+    print(f"{folder}: {', '.join(titles)}" + ("" if straight is None else f"; straightness {straight:.4g}"), flush=True)
 
 
 def class_rows(asked, config, given):
@@ -126,19 +126,19 @@ def class_rows(asked, config, given):
     if not count or "sampling.class_label" in given:
         raise UserError(f"--classes {asked}: this model has no classes; leave the flag out" if not count else
                         "--classes and --config.sampling.class_label are both given; give one of them")
-    words = [str(k) for k in range(count)] if asked == "all" else [word.strip() for word in asked.split(",")]
+    wanted = [str(k) for k in range(count)] if asked == "all" else [name.strip() for name in asked.split(",")]
     names = [f"class {k}" for k in range(count)]
-    if not all(word.isdecimal() for word in words):  # the names of the data set, which is read only for them
+    if not all(name.isdecimal() for name in wanted):  # the names of the data set, which is read only for them
         try:
             names = load_images(config).class_names or names
         except UserError as error:
             raise UserError(f"--classes {asked}: the classes' names are not known ({error}); give numbers") from None
     numbers = {name: k for k, name in enumerate(names)} | {str(k): k for k in range(count)}
-    unknown = [word for word in words if word not in numbers]
+    unknown = [name for name in wanted if name not in numbers]
     if unknown:
         raise UserError(f"--classes {asked}: {unknown[0]!r} is no class; the classes are 0 to {count - 1}, or all, or "
                         f"names: {', '.join(names[:12])}{', …' if count > 12 else ''}")
-    return [numbers[word] for word in words], [names[numbers[word]] for word in words]
+    return [numbers[name] for name in wanted], [names[numbers[name]] for name in wanted]
 
 
 def initial_points(classes, config, given, device):
@@ -180,14 +180,14 @@ def trace(velocity, z, label, config):
                                   for sample in range(pixels.shape[1]) for place in places]
 
 
-def file_suffix(words, config, given):
-    """Return `_seed7_scale2`: {field: its word} of the given fields that differ from their default, for file names."""
-    values = {name: get_field(config, name) for name in words if name in given}
-    return "".join(f"_{words[name]}{value}" for name, value in values.items() if value != FIELDS[name].default)
+def file_suffix(labels, config, given):
+    """Return `_seed7_scale2`: {field: its label} of the given fields that differ from their default, for file names."""
+    values = {name: get_field(config, name) for name in labels if name in given}
+    return "".join(f"_{labels[name]}{value}" for name, value in values.items() if value != FIELDS[name].default)
 
 
 def write_entries(path, entries):
-    """Write the entries, and keep those of earlier calls whose pictures were not replaced."""
+    """Write the entries, and keep those of earlier calls whose images were not replaced."""
     new = {entry["file"] for entry in entries}
     try:
         old = json.loads(path.read_text(errors="replace")) if path.is_file() else []

@@ -1,20 +1,17 @@
 """Work against precision of adaptive integration: ours per sample, scipy, torchdiffeq and torchode on a trained 1-flow.
 
-    python benchmarks/ode.py logs/demo/1_flow/checkpoints/checkpoint_1.pth | tee benchmarks/ode.txt
+    python -m benchmarks.ode logs/demo/1_flow/checkpoints/checkpoint_1.pth | tee benchmarks/ode.txt
 
 All integrate the same float32 network (EMA weights) from the same noise, t = 0.001 to 1, with a float64 state and
 rtol = atol, a batch at a time: scipy and torchdiffeq with one step size for a batch, torchode and ours with one for
-each sample. Columns: evaluations of a sample by its solver's own count (a step is six, the start two); rows, how often
-the network really saw it; the root mean square over a sample's pixels of the difference to a solution at tolerance
-1e-6, as mean, median and worst of the samples; `over`, the mean error divided by that of ours at as many evaluations,
-interpolated on logarithms (nan outside): above 1, ours is more accurate for the same work. The curves are drawn in
-docs/work_precision.png.
+each sample. Columns: evaluations of a sample by its solver's own count; rows, how often the network really saw it; the
+root mean square over a sample's pixels of the difference to a solution at tolerance 1e-6, as mean, median and worst of
+the samples; `over`, the mean error divided by that of ours at as many evaluations, interpolated on logarithms (nan
+outside): above 1, ours is more accurate for the same work. docs/work_precision.png shows the curves.
 """
 
 import argparse
-import pathlib
 import platform
-import sys
 from importlib import metadata
 
 import numpy as np
@@ -24,13 +21,10 @@ import torchode
 from matplotlib.figure import Figure
 from scipy.integrate import solve_ivp
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from flows.rectified_flow import velocity_from_network  # noqa: E402
-from flows.runge_kutta import rk45  # noqa: E402
-from models import load_model  # noqa: E402
-from runtime.seeds import index_noise  # noqa: E402
+from flows.rectified_flow import velocity_from_network
+from flows.runge_kutta import rk45
+from models import load_model
+from runtime.seeds import index_noise
 
 EPS, TIGHT, OURS = 1e-3, 1e-6, "ours, per sample"
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
@@ -110,8 +104,7 @@ def main():
             x, nfe, rows = run(name, velocity, z, tol, options.batch)
             error = (x - tight).flatten(1).square().mean(1).sqrt()
             curve.append((nfe, error.mean().item()))
-            at = np.interp(np.log(nfe), *np.log(ours or curve).T, left=np.nan, right=np.nan)
-            over = curve[-1][1] / np.exp(at)
+            over = curve[-1][1] / np.exp(np.interp(np.log(nfe), *np.log(ours or curve).T, left=np.nan, right=np.nan))
             print(f"{tol:9g}  {name:20}{nfe:12.2f}{rows:8.2f}{error.mean():12.3e}{error.median():10.2e}"
                   f"{error.max():10.2e}{over:7.2f}", flush=True)
         ours = ours or curve
@@ -119,7 +112,7 @@ def main():
     axes.set(xlabel="evaluations a sample", ylabel="mean error (root mean square a pixel)", title=title)
     axes.grid(which="both", alpha=0.3)
     axes.legend()
-    figure.savefig(ROOT / "docs" / "work_precision.png", dpi=100)
+    figure.savefig("docs/work_precision.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from datasets.sources import DATASETS
 from flows.couplings import COUPLINGS
 from flows.losses import DISTANCES, WEIGHTS
 from flows.samplers import SAMPLERS
-from flows.schedules import ANNEALING_SCHEDULES, PATH_PLACES, TIME_SCHEDULES
+from flows.schedules import ALPHA_SCHEDULES, ANNEALING_SCHEDULES, TIME_SCHEDULES
 from models.create import NETWORKS
 from runtime.errors import UserError
 
@@ -101,7 +101,7 @@ GROUPS = {
         "eps": Field(1e-3, "smallest time: t runs over [eps, 1]", low=0.0, high=0.5),
         "flow_t_schedule": Field("uniform", "distribution of the training time t (see the README); an integer k means "
                                  "k-step distillation", choices=TIME_SCHEDULES),
-        "flow_alpha_t": Field("uniform", "α of x_t = α·z1 + (1-α)·z0: t, eps (t0) or 1 (t1)", choices=PATH_PLACES),
+        "flow_alpha_t": Field("uniform", "α of x_t = α·z1 + (1-α)·z0: t, eps (t0) or 1 (t1)", choices=ALPHA_SCHEDULES),
         "pre_train_model": Field("", "checkpoint whose raw weights the network starts from (hf://owner/repo/file too)"),
         "pre_train_partial": Field(False, "start from those tensors of pre_train_model that fit this network; "
                                    "otherwise its architecture is taken and every tensor must fit"),

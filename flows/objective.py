@@ -1,7 +1,7 @@
 """The training objectives: from a batch and random numbers to one loss per sample.
 
 Every objective is the one of rectified flow, E w(t)·D(v(x_t, t), z1 - z0), with its parts chosen by the config: times
-t, places α on the path, annealing β, distance D, weight w. What the method adds to it is a function here.
+t, path α(t), annealing β, distance D, weight w. What the method adds to it is a function here.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ GUIDANCE_TIMES = (0.2, 0.8)  # of the second guiding step: those of the released
 class Draws:
     """The random numbers of one update, drawn for the whole global batch, of which the `rows` (a slice) are returned.
 
-    So a sample's numbers belong to its place in the batch, however that is split over processes and accumulation
+    So a sample's numbers belong to its index in the batch, however that is split over processes and accumulation
     steps. Each call draws the next ones from `generator` on `device`: all processes make the same calls.
     """
 
@@ -41,7 +41,7 @@ class Choices:
     """The parts of an objective that the config chooses."""
 
     times: Callable  # time schedule, see flows/schedules.py
-    alpha: Callable  # t (N,) → place α on the path (N,)
+    alpha: Callable  # t (N,) → α (N,) of x_t = α·z1 + (1-α)·z0
     beta: Callable | None  # update number → β of annealing; None: no annealing
     distance: Callable  # (v, PathPoint) → (N,)
     weigh: Callable  # (losses, t), each (N,) → (N,)
@@ -99,7 +99,7 @@ def create_objective(config, teacher=None, device="cpu"):
     annealed = config.data.reflow_data_root and training.x0_randomness != "fix_0"
     choices = Choices(
         times=schedules.create_time_schedule(flow.flow_t_schedule),
-        alpha=functools.partial(schedules.PATH_PLACES[flow.flow_alpha_t], eps=flow.eps),
+        alpha=functools.partial(schedules.ALPHA_SCHEDULES[flow.flow_alpha_t], eps=flow.eps),
         beta=schedules.create_annealing(training.x0_randomness) if annealed else None,
         distance=losses.create_distance(training.loss_type, training.reduce_mean, device),
         weigh=functools.partial(losses.WEIGHTS[training.weight_schedule], eps=flow.eps),

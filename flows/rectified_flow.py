@@ -20,7 +20,7 @@ def per_sample(values, like):
 
 
 def interpolate(z0, z1, alpha):
-    """Return the point at place α on the path, x_t = α·z1 + (1-α)·z0 (arXiv 2209.03003, equation 1).
+    """Return x_t = α·z1 + (1-α)·z0, a point on the straight path (arXiv 2209.03003, equation 1).
 
     `z0`, `z1`: (N, …); `alpha`: float or (N,) in [0, 1]. Exact at both ends.
     """
@@ -85,10 +85,10 @@ class PathPoint:
     z0: Tensor  # start of the path, (N, C, H, W)
     x_t: Tensor  # what the network sees, (N, C, H, W)
     t: Tensor  # the time the network sees, (N,)
-    alpha: Tensor  # place of x_t on the path, (N,): x_t + (1-α)·target is its end
+    alpha: Tensor  # of x_t, (N,): x_t + (1-α)·target is the end of the path
     target: Tensor  # velocity of the path, z1 - z0, (N, C, H, W)
 
 
 def point_on_path(z0, z1, t, alpha):
-    """Return the `PathPoint` at place α (N,) of the paths from `z0` to `z1`, seen by the network at time `t` (N,)."""
+    """Return the `PathPoint` at α (N,) of the paths from `z0` to `z1`, seen by the network at time `t` (N,)."""
     return PathPoint(z0=z0, x_t=interpolate(z0, z1, alpha), t=t, alpha=alpha, target=z1 - z0)

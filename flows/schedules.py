@@ -1,4 +1,4 @@
-"""What changes with time: the distribution of the training time t, the place α on the path, and annealing's β.
+"""What changes with time: the distribution of the training time t, α of the path, and β of annealing.
 
 In the names of TIME_SCHEDULES and ANNEALING_SCHEDULES <number> stands for a decimal number and <int> for a positive
 whole one; both are handed to the row's function.
@@ -84,8 +84,8 @@ TIME_SCHEDULES = {
     "<int>": Schedule(grid, lambda k: k > 1, "k-step distillation needs an integer k > 1 (one step is t0)"),
 }
 
-# The place α on the path, x_t = α·z1 + (1-α)·z0: `function(t, eps) -> α`, both (N,).
-PATH_PLACES = {
+# α of x_t = α·z1 + (1-α)·z0: `function(t, eps) -> α`, both (N,).
+ALPHA_SCHEDULES = {
     "uniform": lambda t, eps: t,
     "t0": lambda t, eps: torch.full_like(t, eps),
     "t1": lambda t, eps: torch.ones_like(t),

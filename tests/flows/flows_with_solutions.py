@@ -3,19 +3,19 @@
 import torch
 import torch.nn.functional as F
 
-MEAN, DEVIATION = 0.3, 0.5
+MEAN, STD = 0.3, 0.5
 
 
 def gaussian_velocity(x, t, label=None):
-    """Velocity of the rectified flow from N(0, 1) to N(MEAN, DEVIATION²): E[z1 - z0 | x_t = x]."""
+    """Velocity of the rectified flow from N(0, 1) to N(MEAN, STD²): E[z1 - z0 | x_t = x]."""
     t = t.view(-1, *(1,) * (x.ndim - 1))
-    variance = t**2 * DEVIATION**2 + (1 - t) ** 2
-    return MEAN + (t * DEVIATION**2 - (1 - t)) / variance * (x - t * MEAN)
+    variance = t**2 * STD**2 + (1 - t) ** 2
+    return MEAN + (t * STD**2 - (1 - t)) / variance * (x - t * MEAN)
 
 
 def gaussian_flow(z):
     """Where `gaussian_velocity` takes z from t = 0 to t = 1."""
-    return MEAN + DEVIATION * z
+    return MEAN + STD * z
 
 
 def tiny_network(channels=2, seed=0):

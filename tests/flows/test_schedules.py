@@ -1,4 +1,4 @@
-"""Distributions of the training time, the place on the path, and annealing: β and the annealed noise."""
+"""Distributions of the training time, α of the path, and annealing: β and the annealed noise."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from flows.rectified_flow import anneal
-from flows.schedules import PATH_PLACES, create_annealing, create_time_schedule
+from flows.schedules import ALPHA_SCHEDULES, create_annealing, create_time_schedule
 from runtime.errors import UserError
 
 EPS = 1e-3
@@ -118,9 +118,9 @@ def test_a_wrong_name_or_range_is_one_sentence_naming_the_field(name):
 
 def test_the_place_on_the_path_is_the_time_or_an_end():
     t = torch.tensor([0.25, 0.5])
-    assert torch.equal(PATH_PLACES["uniform"](t, EPS), t)
-    assert torch.equal(PATH_PLACES["t0"](t, EPS), torch.full_like(t, EPS))
-    assert torch.equal(PATH_PLACES["t1"](t, EPS), torch.ones(2))
+    assert torch.equal(ALPHA_SCHEDULES["uniform"](t, EPS), t)
+    assert torch.equal(ALPHA_SCHEDULES["t0"](t, EPS), torch.full_like(t, EPS))
+    assert torch.equal(ALPHA_SCHEDULES["t1"](t, EPS), torch.ones(2))
 
 
 def noise(seed, count=50):
