@@ -222,7 +222,13 @@ def load_matching(net, path):
     Returns (matched, unmatched): names of the network's tensors that were and were not copied.
     """
     checkpoint = read_checkpoint(path)
-    edm.check_start(net, checkpoint["fields"] or {}, path)
+    kind = "model.preconditioning"
+    theirs = {kind: "none"} | (checkpoint["fields"] or {})
+    # Weights of a denoiser in a velocity network, or the other way round, would be a random start; a denoiser of
+    # another architecture, too, where a student is to start as its teacher's velocity.
+    if different := contradictions(net.config_fields, theirs if theirs[kind] != "none" else {kind: theirs[kind]}):
+        raise UserError(f"{path}: {different[0]}, where its weights would mean something else; set --config.{kind} "
+                        f"{theirs[kind]}, with which a student starts as the teacher in the same architecture only")
     if released.is_released(checkpoint["model"]):
         with torch.device("meta"):
             source = create_from_fields(checkpoint["fields"] or net.config_fields)

@@ -111,23 +111,6 @@ def read_checkpoint(file, path, create):
             "licence_note": LICENCE_NOTE}
 
 
-def check_start(net, fields, path):
-    """Raise UserError unless weights of the checkpoint at `path`, of dotted `fields`, mean the same in `net`.
-
-    Weights of a denoiser copied into a velocity network, or the other way round, would be a random start. With a
-    preconditioning the architectures must be equal: then the student's first output is the teacher's velocity.
-    """
-    ours, name = net.config_fields, "model.preconditioning"
-    theirs = {name: "none"} | (fields or {})
-    if ours[name] != theirs[name]:
-        raise UserError(f"{path} has {name} {theirs[name]}, this network {ours[name]}: its weights would mean "
-                        f"something else here; set --config.{name} {theirs[name]} to start as its velocity")
-    different = [other for other in theirs if theirs[other] != ours.get(other)] if theirs[name] != "none" else []
-    if different:
-        raise UserError(f"{path} has {different[0]} {theirs[different[0]]}, this network {ours.get(different[0])}: "
-                        f"with {name} {theirs[name]} a student starts as the teacher in the same architecture only")
-
-
 def config_fields(snapshot):
     """Return (dotted config fields, taps of the resampling filter) of a snapshot's arguments.
 

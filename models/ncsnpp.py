@@ -1,9 +1,9 @@
 """NCSN++: the U-Net of score-based models (Song et al. 2021, arXiv 2011.13456, appendix H), with all its options."""
 
-import dataclasses
 import functools
 import itertools
 import math
+import types
 
 import numpy as np
 import torch
@@ -24,9 +24,8 @@ EPS = 1e-6  # of every group normalisation
 class NCSNpp(nn.Module):
     """Velocity network `net(x, t999, label)`; the arguments are the config fields of the same name.
 
-    Built from top to bottom as data flows: time embedding, input convolution, encoder (one level a resolution, from
-    fine to coarse), middle, decoder (from coarse to fine), output head. Use `models.create_model`, which checks that
-    the arguments go together.
+    Built as data flows: time embedding, input convolution, encoder (one level a resolution, from fine to coarse),
+    middle, decoder, output head. Use `models.create_model`, which checks that the arguments go together.
     """
 
     def __init__(
@@ -43,8 +42,11 @@ class NCSNpp(nn.Module):
         self.fourier = embedding_type == "fourier"
         # Noise level of step i; only scale_by_sigma reads it, but it is part of every released state dict.
         self.register_buffer("sigmas", noise_levels(sigma_max, sigma_min, num_scales))
-        options = Options(4 * nf, ACTIVATIONS[nonlinearity], dropout, math.sqrt(0.5) if skip_rescale else 1.0,
-                          init_scale, resblock_type, fir_kernel if fir else None, resamp_with_conv)
+        options = types.SimpleNamespace(  # what all blocks share
+            time_channels=4 * nf, activation=ACTIVATIONS[nonlinearity], dropout=dropout,
+            rescale=math.sqrt(0.5) if skip_rescale else 1.0,  # of every sum of a branch and its skip
+            init_scale=init_scale,  # of each branch's last layer
+            resblock_type=resblock_type, taps=fir_kernel if fir else None, resamp_with_conv=resamp_with_conv)
         levels = [(nf * m, image_size >> i in attn_resolutions) for i, m in enumerate(ch_mult)]
         features = 2 * nf if self.fourier else nf
 
@@ -58,10 +60,8 @@ class NCSNpp(nn.Module):
                                    attention=AttentionBlock(skips[-1], options),
                                    block1=ResidualBlock(skips[-1], skips[-1], options))
         self.decoder = make_decoder(options, levels, num_res_blocks, skips, num_channels, progressive)
-        self.output_head = None
-        if progressive != "output_skip":
-            self.output_head = OutputHead(levels[0][0], num_channels, options.activation, init_scale)
-
+        self.output_head = OutputHead(levels[0][0], num_channels, options, init_scale) if (
+            progressive != "output_skip") else None
         # In the order in which the blocks run. A plain list: the blocks own these layers.
         self.time_linears = [module.time for module in self.modules() if isinstance(module, ResidualBlock)]
 
@@ -124,20 +124,6 @@ class NCSNpp(nn.Module):
         return out
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What all blocks of one network share."""
-
-    time_channels: int
-    activation: object  # a function of a tensor
-    dropout: float
-    rescale: float  # factor of every sum of a branch and its skip
-    init_scale: float  # of each branch's last layer
-    resblock_type: str
-    taps: tuple | None  # of the FIR filter; None: resample without
-    resamp_with_conv: bool
-
-
 def between_levels(up, channels, options):
     """Return what leads up or down to the next level: a residual block (BigGAN) or a bare resampling."""
     if options.resblock_type == "biggan":
@@ -147,13 +133,11 @@ def between_levels(up, channels, options):
 
 def resampling(up, taps, conv_channels=()):
     """Return a resampling by two, with a filter if there are `taps`, with a convolution if there are channels."""
-    kinds = {  # (with a convolution, with a filter): (down, up)
-        (False, False): (layers.BoxDownsample, layers.BoxUpsample),
-        (False, True): (layers.FIRDownsample, layers.FIRUpsample),
-        (True, False): (layers.ConvDownsample, layers.ConvUpsample),
-        (True, True): (layers.FIRConvDownsample, layers.FIRConvUpsample),
-    }
-    module = kinds[bool(conv_channels), bool(taps)][up](*conv_channels, *[taps] if taps else [])
+    if taps:
+        kinds = ((layers.FIRDownsample, layers.FIRUpsample), (layers.FIRConvDownsample, layers.FIRConvUpsample))
+    else:
+        kinds = ((layers.BoxDownsample, layers.BoxUpsample), (layers.ConvDownsample, layers.ConvUpsample))
+    module = kinds[bool(conv_channels)][up](*conv_channels, *([taps] if taps else []))
     if conv_channels:
         init_uniform(module.conv)
     return module
@@ -199,10 +183,10 @@ def make_decoder(options, levels, num_res_blocks, skips, num_channels, progressi
             channels = width
         coarsest, pyramid = i == len(levels) - 1, None
         if progressive == "output_skip":
-            head = OutputHead(width, num_channels, options.activation, options.init_scale)
+            head = OutputHead(width, num_channels, options, options.init_scale)
             pyramid = OutputSkip(head, None if coarsest else resampling(True, options.taps))
         elif progressive == "residual" and coarsest:
-            pyramid = OutputSkip(OutputHead(width, width, options.activation, 1.0), None)
+            pyramid = OutputSkip(OutputHead(width, width, options, 1.0), None)
         elif progressive == "residual":
             resampled = resampling(True, options.taps, (pyramid_channels, width))
             pyramid = PyramidResidual("up", resampled, options.rescale)
@@ -314,9 +298,9 @@ class AttentionBlock(nn.Module):
 class OutputHead(nn.Module):
     """Normalisation, activation and a 3×3 convolution."""
 
-    def __init__(self, channels_in, channels_out, activation, init_scale):
+    def __init__(self, channels_in, channels_out, options, init_scale):
         super().__init__()
-        self.activation = activation
+        self.activation = options.activation
         self.norm = layers.GroupNorm(channels_in, EPS)
         self.conv = init_uniform(nn.Conv2d(channels_in, channels_out, 3, padding=1), init_scale)
 

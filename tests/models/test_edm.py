@@ -241,10 +241,10 @@ def test_student_starts_as_the_velocity_of_its_teacher(name):
 
 
 @pytest.mark.parametrize("changes, sentence", [
-    ({"model.preconditioning": "none"}, "has model.preconditioning edm, this network none"),
-    ({"model.preconditioning": "vp"}, "has model.preconditioning edm, this network vp"),
-    ({"model.ch_mult": [1, 1]}, "has model.ch_mult [1, 2], this network [1, 1]"),
-    ({"model.fir": False}, "has model.fir True, this network False"),  # no tensor shows it
+    ({"model.preconditioning": "none"}, "model.preconditioning is edm in the checkpoint and none here"),
+    ({"model.preconditioning": "vp"}, "model.preconditioning is edm in the checkpoint and vp here"),
+    ({"model.ch_mult": [1, 1]}, "model.ch_mult is [1, 2] in the checkpoint and [1, 1] here"),
+    ({"model.fir": False}, "model.fir is True in the checkpoint and False here"),  # no tensor shows it
 ])
 def test_weights_that_would_mean_something_else_are_not_copied(changes, sentence):
     """Copied into a plain velocity network they would train on from a random start without a word."""
@@ -255,5 +255,5 @@ def test_weights_that_would_mean_something_else_are_not_copied(changes, sentence
 
 def test_velocity_checkpoint_does_not_start_a_preconditioned_student(data_folder):
     """The other way round, too."""
-    with pytest.raises(UserError, match="has model.preconditioning none, this network edm"):
+    with pytest.raises(UserError, match="model.preconditioning is none in the checkpoint and edm here"):
         load_matching(student_of("edm_ncsnpp"), data_folder / "golden/ncsnpp_cifar.pth")
