@@ -4,8 +4,7 @@
     python -m experiments.report --compare A:B                       step A against step B, seed by seed
     python -m experiments.report --samples PNG --runs A,B            samples of runs from the same noise
 
-In names of steps {seed} stands for every seed. A comparison says no more than its figures: a claim needs seeds that
-agree and a mean difference beyond both their spread and what another processor changes (docs/miniature.md).
+In names of steps {seed} stands for every seed. What a claim needs beyond a comparison: docs/miniature.md.
 """
 
 import csv

@@ -68,9 +68,6 @@ def config_changes(path):
     return {name: value for name, value in values.items() if value != FIELDS[name].default}
 
 
-# Fields of the config that studies share.
-
-
 def euler(steps, rule="euler"):
     """Return the sampling fields of Euler's rule, or Heun's, with so many steps."""
     return {"sampling__use_ode_sampler": rule, "sampling__sample_N": steps}
@@ -171,10 +168,10 @@ REFLOW = {"optim__lr": 2e-3, "model__nf": NARROW}
 DISTIL = T0 | {"optim__lr": 1e-3, "model__nf": NARROW}
 
 
-def miniature(images, seed, **changes):
+def miniature(images, seed, recipe="", **config):
     """Return the `Setting` of a seed of the miniature."""
-    fields = {"model__attn_resolutions": f"({images.size // 2},)"}
-    return dataclasses.replace(Setting(f"{images.name}/seed{seed}/", images, seed, fields), **changes)
+    return Setting(f"{images.name}/seed{seed}/{recipe}", images, seed,
+                   {"model__attn_resolutions": f"({images.size // 2},)"}, **config)
 
 
 def main_line(images, seed):
@@ -230,8 +227,7 @@ def recipes(seed):
     for name, reflow, distillation in (
             ("recommended", annealed(ANNEALING) | HUBER | U_SHAPED, {"optim__lr": 1e-3} | HUBER | GUIDED),
             ("released", annealed(REFLOW_UPDATES * 3 // 8), GUIDED)):
-        setting = miniature(DIGITS, seed, prefix=f"digits/seed{seed}/recipe_{name}/",
-                            config=f"configs/rectified_flow/digits_{name}.py")
+        setting = miniature(DIGITS, seed, f"recipe_{name}/", config=f"configs/rectified_flow/digits_{name}.py")
         flow = setting.train("1_flow", FLOW_UPDATES, model__nf=WIDE)
         made = setting.pairs("pairs", flow)
         student = setting.train("2_flow", REFLOW_UPDATES, made, **small | reflow)
@@ -257,10 +253,7 @@ CIFAR = {
 
 
 def cifar(size="small", scale=1.0):
-    """Return the chain on CIFAR-10: teacher, pairs, annealed small 2-flow, its own pairs, guided distillation.
-
-    `scale` multiplies updates and pairs: the figures of a shorter run belong to it alone.
-    """
+    """Return the chain: teacher, pairs, small 2-flow, its own pairs, distillation; `scale` is of updates and pairs."""
     images, updates, count, (teacher, student), lr, fields = CIFAR[size]
     first, second, third = (max(1, round(n * scale)) for n in updates)
     count = max(fields["training__batch_size"], round(count * scale))
