@@ -5,13 +5,11 @@ z0, labels and the order are functions of (seed, index), on any machine. z1 is b
 blocks are the same; otherwise, and on a GPU, it is the same up to rounding. The same command goes on where it stopped,
 and a larger sampling.total_number_of_samples extends what is there. sampling.direction says what the pairs are:
   from_z0       noise integrated to images by the network of --ckpt_path
-  from_z1       images (of the data set, or --z1_path) integrated back to noise, unflipped unless
-                sampling.random_flip is set
+  from_z1       images (of the data set, or --z1_path) integrated back to noise
   random_paired images paired with fresh noise; no network
   gt_v_from_z0, gt_v_from_z1   as the first two, by the closed-form velocity of the data set's images; no network;
                 gt_v_from_z1 starts on the path, at (1-eps)·z1 + eps·ξ
-sampling.train_subset (all, a class name, random_N) chooses the images; training.batch_size is the number of pairs
-solved at a time.
+training.batch_size is the number of pairs solved at a time.
 """
 
 from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
@@ -87,10 +85,7 @@ def check_arguments(config, args):
 
 
 def load_teacher(config, args, given, processes):
-    """Return (config, net, record): the network of --ckpt_path, the config of its run, and what pairs.json says of it.
-
-    Without a network: (config, None, {}).
-    """
+    """Return (config, net, record) of --ckpt_path: its config, its network or None, and what pairs.json says of it."""
     if COUPLINGS[config.sampling.direction].velocity != "network":
         if args.ckpt_path:
             processes.say(f"sampling.direction {config.sampling.direction} uses no network: --ckpt_path is ignored")

@@ -22,10 +22,8 @@ def create_batches(config, device):
     data, size = config.data, config.training.batch_size
     image_set = load_images(config)
     if len(image_set) < size:
-        raise UserError(f"{image_set.source} has {len(image_set)} images, fewer than training.batch_size {size}: lower "
-                        "it or add images")
+        raise UserError(f"{image_set.source} has {len(image_set)} images, fewer than training.batch_size {size}")
     if not DATASETS[data.dataset].mirror and os.environ.get("RANK", "0") == "0":
-        said = "mirrored at random" if data.random_flip or data.use_aug else (
-            "not mirrored (data.random_flip true would mirror them)")
+        said = "mirrored at random" if data.random_flip or data.use_aug else "not mirrored (data.random_flip is false)"
         print(f"images of {image_set.source} are {said}", file=sys.stderr, flush=True)
     return Batches(image_set, EndlessOrder(len(image_set), size, config.seed), config, device, data.random_flip)

@@ -35,9 +35,9 @@ def one_hot(labels, num_classes):
     return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
-def evenly_spread(chosen, count):
-    """Return at most `chosen` places out of `count`, int64, ascending, from the first to the last."""
-    return np.unique(np.linspace(0, count - 1, chosen).round().astype(np.int64))
+def some_of(count, most):
+    """Return at most `most` places out of `count`, int64, evenly spread from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, most).round().astype(np.int64))
 
 
 def check_labels(labels, place, num_classes=None, first=0):
@@ -113,8 +113,7 @@ class Batches:
             try:
                 self.resident = copy_to_device(samples, self.device)
             except torch.OutOfMemoryError:
-                raise UserError(f"data.on_device {on_device}: {size / 2**20:.0f} MiB do not fit: read them "
-                                "from disk with data.on_device false") from None
+                raise UserError(f"data.on_device {on_device}: {size >> 20} MiB do not fit: set it false") from None
 
     def __len__(self):
         """Return the number of samples, real pairs that are mixed in not counted."""

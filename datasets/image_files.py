@@ -79,8 +79,7 @@ class FileTree:
         """The paths of the image files. Raises UserError if there are none."""
         names = [name for name in self.files if name.lower().endswith(SUFFIXES)]
         if not names:
-            raise UserError(f"{self.root} holds no images ({', '.join(SUFFIXES)}): put images there or name another "
-                            "folder or zip archive")
+            raise UserError(f"{self.root} holds no images ({', '.join(SUFFIXES)}): name another place")
         return names
 
     def read(self, name):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import torch
 
-from datasets.batches import evenly_spread
+from datasets.batches import some_of
 from datasets.image_files import FileTree, ImageSpec, fit_images
 from datasets.pairs import open_rows
 from datasets.sources import DATASETS, load_arrays
@@ -62,7 +62,7 @@ class ArrayImages(ImageSource):
                             "channels, uint8, or floats in [-1, 1]")
         self.images, self.spec = images, spec or ImageSpec(None, images.shape[1])
         super().__init__(name, len(images))
-        some = images[evenly_spread(LOOKED_AT, len(images))]
+        some = images[some_of(len(images), LOOKED_AT)]
         if floats and some.min() >= 0 and some.max() <= 1:
             print(f"{name}: its values lie in [{some.min():.3g}, {some.max():.3g}], but floats are read as pixels in "
                   "[-1, 1]: bring them there if they were meant for [0, 1]", file=sys.stderr, flush=True)

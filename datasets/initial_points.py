@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import torch
 
-from datasets.batches import check_labels, evenly_spread, pixels_to_float
+from datasets.batches import check_labels, pixels_to_float, some_of
 from datasets.pairs import NoiseSource, as_float, as_one_hot, open_rows
 from datasets.sources import load_images
 from runtime import seeds
@@ -25,7 +25,13 @@ class InitialPoints:
         settings = config.sampling
         self.direction, self.seed, self.num_classes = settings.direction, config.seed, config.data.num_classes
         self.class_label, self.random_flip = settings.class_label, settings.random_flip
-        self._check_classes(z1_path, label_path)
+        if self.class_label >= self.num_classes:
+            raise UserError(f"sampling.class_label {self.class_label}: config.data.num_classes is {self.num_classes}")
+        if self.num_classes and self.class_label < 0 and self.direction == "gt_v_from_z0":
+            raise UserError("the closed-form velocity of all images knows no classes: set config.sampling.class_label, "
+                            "or config.data.num_classes 0")
+        if self.num_classes and self.class_label < 0 and z1_path and not label_path:
+            raise UserError("--z1_path holds images without classes: give --label_path or config.sampling.class_label")
         paths = {"z0_path": z0_path, "z1_path": z1_path, "label_path": label_path}
         self.rows = {flag: open_rows(path) for flag, path in paths.items() if path}
         self.identity = {flag: file_digest(paths[flag]) for flag in self.rows}
@@ -50,17 +56,6 @@ class InitialPoints:
             self.identity["sampling.random_flip"] = self.random_flip
         if from_images and self.noise is None:  # the second time round only flips make other pairs
             self.available = len(self.image_set) * (2 if self.random_flip else 1)
-
-    def _check_classes(self, z1_path, label_path):
-        if self.class_label >= self.num_classes:
-            raise UserError(f"config.sampling.class_label is {self.class_label}, but config.data.num_classes is "
-                            f"{self.num_classes}")
-        if self.num_classes and self.class_label < 0 and self.direction == "gt_v_from_z0":
-            raise UserError("the closed-form velocity of all images knows no classes: choose one with "
-                            "config.sampling.class_label, or set config.data.num_classes 0")
-        if self.num_classes and self.class_label < 0 and z1_path and not label_path:
-            raise UserError("--z1_path holds images without their classes: give --label_path, or choose one class with "
-                            "config.sampling.class_label")
 
     def z0(self, indices):
         """Return the noise of the pairs `indices`."""
@@ -113,6 +108,6 @@ def images_digest(image_set):
     """Return a digest of a data set: its shape, 512 images all over it and all its labels."""
     images, labels = image_set.images, image_set.labels
     digest = hashlib.sha256(repr(images.shape).encode())
-    for part in (images[evenly_spread(512, len(images))], np.empty(0) if labels is None else labels):
+    for part in (images[some_of(len(images), 512)], np.empty(0) if labels is None else labels):
         digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()[:16]

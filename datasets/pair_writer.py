@@ -77,8 +77,7 @@ def prepare(folder, job):
     """
     record, done = read_record(folder), read_journal(folder)
     if record is None and any((folder / name).exists() for name in ARRAYS):
-        raise UserError(f"{folder} has arrays but no {RECORD}: these pairs were not made by this program; choose "
-                        "another --data_root or --config.seed")
+        raise UserError(f"{folder} has arrays but no {RECORD}: another program made them; choose another --data_root")
     if record is not None:
         there, here = record["identity"], json.loads(json.dumps(job.identity))  # as read back: lists for tuples
         differences = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
@@ -103,8 +102,7 @@ def read_record(folder):
     record = read_json(path) if path.exists() else None
     if record is not None and not (isinstance(record.get("complete"), bool) and isinstance(record.get("count"), int)
                                    and record["count"] >= 0 and isinstance(record.get("identity"), dict)):
-        raise UserError(f"{path} is damaged: it does not say how many pairs of what kind there are; delete the folder "
-                        "and make its pairs again")
+        raise UserError(f"{path} is damaged: delete the folder and make its pairs again")
     return record
 
 

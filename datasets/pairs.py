@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from datasets.batches import Batches, EndlessOrder, check_labels, evenly_spread, one_hot
+from datasets.batches import Batches, EndlessOrder, check_labels, one_hot, some_of
 from datasets.pair_writer import ARRAYS, RECORD, read_record
 from runtime import seeds
 from runtime.errors import UserError
@@ -92,8 +92,7 @@ class PairFolder:
             right = len(rows) >= self.count if self.record else len(rows) == self.count
             if not right or (name == "z0.npy" and rows.shape[1:] != self.shape):
                 source = f"{self.count} in {RECORD}" if self.record else f"those of z1.npy {self.z1.shape}"
-                raise UserError(f"{self.path / name} has rows {rows.shape}, {source}: these files do not belong "
-                                "together; copy or make them again")
+                raise UserError(f"{self.path / name} has rows {rows.shape}, {source}: they do not belong together")
         drawn = NoiseSource(self.identity.get("seed", 0), self.shape, self.noise_scale)
         self.z0 = drawn if compact else arrays["z0.npy"]
         if compact and drawn.digest() != self.identity.get("noise"):
@@ -114,8 +113,7 @@ class PairFolder:
         for name, values in zip(("z0", "z1"), rows, strict=True):
             bad = (~values.isfinite().flatten(1).all(1)).nonzero()
             if len(bad):
-                raise UserError(f"{self.path}: {name} of pair {indices[int(bad[0])]} is not finite; delete the folder "
-                                "and make its pairs again")
+                raise UserError(f"{self.path}: {name} of pair {indices[int(bad[0])]} is not finite: make it again")
         if self.label is not None:
             label = self.label[:len(self)] if self.label.ndim == 1 else self.label[indices]
             check_labels(label, self.path / "label.npy", num_classes)
@@ -185,7 +183,7 @@ def open_pairs(root, config):
         if data.num_classes and folder.label is None:
             raise UserError(f"{folder.path} has no label.npy, but config.data.num_classes is {data.num_classes}: set "
                             "it to 0 or use pairs of a class-conditional model")
-        pairs = folder.check(evenly_spread(QUICK_ROWS, len(folder)), data.num_classes or None)
+        pairs = folder.check(some_of(len(folder), QUICK_ROWS), data.num_classes or None)
         for text in findings(folder, describe(*pairs)):
             print(text, file=sys.stderr)
     check_origins(folders)
@@ -199,14 +197,12 @@ def check_origins(folders, names=SAME_ORIGIN):
         different = [f"{name} is {folder.identity.get(name)} there and {first.identity.get(name)} in {first.path}"
                      for name in names if folder.identity.get(name) != first.identity.get(name)]
         if different:
-            raise UserError(f"{folder.path} holds pairs of another origin: {'; '.join(different)}; keep them under "
-                            "different roots")
+            raise UserError(f"{folder.path} holds pairs of another origin, keep them apart: {'; '.join(different)}")
     seen = {}
     for folder in folders:
         pair = tuple(rows.numpy().tobytes() for rows in folder.take(np.array([0])))
         if pair in seen:
-            raise UserError(f"{folder.path} holds the same pairs as {seen[pair]} (z0 and z1 of the first are equal): "
-                            "delete one of them")
+            raise UserError(f"{folder.path} holds the same pairs as {seen[pair]}: delete one of them")
         seen[pair] = folder.path
 
 
@@ -273,8 +269,7 @@ def create_pair_batches(config, device):
     folders = open_pairs(data.reflow_data_root, config)
     count = sum(map(len, folders))
     if count < size:
-        raise UserError(f"{data.reflow_data_root} holds {count} pairs, fewer than training.batch_size {size}: lower it "
-                        "or make more pairs")
+        raise UserError(f"{data.reflow_data_root} holds {count} pairs, fewer than training.batch_size {size}")
     order = EndlessOrder(count, size, config.seed)
     if share > 0:
         if not data.real_pairs_root:

@@ -62,8 +62,7 @@ def load_images(config):
     spec = ImageSpec(data.image_size, data.num_channels, row.resample, data.skip_corrupt)
     root = pathlib.Path(data.data_root or data.custom_data_root or f"data/{data.dataset}").expanduser()
     if row.files and not root.exists():
-        raise UserError(f"{data.dataset}: there is nothing at {root}: put {row.files} there, or set "
-                        "--config.data.data_root to where it is")
+        raise UserError(f"{data.dataset}: there is nothing at {root}: put {row.files} there, or set data.data_root")
     image_set = row.open(root, spec)
     if isinstance(image_set, Source):
         image_set = open_cached(image_set, spec, data.cache_dir, config.training.progress)
@@ -92,9 +91,8 @@ def check_classes(image_set, num_classes):
         raise UserError(f"{source} has no labels: set it to 0, or give labels by sub-folders or {LABEL_FILE}")
     counts, found = count_classes(image_set, num_classes)
     if len(counts) != num_classes or not counts.all():
-        raise UserError(f"{source} has images of {np.count_nonzero(counts)} classes ({found}): set data.num_classes to "
-                        "the classes there are, numbered from 0, or data.data_root to the folder whose sub-folders "
-                        "are the classes")
+        raise UserError(f"{source} has images of {np.count_nonzero(counts)} classes ({found}): set it to their number, "
+                        "or data.data_root to the folder whose sub-folders are the classes")
     if image_set.class_names and SPLITS.issuperset(image_set.class_names):
         raise UserError(f"{source} has the sub-folders {found}, which are no classes: set data.data_root to one")
 
@@ -110,8 +108,7 @@ def subset(image_set, name, field="data.train_subset"):
     if name.startswith("random_"):
         number = name.removeprefix("random_")
         if not (number.isdecimal() and 1 <= int(number) <= len(image_set)):
-            raise UserError(f"{field} {name}: the number after random_ must be from 1 to {len(image_set)}, the images "
-                            f"of {source}")
+            raise UserError(f"{field} {name}: N of random_N is from 1 to {len(image_set)}, the images of {source}")
         generator = seeds.index_generator(SUBSET_SEED, 0, seeds.SUBSET)
         chosen = np.sort(generator.choice(len(image_set), int(number), replace=False))
     else:
@@ -158,8 +155,7 @@ def _decode_tree(tree, labels, spec):
         except UserError as error:
             if spec.skip_corrupt:
                 return None, str(error)
-            raise UserError(f"{error}: remove or replace it, or skip such files with --config.data.skip_corrupt "
-                            "true") from None
+            raise UserError(f"{error}: remove it, or skip such files with --config.data.skip_corrupt true") from None
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for first in range(0, len(tree.names), FILES_AT_ONCE):
@@ -188,8 +184,7 @@ def _read_batches(paths, size, first_label, classes, spec):
         except (TypeError, KeyError, IndexError, ValueError):  # no dict, or lists of lists
             data = labels = np.empty(0)
         if data.dtype != np.uint8 or labels.ndim != 1 or data.shape != (len(labels), 3 * size**2):
-            raise UserError(f"{path} is no batch of images (a dict of data, N×{3 * size**2} uint8, and N labels): "
-                            "fetch it again")
+            raise UserError(f"{path} is no batch of images, a dict of data (N, {3 * size**2}), uint8, and N labels")
         check_labels(labels, path, classes, first_label)
         yield array_set(data.reshape(-1, 3, size, size), labels.astype(np.int64) - first_label, spec)
 
@@ -225,9 +220,8 @@ def _download_cifar10(root):
                     download_and_extract_archive(CIFAR10.url, root, unpacked, md5=CIFAR10.tgz_md5)
                     os.replace(os.path.join(unpacked, CIFAR10_FOLDER), folder)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: the wrong digest
-        raise UserError(f"CIFAR10: there is nothing at {root} and {CIFAR10.url} could not be downloaded "
-                        f"({getattr(error, 'reason', error)}): put cifar-10-python.tar.gz or {CIFAR10_FOLDER}/ there, "
-                        "or set --config.data.data_root to where it is") from None
+        raise UserError(f"CIFAR10: put cifar-10-python.tar.gz or {CIFAR10_FOLDER}/ into {root}, or set data.data_root; "
+                        f"{CIFAR10.url} could not be downloaded ({getattr(error, 'reason', error)})") from None
     return folder
 
 
@@ -257,14 +251,11 @@ FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sanda
 
 def open_idx(name, class_names, root, spec):
     """Return the training images of MNIST or Fashion-MNIST, in `root`, `root`/raw or `root`/{name}/raw."""
-    paths = []
-    for file in IDX_FILES:
-        spellings = [folder / (stem + ending) for folder in (root, root / "raw", root / name / "raw")
-                     for stem in (file, file.replace("-idx", ".idx")) for ending in ("", ".gz")]
-        paths.append(next(filter(pathlib.Path.is_file, spellings), None))
-        if paths[-1] is None:
-            raise UserError(f"{name}: {root} lacks {file}: put it there (.gz or unpacked), or set "
-                            "--config.data.data_root to where it is")
+    found = {path.name.removesuffix(".gz").replace(".idx", "-idx"): path
+             for folder in (root / name / "raw", root / "raw", root) for path in folder.glob("train-*")}
+    if missing := [file for file in IDX_FILES if file not in found]:
+        raise UserError(f"{name}: {root} lacks {missing[0]}: put it there (.gz or unpacked), or set data.data_root")
+    paths = [found[file] for file in IDX_FILES]
 
     def open_arrays():
         images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
@@ -302,8 +293,7 @@ def open_digits(root, spec):
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
-    return array_set(images, digits.target.astype(np.int64), spec, "digits of scikit-learn",
-                     tuple(map(str, digits.target_names)))
+    return array_set(images, digits.target.astype(np.int64), spec, "digits of scikit-learn", tuple("0123456789"))
 
 
 # What pickles of numpy arrays name (asked of numpy, since numpy 2 renamed numpy.core), and protocol 2 writes bytes by.

@@ -320,8 +320,8 @@ def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, ne
     ({}, {"z1_path": "x.npy"}, "does not start at images: leave out --z1_path"),
     ({"sampling__direction": "gt_v_from_z1"}, {"z0_path": "x.npy"}, "does not start at noise: leave out --z0_path"),
     ({}, {"z0_path": "absent.npy"}, "absent.npy does not exist"),
-    ({"sampling__class_label": 4}, {}, "class_label is 4, but config.data.num_classes is 0"),
-    ({"data__num_classes": 10}, {}, "knows no classes: choose one"),
+    ({"sampling__class_label": 4}, {}, "class_label 4: config.data.num_classes is 0"),
+    ({"data__num_classes": 10}, {}, "knows no classes: set config.sampling.class_label"),
     ({"data__num_classes": 5, "sampling__direction": "random_paired", "sampling__train_subset": "all"}, {},
      "has images of 10 classes"),
 ])

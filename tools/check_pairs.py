@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.command_line import run_program
 from configs.default import Field
-from datasets.batches import evenly_spread
+from datasets.batches import some_of
 from datasets.pairs import QUICK_ROWS, check_origins, describe, findings, open_folders
 from runtime.errors import UserError
 from runtime.progress import progress_bar
@@ -33,7 +33,7 @@ def main(args):
                 parts = np.array_split(np.arange(len(folder)), -(-len(folder) // QUICK_ROWS))
                 for part in progress_bar(parts, desc=str(folder.path), unit="parts"):
                     folder.check(part)
-            found = describe(*folder.check(evenly_spread(DESCRIBED if args.check else QUICK_ROWS, len(folder))))
+            found = describe(*folder.check(some_of(len(folder), DESCRIBED if args.check else QUICK_ROWS)))
             direction, nfe = folder.identity.get("sampling.direction"), (folder.record or {}).get("nfe_mean")
             print(f"{folder.path}: {len(folder)} pairs {folder.shape}, "
                   f"{'without' if folder.label is None else 'with'} labels, "

@@ -84,7 +84,7 @@ def test_images_that_were_told_to_live_on_a_full_gpu_are_one_sentence(monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(batches, "copy_to_device", refuse)
-    with pytest.raises(UserError, match="data.on_device true: .* do not fit: .*data.on_device false"):
+    with pytest.raises(UserError, match="data.on_device true: .* do not fit: set it false"):
         make_batches("true")
 
 

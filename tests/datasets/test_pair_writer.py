@@ -126,7 +126,7 @@ def test_other_pairs_are_refused_with_all_that_differs_and_stay_as_they_are(tmp_
 
 def test_pairs_that_another_program_made_are_not_written_over(tmp_path):
     np.save(tmp_path / "z1.npy", np.zeros((3, *SHAPE)))
-    with pytest.raises(UserError, match="has arrays but no pairs.json: these pairs were not made by this program"):
+    with pytest.raises(UserError, match="has arrays but no pairs.json: another program made them"):
         prepare(tmp_path, job(8))
 
 

@@ -266,7 +266,7 @@ def test_pairs_of_another_origin_are_refused_with_folder_and_field(tmp_path, oth
     for seed, fields in enumerate(({}, other)):
         save_pairs(tmp_path / str(seed), first=seed)
         write_record(tmp_path / str(seed), 20, seed=seed, **fields)
-    with pytest.raises(UserError, match=f"/1 holds pairs of another origin: .*{said}"):
+    with pytest.raises(UserError, match=f"/1 holds pairs of another origin, .*{said}"):
         open_pairs(tmp_path, make_config(tmp_path))
 
 
@@ -275,7 +275,7 @@ def test_real_pairs_of_another_checkpoint_are_refused(tmp_path):
         save_pairs(tmp_path / name / "0", first=first)
         write_record(tmp_path / name / "0", 20, **fields)
     config = make_config(tmp_path / "pairs", data__real_pairs_root=str(tmp_path / "real"), flow__real_data_share=0.5)
-    with pytest.raises(UserError, match="real/0 holds pairs of another origin: checkpoint is b there"):
+    with pytest.raises(UserError, match="real/0 holds pairs of another origin, keep them apart: checkpoint is b there"):
         create_batches(config, "cpu")
     write_record(tmp_path / "real/0", 20, direction="from_z1")
     assert len(create_batches(config, "cpu")) == 20
@@ -284,7 +284,7 @@ def test_real_pairs_of_another_checkpoint_are_refused(tmp_path):
 def test_one_folder_twice_is_refused_also_without_its_record(tmp_path):
     save_pairs(tmp_path / "0")
     save_pairs(tmp_path / "0 (copy)")
-    with pytest.raises(UserError, match=r"0 \(copy\) holds the same pairs as .*/0 "):
+    with pytest.raises(UserError, match=r"0 \(copy\) holds the same pairs as .*/0:"):
         open_pairs(tmp_path, make_config(tmp_path))
 
 

@@ -219,8 +219,8 @@ def test_classes_without_labels_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("classes", "message"), [
-    (9, "images of 10 classes .0: 178, .*set data.num_classes to"),
-    (20, "images of 10 classes .0: 178, .*set data.num_classes to"),
+    (9, "images of 10 classes .0: 178, .*: set it to their number"),
+    (20, "images of 10 classes .0: 178, .*: set it to their number"),
 ])
 def test_another_number_of_classes_than_there_are_is_refused(tmp_path, classes, message):
     with pytest.raises(UserError, match=f"data.num_classes {classes}: .*{message}"):
