@@ -27,6 +27,7 @@ TITLES = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recal
           "pixel_kernel_distance": "pixel kernel distance", "pixel_precision": "pixel precision",
           "pixel_recall": "pixel recall"}
 AXES = {"step": "training step", "nfe": "function evaluations (NFE)"}  # that the figure draws them against
+FURTHER = ("weights", "arithmetic", "eps", "init_noise_scale", "class_label")  # in its labels, where they differ
 NUMBER, NONE = (int, float), type(None)
 TYPES = {"checkpoint": str, "sampler": (str, NONE), "num_samples": int, "step": (int, NONE), "nfe": (*NUMBER, NONE),
          "seconds": NUMBER, "reference": str, "protocol": str, "versions": dict, "seeds": dict,
@@ -122,7 +123,14 @@ def draw_figure(path, results):
     figure = Figure(figsize=(3 + 4 * len(places), 4 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(places), sharey="row", squeeze=False)
     for row_of_panels, row in zip(panels, rows.values(), strict=True):
-        metric = main_metric(row[-1])
+        values = [r[main_metric(r)] for r in row]
+        if max(values) > 4 * min(values) > 0:
+            row_of_panels[0].set_yscale("log")
+            row_of_panels[0].yaxis.set_major_formatter(LogFormatter())  # 48 and 2, not 4.8 × 10¹ and 2 × 10⁰
+            row_of_panels[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        row_of_panels[0].set_ylabel(TITLES[main_metric(row[-1])])
+        row_of_panels[0].set_title(f"compared with {row[-1]['reference']}\n{row[-1]['num_samples']:,} samples",
+                                   loc="left", fontsize=9, wrap=True)
         for axes, place in zip(row_of_panels, places, strict=True):
             lines = _lines(row, place)
             for label, points in lines.items():
@@ -135,35 +143,24 @@ def draw_figure(path, results):
             if place == "step":
                 axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter="{x:,.0f}")
             else:
-                _scale(axes.xaxis, [r[place] for r in row])
-        row_of_panels[0].set_ylabel(TITLES[metric])
-        row_of_panels[0].set_title(f"compared with {row[-1]['reference']}\n{row[-1]['num_samples']:,} samples",
-                                   loc="left", fontsize=9, wrap=True)
-        _scale(row_of_panels[0].yaxis, [r[metric] for r in row])
+                axes.set_xscale("log")
+                axes.set_xticks([], minor=True)
+                nfes = sorted((nfe for points in lines.values() for nfe, _ in points), reverse=True)
+                axes.set_xticks(list({f"{nfe:.1g}": nfe for nfe in nfes}.values()))  # none so close that labels meet
+                axes.xaxis.set_major_formatter("{x:.3g}")
     with atomic_path(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
 
 
 def _lines(row, place):
     """Return {label: [(place, distance), …]}: a line a sampler over the steps; a line a checkpoint over its NFEs."""
-    differing = [name for name in ("weights", "arithmetic", "eps", "init_noise_scale", "class_label", "seeds")
-                 if len({str(r.get(name)) for r in row}) > 1]
+    told = [{"seed": r["seeds"].get("samples"), **{name: r.get(name) for name in FURTHER}} for r in row]
     lines = {}
-    for r in row:
+    for r, further in zip(row, told, strict=True):
         name = sampler_name(r) if place == "step" else f"{r['sampler']}, step {r['step']:,}"
-        label = ", ".join([name, *(f"{field} {r.get(field)}" for field in differing)])
-        lines.setdefault(label, []).append((r[place], r[main_metric(r)]))
+        differing = [f"{field} {value}" for field, value in further.items() if any(o[field] != value for o in told)]
+        lines.setdefault(", ".join([name, *differing]), []).append((r[place], r[main_metric(r)]))
     return lines if place == "step" else {label: points for label, points in lines.items() if len(points) > 1}
-
-
-def _scale(axis, values):
-    """Make an axis logarithmic where its values differ by more than a factor of four, with plain numbers on it."""
-    if min(values) <= 0 or max(values) <= 4 * min(values):
-        return
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_label_text(f"{axis.get_label_text()} (log)")
-    axis.set_major_formatter(LogFormatter())  # 48 and 2, not 4.8 × 10¹ and 2 × 10⁰
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def versions(device):
