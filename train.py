@@ -43,10 +43,7 @@ def main(config, args, given):
 
 
 def train(config, processes, messages, held):
-    """Update until training.n_iters or a signal; log, sample and write checkpoints; return the exit status.
-
-    messages: what the log is to say first. held: an ExitStack, which keeps the run locked.
-    """
+    """Update until training.n_iters or a signal; log, sample and write checkpoints; return the exit status."""
     path, options = run.run_path(config), config.training
     changed = run.check_same_run(config, path)
     found = state.find_state(config, messages.append)
@@ -107,10 +104,7 @@ def train(config, processes, messages, held):
 
 
 class Training:
-    """What the updates change and need: network, EMA, optimizer, statistics; data, objective, teacher.
-
-    found: the state to put in place, if there is one.
-    """
+    """What the updates change and need: network, EMA, optimizer, statistics; data, objective, teacher."""
 
     def __init__(self, config, processes, found=None):
         self.config, self.processes, self.device = config, processes, processes.device

@@ -57,10 +57,9 @@ for kind, parser in PARSERS.items():
 def run_script(main, doc, script_flags=None, reads=()):
     """Parse the command line and call `main(config, args, given)`; exit 2 with one sentence on a `UserError`.
 
-    script_flags: {name: `Field`} of the script's own flags; args has their values as attributes. config: the
-    validated `ml_collections.ConfigDict`. given: frozenset of the config fields ("sampling.sample_N") and flags
-    that stood on the command line. With --help and --print_config, `main` is not called; reads: the beginnings of the
-    names of the fields that --help marks as read by this script.
+    script_flags: {name: `Field`} of the script's own flags; args has their values as attributes. given: frozenset of
+    the config fields ("sampling.sample_N") and flags that stood on the command line. reads: how the names of the
+    fields begin that --help marks as read by this script.
     """
     with one_sentence(pathlib.Path(sys.argv[0]).name):
         parsed = parse_command_line(sys.argv, doc, script_flags, reads)
@@ -68,10 +67,7 @@ def run_script(main, doc, script_flags=None, reads=()):
 
 
 def run_program(main, doc, program_flags, places=()):
-    """As `run_script`, of a program without a config: call `main(args)`.
-
-    places: names of the flags that words without a name set, one after the other.
-    """
+    """As `run_script`, without a config: call `main(args)`. places: the flags that words without a name set in turn."""
     with one_sentence(pathlib.Path(sys.argv[0]).name):
         if parse_common(sys.argv[1:])[0].help is not None:
             sys.exit(print(help_text(doc, program_flags, groups=())))
@@ -132,11 +128,7 @@ def _follow_defaults(config, given):
 
 
 def parse_flags(words, fields, config=None, places=()):
-    """Return absl's `FlagValues` of the words, with a flag for each {name: `Field`} and the overrides of a config.
-
-    The config is changed. places: as of `run_program`. Raises UserError for what absl does not accept, and for words
-    that belong to no flag.
-    """
+    """Return absl's `FlagValues` of the words, with a flag for each {name: `Field`}; override `config` in place."""
     values = flags.FlagValues()
     for name, field in fields.items():
         kind = type(field.default)
@@ -188,8 +180,7 @@ def require_field(name, source="config"):
 def load_config(path):
     """Return the config of a Python file with `get_config()`, or of a config.json that a run saved.
 
-    A Python file may import others beside it. Raises UserError if the file is missing, is no config, or has an
-    unknown field.
+    A Python file may import others beside it. Raises UserError if it is missing, no config, or has an unknown field.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -211,8 +202,7 @@ def load_config(path):
 def config_from_dict(values, source="config"):
     """Return a full config from nested dictionaries; absent fields keep their defaults.
 
-    Lists stand for tuples (JSON has none), and an integer may stand for text (flow_t_schedule 4) or a float. Raises
-    UserError, naming `source`, for an unknown field.
+    Lists stand for tuples (JSON has none), integers also for text (flow_t_schedule 4) or floats.
     """
     config = get_default_config()
     for group, members in values.items():

@@ -74,24 +74,19 @@ GROUPS = {
         "batch_size": Field(128, "samples per update in all; in generate_data.py, pairs solved at a time", low=1),
         "n_iters": Field(1300001, "number of updates", low=0),
         "snapshot_freq": Field(20000, "updates between checkpoints/checkpoint_{k}.pth", low=1),
-        "snapshot_freq_for_preemption": Field(10000, "updates between checkpoints-meta/checkpoint.pth, the state from "
-                                              "which a stopped run continues", low=1),
+        "snapshot_freq_for_preemption": Field(10000, "updates between writes of the state to continue from", low=1),
         "snapshot_sampling": Field(10000, "updates between sample grids in samples/ (0: never)", low=0),
         "record_iters": Field(500, "updates between records of the loss in log.jsonl", low=1),
         "accumulation_steps": Field(1, "forward and backward passes that share one update and its batch", low=1),
-        "loss_type": Field("l2", "distance between velocities (l2, l1, huber) or the images they lead to (lpips); see "
-                           "the README", choices=DISTANCES),
+        "loss_type": Field("l2", "distance of velocities, or of images (lpips); see the README", choices=DISTANCES),
         "reduce_mean": Field(True, "l1 and l2 as mean over C·H·W (false: half the sum)"),
         "weight_schedule": Field("uniform", "weight of the loss as a function of t", choices=WEIGHTS),
-        "x0_randomness": Field("fix_0", "annealing reflow: β of z0' = sqrt(1-β²)·z0 + β·ξ as a function of the update "
-                               "(pairs only)", choices=ANNEALING_SCHEDULES),
+        "x0_randomness": Field("fix_0", "pairs: β(update) in z0' = sqrt(1-β²)·z0 + β·ξ", choices=ANNEALING_SCHEDULES),
         "resume_from": Field("", "run folder whose last state this new run continues"),
         "progress": Field("auto", "progress bars (auto: on a terminal)", choices=("auto", "true", "false")),
-        "precision": Field("tf32", "arithmetic of the network (tf32 and fp16 need CUDA and are fp32 on a CPU)",
-                           choices=("fp32", "tf32", "bf16", "fp16")),
+        "precision": Field("tf32", "arithmetic; tf32 and fp16 on CUDA", choices=("fp32", "tf32", "bf16", "fp16")),
         "compile": Field(False, "compile the network with torch.compile"),
-        "compile_mode": Field("default", "mode of torch.compile; reduce-overhead replays CUDA graphs, for small "
-                              "networks", choices=("default", "reduce-overhead", "max-autotune")),
+        "compile_mode": Field("default", "of torch.compile", choices=("default", "reduce-overhead", "max-autotune")),
         "deterministic": Field(False, "use only operations with the same bits every time (slower on a GPU)"),
         "max_skipped": Field(100, "non-finite updates in a row after which training stops", low=1),
         "wandb": Field("", "Weights & Biases project that is sent what TensorBoard shows (needs the package wandb)"),
@@ -99,8 +94,7 @@ GROUPS = {
     },
     "flow": {
         "eps": Field(1e-3, "smallest time: t runs over [eps, 1]", low=0.0, high=0.5),
-        "flow_t_schedule": Field("uniform", "distribution of the training time t (see the README); an integer k means "
-                                 "k-step distillation", choices=TIME_SCHEDULES),
+        "flow_t_schedule": Field("uniform", "training times t (see the README); k: k steps", choices=TIME_SCHEDULES),
         "flow_alpha_t": Field("uniform", "α of x_t = α·z1 + (1-α)·z0: t, eps (t0) or 1 (t1)", choices=ALPHA_SCHEDULES),
         "pre_train_model": Field("", "checkpoint whose raw weights the network starts from (hf://owner/repo/file too)"),
         "pre_train_partial": Field(False, "start from those tensors of pre_train_model that fit this network; "
@@ -110,14 +104,12 @@ GROUPS = {
                                      "code) or the teacher (the paper's equation)", choices=("student", "teacher")),
         "teacher_model": Field("", "checkpoint of the teacher (EMA weights), when it is not pre_train_model"),
         "h_flip": Field(False, "flip z0 and z1 of a pair together, left-right, with probability 1/2"),
-        "real_data_share": Field(0.0, "share of each batch taken from the pairs of data.real_pairs_root, which start "
-                                 "at real images (from_z1)", low=0.0, high=1.0),
+        "real_data_share": Field(0.0, "share of a batch from data.real_pairs_root (from_z1)", low=0.0, high=1.0),
     },
     "sampling": {
         "use_ode_sampler": Field("rk45", "sampler", choices=SAMPLERS),
         "ode_tol": Field(1e-5, "rtol = atol of rk45", low=1e-12, high=1.0),
-        "step_control": Field("sample", "rk45: a step size per sample, or one per batch as in the released code",
-                              choices=("sample", "batch")),
+        "step_control": Field("sample", "rk45: a step size per sample or per batch", choices=("sample", "batch")),
         "max_steps": Field(10000, "rk45: steps of one sample after which it is given up", low=1),
         "sample_N": Field(1000, "number of steps N of all samplers but one_step and rk45", low=1),
         "rho": Field(1.0, "heun: curvature ρ of the time grid", low=0.01),
@@ -130,10 +122,8 @@ GROUPS = {
         "total_number_of_samples": Field(50000, "number of pairs", low=1),
         "train_subset": Field("all", "older name of data.train_subset"),
         "class_label": Field(-1, "class of conditional samples (-1: drawn)", low=-1),
-        "block_size": Field(0, "generate_data.py: pairs per block, the unit that is finished or redone after a stop "
-                            "(0: four times training.batch_size)", low=0),
-        "pair_storage": Field("full", "generate_data.py: full keeps z0 and z1 in float32; compact keeps z1 in float16 "
-                              "and draws z0 again from (seed, index): a quarter of the disk",
+        "block_size": Field(0, "pairs finished or redone together after a stop (0: 4 × training.batch_size)", low=0),
+        "pair_storage": Field("full", "z0 and z1 in float32 (full), or z1 alone in float16 (compact, a quarter of it)",
                               choices=("full", "compact")),
         "random_flip": Field(False, "generate_data.py: flip starting images left-right with probability 1/2"),
     },
@@ -162,10 +152,8 @@ GROUPS = {
         "num_classes": Field(0, "classes of a class-conditional model (0: unconditional)", low=0, high=10**6),
         "centered": Field(True, "images in [-1, 1] (the only form there is)", choices=(True,)),
         "random_flip": Field(True, "flip images left-right with probability 1/2 (unless given, not digits and MNIST)"),
-        "use_aug": Field(False, "flip images, or z0 and z1 of pairs together, left-right (probability 1/2) and upside "
-                         "down (0.06)"),
-        "on_device": Field("auto", "decoded images on the device (auto: when they fit)",
-                           choices=("auto", "true", "false")),
+        "use_aug": Field(False, "flip images, or z0 and z1 of pairs: left-right (1/2) and upside down (0.06)"),
+        "on_device": Field("auto", "images on the device (auto: if they fit)", choices=("auto", "true", "false")),
         "skip_corrupt": Field(False, "skip and count corrupt images instead of stopping"),
         "reflow_data_root": Field("", "folder of noise-image pairs; set: train on pairs"),
         "real_pairs_root": Field("", "folder of pairs that start at real images, for flow.real_data_share"),
@@ -191,8 +179,7 @@ GROUPS = {
         "fir": Field(False, "resample with the FIR filter fir_kernel"),
         "fir_kernel": Field((1, 3, 3, 1), "taps of the FIR filter"),
         "progressive": Field("none", "how the output grows", choices=("none", "output_skip", "residual")),
-        "progressive_input": Field("none", "how the input enters lower levels",
-                                   choices=("none", "input_skip", "residual")),
+        "progressive_input": Field("none", "how the input enters", choices=("none", "input_skip", "residual")),
         "progressive_combine": Field("sum", "how the progressive input is joined", choices=("sum", "cat")),
         "init_scale": Field(0.0, "scale of the initial weights of each last layer", low=0.0),
         "scale_by_sigma": Field(False, "divide the output by the noise level that belongs to t"),

@@ -28,10 +28,9 @@ def take_pair_fields(config, given):
 def take_run_fields(config, saved, given, path, fields=RUN_FIELDS):
     """Set the fields of `config` that say what the run of a checkpoint was trained on and with, unless given.
 
-    saved: the config in the checkpoint at `path` as a nested dict; fields that it lacks stay as they are. given:
-    dotted names of the fields on the command line, which win. fields: those that are taken. Returns remarks for the
-    user, one sentence each: where the command line contradicts the run, and where the config file did. Raises
-    UserError for a saved value that its field does not allow.
+    saved: the config in the checkpoint at `path` as a nested dict, perhaps with fields missing. given: dotted names of
+    the fields on the command line, which win. fields: those that are taken. Returns remarks where command line or
+    config file differ from the run.
     """
     run = {}
     for name in fields:

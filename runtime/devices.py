@@ -60,7 +60,6 @@ def start_processes(patience=None):
 
     Each takes the GPU of its local rank with NCCL; without GPUs all take the CPU with gloo.
     patience: the longest that one waits for another, a `datetime.timedelta` (None: torch's 10 or 30 minutes).
-    Raises UserError for more processes than GPUs.
     """
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, backend, own = torch.device("cpu"), "gloo", {}

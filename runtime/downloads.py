@@ -17,8 +17,8 @@ TIMEOUT = 30  # seconds without an answer
 def cached_file(url, setting, name=None):
     """Return the path of the copy of `url` in torch.hub's cache, fetching it the first time and printing its digest.
 
-    `setting` names the flag or field with which the user can name a file of his own; `name` is the copy's, by default
-    the last part of the address. Raises UserError, saying which file to put where, if the fetching fails.
+    setting: the flag or field with which the user can name a file of his own, told by the UserError of a failure.
+    name: the copy's, by default the last part of the address.
     """
     path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rpartition("/")[2])
     if path.is_file():

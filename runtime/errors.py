@@ -14,10 +14,7 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.ERO
 
 
 class UserError(ValueError):
-    """A wrong flag, file, checkpoint or data set: one sentence that names it, what was found and what to do.
-
-    The scripts print the message on stderr and exit with status 2, without a traceback.
-    """
+    """A wrong flag, file, checkpoint or data set: one sentence that names it, what was found and what to do."""
 
 
 @contextlib.contextmanager

@@ -20,9 +20,8 @@ STALE_AFTER = 86400.0  # seconds; a temporary file that nobody has written to fo
 def atomic_path(path):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
 
-    After an exception (a full disk, Ctrl-C) the temporary file is removed and `path` is as it was before; what a
-    killed process left is removed by a later one that writes `path`. The suffix of `path` is kept, since savers such
-    as `np.save` and matplotlib look at it. An OSError of a full or read-only disk names `path`.
+    After an exception `path` is as it was before; what a killed process left is removed by a later one. The suffix is
+    kept, since savers look at it. An OSError of a full or read-only disk names `path`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +50,9 @@ def atomic_path(path):
 def file_lock(path, doing, refusal=None):
     """Hold the lock file `path` inside the `with` block and yield its descriptor; wait while another process holds it.
 
-    `doing` says what the other process is doing, for the line that a waiting user reads; with `refusal` nobody waits:
-    a UserError says that. The system frees the lock when its process ends, however it ends; children that get the
-    descriptor hold it, too. The empty file stays: removing it would let two in.
+    `doing` says what the other process is doing, for a waiting user; with `refusal` a UserError says that instead.
+    The system frees the lock when its process and the children that got the descriptor end, however they end. The
+    empty file stays: removing it would let two in.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,10 +98,7 @@ def read_json_lines(path):
 
 
 def state_digest(path):
-    """Return 16 hexadecimal digits that change when a file, or any file in a folder, is written, added or removed.
-
-    They come from names, sizes and times, not from the content: they are for files too large to be read twice.
-    """
+    """Return 16 hexadecimal digits of the names, sizes and times of a file or of all in a folder, not the content."""
     path = pathlib.Path(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     states = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

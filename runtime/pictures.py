@@ -23,11 +23,9 @@ def to_uint8(images):
 
 
 def save_grid(path, images, columns, labels=None):
-    """Write images `(N, C, H, W)` in [-1, 1], grey (C = 1) or colour (C = 3), as one picture, row by row.
+    """Write images `(N, C, H, W)` in [-1, 1], grey (C = 1) or colour (C = 3), as one picture, `columns` in a row.
 
-    `columns` is the number of images in a row; `labels`, if given, holds one text per row, written left of it.
-    Small images are enlarged to cells of at least 64 pixels. The file appears whole or not at all.
-    Raises `UserError` for another number of channels, for no images, and for labels that do not match the rows.
+    labels: a text for each row, written left of it. Small images are enlarged to at least 64 pixels.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise UserError(f"{path}: a grid needs images of shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
@@ -49,10 +47,7 @@ def save_grid(path, images, columns, labels=None):
 
 
 def save_lines(path, curves, title, x_label, y_label, y_scale="linear"):
-    """Write a plot of `curves`, a list of `(x, y, label)` with x and y sequences of numbers and label text or None.
-
-    Curves of one label have one colour and one entry of the legend.
-    """
+    """Write a plot of `curves`, a list of `(x, y, label)`; those of one label (or None) have one colour."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, colours = figure.subplots(), {}
     for x, y, label in curves:

@@ -10,9 +10,8 @@ LINE_EVERY = 30.0  # seconds between the plain lines
 def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto", initial=0):
     """Return tqdm's bar over `iterable`, or one that is moved on by `update(n)` when there is none.
 
-    `enabled` is the config field `training.progress`: "true" draws a bar, "false" nothing, and "auto" a bar where
-    stderr is a terminal and otherwise one plain line about every 30 seconds, so that a log file stays readable.
-    `initial` is where a resumed task starts; `total` defaults to the length of `iterable`.
+    enabled: the config field training.progress; "auto" draws a bar where stderr is a terminal, and otherwise writes a
+    plain line about every 30 seconds, so that a log file stays readable. initial: where a resumed task starts.
     """
     options = {"total": total, "desc": desc, "unit": unit, "initial": initial, "file": sys.stderr}
     if enabled == "auto" and not sys.stderr.isatty():

@@ -78,10 +78,7 @@ def describe_changes(before, config):
 
 
 def check_same_run(config, path):
-    """Return what changed since the last start in `path` and may change, a phrase each.
-
-    Raises UserError, naming the fields, if `path` holds a run whose config differs in anything else that matters.
-    """
+    """Return a phrase for each field that changed since the last start in `path`, or UserError if it must not."""
     if not (path / CONFIG).exists():
         return []
     changed = describe_changes(load_config(path / CONFIG), config)
@@ -97,10 +94,9 @@ def check_same_run(config, path):
 def open_run(config, held):
     """Create the run folder with all that says how the run was made; return what to tell about its data.
 
-    held: an ExitStack that keeps the run locked; raises UserError where another process holds it.
-    config.json is what the run is; command.txt gains a line at each start; versions.json has the commit, the names of
-    untracked files (which may hold secrets) and the packages; uncommitted.patch the changes of tracked files; data.json
-    tells whether the files of data are still those of the last start.
+    held: an ExitStack, which keeps the run locked. command.txt gains a line at each start; versions.json has the
+    commit, packages and names of untracked files (which may hold secrets); uncommitted.patch the changes of tracked
+    ones; data.json tells whether the files of data are still those of the last start.
     """
     path, data = run_path(config), config.data
     held.enter_context(file_lock(path / ".lock", "training", refusal=(
@@ -135,8 +131,7 @@ def endless_schedules(config):
 class RunLogger:
     """The log of a run, written by the main process only (`active`); the others hold one that is silent.
 
-    log.jsonl has an object per record: step, loss, lr, grad_norm, images_per_second, memory_mb, beta and skipped
-    (updates left out so far). log.txt has what was said.
+    log.jsonl has an object per record, log.txt what was said, tensorboard/ the curves and grids.
     """
 
     def __init__(self, config, *, start, active):
@@ -209,9 +204,7 @@ class RunLogger:
 def sample_grid(network, ema, config, shape, step):
     """Write the grid of one-step and few-step samples of the averaged weights, a row per sampler; return its path.
 
-    Row after row the same noise, the samples 0, 1, … of config.seed, so that grids of different steps compare.
-    The network has its training weights and mode again afterwards, and no global random number is drawn.
-    shape: (C, H, W).
+    All rows and steps start at the same noise, of (config.seed, 0, 1, …); training goes on as if nothing had happened.
     """
     device, classes = next(network.parameters()).device, config.data.num_classes
     velocity, path = velocity_from_network(network), run_path(config) / SAMPLES / f"step_{step}.png"
@@ -230,8 +223,7 @@ class StopRequest:
     """Remembers SIGINT or SIGTERM while it is entered (`with`), so that the update at hand ends with its state written.
 
     A second Ctrl-C interrupts a single process at once. Several processes never are: torchrun passes a Ctrl-C on that
-    the terminal has sent them already. The exit status of a stopped run is 128 + signal: 130 after SIGINT, 143 after
-    SIGTERM.
+    the terminal has sent them already.
     """
 
     def __init__(self, world_size):

@@ -28,10 +28,7 @@ class Writer:
         self._thread, self._pending = concurrent.futures.ThreadPoolExecutor(1), None
 
     def submit(self, state, paths, keep=0):
-        """Write `state` (its tensors are copied now) to every path of `paths`.
-
-        Then delete all but the `keep` newest checkpoint_{k}.pth beside the first (0: none).
-        """
+        """Write `state` as it is now to every path; then delete all but the `keep` newest checkpoints (0: none)."""
         self.wait()
         state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
         self._pending = self._thread.submit(_write, state, paths, keep)
@@ -67,10 +64,9 @@ def due_paths(folder, step, ended, stopped, options):
 
 
 def find_state(config, say):
-    """Return the newest state of this run, else of the run that training.resume_from names; None for a new run.
+    """Return the newest state of this run, else of training.resume_from (of the same optimizer); None for a new run.
 
-    `say` is told what was passed over, and what another run had otherwise. Raises UserError if resume_from has no
-    state, or one of another optimizer.
+    `say` is told what was passed over, and what another run had otherwise.
     """
     state, other = read_newest_state(run_path(config), say), config.training.resume_from
     if state is not None or not other:
@@ -92,10 +88,7 @@ def find_state(config, say):
 
 
 def read_newest_state(folder, say=print):
-    """Return the state of a run's folder, or the newest numbered checkpoint if it is damaged; None if there is none.
-
-    Says what is passed over. Raises UserError if there are files but none is readable.
-    """
+    """Return the state of a run's folder, or its newest checkpoint that can be read; None if there is none at all."""
     folder = pathlib.Path(folder)
     numbered = list(numbered_checkpoints(folder / CHECKPOINTS).values())[::-1]
     reasons = []
@@ -131,10 +124,7 @@ def read_state(path):
 
 
 def restore(state, network, ema, optimizer, stats):
-    """Put a checkpoint's weights, EMA, moments and counters in place; the optimizer's options stay this run's.
-
-    Raises UserError if it belongs to another network.
-    """
+    """Put a checkpoint's weights, EMA, moments and counters in place; the optimizer's options stay this run's."""
     try:
         network.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
@@ -143,7 +133,12 @@ def restore(state, network, ema, optimizer, stats):
             "state": state["optimizer"]["state"],
             "param_groups": [{**ours, "params": theirs["params"]} for ours, theirs in
                              zip(own, state["optimizer"]["param_groups"], strict=True)]})
-        match_layout(optimizer)
+        for parameter, moments in optimizer.state.items():
+            for name, value in moments.items():
+                if name == "step":  # fused kernels want it on the device, and moments in the parameter's memory layout
+                    moments[name] = torch.as_tensor(value, dtype=torch.float32).to(parameter.device)
+                else:
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if "stats" in state:  # the released layout has none
             stats.load_state(state["stats"]["values"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -151,24 +146,10 @@ def restore(state, network, ema, optimizer, stats):
         raise UserError(f"the checkpoint does not fit config.model and config.optim: {reason}") from None
 
 
-def match_layout(optimizer):
-    """Lay every moment out in memory as its parameter is, and the steps on its device, as fused kernels want them.
-
-    A checkpoint from another program may hold them contiguous where the network is channels_last.
-    """
-    for parameter, moments in optimizer.state.items():
-        for name, value in moments.items():
-            if name == "step":
-                moments[name] = torch.as_tensor(value, dtype=torch.float32).to(parameter.device)
-            else:
-                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
 def take_architecture(config, given):
-    """Return (config, messages): with the architecture of flow.pre_train_model where no model flag is in `given`.
+    """Return (config, messages): with the architecture of flow.pre_train_model, unless that is to fit in part only.
 
-    A run that is there keeps its own. Raises UserError, naming the fields, where a flag contradicts it; nothing
-    happens with flow.pre_train_partial.
+    A run that is there keeps its own. Raises UserError, naming the fields, where a flag of `given` contradicts it.
     """
     path, saved = config.flow.pre_train_model, run_path(config) / CONFIG
     if not path or config.flow.pre_train_partial:
@@ -187,10 +168,7 @@ def take_architecture(config, given):
 
 
 def load_pretrained(network, config):
-    """Copy flow.pre_train_model's raw weights into the network; return what to tell about it.
-
-    With flow.pre_train_partial every tensor that fits is copied; otherwise a UserError says that some do not.
-    """
+    """Copy flow.pre_train_model's raw weights, with pre_train_partial those that fit; return what to tell about it."""
     path = config.flow.pre_train_model
     if not path:
         return []
@@ -203,10 +181,7 @@ def load_pretrained(network, config):
 
 
 def load_teacher(config, device):
-    """Return the frozen teacher (EMA weights, eval mode), or None without flow.use_teacher.
-
-    Raises UserError if it sees other images or classes than this run.
-    """
+    """Return the frozen teacher (EMA weights, eval mode), of this run's images and classes; None without one."""
     if not config.flow.use_teacher:
         return None
     path = config.flow.teacher_model or config.flow.pre_train_model

@@ -101,8 +101,7 @@ def check_finite(stats, limit):
 def apply_update(optimizer, ema, stats, loss, *, grad_clip):
     """Clip the gradients, step the optimizer and the EMA, and count; leave all as it was if anything is not finite.
 
-    loss: 0-dimensional tensor of the whole update. grad_clip: largest norm (negative: off). With several processes
-    loss and gradients are those averaged over all of them, so that all come to one verdict.
+    loss: 0-dimensional, like the gradients averaged over all processes. grad_clip: largest norm (negative: off).
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if stats.scaled:
