@@ -123,7 +123,7 @@ def test_the_figure_has_a_line_a_sampler_over_steps_and_a_line_a_checkpoint_over
         (f"euler-{n}, seed {seed}", [500, 900]) for n, seed in ((1, 0), (5, 0), (5, 1))]
     assert [(line.get_label(), list(line.get_xdata())) for line in right.lines] == [
         (f"euler, step {step}, seed 0", [1, 5]) for step in (500, 900)]
-    assert list(right.get_xticks()) == [1, 5]
+    assert sorted(right.get_xticks()) == [1, 5]
 
 
 @pytest.mark.parametrize("line", ['{"checkpoint": 3}', json.dumps(result(fid="4.5")), json.dumps(result(fid=None)),
