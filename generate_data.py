@@ -24,8 +24,8 @@ import torch
 from configs.command_line import config_to_dict, run_script
 from configs.default import Field, get_field
 from datasets import pair_writer
-from datasets.initial_points import InitialPoints, image_shape
-from datasets.pairs import NoiseSource, PairFolder
+from datasets.initial_points import InitialPoints
+from datasets.pairs import NoiseSource, PairFolder, image_shape
 from flows.couplings import COUPLINGS, create_coupling
 from flows.rectified_flow import analytic_velocity, interpolate, velocity_from_network
 from flows.samplers import SAMPLERS
@@ -64,8 +64,8 @@ def main(config, args, given):
             if offered < job.count:
                 make_blocks(config, folder, job, todo, coupling, processes)
                 processes.from_main(lambda: complete(folder, job, config, teacher))
-        processes.say(f"{folder} {'is complete: it ' if offered >= job.count else ''}holds "
-                      f"{max(offered, job.count)} pairs")
+        done = "is complete: it holds" if offered >= job.count else "holds"
+        processes.say(f"{folder} {done} {max(offered, job.count)} pairs")
 
 
 def check_arguments(config, args):

@@ -3,9 +3,8 @@
     python benchmarks/loading.py | tee benchmarks/loading.txt
 
 An epoch of shuffled batches of 128 at CIFAR-10's size, opening included, on one thread. Images: flipped at random, ours
-from a memory-mapped array, torchvision's CIFAR10 and transforms as it documents them, with and without workers. Pairs:
-ours from disk (the page cache) and resident, the peer np.load with a TensorDataset, as the released code has it. Rounds
-alternate; figures are medians of wall-clock time.
+from a memory-mapped array, torchvision's CIFAR10 and transforms as it documents them. Pairs: ours from disk (the page
+cache) and resident, the peer np.load with a TensorDataset. Rounds alternate; figures are medians of wall-clock time.
 """
 
 import os
@@ -67,7 +66,7 @@ def main():
         np.save(f"{root}/images.npy", np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         os.mkdir(f"{root}/0")
         np.save(f"{root}/0/z0.npy", index_noise(0, range(PAIRS), SHAPE))
-        np.save(f"{root}/0/z1.npy", index_noise(1, range(PAIRS), SHAPE).tanh())
+        np.save(f"{root}/0/z1.npy", index_noise(0, range(PAIRS), SHAPE).tanh())
         cases = {  # name: (batches, how they are read)
             "images: ours": (COUNT // BATCH, lambda n: ours(n, dataset="mapped", data_root=f"{root}/images.npy")),
             "images: torchvision": (COUNT // BATCH, lambda n: loader(n, RandomCifar(images))),

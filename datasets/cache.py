@@ -1,8 +1,7 @@
 """Decoded data sets on disk: each source once, as arrays that are mapped into memory.
 
-An entry is a folder `{cache_dir}/{name}-{C}x{H}x{W}-{key}/` with `images.npy`, `labels.npy` and `about.json`. The key
-is a digest of the source's files (paths, sizes and times, not content) and of the `ImageSpec`. An entry is written
-as a hidden folder and renamed when it is complete, so an entry that exists is whole.
+An entry is a folder `{cache_dir}/{name}-{C}x{H}x{W}-{key}/`. The key is a digest of the source's files (paths, sizes
+and times, not content) and of the `ImageSpec`. An entry is renamed when it is complete: what exists is whole.
 """
 
 import collections
@@ -62,9 +61,8 @@ class ImageSet:
 class Source(NamedTuple):
     """Images on disk that can be decoded into the cache.
 
-    name: for folder names. title: for messages, with the path. identity: digest of the files (`identify`). open: called
-    when they are not cached; returns an iterator over `ImageSet`s, how many images there are at most (None if only
-    reading tells) and the class names or None.
+    name: for folder names. title: for messages. identity: digest of the files (`identify`). open: returns an iterator
+    over `ImageSet`s, how many images there are at most (None: only reading tells) and the class names or None.
     """
 
     name: str
@@ -115,9 +113,8 @@ def _open_entry(entry, spec):
         shape = about["count"], spec.channels, spec.size, spec.size
         if images.shape != shape or images.dtype != np.uint8 or (labels is not None and len(labels) != len(images)):
             raise ValueError("its parts do not fit together")
-        names = about["class_names"]
-        return ImageSet(images, labels, names and tuple(names), about["source"], dict(about["notes"]), str(entry),
-                        tuple(about["skipped"]))
+        return ImageSet(images, labels, about["class_names"] and tuple(about["class_names"]), about["source"],
+                        dict(about["notes"]), str(entry), tuple(about["skipped"]))
     except Exception as error:  # numpy raises many kinds for damaged headers
         print(f"the cache entry {entry} is damaged ({error}): decoding again", file=sys.stderr, flush=True)
         return None

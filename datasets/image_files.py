@@ -99,8 +99,7 @@ class FileTree:
         """Return a digest that changes when an image or label file is written, added or removed."""
         if not self.root.is_dir():  # an archive need not be opened
             return identify([self.root])
-        labels = [name for name in self.files if name.endswith(LABEL_FILE)]
-        return identify([*self.names, *labels], self.root)
+        return identify([name for name in self.files if name.lower().endswith((*SUFFIXES, LABEL_FILE))], self.root)
 
 
 def find_labels(tree):

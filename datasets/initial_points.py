@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from datasets.batches import check_labels, pixels_to_float, some_of
-from datasets.pairs import NoiseSource, as_float, as_one_hot, open_rows
+from datasets.pairs import NoiseSource, as_float, as_one_hot, image_shape, open_rows
 from datasets.sources import load_images
 from runtime import seeds
 from runtime.errors import UserError
@@ -86,11 +86,6 @@ class InitialPoints:
         else:
             label = seeds.index_labels(self.seed, indices, self.num_classes).numpy()
         return as_one_hot(label, self.num_classes)
-
-
-def image_shape(config):
-    """Return the shape (C, H, W) of the config's images."""
-    return config.data.num_channels, config.data.image_size, config.data.image_size
 
 
 def chosen_images(config):

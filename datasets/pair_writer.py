@@ -20,7 +20,6 @@ from runtime.files import file_lock, read_json, read_json_lines, write_json, wri
 
 RECORD, JOURNAL, LOCK = "pairs.json", "blocks.jsonl", ".lock"
 ARRAYS = ("z0.npy", "z1.npy", "label.npy")
-SPARE_BYTES = 1 << 20  # for the journal, the record and the picture
 ENTRY = ("block", "pairs", "nfe_sum", "nfe_worst", "z1_rounding")  # the numbers in a line of the journal
 
 
@@ -41,14 +40,10 @@ class PairJob:
         """Return the pairs of a block, a range."""
         return range(block * self.block_size, min((block + 1) * self.block_size, self.count))
 
-    @property
-    def blocks(self):
-        """Numbers of all blocks."""
-        return range(-(-self.count // self.block_size))
-
     def unfinished(self, done):
         """Return the blocks that the journal entries `done` lack or have with fewer pairs."""
-        return [b for b in self.blocks if done.get(b, {"pairs": 0})["pairs"] < len(self.block_range(b))]
+        blocks = range(-(-self.count // self.block_size))
+        return [b for b in blocks if done.get(b, {"pairs": 0})["pairs"] < len(self.block_range(b))]
 
 
 def npy_header(layout, count):
@@ -117,7 +112,7 @@ def _check_arrays(folder, job, done):
         taken = path.stat().st_blocks * 512 if path.exists() else 0
         missing += max(0, row_offset(layout, job.count) - taken)
     free = shutil.disk_usage(folder).free
-    if missing and missing + SPARE_BYTES > free:
+    if missing > free:
         raise UserError(f"{job.count} pairs need another {missing / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} "
                         "MB are free: make room, choose another --data_root, fewer pairs, or "
                         "--config.sampling.pair_storage compact")
@@ -166,7 +161,7 @@ def finish(folder, job, record):
     write_text(folder / JOURNAL, "".join(json.dumps(done[block]) + "\n" for block in sorted(done)))
     for name, layout in job.layouts.items():
         _write(folder / name, npy_header(layout, job.count), 0)
-    entries = [done[block] for block in job.blocks]
+    entries = [entry for block, entry in done.items() if len(job.block_range(block))]
     pairs = sum(entry["pairs"] for entry in entries)  # a last block may hold more than are asked for now
     measured = {"nfe_mean": sum(entry["nfe_sum"] for entry in entries) / pairs,
                 "nfe_worst": max(entry["nfe_worst"] for entry in entries),

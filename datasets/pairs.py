@@ -67,11 +67,15 @@ class NoiseSource:
         return hashlib.sha256(noise.astype("<f4").tobytes()).hexdigest()[:16]
 
 
-class PairFolder:
-    """One folder of pairs. `z0[indices]`, `z1[indices]` and `label[indices]` are rows (label: None without).
+def image_shape(config):
+    """Return the shape (C, H, W) of the config's images."""
+    return config.data.num_channels, config.data.image_size, config.data.image_size
 
-    Raises UserError if it is unfinished, a file is missing or damaged, shapes or lengths disagree, or the noise of
-    compact storage comes out otherwise here.
+
+class PairFolder:
+    """One folder of pairs: rows `z0[indices]`, `z1[indices]` and `label[indices]` (label: None without).
+
+    Raises UserError if it is unfinished or damaged, or if the noise of compact storage comes out otherwise here.
     """
 
     def __init__(self, path):
@@ -171,15 +175,13 @@ def open_folders(root):
 def open_pairs(root, config):
     """Return the `PairFolder`s under `root` after a look at some pairs of each; unlikely values are said on stderr.
 
-    Raises UserError if a folder does not fit `config.data`, or holds pairs of another origin than the first, or the
-    same.
+    Raises UserError if a folder does not fit `config.data`, or the folders not each other.
     """
     folders, data = open_folders(root), config.data
-    wanted = (data.num_channels, data.image_size, data.image_size)
     for folder in folders:
-        if folder.shape != wanted:
+        if folder.shape != image_shape(config):
             raise UserError(f"{folder.path} holds pairs of shape {folder.shape}, but config.data.num_channels and "
-                            f"config.data.image_size ask for {wanted}")
+                            f"config.data.image_size ask for {image_shape(config)}")
         if data.num_classes and folder.label is None:
             raise UserError(f"{folder.path} has no label.npy, but config.data.num_classes is {data.num_classes}: set "
                             "it to 0 or use pairs of a class-conditional model")
@@ -235,8 +237,7 @@ class PairSet:
 class MixedOrder:
     """Generated pairs 0..count-1 mixed with a share of the `real_count` after them, each kind in an order of its own.
 
-    Sample s of the sequence is real if floor((s+1)·share) > floor(s·share), so that every stretch of it, whichever
-    process reads it, has its share.
+    Sample s is real if floor((s+1)·share) > floor(s·share): every stretch, whichever process reads it, has its share.
     """
 
     def __init__(self, count, real_count, share, batch_size, seed):
@@ -261,10 +262,7 @@ class MixedOrder:
 
 
 def create_pair_batches(config, device):
-    """Return the `Batches` of config.data.reflow_data_root, with the real pairs that the config mixes in.
-
-    Raises UserError for pairs that cannot be trained on with this config.
-    """
+    """Return the `Batches` of config.data.reflow_data_root and real pairs; UserError for pairs that do not fit."""
     data, size, share = config.data, config.training.batch_size, config.flow.real_data_share
     folders = open_pairs(data.reflow_data_root, config)
     count = sum(map(len, folders))

@@ -49,10 +49,7 @@ class DataSet(NamedTuple):
 
 
 def load_images(config):
-    """Return the `ImageSet` of `config.data`, or its `data.train_subset`, decoded or from the cache.
-
-    Raises `UserError` for a missing or unusable source, and for labels that do not fit `data.num_classes`.
-    """
+    """Return the `ImageSet` of `config.data`; UserError for an unusable source or labels that do not fit the config."""
     data, row = config.data, DATASETS[config.data.dataset]
     if data.num_channels not in (1, 3):
         raise UserError(f"data.num_channels {data.num_channels}: images have 1 (grey) or 3 (colour) channels")
@@ -173,10 +170,7 @@ def _decode_tree(tree, labels, spec):
 
 
 def _read_batches(paths, size, first_label, classes, spec):
-    """Yield the `ImageSet`s of files with batches, as CIFAR-10 and ImageNet64 are distributed.
-
-    They hold data, uint8 `(n, 3·size·size)`, and labels, n class numbers from `first_label` on; UserError for others.
-    """
+    """Yield the `ImageSet`s of the files in which CIFAR-10 and ImageNet64 are distributed; UserError for others."""
     for path in paths:
         batch = load_arrays(path)
         try:
