@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from configs.default import FIELDS, GROUPS, KINDS, check_fields, get_default_config, get_field, set_field
 from datasets.sources import DATASETS
 from runtime.errors import UserError, one_sentence
-from runtime.files import read_json, write_json
+from runtime.files import read_json
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -219,11 +219,6 @@ def config_from_dict(values, source="config"):
 def config_to_dict(config):
     """Return the config as nested dictionaries of plain values, lists for tuples: what JSON can hold."""
     return json.loads(config.to_json())
-
-
-def save_config(config, path):
-    """Write the effective config to `path` (JSON, atomically) so that `load_config` and `--config` read it."""
-    write_json(path, config_to_dict(config))
 
 
 def differences(config):

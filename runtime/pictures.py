@@ -56,7 +56,7 @@ def save_lines(path, curves, title, x_label, y_label, y_scale="linear"):
         axes.plot(x, y, color=colour, linewidth=1, marker="." if len(x) < MANY_POINTS else "", markersize=3,
                   label=label if new else None)
     axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale=y_scale)
-    axes.grid(alpha=0.3)
+    axes.grid(which="both", alpha=0.3)
     if set(colours) - {None}:
         axes.legend(loc="best", fontsize="small")
     with atomic_path(path) as temporary:

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 import image_sampling
-from configs.command_line import config_to_dict, parse_command_line, save_config
+from configs.command_line import config_to_dict, parse_command_line
 from configs.default import get_default_config
 from models.checkpoint import write_checkpoint
 from models.create import create_model
 from runtime.errors import UserError
+from runtime.files import write_json
 from runtime.pictures import GAP, SMALLEST_CELL
 from tests.processes import run_script
 
@@ -50,7 +51,7 @@ def write_run(folder, numbers=(1,), **changes):
         write_checkpoint(folder / "checkpoints" / f"checkpoint_{number}.pth", {
             "model": net.state_dict(), "ema": {"decay": 0.9, "num_updates": 1, "shadow_params": shadow},
             "optimizer": {}, "step": number * 10, "config": config_to_dict(config)})
-    save_config(config, folder / "config.json")
+    write_json(folder / "config.json", config_to_dict(config))
     return folder
 
 

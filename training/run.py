@@ -16,7 +16,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from configs.command_line import load_config, save_config
+from configs.command_line import config_to_dict, load_config
 from configs.default import FIELDS, get_field
 from datasets import one_hot
 from datasets.sources import DATASETS
@@ -104,7 +104,7 @@ def open_run(config, held):
     check_same_run(config, path)  # which may have begun since it was first asked
     for name in (CHECKPOINTS, SAMPLES):
         (path / name).mkdir(exist_ok=True)
-    save_config(config, path / CONFIG)
+    write_json(path / CONFIG, config_to_dict(config))
     with open(path / "command.txt", "a") as opened:
         opened.write(shlex.join([sys.executable, *sys.argv]) + "\n")
     patch, untracked = uncommitted_changes()

@@ -82,10 +82,9 @@ class UpdateStats:
 
     def load_state(self, values):
         """Continue from the `values` of a checkpoint; from its fp16 scale only where one is used there and here."""
-        scale = self.scale.clone()
-        self.values.copy_(values)
-        if not self.scaled or values[6] == 1.0:
-            self.values[6] = scale
+        self.values[:6] = values[:6]
+        if self.scaled and values[6] != 1.0:
+            self.values[6:] = values[6:]
 
 
 def check_finite(stats, limit):

@@ -16,11 +16,11 @@ from configs.command_line import (
     help_text,
     load_config,
     parse_command_line,
-    save_config,
 )
 from configs.default import FIELDS, Field, check_fields, get_default_config, get_field
 from models import create_model
 from runtime.errors import UserError
+from runtime.files import write_json
 from training.run import check_training
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "rectified_flow"
@@ -143,7 +143,7 @@ def test_every_config_is_valid_and_survives_saving(path, tmp_path):
     check_fields(config)
     with torch.device("meta"):
         create_model(config)
-    save_config(config, tmp_path / "config.json")
+    write_json(tmp_path / "config.json", config_to_dict(config))
     assert load_config(tmp_path / "config.json") == config
     assert json.loads((tmp_path / "config.json").read_text()) == config_to_dict(config)
 

@@ -5,9 +5,10 @@ import types
 
 import pytest
 
-from configs.command_line import save_config
+from configs.command_line import config_to_dict
 from configs.default import get_default_config
 from runtime.errors import UserError
+from runtime.files import write_json
 from tools import runs
 
 
@@ -15,7 +16,7 @@ def write_run(folder, log=(), results=()):
     """Write a run folder with a config, a log and results."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "eval").mkdir()
-    save_config(get_default_config(), folder / "config.json")
+    write_json(folder / "config.json", config_to_dict(get_default_config()))
     (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
     (folder / "eval" / "results.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in results))
     return folder

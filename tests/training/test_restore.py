@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from configs.command_line import config_to_dict, save_config
+from configs.command_line import config_to_dict
 from configs.default import get_default_config
 from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
 from runtime.errors import UserError
+from runtime.files import write_json
 from training.state import find_state, load_pretrained, load_teacher, restore, take_architecture
 from training.update import UpdateStats, apply_update, create_optimizer
 
@@ -107,7 +108,7 @@ def test_a_forgotten_model_flag_is_taken_from_the_pretrained_network_and_a_wrong
 
 def test_a_run_that_is_there_keeps_its_architecture_when_the_pretrained_file_is_gone(pretrained, tmp_path):
     config, _ = take_architecture(pretrained, frozenset())
-    save_config(config, tmp_path / "run" / "config.json")
+    write_json(tmp_path / "run" / "config.json", config_to_dict(config))
     (tmp_path / "wide.pth").unlink()
     assert take_architecture(pretrained, frozenset())[0].model.nf == 16
 

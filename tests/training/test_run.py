@@ -6,10 +6,11 @@ import subprocess
 
 import pytest
 
-from configs.command_line import load_config, save_config
+from configs.command_line import config_to_dict, load_config
 from configs.default import set_field
 from runtime import versions
 from runtime.errors import UserError
+from runtime.files import write_json
 from tests.conftest import ROOT
 from training import run
 
@@ -75,7 +76,7 @@ def test_a_second_start_of_a_run_is_refused(tmp_path):
 def test_a_slash_at_the_end_of_a_path_is_no_other_run(tmp_path):
     config = config_in(tmp_path, data__reflow_data_root="pairs", flow__pre_train_model="a/b.pth")
     (tmp_path / "run").mkdir()
-    save_config(config, tmp_path / "run" / "config.json")
+    write_json(tmp_path / "run" / "config.json", config_to_dict(config))
     other = config_in(tmp_path, data__reflow_data_root="pairs/", flow__pre_train_model="./a/b.pth",
                       training__compile=True, training__precision="bf16")
     assert run.check_same_run(other, tmp_path / "run") == ["training.precision ('tf32' there, 'bf16' here)"]
