@@ -94,7 +94,7 @@ def filter_downsample(self, x, shifts=None):
 
 def scales_and_shifts(self, t999, label):
     """Each block projects the embedding itself."""
-    emb = self.embedding(t999, label)
+    emb = self.embed(t999, label)
     return (linear(emb) for linear in self.affine_linears)
 
 

@@ -25,11 +25,15 @@ class DhariwalUNet(nn.Module):
         attn_resolutions=(16,), dropout=0.0, label_dropout=0.0,
     ):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.label_dropout = num_classes, label_dropout
         block = functools.partial(ResidualBlock, emb_channels=4 * nf, dropout=dropout)
         levels = [(nf * m, image_size >> i in attn_resolutions) for i, m in enumerate(ch_mult)]
 
-        self.embedding = Embedding(nf, 4 * nf, num_classes, label_dropout)
+        self.register_buffer("frequencies", layers.geometric_frequencies(nf // 2, nf // 2), persistent=False)
+        self.embedding = layers.Level(linear0=nn.Linear(nf, 4 * nf), linear1=nn.Linear(4 * nf, 4 * nf),
+                                      label=nn.Linear(num_classes, 4 * nf, bias=False) if num_classes else None)
+        if num_classes:
+            nn.init.normal_(self.embedding.label.weight)
         channels = levels[0][0]
         self.input_conv = nn.Conv2d(num_channels, channels, 3, padding=1)
 
@@ -65,9 +69,21 @@ class DhariwalUNet(nn.Module):
         """Return the parameters that no output depends on: there are none."""
         return []
 
+    def embed(self, t999, label):
+        """Return the embedding (N, channels) of time and class: a perceptron on cosines and sines, plus a vector.
+
+        In training each class is hidden with probability `label_dropout` (Ho & Salimans 2022).
+        """
+        sine, cosine = layers.sinusoid(t999, self.frequencies)
+        embedding = self.embedding.linear1(F.silu(self.embedding.linear0(torch.cat([cosine, sine], dim=1))))
+        if label is not None:
+            label = layers.hide_labels(label, self.label_dropout if self.training else 0.0)
+            embedding = embedding + self.embedding.label(label)
+        return F.silu(embedding)
+
     def scales_and_shifts(self, t999, label):
         """Return an iterator over the blocks' scales and shifts, each (N, 2·channels), in their order."""
-        return layers.parallel_linears(self.affine_linears, self.embedding(t999, label))
+        return layers.parallel_linears(self.affine_linears, self.embed(t999, label))
 
     def forward(self, x, t999, label=None):
         """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,).
@@ -97,31 +113,6 @@ class DhariwalUNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), affine)
 
         return self.output_conv(F.silu(self.output_norm(h))).to(x.dtype)
-
-
-class Embedding(nn.Module):
-    """Embedding of time t999 (N,) and one-hot class (N, K) or None: a perceptron on cosines and sines, plus a vector.
-
-    In training each class is hidden with probability `label_dropout` (Ho & Salimans 2022). The result is activated.
-    """
-
-    def __init__(self, features, channels, num_classes, label_dropout):
-        super().__init__()
-        half = features // 2
-        self.register_buffer("frequencies", layers.geometric_frequencies(half, half), persistent=False)
-        self.linear0 = nn.Linear(features, channels)
-        self.linear1 = nn.Linear(channels, channels)
-        self.label_dropout = label_dropout
-        self.label = nn.Linear(num_classes, channels, bias=False) if num_classes else None
-        if num_classes:
-            self.label.weight = nn.Parameter(torch.randn(channels, num_classes))
-
-    def forward(self, t999, label):
-        sine, cosine = layers.sinusoid(t999, self.frequencies)
-        emb = self.linear1(F.silu(self.linear0(torch.cat([cosine, sine], dim=1))))
-        if self.label is not None:
-            emb = emb + self.label(layers.hide_labels(label, self.label_dropout if self.training else 0.0))
-        return F.silu(emb)
 
 
 class ResidualBlock(nn.Module):

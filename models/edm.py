@@ -17,7 +17,6 @@ SIGMA_DATA = 0.5
 BETA_D, BETA_MIN = 19.9, 0.1  # of the VP noise schedule (Song et al. 2021)
 # Noise levels that networks of each preconditioning know: those EDM trains or samples with.
 SIGMA_RANGE = {"edm": (0.002, 80.0), "vp": (0.001, 152.0), "ve": (0.02, 100.0)}
-PRECONDITIONING = ("none", *SIGMA_RANGE)
 LICENCE_NOTE = ("EDM's published networks are licensed CC BY-NC-SA 4.0 (non-commercial), which may extend to pairs "
                 "made with them and to networks trained on such pairs; see NOTICE")
 
@@ -69,8 +68,6 @@ class Preconditioned(nn.Module):
 # Snapshots: arguments as config fields, names and order of rows as ours.
 
 CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}
-# Attributes of the outer module that the closed forms take for granted.
-CONSTANTS = {"sigma_data": SIGMA_DATA, "beta_d": BETA_D, "beta_min": BETA_MIN, "M": 1000, "epsilon_t": 1e-5}
 DEFAULTS = {  # of arguments that EDM's training script does not pass
     "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4,
                  "attn_resolutions": [16], "embedding_type": "positional", "channel_mult_noise": 1,
@@ -78,6 +75,11 @@ DEFAULTS = {  # of arguments that EDM's training script does not pass
     "DhariwalUNet": {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "channel_mult_emb": 4, "num_blocks": 3,
                      "attn_resolutions": [32, 16, 8]},
 }
+# Values that ours can be, the usual one first; the closed forms take the numbers for granted.
+ALLOWED = {"preconditioning": tuple(CLASSES), "sigma_data": (SIGMA_DATA,), "beta_d": (BETA_D,), "beta_min": (BETA_MIN,),
+           "M": (1000,), "epsilon_t": (1e-5,), "model_type": tuple(DEFAULTS), "channel_mult_emb": (4,),
+           "embedding_type": ("positional", "fourier"), "encoder_type": ("standard", "residual"),
+           "decoder_type": ("standard",)}
 OTHERS = {"img_resolution", "img_channels", "label_dim", "model_type", "augment_dim", "dropout", "label_dropout",
           "use_fp16", "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "M", "epsilon_t"}
 # Our names of layers and theirs, outside the levels and inside their blocks.
@@ -116,26 +118,17 @@ def config_fields(snapshot):
 
     Raises UserError for arguments that ours lacks; those that are config fields are checked where a network is made.
     """
-    if snapshot.class_name not in CLASSES:
-        raise UserError(f"its preconditioning is {snapshot.class_name}; known are {', '.join(CLASSES)}")
-    for name, value in CONSTANTS.items():
-        if snapshot.attributes.get(name, value) != value:
-            raise UserError(f"its {name} is {snapshot.attributes[name]}, and {value} is the only one known")
-    arguments, usual = snapshot.arguments, "DhariwalUNet" if snapshot.class_name == "EDMPrecond" else "SongUNet"
-    kind = arguments.get("model_type", usual)
-    if kind not in DEFAULTS:
-        raise UserError(f"its model_type is {kind!r}; known are {', '.join(DEFAULTS)}")
-    if unknown := arguments.keys() - OTHERS - DEFAULTS[kind].keys():
+    usual = "DhariwalUNet" if snapshot.class_name == "EDMPrecond" else "SongUNet"
+    values = {"preconditioning": snapshot.class_name, "model_type": usual, "channel_mult_noise": 1}
+    values |= snapshot.attributes | snapshot.arguments
+    noise = 2 if values.get("embedding_type") == "fourier" else 1
+    for name, known in (ALLOWED | {"channel_mult_noise": (noise,)}).items():
+        if (value := values.get(name, known[0])) not in known:
+            raise UserError(f"its {name} is {value!r}; known: {', '.join(map(str, known))}")
+    kind = values["model_type"]
+    if unknown := snapshot.arguments.keys() - OTHERS - DEFAULTS[kind].keys():
         raise UserError(f"it has the argument {min(unknown)!r}, which is not known")
-    given = {"resample_filter": [1, 1]} | DEFAULTS[kind] | arguments
-    noise = {"positional": 1, "fourier": 2}
-    allowed = {"channel_mult_emb": (4,)}
-    if kind == "SongUNet":
-        allowed |= {"embedding_type": tuple(noise), "encoder_type": ("standard", "residual"),
-                    "decoder_type": ("standard",), "channel_mult_noise": (noise.get(given["embedding_type"]),)}
-    for name, values in allowed.items():
-        if given[name] not in values:
-            raise UserError(f"its {name} is {given[name]!r}; known: {', '.join(map(str, values))}")
+    given = {"resample_filter": [1, 1]} | DEFAULTS[kind] | snapshot.arguments
     size, taps = given["img_resolution"], given["resample_filter"]
     sizes = [size >> level for level in range(len(given["channel_mult"]))]
     fields = {"model.preconditioning": CLASSES[snapshot.class_name], "model.nf": given["model_channels"],

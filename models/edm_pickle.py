@@ -29,7 +29,6 @@ OPCODES = ("PROTO FRAME STOP MARK POP POP_MARK MEMOIZE BINPUT LONG_BINPUT BINGET
            "BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_SET EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS")
 STORAGE = "torch.FloatStorage"
 STREAM = (0x1950A86A20F9469CFC6C, 1001)  # magic and version of torch.save's first format
-DEPTH = 12  # modules inside one another; EDM's networks have five
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +79,7 @@ def read_snapshot(file, path):
         arguments = {name: plain_value(value) for name, value in entries(state["_init_kwargs"]).items()}
         attributes = {name: plain_value(value) for name, value in state.items()
                       if type(value) in (bool, int, float, str) or (type(value) is Call and value.name in SCALARS)}
-        collect_tensors(network, "", tensors, set(), DEPTH)
+        collect_tensors(network, "", tensors, set())
         claimed = 4 * sum(tensor.numel() for tensor in tensors.values())
         if claimed > max(2**26, 4 * len(content)):  # tensors may overlap, so the file alone is no bound
             raise UserError(f"its tensors claim {claimed:,} bytes, the file has {len(content):,}")
@@ -182,10 +181,10 @@ def module_state(value):
     raise ValueError
 
 
-def collect_tensors(module, prefix, tensors, seen, depth):
+def collect_tensors(module, prefix, tensors, seen):
     """Add the tensors of a module and of those in it to `tensors`, in the order of its state dict."""
-    if depth == 0 or id(module) in seen:
-        raise UserError("its modules contain themselves or are nested too deep")
+    if id(module) in seen:
+        raise UserError("its modules contain themselves")
     seen.add(id(module))
     _, state = module_state(module)
     for name, value in [*entries(state["_parameters"]).items(), *entries(state["_buffers"]).items()]:
@@ -193,7 +192,7 @@ def collect_tensors(module, prefix, tensors, seen, depth):
             tensors[f"{prefix}{name}"] = tensor_of(value)
     for name, child in entries(state["_modules"]).items():
         if child is not None:
-            collect_tensors(child, f"{prefix}{name}.", tensors, seen, depth - 1)
+            collect_tensors(child, f"{prefix}{name}.", tensors, seen)
 
 
 def tensor_of(value):

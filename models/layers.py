@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
 
 
 class Level(nn.Module):
-    """The modules of one resolution of a U-Net, by name; None where it has none."""
+    """Modules by name, those of one resolution of a U-Net for instance; None where it has none."""
 
     def __init__(self, **modules):
         super().__init__()

@@ -38,12 +38,12 @@ class NCSNpp(nn.Module):
         scale_by_sigma=False, sigma_min=0.01, sigma_max=50.0, num_scales=1000,
     ):
         super().__init__()
-        self.num_classes, self.scale_by_sigma = num_classes, scale_by_sigma
-        self.fourier = embedding_type == "fourier"
+        self.num_classes, self.label_dropout, self.scale_by_sigma = num_classes, label_dropout, scale_by_sigma
+        self.fourier, self.activation = embedding_type == "fourier", ACTIVATIONS[nonlinearity]
         # Noise level of step i; only scale_by_sigma reads it, but it is part of every released state dict.
         self.register_buffer("sigmas", noise_levels(sigma_max, sigma_min, num_scales))
         options = types.SimpleNamespace(  # what all blocks share
-            time_channels=4 * nf, activation=ACTIVATIONS[nonlinearity], dropout=dropout,
+            time_channels=4 * nf, activation=self.activation, dropout=dropout,
             rescale=math.sqrt(0.5) if skip_rescale else 1.0,  # of every sum of a branch and its skip
             init_scale=init_scale,  # of each branch's last layer
             resblock_type=resblock_type, taps=fir_kernel if fir else None, resamp_with_conv=resamp_with_conv)
@@ -51,8 +51,12 @@ class NCSNpp(nn.Module):
         features = 2 * nf if self.fourier else nf
 
         self.time_features = FourierFeatures(nf, fourier_scale) if self.fourier else PositionalFeatures(nf)
-        self.time_embedding = TimeEmbedding(features, 4 * nf, options.activation) if conditional else None
-        self.class_features = ClassFeatures(num_classes, features, label_dropout) if num_classes else None
+        self.time_embedding = self.class_features = None
+        if conditional:
+            self.time_embedding = layers.Level(linear0=init_uniform(nn.Linear(features, 4 * nf)),
+                                               linear1=init_uniform(nn.Linear(4 * nf, 4 * nf)))
+        if num_classes:  # as in EDM's networks (Karras et al. 2022)
+            self.class_features = layers.Level(linear=init_uniform(nn.Linear(num_classes, features)))
         self.input_conv = init_uniform(nn.Conv2d(num_channels, nf, 3, padding=1))
         self.encoder, skips = make_encoder(options, levels, num_res_blocks, nf, num_channels, progressive_input,
                                            progressive_combine)
@@ -71,8 +75,10 @@ class NCSNpp(nn.Module):
             return itertools.repeat(None)
         features = self.time_features(t999)
         if self.class_features is not None:
-            features = features + self.class_features(label)
-        return layers.parallel_linears(self.time_linears, self.time_embedding(features))
+            label = layers.hide_labels(label, self.label_dropout if self.training else 0.0)
+            features = features + self.class_features.linear(label * math.sqrt(label.shape[1]))
+        embedding = self.time_embedding.linear1(self.activation(self.time_embedding.linear0(features)))
+        return layers.parallel_linears(self.time_linears, self.activation(embedding))
 
     def idle_parameters(self):
         """Return the parameters that no output depends on: the blocks' projections of a time that they do not see.
@@ -218,32 +224,6 @@ class FourierFeatures(nn.Module):
 
     def forward(self, t999):
         return torch.cat(layers.sinusoid(t999.float().log(), 2 * math.pi * self.frequencies), dim=1)
-
-
-class ClassFeatures(nn.Module):
-    """What classes, one-hot (N, K), add to the time features, as in EDM's networks (Karras et al. 2022)."""
-
-    def __init__(self, num_classes, channels, label_dropout):
-        super().__init__()
-        self.linear = init_uniform(nn.Linear(num_classes, channels))
-        self.label_dropout = label_dropout
-
-    def forward(self, label):
-        label = layers.hide_labels(label, self.label_dropout if self.training else 0.0)
-        return self.linear(label * math.sqrt(label.shape[1]))
-
-
-class TimeEmbedding(nn.Module):
-    """Two-layer perceptron on the time features; its result has passed the activation, as every block wants it."""
-
-    def __init__(self, channels_in, channels, activation):
-        super().__init__()
-        self.linear0 = init_uniform(nn.Linear(channels_in, channels))
-        self.linear1 = init_uniform(nn.Linear(channels, channels))
-        self.activation = activation
-
-    def forward(self, features):
-        return self.activation(self.linear1(self.activation(self.linear0(features))))
 
 
 class ResidualBlock(nn.Module):

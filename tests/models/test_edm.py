@@ -165,7 +165,7 @@ def changed_snapshot(change):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (lambda s: s.update(class_name="iDDPMPrecond"), "its preconditioning is iDDPMPrecond"),
+    (lambda s: s.update(class_name="iDDPMPrecond"), "its preconditioning is 'iDDPMPrecond'"),
     (lambda s: s["attributes"].update(sigma_data=1.0), "its sigma_data is 1.0"),
     (lambda s: s["arguments"].update(encoder_type="skip"), "its encoder_type is 'skip'"),
     (lambda s: s["arguments"].update(decoder_type="skip"), "its decoder_type is 'skip'"),
@@ -196,7 +196,7 @@ def test_network_that_ours_cannot_be_is_refused_by_name(change, sentence, monkey
 
 def test_discrete_noise_levels_are_refused_by_name():
     """iDDPM's networks have twice the output channels and another schedule."""
-    with pytest.raises(UserError, match="its preconditioning is iDDPMPrecond"):
+    with pytest.raises(UserError, match="its preconditioning is 'iDDPMPrecond'"):
         load_model(golden_file("baseline_adm.pkl"))
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.networks import Count
 from models.create import create_from_fields
 
 NCSNPP = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
@@ -207,18 +207,6 @@ def test_autocast_is_near_float32_and_returns_it(fields):
         out = net(*inputs)
     assert out.dtype == torch.float32 and kinds == {torch.float32} and hooks
     assert (out - exact).abs().max() < 0.05 * exact.abs().max()
-
-
-class Count(TorchDispatchMode):
-    """Counts the aten operations that are dispatched."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operations += 1
-        return function(*args, **(kwargs or {}))
 
 
 def test_number_of_operations_of_the_smallest_published_network():
