@@ -35,8 +35,7 @@ from runtime.pictures import save_grid
 from runtime.progress import progress_bar
 
 FLAGS = {
-    "ckpt_path": Field("", "checkpoint (.pth, EDM's .pkl, hf://…, https://…) of from_z0 and from_z1; its EMA "
-                       "weights are used"),
+    "ckpt_path": Field("", "checkpoint (.pth, EDM's .pkl, hf://…, https://…) of from_z0 and from_z1 (EMA weights)"),
     "data_root": Field("", "folder of the pairs; they go to its sub-folder {seed}"),
     "z0_path": Field("", "npy of noise (N, C, H, W) to start from instead of drawn noise"),
     "z1_path": Field("", "npy of images (N, C, H, W) in [-1, 1] to start from instead of the data set"),
@@ -70,10 +69,9 @@ def main(config, args, given):
 
 def check_arguments(config, args):
     """Raise UserError for flags that the direction lacks or cannot use."""
-    direction = config.sampling.direction
+    direction, row = config.sampling.direction, COUPLINGS[config.sampling.direction]
     if not args.data_root:
         raise UserError("--data_root is empty: name the folder of the pairs, such as --data_root reflow_data/pairs")
-    row = COUPLINGS[direction]
     if row.velocity == "network" and not args.ckpt_path:
         raise UserError(f"sampling.direction {direction} needs a network: give --ckpt_path")
     if args.z0_path and row.given == "image":

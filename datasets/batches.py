@@ -28,10 +28,7 @@ class Batch:
 
 
 def one_hot(labels, num_classes):
-    """Return class numbers `(N,)`, integers in [0, num_classes), as one-hot float32 `(N, num_classes)`.
-
-    A number outside the range gives zeros: ranges are checked where labels are read, so that nothing waits here.
-    """
+    """Return class numbers `(N,)`, integers in [0, num_classes), as one-hot float32 `(N, num_classes)`, unchecked."""
     return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
@@ -92,10 +89,7 @@ def _permutation(count, seed, epoch):
 
 
 class Batches:
-    """The batches of a set of samples: `batch(update, low, high)` is a pure function of (seed, update, place).
-
-    Neither the number of processes nor the updates before it matter. `shape`: (C, H, W) of an image.
-    """
+    """The batches of samples: `batch(update, low, high)` is a pure function of (seed, update, place)."""
 
     def __init__(self, samples, order, config, device, mirror=False):
         """Take an `ImageSet` or `PairSet`, an order (`EndlessOrder`), the config and the device.

@@ -74,8 +74,7 @@ class Source(NamedTuple):
 def open_cached(source, spec, cache_dir, progress):
     """Return the `ImageSet` of a `Source`, mapped into memory read-only; decode it into `cache_dir` on first use.
 
-    Raises UserError for images that cannot be decoded or written, and for an entry that was cached without its corrupt
-    images, unless `spec` skips them.
+    Raises UserError for images that cannot be decoded or written, or are corrupt, unless `spec` skips them.
     """
     entry = entry_folder(source, spec, cache_dir)
     found = _open_entry(entry, spec)

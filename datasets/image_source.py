@@ -14,7 +14,6 @@ from datasets.sources import DATASETS, load_arrays
 from runtime.errors import UserError
 
 LARGEST_FLOAT = 20.0  # samples leave [-1, 1] a little; what goes beyond this was meant for 0 to 255
-LOOKED_AT = 64  # images of an array of floats whose range is looked at
 LOSSY = "JPEG or WebP: distances to images that were not compressed so include the compression"
 
 
@@ -62,7 +61,7 @@ class ArrayImages(ImageSource):
                             "channels, uint8, or floats in [-1, 1]")
         self.images, self.spec = images, spec or ImageSpec(None, images.shape[1])
         super().__init__(name, len(images))
-        some = images[some_of(len(images), LOOKED_AT)]
+        some = images[some_of(len(images), 64)]
         if floats and some.min() >= 0 and some.max() <= 1:
             print(f"{name}: its values lie in [{some.min():.3g}, {some.max():.3g}], but floats are read as pixels in "
                   "[-1, 1]: bring them there if they were meant for [0, 1]", file=sys.stderr, flush=True)
@@ -100,8 +99,8 @@ class FileImages(ImageSource):
 def open_images(path, config):
     """Return the `ImageSource` of an npy (NCHW in [-1, 1], or uint8), an npz of images, a folder or a zip.
 
-    Images become grey with config.data.num_channels 1 and RGB with 3, and for the extractor `pixels` they are brought
-    to config.data.image_size as in training. Raises UserError if there is nothing to read.
+    They get config.data.num_channels, and for the extractor `pixels` config.data.image_size, as in training. Raises
+    UserError if there is nothing to read.
     """
     path, data = pathlib.Path(path), config.data
     spec = ImageSpec(data.image_size if config.eval.feature_extractor == "pixels" else None, data.num_channels,

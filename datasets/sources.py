@@ -1,8 +1,8 @@
 """Image data sets, from their files to one uint8 array `(N, C, H, W)`: `DATASETS` lists what `data.dataset` may name.
 
-A data set is a function and a row of that table. The function `open(root, spec)` takes the path of the files and the
-`ImageSpec` to bring images to. It returns an `ImageSet` (`array_set` makes one of arrays), or a `Source`, which is
-decoded once into `data.cache_dir`. Choices of the config, `--help`, checks and messages follow from the row.
+A data set is a row of that table. Its function `open(root, spec)` takes the path of the files and the `ImageSpec` to
+bring images to. It returns an `ImageSet` (`array_set` makes one of arrays), or a `Source`, which is decoded once into
+`data.cache_dir`. Choices of the config, `--help`, checks and messages follow from the row.
 """
 
 import collections
@@ -222,8 +222,8 @@ def _download_cifar10(root):
 def open_imagenet64(root, spec):
     """Return ImageNet at 64×64 with its 1,000 classes, from what lies at `root`.
 
-    The downsampled release (Chrabaszcz et al. 2017): `train_data_batch_1` … `10`, pickled or npz, with classes in
-    the release's own order. Otherwise image files with `dataset.json` or a folder per class, in the order of names.
+    The downsampled release (Chrabaszcz et al. 2017), `train_data_batch_1` … `10`, pickled or npz, classes in its own
+    order; otherwise image files with `dataset.json` or a folder per class, in the order of names.
     """
     found = {}
     for path in sorted([*root.glob("train_data_batch_*"), *root.glob("Imagenet64*/train_data_batch_*")]):

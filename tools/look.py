@@ -1,7 +1,7 @@
 """Look at the data before training: python -m tools.look --config configs/rectified_flow/cifar10_rf_gaussian.py
 
-Prints count, shape, conversions, classes with counts, mean and standard deviation per channel and where the decoded
-images are cached, and writes a picture of the images that the loader yields first, with their flips.
+Prints where the images are cached, their shape, conversions, classes, mean and standard deviation, and writes a picture
+of those that the loader yields first, with their flips.
 """
 
 import numpy as np
@@ -15,11 +15,10 @@ from runtime.pictures import save_grid
 
 FLAGS = {
     "out": Field("look.png", "the picture to write"),
-    "images": Field(100, "images in the picture", low=1),
+    "images": Field(100, "images in the picture, ten in a row", low=1),
 }
 
 CHUNK = 4096  # images whose pixels are read at a time
-COLUMNS = 10
 
 
 def main(config, args, given):
@@ -32,7 +31,7 @@ def main(config, args, given):
         print("\n".join(describe_images(source.samples)))
     updates = range(-(-args.images // size))
     images = torch.cat([source.batch(update, 0, size).z1 for update in updates])[:args.images]
-    save_grid(args.out, images, COLUMNS)
+    save_grid(args.out, images, 10)
     print(f"picture: {args.out} (what the loader yields first, flips included)")
 
 
