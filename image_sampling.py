@@ -119,7 +119,7 @@ def sample_checkpoint(path, config, args, given, device):
 def class_rows(asked, config, given):
     """Return the classes that --classes asks for and a title for each; ([], None) without the flag."""
     count, chosen = config.data.num_classes, config.sampling.class_label
-    if not asked and "sampling.class_label" in given and chosen >= count:
+    if not asked and chosen >= count and (count or "sampling.class_label" in given):
         raise UserError(f"config.sampling.class_label is {chosen}, but the model has {count} classes, counted from 0")
     if not asked:
         return [], None
