@@ -195,25 +195,21 @@ def _difference(ours, theirs):
     return name and f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
 
 
-def in_our_layout(checkpoint, net):
-    """Return a checkpoint (`read_checkpoint`) in our layout: a released one translated as `net` reads it."""
+def in_our_layout(checkpoint, net=None):
+    """Return a checkpoint (`read_checkpoint`) in our layout: a released one translated as `net` reads it.
+
+    net None: the network of its architecture; raises UserError where it does not tell that.
+    """
     if not released.is_released(checkpoint["model"]):
         return checkpoint
+    if net is None:
+        with torch.device("meta"):
+            net = create_from_fields(architecture(checkpoint, {}, {}))
     try:
         return released.from_released(checkpoint, net)
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint['path']} is damaged: its weights, EMA and optimiser do not belong together "
                         f"({error})") from error
-
-
-def read_translated(path):
-    """Return the checkpoint at `path` as `read_checkpoint`, and in our layout if it is a published one."""
-    checkpoint = read_checkpoint(path)
-    if not released.is_released(checkpoint["model"]):
-        return checkpoint
-    with torch.device("meta"):
-        net = create_from_fields(architecture(checkpoint, {}, {}))
-    return in_our_layout(checkpoint, net)
 
 
 def load_matching(net, path):
@@ -229,11 +225,8 @@ def load_matching(net, path):
     if different := contradictions(net.config_fields, theirs if theirs[kind] != "none" else {kind: theirs[kind]}):
         raise UserError(f"{path}: {different[0]}, where its weights would mean something else; set --config.{kind} "
                         f"{theirs[kind]}, with which a student starts as the teacher in the same architecture only")
-    if released.is_released(checkpoint["model"]):
-        with torch.device("meta"):
-            source = create_from_fields(checkpoint["fields"] or net.config_fields)
-        checkpoint = in_our_layout({name: checkpoint[name] for name in ("model", "path")}, source)
-    theirs, ours = checkpoint["model"], net.state_dict()
+    weights = {name: checkpoint[name] for name in ("model", "path", "fields")}
+    theirs, ours = in_our_layout(weights, None if checkpoint["fields"] else net)["model"], net.state_dict()
     matched = [name for name, tensor in ours.items() if name in theirs and theirs[name].shape == tensor.shape]
     net.load_state_dict({name: theirs[name] for name in matched}, strict=False)
     return matched, [name for name in ours if name not in matched]

@@ -116,8 +116,6 @@ class Reader(pickle._Unpickler):
 
     def find_class(self, module, name):
         """Return the inert `Name` of an admitted name, or of a storage's type."""
-        if type(module) is not str or type(name) is not str:
-            raise ValueError
         text = f"{module}.{name}"
         if text not in NAMES and not re.fullmatch(r"torch\.[A-Z][A-Za-z0-9]*Storage", text):
             raise UserError(f"it names {text[:80]!r}, which is no part of a network")
@@ -125,14 +123,12 @@ class Reader(pickle._Unpickler):
 
     def load_reduce(self):
         args, name = self.stack.pop(), self.stack.pop()
-        if type(name) is not Name or type(args) is not tuple:
-            raise ValueError
-        self.append(Call(name.text, args))
+        self.append(Call(name.text, args))  # an AttributeError where it is no `Name`
 
     def load_build(self):
         state, call = self.stack.pop(), self.stack[-1]
         if type(call) is not Call:
-            raise UserError("it sets attributes of what is no module")
+            raise ValueError
         call.state = state
 
     def load_binpersid(self):
@@ -202,12 +198,9 @@ def tensor_of(value):
     if not called(value, "torch._utils._rebuild_tensor_v2"):
         raise ValueError
     storage, offset, size, stride = value.args[:4]
-    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 4:
-        raise ValueError
-    if any(type(number) is not int or not 0 <= number < 2**40 for number in (offset, *size, *stride)):
-        raise UserError("a tensor has a negative or senseless size, stride or offset")
-    numbers = storage_numbers(storage)
-    if 0 in size or offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= len(numbers):
+    numbers, last = storage_numbers(storage), sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    sensible = all(type(number) is int and 0 <= number < 2**40 for number in (offset, *size, *stride))
+    if not sensible or 0 in size or len(size) > 4 or offset + last >= len(numbers):
         raise UserError("a tensor reaches beyond its storage")
     return torch.from_numpy(numbers).as_strided(size, stride, offset)
 
@@ -222,10 +215,8 @@ def storage_numbers(value):
         raise ValueError
     stream = Bytes(value.args[0])
     magic, version, _, reference, keys = (Reader(stream).load() for _ in range(5))
-    if (magic, version) != STREAM or type(reference) is not Call or type(keys) is not list:
-        raise ValueError
     kind, storage_type, key, _, count, view = reference.args[0]
-    if kind != "storage" or view is not None or keys != [key] or type(storage_type) is not Name:
+    if (magic, version, kind, view) != (*STREAM, "storage", None) or keys != [key]:
         raise ValueError
     if storage_type.text != STORAGE:
         raise UserError(f"it holds a {storage_type.text[:80]}; EDM's networks have {STORAGE}")

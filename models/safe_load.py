@@ -46,7 +46,12 @@ def read_file(path):
             if start.startswith(b"PK\x03\x04"):
                 _check_records(file, size)
             file.seek(0)
-            content = _read_safetensors(file, size) if start[8:] == b"{" else _read_torch(file)
+            if start[8:] == b"{":
+                content = _read_safetensors(file, size)
+            else:
+                with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read is an error
+                    content = torch.load(file, map_location="cpu", weights_only=True)
             file.seek(0)
             return content, hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except UserError:
@@ -79,18 +84,10 @@ def _check_records(file, size):
     """
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
-            raise ValueError("a compressed record")
-        if sum(r.file_size for r in records) > size or len({r.filename for r in records}) < len(records):
-            raise ValueError("overlapping records")
-        if archive.testzip() is not None:
-            raise ValueError("a record without its checksum")
-
-
-def _read_torch(file):
-    with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read is an error
-        return torch.load(file, map_location="cpu", weights_only=True)
+        compressed = any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records)
+        overlap = sum(r.file_size for r in records) > size or len({r.filename for r in records}) < len(records)
+        if compressed or overlap or archive.testzip() is not None:
+            raise ValueError
 
 
 def _read_safetensors(file, size):
@@ -140,8 +137,7 @@ class ScalarType:
     def __init__(self, code, *_):
         if code not in FORMATS:
             raise ValueError(f"numpy type {code!r} is not a plain number")
-        self.code = code
-        self.order = "<"
+        self.code, self.order = code, "<"
 
     def __setstate__(self, state):
         self.order = ">" if state[1] == ">" else "<"

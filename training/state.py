@@ -10,10 +10,10 @@ from configs.command_line import config_from_dict, config_to_dict, load_config
 from models import load_model
 from models.checkpoint import (
     apply_architecture,
+    in_our_layout,
     load_matching,
     numbered_checkpoints,
     read_checkpoint,
-    read_translated,
     saved_fields,
     write_checkpoint,
 )
@@ -108,7 +108,7 @@ def read_newest_state(folder, say=print):
 
 def read_state(path):
     """Return the checkpoint at `path`; raise UserError where its entries cannot belong to one training."""
-    state = read_translated(path)
+    state = in_our_layout(read_checkpoint(path))
     optimizer = state.get("optimizer")
     moments_of = optimizer.get("state", {}) if isinstance(optimizer, dict) else None
     if not isinstance(state.get("step"), int) or not isinstance(moments_of, dict):
