@@ -42,12 +42,12 @@ class Reference:
             self.path, self.name = None, trained.source
         elif target_path:
             self.path, self.name = pathlib.Path(target_path), str(target_path)
-        elif (data.dataset, data.image_size, data.num_channels) == ("CIFAR10", 32, 3):
+        elif (data.dataset, data.image_size, data.num_channels, data.train_subset) == ("CIFAR10", 32, 3, "all"):
             self.path, self.name = cached_file(CIFAR10_URL, "--target_path"), CIFAR10_NAME
         else:
-            raise UserError(f"no published statistics are known for config.data.dataset {data.dataset} at "
-                            f"{data.num_channels}×{data.image_size}×{data.image_size}: name some with --target_path "
-                            "(make them with python -m tools.reference_statistics)")
+            raise UserError(f"no published statistics are known for config.data.dataset {data.dataset} (train_subset "
+                            f"{data.train_subset}) at {data.num_channels}×{data.image_size}×{data.image_size}: name "
+                            "some with --target_path (make them with python -m tools.reference_statistics)")
         if not (own or self.path.is_file() or self.path.is_dir()):
             raise UserError(f"--target_path {target_path} is no file or folder")
         self.identity = {

@@ -83,6 +83,7 @@ def protocol_line(result):
     if result["sampler"] is not None:
         parts += [f"{sampler_name(result)} (NFE {result['nfe']:g})", f"{result['weights']} weights of "
                   f"{result['checkpoint']} (step {result['step']})", f"seed {result['seeds']['samples']}"]
+        parts += [f"class {result['class_label']} alone"] * (result.get("class_label", -1) >= 0)
     parts += [result["protocol"], f"against {result['reference']}"]
     return ", ".join(parts) + "; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
 

@@ -72,7 +72,7 @@ def sweep(folder, begin, end, limit=0.0, read=read_checkpoint):
             with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):  # its config does not tell
                 last = content["config"]["training"]["n_iters"] // content["config"]["training"]["snapshot_freq"]
     if awaited == begin or (limit and last and k is None):
-        there = ", ".join(map(str, itertools.islice(numbered_checkpoints(folder), 40))) or "none"
+        there = ", ".join(map(str, itertools.islice(numbered_checkpoints(folder), 40))) or "none; is it a run folder?"
         within = "came within config.eval.wait_limit" if limit else "is there"
         raise UserError(f"of the checkpoints {awaited} to {last or 'the newest'} in {folder} none {within} (there: "
                         f"{there}): choose others with config.eval.begin_ckpt and end_ckpt, or let training write them "

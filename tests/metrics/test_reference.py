@@ -110,7 +110,8 @@ def test_without_a_target_cifar10_is_compared_with_clean_fids_train_statistics(t
     assert found.name == CIFAR10_NAME
 
 
-@pytest.mark.parametrize("change", [{"image_size": 64}, {"num_channels": 1}, {"dataset": "custom"}])
+@pytest.mark.parametrize("change", [{"image_size": 64}, {"num_channels": 1}, {"dataset": "custom"},
+                                    {"train_subset": "cat"}])
 def test_data_sets_without_published_statistics_and_other_forms_of_cifar10_need_a_target(inception, change):
     inception.data.update(change)
     with pytest.raises(UserError, match="--target_path"):

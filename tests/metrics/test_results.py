@@ -65,10 +65,10 @@ def test_a_repeated_evaluation_replaces_the_earlier_one():
 
 
 def test_the_protocol_line_says_what_a_reader_asks_for():
-    line = protocol_line(result())
+    line = protocol_line(result(class_label=3))
     assert "\n" not in line
     for part in ("FID 4.532", "100 samples", "euler-2 (NFE 2)", "EMA weights of checkpoint_1.pth", "step 500",
-                 "seed 42", "truncation", "against CIFAR-10", "torch 2"):
+                 "seed 42", "class 3 alone", "truncation", "against CIFAR-10", "torch 2"):
         assert part in line
 
 
