@@ -66,11 +66,13 @@ def test_very_first_update_can_be_skipped(name):
         torch.testing.assert_close(a, b)
 
 
-def test_finite_loss_with_a_non_finite_gradient_is_skipped():
+@pytest.mark.parametrize("loss, spoilt", [(0.0, True), (float("inf"), False)])
+def test_a_loss_or_a_gradient_alone_that_is_not_finite_is_enough_to_skip(loss, spoilt):
     network, optimizer, ema, stats = make()
     before = [p.detach().clone() for p in network.parameters()]
-    (network[0].weight.sum() * 0 + network[1].bias.sum() * 0).sqrt().sum().backward()  # 0·inf: gradient nan, loss 0
-    apply_update(optimizer, ema, stats, torch.tensor(0.0), grad_clip=1.0)
+    total = network[0].weight.sum() * 0 + network[1].bias.sum() * 0
+    (total.sqrt() if spoilt else total).backward()  # 0·inf: gradient nan, loss 0
+    apply_update(optimizer, ema, stats, torch.tensor(loss), grad_clip=1.0)
     assert stats.read()["nonfinite"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
