@@ -94,7 +94,7 @@ def test_updates_lead_where_they_lead_on_a_cpu_and_a_broken_one_changes_nothing(
     before = [t.clone() for t in (*there.parameters, *there.ema.shadow_params)]
     there(8, loss=float("nan"))
     assert all(torch.equal(a, b) for a, b in zip(before, (*there.parameters, *there.ema.shadow_params), strict=True))
-    assert there.stats.read()["nonfinite"] == 1 and there.stats.read()["steps"] == [8]
+    assert there.stats.read()["nonfinite"] == 1
 
 
 @pytest.mark.parametrize("name", ["Adam", "RAdam"])
