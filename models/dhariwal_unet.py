@@ -40,12 +40,11 @@ class DhariwalUNet(nn.Module):
         self.encoder, skips = nn.ModuleList(), [channels]
         for i, (width, attends) in enumerate(levels):
             down = block(channels, channels, layers.BoxDownsample()) if i else None
-            skips += [channels] if i else []
             blocks = nn.ModuleList()
             for _ in range(num_res_blocks):
                 blocks.append(block(channels, width, attention=attends))
                 channels = width
-                skips.append(channels)
+            skips += ([skips[-1]] if i else []) + [width] * num_res_blocks
             self.encoder.append(layers.Level(resample=down, blocks=blocks))
 
         self.middle = nn.ModuleList([block(channels, channels, attention=True), block(channels, channels)])
@@ -70,16 +69,10 @@ class DhariwalUNet(nn.Module):
         return []
 
     def embed(self, t999, label):
-        """Return the embedding (N, channels) of time and class: a perceptron on cosines and sines, plus a vector.
-
-        In training each class is hidden with probability `label_dropout` (Ho & Salimans 2022).
-        """
+        """Return the embedding (N, channels) of time and class: a perceptron on cosines and sines, plus a vector."""
         sine, cosine = layers.sinusoid(t999, self.frequencies)
         embedding = self.embedding.linear1(F.silu(self.embedding.linear0(torch.cat([cosine, sine], dim=1))))
-        if label is not None:
-            label = layers.hide_labels(label, self.label_dropout if self.training else 0.0)
-            embedding = embedding + self.embedding.label(label)
-        return F.silu(embedding)
+        return F.silu(embedding if label is None else embedding + self.embedding.label(label))
 
     def scales_and_shifts(self, t999, label):
         """Return an iterator over the blocks' scales and shifts, each (N, 2·channels), in their order."""
@@ -90,16 +83,12 @@ class DhariwalUNet(nn.Module):
 
         `label` is one-hot (N, num_classes), all zeros for an unknown class, or None if the network has no classes.
         """
-        layers.check_label(self, label)
-        affine = self.scales_and_shifts(t999, label)
+        affine = self.scales_and_shifts(t999, layers.seen_label(self, label))
 
         h = self.input_conv(x)
         skips = [h]
         for level in self.encoder:
-            if level.resample is not None:
-                h = level.resample(h, affine)
-                skips.append(h)
-            for block in level.blocks:
+            for block in filter(None, [level.resample, *level.blocks]):
                 h = block(h, affine)
                 skips.append(h)
 

@@ -15,27 +15,22 @@ class ExponentialMovingAverage:
     """
 
     def __init__(self, parameters, decay):
-        if not 0 <= decay <= 1:
-            raise UserError(f"model.ema_rate is {decay}; it must be between 0 and 1")
         self.decay, self.num_updates = decay, 0
         self.parameters = [p for p in parameters if p.requires_grad]
         self.shadow_params = [p.detach().clone() for p in self.parameters]
         self._swapped = False
 
     @torch.no_grad()
-    def update(self, keep=None):
-        """Take up the parameters' present values: one fused operation for all of them.
+    def update(self, keep=1.0):
+        """Take up the parameters' present values, in three fused operations for all of them.
 
-        keep: None, or a 0-dimensional float tensor on the device, 0 to leave the averages as they are and 1 to take
-        the values up: so a skipped update is skipped here, too, without reading the device.
+        keep: 1, or a 0-dimensional float tensor on the device that is 0 to leave the averages as they are: so a skipped
+        update is skipped here, too, without reading the device.
         """
         if self._swapped:
             raise RuntimeError("the network holds its averaged weights: update the EMA outside average_parameters")
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        if keep is None:
-            torch._foreach_lerp_(self.shadow_params, self.parameters, 1 - decay)
-            return
         change = torch._foreach_sub(self.parameters, self.shadow_params)
         torch._foreach_mul_(change, keep * (1 - decay))
         torch._foreach_add_(self.shadow_params, change)

@@ -71,16 +71,18 @@ def parallel_linears(linears, x):
     return iter(F.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1))
 
 
-def check_label(net, label):
-    """Raise ValueError unless class labels are given where the network has classes, and only there."""
+def seen_label(net, label):
+    """Return the one-hot labels (N, K) that a network sees; in training each row is zero with `net.label_dropout`.
+
+    That is for classifier-free guidance (Ho & Salimans 2022). Raises ValueError unless labels are given where the
+    network has classes, and only there.
+    """
     if (label is not None) != (net.num_classes > 0):
         given = "none were given" if label is None else "some were given"
         raise ValueError(f"this {type(net).__name__} has {net.num_classes} classes; of class labels, {given}")
-
-
-def hide_labels(label, probability):
-    """Return one-hot labels (N, K), each row zero with `probability`, for classifier-free guidance."""
-    return label * (torch.rand_like(label[:, :1]) >= probability) if probability > 0 else label
+    if label is None or not net.training or not net.label_dropout:
+        return label
+    return label * (torch.rand_like(label[:, :1]) >= net.label_dropout)
 
 
 def sinusoid(t, frequencies):

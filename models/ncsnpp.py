@@ -75,7 +75,6 @@ class NCSNpp(nn.Module):
             return itertools.repeat(None)
         features = self.time_features(t999)
         if self.class_features is not None:
-            label = layers.hide_labels(label, self.label_dropout if self.training else 0.0)
             features = features + self.class_features.linear(label * math.sqrt(label.shape[1]))
         embedding = self.time_embedding.linear1(self.activation(self.time_embedding.linear0(features)))
         return layers.parallel_linears(self.time_linears, self.activation(embedding))
@@ -94,8 +93,7 @@ class NCSNpp(nn.Module):
 
         `label` is one-hot (N, num_classes), all zeros for an unknown class, or None if the network has no classes.
         """
-        layers.check_label(self, label)
-        shifts = self.time_shifts(t999, label)
+        shifts = self.time_shifts(t999, layers.seen_label(self, label))
 
         h = self.input_conv(x)
         skips, pyramid = [h], x
