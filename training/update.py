@@ -7,26 +7,47 @@ from runtime.errors import UserError
 GROWTH_INTERVAL = 2000  # finite updates after which the fp16 loss scale doubles
 
 
-class RAdam(torch.optim.RAdam):
-    """torch's RAdam (arXiv 1908.03265), which knows no `found_inf`: a step that it forbids is undone on the device."""
+class RAdam(torch.optim.Optimizer):
+    """Rectified Adam (arXiv 1908.03265) with the state of torch.optim.RAdam; steps are left out on the device."""
 
     @torch.no_grad()
     def step(self):
-        """Do one step; leave parameters and moments as they are where `found_inf` is 1."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        before = [(p, p.clone(), {name: value.clone() for name, value in self.state[p].items()}) for p in parameters]
-        super().step()
-        for p, weight, moments in before:
-            p.copy_(torch.where(self.found_inf > 0, weight, p))
-            for name, value in self.state[p].items():
-                value.copy_(torch.where(self.found_inf > 0, moments.get(name, 0.0), value))
+        """Do one step, in about a hundred operations and one for each parameter; none where `found_inf` is 1."""
+        keep, skip = 1 - self.found_inf, self.found_inf > 0
+        for group in self.param_groups:
+            parameters, (beta1, beta2) = [p for p in group["params"] if p.grad is not None], group["betas"]
+            for p in parameters:
+                p.grad.masked_fill_(skip, 0.0)
+                if not self.state[p]:
+                    self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                         exp_avg_sq=torch.zeros_like(p))
+            steps, m, v = ([self.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq"))
+            g = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
+            torch._foreach_add_(steps, [keep] * len(steps))
+            for moment, value, beta in ((m, g, beta1), (v, torch._foreach_mul(g, g), beta2)):
+                change = torch._foreach_sub(value, moment)
+                torch._foreach_mul_(change, keep * (1 - beta))
+                torch._foreach_add_(moment, change)
+            n = steps[0].double().clamp(min=1)
+            unbias1, unbias2 = 1 - beta1**n, 1 - beta2**n
+            rho_inf = 2 / (1 - beta2) - 1
+            rho = rho_inf - 2 * n * beta2**n / unbias2
+            rectify = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).clamp(min=0).sqrt()
+            rectified = (rho > 5).double()  # then divided by sqrt(v), as Adam's is
+            rate = -group["lr"] * keep / unbias1
+            denominator = torch._foreach_sqrt(v)
+            torch._foreach_add_(denominator, group["eps"])
+            adaptive = torch._foreach_div(m, denominator)
+            torch._foreach_mul_(adaptive, (rate * rectified * rectify * unbias2.sqrt()).float())
+            torch._foreach_add_(parameters, adaptive)
+            torch._foreach_add_(parameters, torch._foreach_mul(m, (rate * (1 - rectified)).float()))
 
 
 def create_optimizer(parameters, *, name, lr, beta1, eps, weight_decay):
     """Return Adam, AdamW (torch's fused kernels) or RAdam, which leave a step out where their `found_inf` is 1."""
     options = {"lr": lr, "betas": (beta1, 0.999), "eps": eps, "weight_decay": weight_decay}
     if name == "RAdam":
-        return RAdam(parameters, capturable=parameters[0].is_cuda, **options)
+        return RAdam(parameters, options)
     return {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name](parameters, fused=True, **options)
 
 

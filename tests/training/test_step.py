@@ -84,7 +84,9 @@ def test_update_on_cuda_needs_nothing_from_the_host(name):
             assert (loss * stats.scale.float()).device.type == "cuda"
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
-            apply_update(optimizer, ema, stats, loss.detach(), grad_clip=1.0)
+            with Operations() as seen:
+                apply_update(optimizer, ema, stats, loss.detach(), grad_clip=1.0)
+        assert sum(n for name, n in seen.names.items() if name.startswith("aten")) <= len(parameters) + 150
         moments = [moment for state in optimizer.state.values() for moment in state.values()]
         assert len(moments) == 3 * len(parameters)
         assert {t.device.type for t in (*moments, *ema.shadow_params, stats.values)} == {"cuda"}
@@ -112,3 +114,7 @@ def test_step_stays_on_the_device_of_the_network(name, pairs):
     loss = objective(velocity, batch, Draws(None, 4, device="meta"), 3).mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.device.type == "meta" for p in network.parameters())
+    parameters = list(network.parameters())
+    optimizer = create_optimizer(parameters, name="RAdam", lr=0.1, beta1=0.9, eps=1e-8, weight_decay=0.1)
+    ema, stats = ExponentialMovingAverage(parameters, 0.9), UpdateStats("meta")
+    apply_update(optimizer, ema, stats, loss.detach(), grad_clip=1.0)
