@@ -123,7 +123,7 @@ class Training:
                                  scaled=config.training.precision == "fp16" and self.device.type == "cuda")
         if found:
             state.restore(found, self.network, self.ema, self.optimizer, self.stats)
-        for parameter in self.network.idle_parameters():  # processes would wait for their gradients
+        for parameter in getattr(self.network, "idle_parameters", list)():  # processes would wait for their gradients
             parameter.requires_grad_(False)
         teacher = state.load_teacher(config, self.device)
         self.objective = create_objective(config, teacher and self.velocity_of(teacher), self.device)

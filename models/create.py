@@ -12,7 +12,7 @@ from runtime.errors import UserError
 #   name model.NAME; its default is that of the field. One without `num_classes` is unconditional;
 # - `net(x, t999, label=None)` returns the velocity (N, C, H, W) at x (N, C, H, W) and 999·t (N,); label is one-hot
 #   (N, num_classes), or None without classes;
-# - `idle_parameters()` returns the parameters that no output depends on, mostly an empty list.
+# - `idle_parameters()` returns the parameters that no output depends on, where there are any.
 # `create_from_fields` gives each network `config_fields`, {dotted field: value} of all that makes its architecture.
 NETWORKS = {"ncsnpp": NCSNpp, "DhariwalUNet": DhariwalUNet}
 DATA_FIELDS = ("image_size", "num_channels", "num_classes")

@@ -64,10 +64,6 @@ class DhariwalUNet(nn.Module):
         # In the order in which the blocks run. A plain list: the blocks own these layers.
         self.affine_linears = [module.affine for module in self.modules() if isinstance(module, ResidualBlock)]
 
-    def idle_parameters(self):
-        """Return the parameters that no output depends on: there are none."""
-        return []
-
     def embed(self, t999, label):
         """Return the embedding (N, channels) of time and class: a perceptron on cosines and sines, plus a vector."""
         sine, cosine = layers.sinusoid(t999, self.frequencies)

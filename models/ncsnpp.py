@@ -308,9 +308,8 @@ class PyramidResidual(nn.Module):
     """Progressive input or output `residual`: a resampled pyramid takes up the features and replaces them."""
 
     def __init__(self, direction, resample, rescale):
-        """direction: "down" or "up", also the name under which checkpoints have the resampling."""
         super().__init__()
-        self.direction, self.rescale = direction, rescale
+        self.direction, self.rescale = direction, rescale  # "down" or "up", the name of `resample` in checkpoints, too
         self.add_module(direction, resample)
 
     def forward(self, pyramid, h):

@@ -14,10 +14,6 @@ class Perceptron(nn.Module):
         pixels = num_channels * image_size**2
         self.layers = nn.Sequential(nn.Linear(pixels + 1, nf), nn.SiLU(), nn.Linear(nf, pixels))
 
-    def idle_parameters(self):
-        """Return the parameters that no output depends on."""
-        return []
-
     def forward(self, x, t999, label=None):
         """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t (N,)."""
         return self.layers(torch.cat([x.flatten(1), t999[:, None] / 999], dim=1)).view_as(x)
