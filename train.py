@@ -67,12 +67,12 @@ def train(config, processes, messages, held):
         logger.say(message)
 
     writer, signal, grid, started = state.Writer(), 0, None, time.monotonic()
-    with run.StopRequest(processes.world_size) as stop, explained_failures(options):
+    with run.stop_requests(processes.world_size) as agreed_signal, explained_failures(options):
         while step < options.n_iters and not signal:
             training.update(step)
             step += 1
             logger.bar.update()
-            signal = stop.agreed()
+            signal = agreed_signal()
             ended = step == options.n_iters
 
             if step % options.record_iters == 0 or ended:

@@ -85,7 +85,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("training/state.py", "{**ours, \"params\": theirs[\"params\"]}", "theirs", RESTORE),
     ("training/run.py", "os.path.normpath(str(there))", "str(there)", RUN),
     ("training/run.py", "if said != changed", "if False", RUN),
-    ("training/run.py", "self.signal = self.signal or number", "self.signal = number", RUN),
+    ("training/run.py", "received[0] if received", "received[-1] if received", RUN),
     ("runtime/files.py", "os.replace(temporary, path)", "os.replace(temporary, temporary)", FILES),
     ("runtime/files.py", "time.time() - left.stat().st_mtime > STALE_AFTER", "True", FILES),
     # the objective

@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, how it was made, what it logs, and how a signal ends it."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -219,33 +220,29 @@ def sample_grid(network, ema, config, shape, step):
     return path
 
 
-class StopRequest:
-    """Remembers SIGINT or SIGTERM while it is entered (`with`), so that the update at hand ends with its state written.
+@contextlib.contextmanager
+def stop_requests(world_size):
+    """Remember SIGINT and SIGTERM in the `with` block; yield the function that returns the signal to stop on, or 0.
 
     A second Ctrl-C interrupts a single process at once. Several processes never are: torchrun passes a Ctrl-C on that
-    the terminal has sent them already.
+    the terminal has sent them already. They agree on the signal on the host, at each call: the device is not read.
     """
+    received, group = [], dist.new_group(backend="gloo") if world_size > 1 else None
 
-    def __init__(self, world_size):
-        self.signal, self._group = 0, dist.new_group(backend="gloo") if world_size > 1 else None
-
-    def __enter__(self):
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number, frame):
-        if self.signal == number == signal.SIGINT and self._group is None:
+    def remember(number, frame):
+        if group is None and received == [signal.SIGINT] and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = self.signal or number
+        received.append(number)
 
-    def agreed(self):
-        """Return the signal on which all processes stop, or 0; they ask each other on the host, not on the device."""
-        if self._group is None:
-            return self.signal
-        vote = torch.tensor(self.signal)
-        dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
+    def agreed():
+        vote = torch.tensor(received[0] if received else 0)
+        if group is not None:
+            dist.all_reduce(vote, dist.ReduceOp.MAX, group=group)
         return int(vote)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield agreed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

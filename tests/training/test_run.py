@@ -113,13 +113,13 @@ def test_schedules_that_are_longer_than_the_run_are_said(tmp_path):
 
 
 def test_the_first_signal_decides_and_only_a_second_ctrl_c_interrupts(monkeypatch):
-    with run.StopRequest(1) as stop:
+    with run.stop_requests(1) as agreed:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        assert stop.agreed() == signal.SIGTERM
-    with run.StopRequest(1) as stop, pytest.raises(KeyboardInterrupt):
+        assert agreed() == signal.SIGTERM
+    with run.stop_requests(1) as agreed, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-        assert stop.agreed() == signal.SIGINT
+        assert agreed() == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
 
 
@@ -127,12 +127,12 @@ def test_processes_agree_on_a_signal_and_outlive_a_second_ctrl_c(monkeypatch):
     """torchrun sends its workers the Ctrl-C that they had from the terminal."""
     monkeypatch.setattr(run.dist, "new_group", lambda backend: "group")
     monkeypatch.setattr(run.dist, "all_reduce", lambda vote, op, group: vote.fill_(max(vote, from_another)))
-    with run.StopRequest(2) as stop:
+    with run.stop_requests(2) as agreed:
         from_another = 0
-        assert stop.agreed() == 0
+        assert agreed() == 0
         from_another = signal.SIGTERM
-        assert stop.agreed() == signal.SIGTERM
+        assert agreed() == signal.SIGTERM
         from_another = 0
         for _ in range(3):
             signal.raise_signal(signal.SIGINT)
-        assert stop.agreed() == signal.SIGINT
+        assert agreed() == signal.SIGINT
