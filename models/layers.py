@@ -142,6 +142,7 @@ class FIRFilter(nn.Module):
 
     def __init__(self, taps):
         super().__init__()
+        self.taps = len(taps)
         kernel = [[a * b / sum(taps) ** 2 for a in taps] for b in taps]
         self.register_buffer("kernel", torch.tensor(kernel, dtype=torch.float32), persistent=False)
 
@@ -149,9 +150,9 @@ class FIRFilter(nn.Module):
         """Return the kernel as weights of a convolution that treats each channel of x alone."""
         return self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
 
-    def blur(self, x, before, after, stride=1):
-        """Convolve x with the kernel after padding it with `before` and `after` zeros in both directions."""
-        padded = F.pad(x, (before, after, before, after))
+    def blur(self, x, zeros, stride=1):
+        """Convolve x with the kernel after adding so many zeros to height and width, an odd one above and left."""
+        padded = F.pad(x, ((zeros + 1) // 2, zeros // 2) * 2)
         return F.conv2d(padded, self.depthwise(x).flip(2, 3), stride=stride, groups=x.shape[1])
 
 
@@ -160,8 +161,8 @@ class FIRUpsample(FIRFilter):
 
     def forward(self, x, shifts=None):
         height, width = x.shape[2:]
-        excess = self.kernel.shape[0] - 2  # the transposed convolution is that much longer than 2H
-        up = F.conv_transpose2d(x, 4 * self.depthwise(x), stride=2, padding=excess // 2, groups=x.shape[1])
+        padding = (self.taps - 2) // 2  # the transposed convolution is taps - 2 longer than 2H
+        up = F.conv_transpose2d(x, 4 * self.depthwise(x), stride=2, padding=padding, groups=x.shape[1])
         return up[:, :, : 2 * height, : 2 * width]
 
 
@@ -169,8 +170,7 @@ class FIRDownsample(FIRFilter):
     """The filter, then every second pixel."""
 
     def forward(self, x, shifts=None):
-        excess = self.kernel.shape[0] - 2
-        return self.blur(x, (excess + 1) // 2, excess // 2, stride=2)
+        return self.blur(x, self.taps - 2, stride=2)
 
 
 class FIRConvUpsample(FIRFilter):
@@ -183,9 +183,7 @@ class FIRConvUpsample(FIRFilter):
     def forward(self, x, shifts=None):
         # A transposed convolution with the flipped weights is the convolution of the zero-filled image: 2H + 1 long.
         spread = F.conv_transpose2d(x, self.conv.weight.flip(2, 3).transpose(0, 1), stride=2)
-        excess = self.kernel.shape[0] - 4
-        up = 4 * self.blur(spread, (excess + 1) // 2 + 1, excess // 2 + 1)
-        return up + self.conv.bias[:, None, None]
+        return 4 * self.blur(spread, self.taps - 2) + self.conv.bias[:, None, None]
 
 
 class FIRConvDownsample(FIRFilter):
@@ -196,5 +194,4 @@ class FIRConvDownsample(FIRFilter):
         self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=2)
 
     def forward(self, x, shifts=None):
-        excess = self.kernel.shape[0]
-        return self.conv(self.blur(x, (excess + 1) // 2, excess // 2))
+        return self.conv(self.blur(x, self.taps))
