@@ -97,11 +97,9 @@ GROUPS = {
         "flow_t_schedule": Field("uniform", "training times t (see the README); k: k steps", choices=TIME_SCHEDULES),
         "flow_alpha_t": Field("uniform", "α of x_t = α·z1 + (1-α)·z0: t, eps (t0) or 1 (t1)", choices=ALPHA_SCHEDULES),
         "pre_train_model": Field("", "checkpoint whose raw weights the network starts from (hf://owner/repo/file too)"),
-        "pre_train_partial": Field(False, "start from those tensors of pre_train_model that fit this network; "
-                                   "otherwise its architecture is taken and every tensor must fit"),
+        "pre_train_partial": Field(False, "start from the tensors of pre_train_model that fit (false: all must fit)"),
         "use_teacher": Field(False, "flow-guided distillation: add the two-step term"),
-        "guidance_first_step": Field("student", "who takes the first of the two guiding steps: the student (released "
-                                     "code) or the teacher (the paper's equation)", choices=("student", "teacher")),
+        "guidance_first_step": Field("student", "who guides first (paper: teacher)", choices=("student", "teacher")),
         "teacher_model": Field("", "checkpoint of the teacher (EMA weights), when it is not pre_train_model"),
         "h_flip": Field(False, "flip z0 and z1 of a pair together, left-right, with probability 1/2"),
         "real_data_share": Field(0.0, "share of a batch from data.real_pairs_root (from_z1)", low=0.0, high=1.0),
@@ -123,8 +121,7 @@ GROUPS = {
         "train_subset": Field("all", "older name of data.train_subset"),
         "class_label": Field(-1, "class of conditional samples (-1: drawn)", low=-1),
         "block_size": Field(0, "pairs finished or redone together after a stop (0: 4 × training.batch_size)", low=0),
-        "pair_storage": Field("full", "z0 and z1 in float32 (full), or z1 alone in float16 (compact, a quarter of it)",
-                              choices=("full", "compact")),
+        "pair_storage": Field("full", "pairs in float32, or z1 alone in float16", choices=("full", "compact")),
         "random_flip": Field(False, "generate_data.py: flip starting images left-right with probability 1/2"),
     },
     "eval": {
@@ -134,8 +131,7 @@ GROUPS = {
         "end_ckpt": Field(26, "last checkpoint number of a sweep (0: to the newest)", low=0),
         "wait": Field(False, "wait for checkpoints of the sweep that training is still writing"),
         "wait_limit": Field(24.0, "longest wait for one checkpoint, in hours", low=0.0),
-        "feature_extractor": Field("inception", "features of the Fréchet distance: clean-fid's Inception (FID), or the "
-                                   "pixels themselves (small images; not an FID)", choices=("inception", "pixels")),
+        "feature_extractor": Field("inception", "of FID, or pixels (not an FID)", choices=("inception", "pixels")),
         "inception_path": Field("", "file of clean-fid's inception-2015-12-05.pt (empty: the user's cache)"),
         "nearest": Field(2000, "samples whose distance to the nearest training image is measured (0: none)", low=0),
         "precision_recall": Field(True, "measure precision and recall, which compare every feature with every other"),
@@ -165,8 +161,7 @@ GROUPS = {
         "num_res_blocks": Field(4, "residual blocks per level", low=1, high=64),
         "attn_resolutions": Field((16,), "image sizes at which levels have self-attention"),
         "dropout": Field(0.15, "dropout probability (DhariwalUNet: 0.13 unless given)", low=0.0, high=1.0),
-        "preconditioning": Field("none", "the network's output is the velocity (none), or a denoiser of EDM's, from "
-                                 "which the velocity follows", choices=("none", "edm", "vp", "ve")),
+        "preconditioning": Field("none", "velocity from a denoiser of EDM's", choices=("none", "edm", "vp", "ve")),
         "label_dropout": Field(0.0, "probability of hiding a sample's class in training", low=0.0, high=1.0),
         "ema_rate": Field(0.999999, "largest decay of the EMA of the weights", low=0.0, high=1.0),
         "conditional": Field(True, "the network sees the time"),
