@@ -10,27 +10,18 @@ from PIL import Image
 from datasets import load_images
 from datasets.image_source import open_images
 from runtime.errors import UserError
-from tests.datasets.image_files import (
-    encode,
-    label_file,
-    make_config,
-    png,
-    random_images,
-    write_cifar,
-    write_folder,
-    write_mnist,
-    write_zip,
-)
+from tests.datasets import image_files as files
+from tests.datasets.image_files import random_images
 
-FILES = {f"{k}/{n}.png": png(random_images(1, 3, 8, n)[0]) for k in "ab" for n in range(3)}
-LABELS = {"dataset.json": label_file({name: 0 for name in FILES})}
+FILES = {f"{k}/{n}.png": files.png(random_images(1, 3, 8, n)[0]) for k in "ab" for n in range(3)}
+LABELS = {"dataset.json": files.label_file({name: 0 for name in FILES})}
 DAMAGES = int(os.environ.get("DAMAGES", "12"))  # of each kind
 
 
 def make_image(root, draw):
     kind = draw.choice(["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
     picture = Image.fromarray(random_images(1, 3, 8)[0].transpose(1, 2, 0)).convert(draw.choice(["RGB", "L"]))
-    write_folder(root, {f"a.{kind.lower()}": encode(picture, kind)})
+    files.write_folder(root, {f"a.{kind.lower()}": files.encode(picture, kind)})
 
 
 def make_npz_batch(root, draw):
@@ -45,14 +36,14 @@ def make_array(root, draw):
 
 KINDS = {  # how the files are made, the data set, and the size of its images
     "image": (make_image, "custom", 8),
-    "folder": (lambda root, draw: write_folder(root, FILES | LABELS), "custom", 8),
-    "zip": (lambda root, draw: write_zip(root.with_suffix(".zip"), FILES | LABELS), "custom", 8),
-    "idx": (lambda root, draw: write_mnist(root, random_images(9, 1, 28), np.arange(9), draw.random() < 0.5),
+    "folder": (lambda root, draw: files.write_folder(root, FILES | LABELS), "custom", 8),
+    "zip": (lambda root, draw: files.write_zip(root.with_suffix(".zip"), FILES | LABELS), "custom", 8),
+    "idx": (lambda root, draw: files.write_mnist(root, random_images(9, 1, 28), np.arange(9), draw.random() < 0.5),
             "MNIST", 28),
-    "pickle": (lambda root, draw: write_cifar(root, random_images(10, 3, 32), np.arange(10)), "CIFAR10", 32),
+    "pickle": (lambda root, draw: files.write_cifar(root, random_images(10, 3, 32), np.arange(10)), "CIFAR10", 32),
     "npz batch": (make_npz_batch, "ImageNet64", 64),
     "array": (make_array, "custom", 8),
-    "cache": (lambda root, draw: write_folder(root, FILES), "custom", 8),
+    "cache": (lambda root, draw: files.write_folder(root, FILES), "custom", 8),
 }
 
 
@@ -75,11 +66,11 @@ def test_a_damaged_file_is_read_or_refused_in_one_sentence(tmp_path, kind):
         folder.mkdir()
         make(folder / "files", draw)
         root = next(folder.iterdir())
-        config = make_config(folder, dataset, root, size, channels=1 if dataset == "MNIST" else 3)
+        config = files.make_config(folder, dataset, root, size, channels=1 if dataset == "MNIST" else 3)
         if kind == "cache":
             load_images(config)
-        files = [path for path in (folder / "cache" if kind == "cache" else folder).rglob("*") if path.is_file()]
-        damage(draw.choice([path for path in files if path.stat().st_size]), draw)
+        written = [path for path in (folder / "cache" if kind == "cache" else folder).rglob("*") if path.is_file()]
+        damage(draw.choice([path for path in written if path.stat().st_size]), draw)
         try:
             if kind != "array":
                 load_images(config)
