@@ -62,7 +62,7 @@ def run(name, velocity, z, tol, batch):
     rows, shape = [], (-1, *z.shape[1:])
 
     def counted(x, t, label=None):
-        rows.append(len(x) / len(z))
+        rows.append(len(x))
         return velocity(x, t, label)
 
     def field(t, x):
@@ -74,7 +74,8 @@ def run(name, velocity, z, tol, batch):
     else:
         parts, counts = zip(*(PEERS[name](field, part, tol) for part in z.split(batch)), strict=True)
         x, nfe = torch.cat([part.to(z).view(shape) for part in parts]), None if counts[0] is None else torch.cat(counts)
-    return x, sum(rows) if nfe is None else nfe.double().mean().item(), sum(rows)
+    rows = sum(rows) / len(z)
+    return x, rows if nfe is None else nfe.double().mean().item(), rows
 
 
 @torch.no_grad()
