@@ -1,6 +1,7 @@
 """Image files in folders and zip archives: one lister and one decoder, for training and for measuring."""
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -8,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import stat
@@ -24,11 +26,14 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LABEL_FILE = "dataset.json"
 LARGEST_CLASS = 99_999  # a class number beyond it is a mistake
+LARGEST_FILE = 2**28  # bytes of one image file, also when unpacked from an archive
+LARGE_IMAGE = 2**24  # pixels; larger ones are decoded by one thread, or each of many would hold such an image
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 GREY_TO_COLOUR = "grey, repeated into three channels"
 COLOUR_TO_GREY = "colour, converted to grey (ITU-R 601 luma)"
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_one_thread = concurrent.futures.ThreadPoolExecutor(1, "large images")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice its size is an error
 
 
@@ -54,8 +59,11 @@ class FileTree:
 
     def __init__(self, root):
         self.root = pathlib.Path(root)
-        archives = list(self.root.glob("*.zip"))
-        if len(archives) == 1 and not any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in self.root.iterdir()):
+        archives = sorted(self.root.glob("*.zip"))
+        if archives and not any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in self.root.iterdir()):
+            if len(archives) > 1:
+                raise UserError(f"{root} holds {len(archives)} archives ({', '.join(p.name for p in archives)}): name "
+                                "one of them")
             self.root = archives[0]
         if not self.root.is_dir() and not self.root.is_file():
             raise UserError(f"{root} is neither a folder nor a zip archive of images")
@@ -84,12 +92,19 @@ class FileTree:
 
     def read(self, name):
         """Return the bytes of a file; raise an error of many kinds if it is damaged or no regular file."""
-        return self.archive.read(name) if self.archive else read_file(self.root / name)
+        if not self.archive:
+            return read_file(self.root / name, LARGEST_FILE)
+        if (size := self.archive.getinfo(name).file_size) > LARGEST_FILE:
+            raise UserError(f"{size} bytes are too many")
+        return self.archive.read(name)
 
     def decode(self, name, spec):
         """Return what `fit_image` does of an image file. Raises UserError, naming it, if it is corrupt."""
         try:
-            return fit_image(Image.open(io.BytesIO(self.read(name)), formats=FORMATS), spec)
+            image = Image.open(io.BytesIO(self.read(name)), formats=FORMATS)
+            if image.width * image.height > LARGE_IMAGE:
+                return _one_thread.submit(fit_image, image, spec).result()
+            return fit_image(image, spec)
         except Exception as error:  # zipfile, its decompressors and Pillow's plugins raise many kinds
             text = (str(error).splitlines() or [type(error).__name__])[0]
             text = "not an image" if isinstance(error, UnidentifiedImageError) else text
@@ -155,11 +170,14 @@ def identify(names, root="."):
     return digest.hexdigest()
 
 
-def read_file(path):
-    """Return a file's bytes. Raises UserError, naming it, for what cannot be read or is no regular file."""
+def read_file(path, largest=math.inf):
+    """Return a file's bytes. Raises UserError for what cannot be read, is no regular file or has too many bytes."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path} is no regular file")  # a pipe would block, a device never end
+        if status.st_size > largest:
+            raise UserError(f"{status.st_size} bytes are too many")
         return pathlib.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

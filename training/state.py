@@ -88,22 +88,28 @@ def find_state(config, say):
 
 
 def read_newest_state(folder, say=print):
-    """Return the state of a run's folder, or its newest checkpoint that can be read; None if there is none at all."""
+    """Return the state of a run's folder or its newest checkpoint, of those that can be read the one with more updates.
+
+    None if there is none at all: one may be missing, or older because the run was killed between writing the two.
+    """
     folder = pathlib.Path(folder)
     numbered = list(numbered_checkpoints(folder / CHECKPOINTS).values())[::-1]
-    reasons = []
+    newest, broken = None, []
     for path in filter(pathlib.Path.exists, [folder / STATE, *numbered]):
         try:
             state = read_state(path)
         except UserError as error:
-            reasons.append(str(error))
+            broken.append(str(error))
             continue
-        for reason in reasons:
-            say(f"passed over a broken checkpoint: {reason}; continuing from {path}")
-        return state
-    if reasons:
-        raise UserError(f"no checkpoint of {folder} can be read: {reasons[0]}")
-    return None
+        if newest is None or state["step"] > newest["step"]:
+            newest = state
+        if path != folder / STATE:
+            break
+    if broken and newest is None:
+        raise UserError(f"no checkpoint of {folder} can be read: {broken[0]}")
+    for reason in broken:
+        say(f"passed over a broken checkpoint: {reason}; continuing from {newest['path']}")
+    return newest
 
 
 def read_state(path):

@@ -1,5 +1,6 @@
 """Folders and zip archives of image files, and one image file to pixels."""
 
+import concurrent.futures
 import io
 import os
 import struct
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets import image_files
 from datasets.image_files import (
     COLOUR_TO_GREY,
     GREY_TO_COLOUR,
@@ -71,6 +73,31 @@ def test_a_damaged_and_an_encrypted_member_are_named(tmp_path):
             FileTree(tmp_path / "x.zip").decode("a.png", ImageSpec(8, 3))
 
 
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "LARGEST_FILE", 1000)
+    for tree in make_trees(tmp_path, {"a.png": bytes(5000)}):
+        with pytest.raises(UserError, match="corrupt image a.png .*5000 bytes are too many"):
+            tree.decode("a.png", ImageSpec(6, 3))
+
+
+def test_of_large_images_one_is_decoded_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "LARGE_IMAGE", 30)
+    inside, most = [], []
+
+    def fit(image, spec):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return None, []
+
+    monkeypatch.setattr(image_files, "fit_image", fit)
+    tree, _ = make_trees(tmp_path, {"a.png": png(COLOUR)})
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: tree.decode("a.png", ImageSpec(6, 3)), range(8)))
+    assert max(most) == 1
+
+
 @pytest.mark.parametrize("place", [lambda path: os.mkfifo(path), lambda path: os.symlink("/dev/zero", path)])
 def test_a_pipe_or_a_device_among_images_is_named_instead_of_read_for_ever(tmp_path, place):
     place(tmp_path / "a.png")
@@ -106,9 +133,12 @@ def test_a_folder_that_cannot_be_listed_does_not_renumber_the_classes(tmp_path, 
         FileTree(tmp_path).names  # noqa: B018
 
 
-def test_a_folder_with_one_zip_stands_for_the_zip(tmp_path):
+def test_a_folder_with_one_zip_stands_for_the_zip_and_two_are_named(tmp_path):
     write_zip(tmp_path / "ffhq-64x64.zip", {"a.png": b"-"})
     assert FileTree(tmp_path).root == tmp_path / "ffhq-64x64.zip"
+    write_zip(tmp_path / "other.zip", {"a.png": b"-"})
+    with pytest.raises(UserError, match="2 archives .ffhq-64x64.zip, other.zip.: name one"):
+        FileTree(tmp_path)
     write_folder(tmp_path, {"b.png": b"-"})
     assert FileTree(tmp_path).root == tmp_path
 
