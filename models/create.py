@@ -114,10 +114,10 @@ def check_ncsnpp(arguments):
     if arguments["progressive_combine"] == "cat" and arguments["progressive_input"] != "input_skip":
         raise UserError("model.progressive_combine is cat, which only model.progressive_input input_skip can use; "
                         "set one of them")
-    for argument, value in (("progressive", "residual"), ("progressive_input", "residual"),
-                            ("progressive_input", "input_skip")):
-        if arguments[argument] == value and len(arguments["ch_mult"]) == 1:
-            raise UserError(f"model.{argument} is {value}, which joins levels, but model.ch_mult has one level only")
+    joins_levels = arguments["progressive"] == "residual" or arguments["progressive_input"] != "none"
+    if joins_levels and len(arguments["ch_mult"]) == 1:
+        raise UserError("model.progressive residual and model.progressive_input join levels, but model.ch_mult has one "
+                        "level only")
     taps = arguments["fir_kernel"]
     if arguments["fir"] and (not 2 <= len(taps) <= 16 or sum(taps) == 0):
         raise UserError(f"model.fir_kernel is {str(taps)[:80]}; a filter needs two to sixteen taps, of sum other than "

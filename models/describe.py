@@ -51,14 +51,6 @@ def describe(config_fields):
     return [*rows, Cost("total", 0, *total)]
 
 
-def training_bytes(total, batch):
-    """Return the memory that training in float32 needs at `batch` images a pass, for the last of `describe`.
-
-    Weights, gradients, EMA and Adam's two moments, and what the backward pass needs; convolutions' workspace is extra.
-    """
-    return 5 * 4 * total.parameters + batch * total.activation_bytes
-
-
 def measure(net, batch):
     """Return the `Meter` of a forward pass of `batch` images on the device of the network."""
     meter = Meter(net)

@@ -15,7 +15,7 @@ from configs.command_line import run_script
 from configs.default import Field
 from models.checkpoint import apply_architecture, read_checkpoint
 from models.create import create_model, model_fields
-from models.describe import describe, median_seconds, table, training_bytes
+from models.describe import describe, median_seconds, table
 from models.ema import ExponentialMovingAverage
 from runtime.devices import autocast, set_precision
 from training.update import UpdateStats, apply_update, create_optimizer
@@ -34,7 +34,9 @@ def main(config, args, given):
         config = apply_architecture(config, read_checkpoint(args.ckpt_path), given)
     rows = describe(model_fields(config))
     print(table(rows))
-    memory = (f"{batch}: {training_bytes(rows[-1], batch) / 2**30:.1f}" for batch in BATCHES)
+    # Weights, gradients, EMA and Adam's two moments, and what backward needs; convolutions' workspace is extra.
+    fixed, image = 5 * 4 * rows[-1].parameters, rows[-1].activation_bytes
+    memory = (f"{batch}: {(fixed + batch * image) / 2**30:.1f}" for batch in BATCHES)
     print(f"GiB to train in float32, by images a pass: {', '.join(memory)}")
     if args.measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

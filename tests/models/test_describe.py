@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.create import create_from_fields
-from models.describe import cost_line, cost_of, describe, measure, table, training_bytes
+from models.describe import cost_line, cost_of, describe, measure, table
 from tests.models.released_numbers import LAYOUTS, layout_fields
 
 SMALL = {"model.nf": 64, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 16,
@@ -28,13 +28,6 @@ def test_totals_are_those_of_the_paper(name):
 def test_without_attention_the_totals_are_those_of_the_papers_tables(name, paper):
     """Its counter does not see the products of attention nor their projections."""
     assert round(describe(layout_fields(name))[-1].plain_gmacs, 1) == paper
-
-
-def test_memory_of_training_grows_with_the_batch():
-    """Five numbers of four bytes a parameter, and the activations of each image."""
-    total = describe(SMALL)[-1]
-    assert training_bytes(total, 0) == 20 * total.parameters
-    assert training_bytes(total, 3) - training_bytes(total, 2) == total.activation_bytes
 
 
 @pytest.mark.parametrize("network", ["ncsnpp", "DhariwalUNet"])

@@ -6,6 +6,7 @@ import pytest
 
 from configs.command_line import run_script
 from models.checkpoint import write_checkpoint
+from models.describe import describe as count
 from tests.models.test_checkpoint import tiny_checkpoint
 from tools import describe
 
@@ -26,7 +27,9 @@ def test_configuration_is_described_in_a_table(monkeypatch, repository, capsys):
                  "--config.model.ch_mult", "(1, 1, 2)")
     lines = capsys.readouterr().out.splitlines()
     assert not status and lines[-2].split()[:3] == ["total", "3,437,123", "0.7356"]
-    assert lines[-1].startswith("GiB to train in float32, by images a pass: 16: ")
+    total = count({"model.nf": 64, "model.num_res_blocks": 1, "model.ch_mult": (1, 1, 2)})[-1]
+    bytes_of_16 = 20 * total.parameters + 16 * total.activation_bytes  # five numbers of four bytes a parameter
+    assert lines[-1].startswith(f"GiB to train in float32, by images a pass: 16: {bytes_of_16 / 2**30:.1f}, 32: ")
 
 
 def test_seconds_of_an_update_are_measured_on_request(monkeypatch, repository, capsys):
