@@ -194,9 +194,13 @@ def open_pairs(root, config):
 
 def check_origins(folders, names=SAME_ORIGIN):
     """Raise UserError if folders with pairs.json differ in checkpoint, direction … (`names`), or if two are equal."""
+    def shown(folder, name):
+        value, path = folder.identity.get(name), folder.record.get("checkpoint")
+        return f"{path} ({value})" if name == "checkpoint" and path else value
+
     first, *others = [folder for folder in folders if folder.record] or [None]
     for folder in others:
-        different = [f"{name} is {folder.identity.get(name)} there and {first.identity.get(name)} in {first.path}"
+        different = [f"{name} is {shown(folder, name)} there and {shown(first, name)} in {first.path}"
                      for name in names if folder.identity.get(name) != first.identity.get(name)]
         if different:
             raise UserError(f"{folder.path} holds pairs of another origin, keep them apart: {'; '.join(different)}")
