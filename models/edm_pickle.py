@@ -6,6 +6,7 @@ admitted at all. Then the description is searched for the network's arguments an
 the file's size: nothing is allocated that the file only claims.
 """
 
+import collections
 import dataclasses
 import math
 import mmap
@@ -48,14 +49,8 @@ class Call:
     items: dict = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """A network of a snapshot: class, arguments and attributes of the outer module, {name: float32 tensor} of all."""
-
-    class_name: str
-    arguments: dict
-    attributes: dict
-    tensors: dict
+# A network of a snapshot: class, arguments and attributes of the outer module, {name: float32 tensor} of all.
+Snapshot = collections.namedtuple("Snapshot", "class_name arguments attributes tensors")
 
 
 def is_snapshot(path):
