@@ -151,16 +151,6 @@ class Programme:
         with torch.no_grad(), full_float32():
             return {"images_s": len(images) * self.rate(lambda: net(images))}
 
-    def repeats(self):
-        """Whether some updates from the same seeds end in the same bits without training.deterministic."""
-        ends = []
-        for _ in range(2):
-            training = self.training("3.4M", "tf32")
-            self.updates(training, 20 if self.cuda else 2)
-            ends.append(torch.cat([p.detach().flatten() for p in training.network.parameters()]))
-        largest = (ends[0] - ends[1]).abs().max().item()
-        return {"same_bits": largest == 0, "largest": largest}
-
     def run(self):
         """Do all rows, the most important first; on a CPU a few of each kind."""
         self.out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +170,6 @@ class Programme:
         self.row(self.features)
         for values in LAST if self.cuda else LAST[:1]:
             self.row(self.train, **values)
-        self.row(self.repeats)
 
 
 def main():

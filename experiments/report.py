@@ -61,9 +61,9 @@ def write_table(path, rows):
 
 def by_seed(rows, name, figure):
     """Return {seed: figure} of the rows whose name is `name` with {seed} filled in."""
-    seeds = sorted({int(row["seed"]) for row in rows.values()})
-    found = {seed: rows.get(name.format(seed=seed), {}).get(figure) for seed in seeds}
-    return {seed: value for seed, value in found.items() if value is not None}
+    names = {name.format(seed=row["seed"]) for row in rows.values()}
+    found = {int(rows[name]["seed"]): rows[name].get(figure) for name in sorted(names & rows.keys())}
+    return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
 
 def summary(values):
@@ -80,9 +80,8 @@ def table(rows):
     shown = [column for column in SHOWN if any(cells[column] for cells in found.values())]
     heads = [column.replace("_", " ").replace("nfe", "NFE") for column in shown]
     lines = [f"| step | {' | '.join(heads)} | seeds |", "|" + "---|" * (len(shown) + 2)]
-    for name, cells in found.items():
-        values = [summary(cells[column].values()) for column in shown]
-        lines.append(f"| {name} | {' | '.join(values)} | {max(map(len, cells.values()))} |")
+    lines += [f"| {name} | {' | '.join(summary(cells[column].values()) for column in shown)} | "
+              f"{max(map(len, cells.values()))} |" for name, cells in found.items()]
     return "\n".join(lines)
 
 

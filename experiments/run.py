@@ -10,7 +10,6 @@ command continues an interrupted study. `--again STEP` repeats a step, whose row
 
 import concurrent.futures
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -224,7 +223,6 @@ class Study:
         return figures | self.references[step.images].measure(samples)
 
 
-@functools.cache
 def processor():
     """Return the name of the GPU, or of the CPU with the instruction set that torch uses."""
     if torch.cuda.is_available():

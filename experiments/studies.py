@@ -64,8 +64,7 @@ class Step:
 def config_changes(path):
     """Return {field: value} of what the config file `path` in this repository changes of the defaults."""
     config = load_config(ROOT / path)
-    values = {name: get_field(config, name) for name in FIELDS}
-    return {name: value for name, value in values.items() if value != FIELDS[name].default}
+    return {name: value for name in FIELDS if (value := get_field(config, name)) != FIELDS[name].default}
 
 
 def euler(steps, rule="euler"):

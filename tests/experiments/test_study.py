@@ -115,6 +115,8 @@ def test_tables_show_each_step_once_and_comparisons_only_common_seeds(finished, 
     rows = read_table(folder / "results.csv")
     text = report.table(rows)
     assert len(re.findall(r"^\| digits/seed\{seed\}/1_flow/euler-1 \| 1 \|", text, re.M)) == 1
+    other = {"digits/seed7/pairs": rows["digits/seed0/pairs"] | {"seed": "7"}}
+    assert re.search(r"^\| digits_8/real .*\| 1 \|$", report.table(rows | other), re.M)  # once, whatever the seeds
     report.draw_miniature(rows, tmp_path)
     assert (tmp_path / "miniature_quality.png").read_bytes().startswith(b"\x89PNG")
 
