@@ -151,6 +151,16 @@ class Programme:
         with torch.no_grad(), full_float32():
             return {"images_s": len(images) * self.rate(lambda: net(images))}
 
+    def repeats(self, deterministic):
+        """Whether updates from the same seeds end in the same bits."""
+        ends = []
+        for _ in range(2):
+            fields = self.fields["3.4M"] | {"training.deterministic": deterministic}
+            training = create_training(fields, self.batch, self.device)
+            self.updates(training, 20 if self.cuda else 2)
+            ends.append(torch.cat([p.detach().flatten() for p in training.network.parameters()]))
+        return {"same_bits": torch.equal(*ends), "largest": (ends[0] - ends[1]).abs().max().item()}
+
     def run(self):
         """Do all rows, the most important first; on a CPU a few of each kind."""
         self.out.mkdir(parents=True, exist_ok=True)
@@ -168,6 +178,8 @@ class Programme:
                 self.row(self.sample, sampler=sampler, precision=precision)
         self.row(self.pairs, tol=1e-3)
         self.row(self.features)
+        for deterministic in (False, True):
+            self.row(self.repeats, deterministic=deterministic)
         for values in LAST if self.cuda else LAST[:1]:
             self.row(self.train, **values)
 

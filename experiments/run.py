@@ -61,6 +61,8 @@ def main(args):
     if "fashion" in names and not pathlib.Path("data/FashionMNIST").exists():
         print("study: there is no data/FashionMNIST; its steps are left out", flush=True)
         names.remove("fashion")
+    if "cifar" in names and not pathlib.Path(args.cifar_root, "cifar10-jpeg-train.zip").exists():
+        raise UserError(f"--cifar_root {args.cifar_root} has no cifar10-jpeg-train.zip: name the folder that has it")
     planned = {"tiny": 1, "small": 40, "large": 25}[args.size]
     scale = args.minutes / planned if args.minutes else 1.0
     if "cifar" in names and args.minutes:

@@ -146,7 +146,7 @@ def test_the_committed_table_is_whole_and_a_table_that_was_cut_is_refused(reposi
 @pytest.mark.parametrize(("words", "said"), [
     (["--study", "digit"], "there is no such study; choose of demo, digits"),
     (["--again", "digits/seed9"], "no step is called digits/seed9"),
-    (["--study", "cifar", "--cifar_root", "nowhere"], "nowhere/cifar10-jpeg-train.zip"),
+    (["--study", "cifar", "--cifar_root", "nowhere"], "--cifar_root nowhere has no cifar10-jpeg-train.zip"),
     (["--wrok_dir", "x"], "wrok_dir"),
 ])
 def test_a_wrong_name_gets_one_sentence(tmp_path, words, said):
