@@ -50,15 +50,11 @@ def nin_attention(self, x):
     return project(torch.einsum("bhwij,bcij->bchw", w, v), slice(None), self.proj)
 
 
-def reshape_upsample(self, x, shifts=None):
-    """Every pixel repeated by expanding and copying."""
+def reshape_resampling(self, x, shifts=None):
+    """Every pixel repeated by expanding and copying, or the mean over two dimensions of a reshaped image."""
     n, c, height, width = x.shape
-    return x.view(n, c, height, 1, width, 1).repeat(1, 1, 1, 2, 1, 2).view(n, c, 2 * height, 2 * width)
-
-
-def reshape_downsample(self, x, shifts=None):
-    """The mean over two dimensions of a reshaped image."""
-    n, c, height, width = x.shape
+    if self.up:
+        return x.view(n, c, height, 1, width, 1).repeat(1, 1, 1, 2, 1, 2).view(n, c, 2 * height, 2 * width)
     return x.reshape(n, c, height // 2, 2, width // 2, 2).mean(dim=(3, 5))
 
 
@@ -82,14 +78,10 @@ def einsum_attention(self, x):
     return F.conv2d(mixed, self.proj.weight[:, :, None, None], self.proj.bias)
 
 
-def filter_upsample(self, x, shifts=None):
-    """A transposed convolution of each channel with ones."""
-    return F.conv_transpose2d(x, x.new_full((x.shape[1], 1, 2, 2), 1.0), stride=2, groups=x.shape[1])
-
-
-def filter_downsample(self, x, shifts=None):
-    """A convolution of each channel with a quarter."""
-    return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 0.25), stride=2, groups=x.shape[1])
+def filter_resampling(self, x, shifts=None):
+    """A transposed convolution of each channel with ones, or a convolution with a quarter."""
+    convolve, value = (F.conv_transpose2d, 1.0) if self.up else (F.conv2d, 0.25)
+    return convolve(x, x.new_full((x.shape[1], 1, 2, 2), value), stride=2, groups=x.shape[1])
 
 
 def scales_and_shifts(self, t999, label):
@@ -99,10 +91,9 @@ def scales_and_shifts(self, t999, label):
 
 
 RELEASED_WAY = {
-    "ncsnpp": {layers.SelfAttention: nin_attention, layers.BoxUpsample: reshape_upsample,
-               layers.BoxDownsample: reshape_downsample, NCSNpp: time_shifts},
-    "DhariwalUNet": {layers.SelfAttention: einsum_attention, layers.BoxUpsample: filter_upsample,
-                     layers.BoxDownsample: filter_downsample, DhariwalUNet: scales_and_shifts},
+    "ncsnpp": {layers.SelfAttention: nin_attention, layers.Resampling: reshape_resampling, NCSNpp: time_shifts},
+    "DhariwalUNet": {layers.SelfAttention: einsum_attention, layers.Resampling: filter_resampling,
+                     DhariwalUNet: scales_and_shifts},
 }
 
 

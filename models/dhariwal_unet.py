@@ -39,7 +39,7 @@ class DhariwalUNet(nn.Module):
 
         self.encoder, skips = nn.ModuleList(), [channels]
         for i, (width, attends) in enumerate(levels):
-            down = block(channels, channels, layers.BoxDownsample()) if i else None
+            down = block(channels, channels, layers.Resampling(up=False)) if i else None
             blocks = nn.ModuleList()
             for _ in range(num_res_blocks):
                 blocks.append(block(channels, width, attention=attends))
@@ -51,7 +51,7 @@ class DhariwalUNet(nn.Module):
 
         self.decoder = nn.ModuleList()
         for i, (width, attends) in reversed(list(enumerate(levels))):
-            up = block(channels, channels, layers.BoxUpsample()) if i < len(levels) - 1 else None
+            up = block(channels, channels, layers.Resampling(up=True)) if i < len(levels) - 1 else None
             blocks = nn.ModuleList()
             for _ in range(num_res_blocks + 1):
                 blocks.append(block(channels + skips.pop(), width, attention=attends))

@@ -97,54 +97,47 @@ def geometric_frequencies(count, last):
     return torch.tensor(frequencies.tolist())  # on the default device; arithmetic on meta imports the compiler
 
 
-# Resampling by two, (N, C, H, W) to (N, C', 2H, 2W) or (N, C', H/2, W/2). The modules take the blocks' time shifts and
-# leave them alone, so that one can stand where a residual block resamples.
+class Resampling(nn.Module):
+    """Doubling (`up`) or halving of height and width, by 2×2 boxes or, with `taps`, by a separable filter.
 
+    The filter is normalised to sum one (StyleGAN2, Karras et al. 2020). channels: (in, out) of a 3×3 convolution that
+    goes with it. `forward` takes the blocks' time shifts and leaves them alone, so that the module can stand where a
+    residual block resamples.
+    """
 
-class BoxUpsample(nn.Module):
-    """Nearest-neighbour doubling."""
-
-    def forward(self, x, shifts=None):
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-class BoxDownsample(nn.Module):
-    """Mean of 2×2 pixels."""
-
-    def forward(self, x, shifts=None):
-        return F.avg_pool2d(x, 2)
-
-
-class ConvUpsample(nn.Module):
-    """Nearest-neighbour doubling followed by a 3×3 convolution."""
-
-    def __init__(self, channels_in, channels_out):
+    def __init__(self, up, taps=(), channels=()):
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-
-    def forward(self, x, shifts=None):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class ConvDownsample(nn.Module):
-    """A 3×3 convolution of stride 2 whose zeros stand to the right and below (DDPM, Ho et al. 2020)."""
-
-    def __init__(self, channels_in, channels_out):
-        super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=2)
-
-    def forward(self, x, shifts=None):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class FIRFilter(nn.Module):
-    """Base of the modules with a separable filter of `taps`, normalised to sum one (StyleGAN2, Karras et al. 2020)."""
-
-    def __init__(self, taps):
-        super().__init__()
-        self.taps = len(taps)
+        self.up, self.taps = up, len(taps)
+        self.conv = None
+        if channels:
+            self.conv = nn.Conv2d(*channels, 3, stride=1 if up else 2, padding=int(up and not taps))
         kernel = [[a * b / sum(taps) ** 2 for a in taps] for b in taps]
         self.register_buffer("kernel", torch.tensor(kernel, dtype=torch.float32), persistent=False)
+
+    def forward(self, x, shifts=None):
+        if self.taps:
+            return self.filter_up(x) if self.up else self.filter_down(x)
+        if self.up:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return x if self.conv is None else self.conv(x)
+        if self.conv is None:
+            return F.avg_pool2d(x, 2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros to the right and below, as in DDPM (Ho et al. 2020)
+
+    def filter_up(self, x):
+        """Zeros between the pixels, the convolution, if any, then the filter, times 4 to keep the mean."""
+        height, width = x.shape[2:]
+        if self.conv is None:
+            padding = (self.taps - 2) // 2  # the transposed convolution is taps - 2 longer than 2H
+            up = F.conv_transpose2d(x, 4 * self.depthwise(x), stride=2, padding=padding, groups=x.shape[1])
+            return up[:, :, : 2 * height, : 2 * width]
+        # A transposed convolution with the flipped weights is the convolution of the zero-filled image: 2H + 1 long.
+        spread = F.conv_transpose2d(x, self.conv.weight.flip(2, 3).transpose(0, 1), stride=2)
+        return 4 * self.blur(spread, self.taps - 2) + self.conv.bias[:, None, None]
+
+    def filter_down(self, x):
+        """The filter, then every second pixel, or the convolution of stride 2."""
+        return self.blur(x, self.taps - 2, stride=2) if self.conv is None else self.conv(self.blur(x, self.taps))
 
     def depthwise(self, x):
         """Return the kernel as weights of a convolution that treats each channel of x alone."""
@@ -154,44 +147,3 @@ class FIRFilter(nn.Module):
         """Convolve x with the kernel after adding so many zeros to height and width, an odd one above and left."""
         padded = F.pad(x, ((zeros + 1) // 2, zeros // 2) * 2)
         return F.conv2d(padded, self.depthwise(x).flip(2, 3), stride=stride, groups=x.shape[1])
-
-
-class FIRUpsample(FIRFilter):
-    """Zeros between the pixels, then the filter, times 4 to keep the mean."""
-
-    def forward(self, x, shifts=None):
-        height, width = x.shape[2:]
-        padding = (self.taps - 2) // 2  # the transposed convolution is taps - 2 longer than 2H
-        up = F.conv_transpose2d(x, 4 * self.depthwise(x), stride=2, padding=padding, groups=x.shape[1])
-        return up[:, :, : 2 * height, : 2 * width]
-
-
-class FIRDownsample(FIRFilter):
-    """The filter, then every second pixel."""
-
-    def forward(self, x, shifts=None):
-        return self.blur(x, self.taps - 2, stride=2)
-
-
-class FIRConvUpsample(FIRFilter):
-    """Zeros between the pixels, a 3×3 convolution, then the filter, times 4."""
-
-    def __init__(self, channels_in, channels_out, taps):
-        super().__init__(taps)
-        self.conv = nn.Conv2d(channels_in, channels_out, 3)
-
-    def forward(self, x, shifts=None):
-        # A transposed convolution with the flipped weights is the convolution of the zero-filled image: 2H + 1 long.
-        spread = F.conv_transpose2d(x, self.conv.weight.flip(2, 3).transpose(0, 1), stride=2)
-        return 4 * self.blur(spread, self.taps - 2) + self.conv.bias[:, None, None]
-
-
-class FIRConvDownsample(FIRFilter):
-    """The filter, then a 3×3 convolution of stride 2."""
-
-    def __init__(self, channels_in, channels_out, taps):
-        super().__init__(taps)
-        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=2)
-
-    def forward(self, x, shifts=None):
-        return self.conv(self.blur(x, self.taps))

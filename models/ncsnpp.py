@@ -46,7 +46,7 @@ class NCSNpp(nn.Module):
             time_channels=4 * nf, activation=self.activation, dropout=dropout,
             rescale=math.sqrt(0.5) if skip_rescale else 1.0,  # of every sum of a branch and its skip
             init_scale=init_scale,  # of each branch's last layer
-            resblock_type=resblock_type, taps=fir_kernel if fir else None, resamp_with_conv=resamp_with_conv)
+            resblock_type=resblock_type, taps=fir_kernel if fir else (), resamp_with_conv=resamp_with_conv)
         levels = [(nf * m, image_size >> i in attn_resolutions) for i, m in enumerate(ch_mult)]
         features = 2 * nf if self.fourier else nf
 
@@ -131,18 +131,14 @@ class NCSNpp(nn.Module):
 def between_levels(up, channels, options):
     """Return what leads up or down to the next level: a residual block (BigGAN) or a bare resampling."""
     if options.resblock_type == "biggan":
-        return ResidualBlock(channels, channels, options, resampling(up, options.taps))
-    return resampling(up, options.taps, (channels, channels) if options.resamp_with_conv else ())
+        return ResidualBlock(channels, channels, options, layers.Resampling(up, options.taps))
+    return resampling_layer(up, options, (channels, channels) if options.resamp_with_conv else ())
 
 
-def resampling(up, taps, conv_channels=()):
-    """Return a resampling by two, with a filter if there are `taps`, with a convolution if there are channels."""
-    if taps:
-        kinds = ((layers.FIRDownsample, layers.FIRUpsample), (layers.FIRConvDownsample, layers.FIRConvUpsample))
-    else:
-        kinds = ((layers.BoxDownsample, layers.BoxUpsample), (layers.ConvDownsample, layers.ConvUpsample))
-    module = kinds[bool(conv_channels)][up](*conv_channels, *([taps] if taps else []))
-    if conv_channels:
+def resampling_layer(up, options, channels):
+    """Return a resampling by two that stands for itself, its convolution initialised."""
+    module = layers.Resampling(up, options.taps, channels)
+    if channels:
         init_uniform(module.conv)
     return module
 
@@ -164,10 +160,10 @@ def make_encoder(options, levels, num_res_blocks, channels, num_channels, progre
         if i < len(levels) - 1:
             down = between_levels(False, channels, options)
             if progressive_input == "input_skip":
-                pyramid = InputSkip(resampling(False, options.taps), pyramid_channels, channels, combine)
+                pyramid = InputSkip(layers.Resampling(False, options.taps), pyramid_channels, channels, combine)
                 channels = 2 * channels if combine == "cat" else channels
             elif progressive_input == "residual":
-                resampled = resampling(False, options.taps, (pyramid_channels, channels))
+                resampled = resampling_layer(False, options, (pyramid_channels, channels))
                 pyramid, pyramid_channels = PyramidResidual("down", resampled, options.rescale), channels
             skips.append(channels)
         encoder.append(layers.Level(blocks=blocks, attentions=attentions, down=down, pyramid=pyramid))
@@ -188,11 +184,11 @@ def make_decoder(options, levels, num_res_blocks, skips, num_channels, progressi
         coarsest, pyramid = i == len(levels) - 1, None
         if progressive == "output_skip":
             head = OutputHead(width, num_channels, options, options.init_scale)
-            pyramid = OutputSkip(head, None if coarsest else resampling(True, options.taps))
+            pyramid = OutputSkip(head, None if coarsest else layers.Resampling(True, options.taps))
         elif progressive == "residual" and coarsest:
             pyramid = OutputSkip(OutputHead(width, width, options, 1.0), None)
         elif progressive == "residual":
-            resampled = resampling(True, options.taps, (pyramid_channels, width))
+            resampled = resampling_layer(True, options, (pyramid_channels, width))
             pyramid = PyramidResidual("up", resampled, options.rescale)
         pyramid_channels = width
         up = between_levels(True, width, options) if i else None

@@ -12,7 +12,7 @@ import torch
 
 from models.create import create_from_fields
 from models.edm import deinterleave, edm_name, interleave
-from models.layers import FIRFilter
+from models.layers import Resampling
 from models.ncsnpp import AttentionBlock, FourierFeatures, InputSkip, OutputSkip, ResidualBlock
 from runtime.errors import UserError
 
@@ -227,8 +227,8 @@ def _ncsnpp_tensors(net):
                 yield from _plain(f"{name}.Conv_2", f"{ours}.shortcut")
         elif isinstance(module, FourierFeatures):
             yield Released(f"{name}.W", f"{ours}.frequencies", trained=False)
-        elif hasattr(module, "conv"):  # a resampling
-            yield from _plain(f"{name}.{'Conv2d_0' if isinstance(module, FIRFilter) else 'Conv_0'}", f"{ours}.conv")
+        elif isinstance(module, Resampling) and module.conv is not None:
+            yield from _plain(f"{name}.{'Conv2d_0' if module.taps else 'Conv_0'}", f"{ours}.conv")
         elif hasattr(module, "weight"):
             yield from _plain(f"{name}.Conv_0" if ours.endswith("pyramid.conv") else name, ours)
 

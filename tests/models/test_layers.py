@@ -36,7 +36,7 @@ def test_fir_resampling_follows_its_definition(taps, seed):
     x = torch.from_numpy(image).float()[None, None].expand(2, 3, 4, 4)
     up = filtered(image, 4 * kernel, 2, 1, ((excess + 1) // 2 + 1, excess // 2))
     down = filtered(image, kernel, 1, 2, ((excess + 1) // 2, excess // 2))
-    for module, expected in ((layers.FIRUpsample(taps), up), (layers.FIRDownsample(taps), down)):
+    for module, expected in ((layers.Resampling(True, taps), up), (layers.Resampling(False, taps), down)):
         found = module(x)
         assert found.shape == (2, 3, *expected.shape)
         np.testing.assert_allclose(found[1, 2].numpy(), expected, atol=1e-5)
@@ -49,7 +49,7 @@ def test_fir_convolutions_are_filter_and_convolution(taps):
     torch.manual_seed(0)
     x = torch.randn(1, 1, 4, 4)
     kernel = np.outer(taps, taps) / np.sum(taps) ** 2
-    up, down = layers.FIRConvUpsample(1, 1, taps), layers.FIRConvDownsample(1, 1, taps)
+    up, down = (layers.Resampling(up, taps, (1, 1)) for up in (True, False))
     spread = torch.zeros(1, 1, 8, 8)
     spread[..., ::2, ::2] = x
     excess = len(taps) - 4
@@ -66,8 +66,9 @@ def test_fir_convolutions_are_filter_and_convolution(taps):
 def test_box_resampling_keeps_a_constant_image():
     """Up and down undo each other on what has no detail."""
     x = torch.randn(2, 3, 1, 1).expand(2, 3, 4, 4)
-    assert torch.equal(layers.BoxUpsample()(x), x[..., :1, :1].expand(2, 3, 8, 8))
-    torch.testing.assert_close(layers.BoxDownsample()(layers.BoxUpsample()(x)), x)
+    doubled = layers.Resampling(up=True)(x)
+    assert torch.equal(doubled, x[..., :1, :1].expand(2, 3, 8, 8))
+    torch.testing.assert_close(layers.Resampling(up=False)(doubled), x)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
