@@ -28,6 +28,7 @@ from metrics.scores import compare, nearest_distances
 from metrics.statistics import gather, measure, measure_source, share_of
 from metrics.sweep import read_checkpoints, run_folder
 from models.checkpoint import config_of_run, is_remote, network_of
+from models.create import model_fields
 from models.describe import cost_line, cost_of
 from runtime.devices import in_precision, memory_errors, set_precision, start_processes
 from runtime.files import atomic_path, state_digest
@@ -78,7 +79,7 @@ def measure_checkpoints(config, args, given, processes):
                     "weights": "EMA" if args.use_ema else "raw", **sampling_identity(own), **reference.identity}
         result = earlier_result(path, identity, args.force, processes)
         if result is None:
-            net = network_of(own, checkpoint, args.use_ema, processes.device)
+            net = network_of(model_fields(own), checkpoint, args.use_ema, processes.device)
             if not cost:
                 cost = cost_of(net)
                 processes.say(cost_line(cost))

@@ -19,7 +19,7 @@ import urllib.request
 import torch
 
 from models import edm, edm_pickle, released
-from models.create import create_from_fields, create_model, model_fields, tuple_of
+from models.create import create_from_fields, model_fields, tuple_of
 from models.safe_load import PART_BYTES, read_file
 from runtime.downloads import cached_file
 from runtime.errors import UserError
@@ -131,9 +131,8 @@ def load_model(path, use_ema=True, device="cpu", fields=None):
     instance {"model.nf": 64}, for a file that does not tell it; they must not contradict one that does. Raises
     UserError (see `read_checkpoint`), also if the architecture is neither told nor given.
     """
-    checkpoint = read_checkpoint(path)
-    net = create_from_fields(architecture(checkpoint, fields or {}, fields or {}))
-    return _with_weights(net, checkpoint, use_ema, device)
+    checkpoint, fields = read_checkpoint(path), fields or {}
+    return network_of(architecture(checkpoint, fields, fields), checkpoint, use_ema, device)
 
 
 def load_with_config(path, config, given, use_ema=True, device="cpu", say=print):
@@ -146,15 +145,12 @@ def load_with_config(path, config, given, use_ema=True, device="cpu", say=print)
     config, remarks = config_of_run(config, checkpoint, given)
     for remark in remarks:
         say(f"{path}: {remark}")
-    return config, network_of(config, checkpoint, use_ema, device), checkpoint["digest"]
+    return config, network_of(model_fields(config), checkpoint, use_ema, device), checkpoint["digest"]
 
 
-def network_of(config, checkpoint, use_ema=True, device="cpu"):
-    """Return the network of a config of `config_of_run` with a checkpoint's weights, as `load_model` returns it."""
-    return _with_weights(create_model(config), checkpoint, use_ema, device)
-
-
-def _with_weights(net, checkpoint, use_ema, device):
+def network_of(fields, checkpoint, use_ema=True, device="cpu"):
+    """Return the network of dotted config fields with a checkpoint's weights, as `load_model` returns it."""
+    net = create_from_fields(fields)
     load_weights(net, checkpoint, use_ema)
     net = net.eval().to(device)  # on a CPU with the memory layout that convolves fastest there
     return net.to(memory_format=torch.channels_last) if torch.device(device).type == "cpu" else net

@@ -97,6 +97,18 @@ def geometric_frequencies(count, last):
     return torch.tensor(frequencies.tolist())  # on the default device; arithmetic on meta imports the compiler
 
 
+def init_uniform(layer, scale=1.0, parts=1):
+    """Initialise a layer as DDPM does: uniform weights of variance scale / mean(fan in, fan out), bias zero.
+
+    With `parts`, that many equal blocks of rows are layers of their own. Scale 0 gives zeros.
+    """
+    with torch.no_grad():
+        for rows in layer.weight.chunk(parts):
+            nn.init.xavier_uniform_(rows, gain=math.sqrt(scale))
+        layer.bias.zero_()
+    return layer
+
+
 class Resampling(nn.Module):
     """Doubling (`up`) or halving of height and width, by 2×2 boxes or, with `taps`, by a separable filter.
 
@@ -110,7 +122,7 @@ class Resampling(nn.Module):
         self.up, self.taps = up, len(taps)
         self.conv = None
         if channels:
-            self.conv = nn.Conv2d(*channels, 3, stride=1 if up else 2, padding=int(up and not taps))
+            self.conv = init_uniform(nn.Conv2d(*channels, 3, stride=1 if up else 2, padding=int(up and not taps)))
         kernel = [[a * b / sum(taps) ** 2 for a in taps] for b in taps]
         self.register_buffer("kernel", torch.tensor(kernel, dtype=torch.float32), persistent=False)
 

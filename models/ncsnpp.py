@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import layers
+from models.layers import init_uniform
 
 ACTIVATIONS = {
     "swish": F.silu,
@@ -58,12 +59,52 @@ class NCSNpp(nn.Module):
         if num_classes:  # as in EDM's networks (Karras et al. 2022)
             self.class_features = layers.Level(linear=init_uniform(nn.Linear(num_classes, features)))
         self.input_conv = init_uniform(nn.Conv2d(num_channels, nf, 3, padding=1))
-        self.encoder, skips = make_encoder(options, levels, num_res_blocks, nf, num_channels, progressive_input,
-                                           progressive_combine)
-        self.middle = layers.Level(block0=ResidualBlock(skips[-1], skips[-1], options),
-                                   attention=AttentionBlock(skips[-1], options),
-                                   block1=ResidualBlock(skips[-1], skips[-1], options))
-        self.decoder = make_decoder(options, levels, num_res_blocks, skips, num_channels, progressive)
+
+        self.encoder, skips = nn.ModuleList(), [nf]  # the channels of every feature that the decoder concatenates
+        channels, pyramid_channels = nf, num_channels
+        for i, (width, attends) in enumerate(levels):
+            blocks, attentions = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks):
+                blocks.append(ResidualBlock(channels, width, options))
+                attentions.append(AttentionBlock(width, options) if attends else nn.Identity())
+                channels = width
+                skips.append(channels)
+            down = pyramid = None
+            if i < len(levels) - 1:
+                down = between_levels(False, channels, options)
+                if progressive_input == "input_skip":
+                    resample = layers.Resampling(False, options.taps)
+                    pyramid = InputSkip(resample, pyramid_channels, channels, progressive_combine)
+                    channels = 2 * channels if progressive_combine == "cat" else channels
+                elif progressive_input == "residual":
+                    resample = layers.Resampling(False, options.taps, (pyramid_channels, channels))
+                    pyramid, pyramid_channels = PyramidResidual("down", resample, options.rescale), channels
+                skips.append(channels)
+            self.encoder.append(layers.Level(blocks=blocks, attentions=attentions, down=down, pyramid=pyramid))
+
+        self.middle = layers.Level(block0=ResidualBlock(channels, channels, options),
+                                   attention=AttentionBlock(channels, options),
+                                   block1=ResidualBlock(channels, channels, options))
+
+        self.decoder = nn.ModuleList()
+        for i, (width, attends) in reversed(list(enumerate(levels))):
+            blocks, coarser, pyramid = nn.ModuleList(), channels, None
+            for _ in range(num_res_blocks + 1):  # one more, for the output of the downsampling
+                blocks.append(ResidualBlock(channels + skips.pop(), width, options))
+                channels = width
+            coarsest = i == len(levels) - 1
+            if progressive == "output_skip":
+                head = OutputHead(width, num_channels, options, init_scale)
+                pyramid = OutputSkip(head, None if coarsest else layers.Resampling(True, options.taps))
+            elif progressive == "residual" and coarsest:
+                pyramid = OutputSkip(OutputHead(width, width, options, 1.0), None)
+            elif progressive == "residual":
+                resample = layers.Resampling(True, options.taps, (coarser, width))
+                pyramid = PyramidResidual("up", resample, options.rescale)
+            up = between_levels(True, width, options) if i else None
+            attention = AttentionBlock(width, options) if attends else nn.Identity()
+            self.decoder.append(layers.Level(blocks=blocks, attention=attention, pyramid=pyramid, up=up))
+
         self.output_head = OutputHead(levels[0][0], num_channels, options, init_scale) if (
             progressive != "output_skip") else None
         # In the order in which the blocks run. A plain list: the blocks own these layers.
@@ -132,69 +173,7 @@ def between_levels(up, channels, options):
     """Return what leads up or down to the next level: a residual block (BigGAN) or a bare resampling."""
     if options.resblock_type == "biggan":
         return ResidualBlock(channels, channels, options, layers.Resampling(up, options.taps))
-    return resampling_layer(up, options, (channels, channels) if options.resamp_with_conv else ())
-
-
-def resampling_layer(up, options, channels):
-    """Return a resampling by two that stands for itself, its convolution initialised."""
-    module = layers.Resampling(up, options.taps, channels)
-    if channels:
-        init_uniform(module.conv)
-    return module
-
-
-def make_encoder(options, levels, num_res_blocks, channels, num_channels, progressive_input, combine):
-    """Return the encoder's levels and the channels of every feature that the decoder will concatenate.
-
-    levels: (channels, whether it has attention), from fine to coarse. channels: of the input convolution.
-    """
-    encoder, skips, pyramid_channels = nn.ModuleList(), [channels], num_channels
-    for i, (width, attends) in enumerate(levels):
-        blocks, attentions = nn.ModuleList(), nn.ModuleList()
-        for _ in range(num_res_blocks):
-            blocks.append(ResidualBlock(channels, width, options))
-            attentions.append(AttentionBlock(width, options) if attends else nn.Identity())
-            channels = width
-            skips.append(channels)
-        down = pyramid = None
-        if i < len(levels) - 1:
-            down = between_levels(False, channels, options)
-            if progressive_input == "input_skip":
-                pyramid = InputSkip(layers.Resampling(False, options.taps), pyramid_channels, channels, combine)
-                channels = 2 * channels if combine == "cat" else channels
-            elif progressive_input == "residual":
-                resampled = resampling_layer(False, options, (pyramid_channels, channels))
-                pyramid, pyramid_channels = PyramidResidual("down", resampled, options.rescale), channels
-            skips.append(channels)
-        encoder.append(layers.Level(blocks=blocks, attentions=attentions, down=down, pyramid=pyramid))
-    return encoder, skips
-
-
-def make_decoder(options, levels, num_res_blocks, skips, num_channels, progressive):
-    """Return the decoder's levels, from coarse to fine; `skips` as from `make_encoder`.
-
-    Each has one block more than the encoder's level, for the output of the downsampling.
-    """
-    decoder, skips, channels, pyramid_channels = nn.ModuleList(), list(skips), skips[-1], None
-    for i, (width, attends) in reversed(list(enumerate(levels))):
-        blocks = nn.ModuleList()
-        for _ in range(num_res_blocks + 1):
-            blocks.append(ResidualBlock(channels + skips.pop(), width, options))
-            channels = width
-        coarsest, pyramid = i == len(levels) - 1, None
-        if progressive == "output_skip":
-            head = OutputHead(width, num_channels, options, options.init_scale)
-            pyramid = OutputSkip(head, None if coarsest else layers.Resampling(True, options.taps))
-        elif progressive == "residual" and coarsest:
-            pyramid = OutputSkip(OutputHead(width, width, options, 1.0), None)
-        elif progressive == "residual":
-            resampled = resampling_layer(True, options, (pyramid_channels, width))
-            pyramid = PyramidResidual("up", resampled, options.rescale)
-        pyramid_channels = width
-        up = between_levels(True, width, options) if i else None
-        attention = AttentionBlock(width, options) if attends else nn.Identity()
-        decoder.append(layers.Level(blocks=blocks, attention=attention, pyramid=pyramid, up=up))
-    return decoder
+    return layers.Resampling(up, options.taps, (channels, channels) if options.resamp_with_conv else ())
 
 
 class PositionalFeatures(nn.Module):
@@ -337,15 +316,3 @@ def rescaled_sum(x, h, rescale):
     """Return (x + h)·rescale with one temporary less; `rescale` is 1 or 1/√2."""
     total = x + h
     return total if rescale == 1.0 else total.mul_(rescale)
-
-
-def init_uniform(layer, scale=1.0, parts=1):
-    """Initialise a layer as DDPM does: uniform weights of variance scale / mean(fan in, fan out), bias zero.
-
-    With `parts`, that many equal blocks of rows are layers of their own. Scale 0 gives zeros.
-    """
-    with torch.no_grad():
-        for rows in layer.weight.chunk(parts):
-            nn.init.xavier_uniform_(rows, gain=math.sqrt(scale))
-        layer.bias.zero_()
-    return layer

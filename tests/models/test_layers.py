@@ -50,6 +50,8 @@ def test_fir_convolutions_are_filter_and_convolution(taps):
     x = torch.randn(1, 1, 4, 4)
     kernel = np.outer(taps, taps) / np.sum(taps) ** 2
     up, down = (layers.Resampling(up, taps, (1, 1)) for up in (True, False))
+    for module in (up, down):
+        torch.nn.init.normal_(module.conv.bias)
     spread = torch.zeros(1, 1, 8, 8)
     spread[..., ::2, ::2] = x
     excess = len(taps) - 4
