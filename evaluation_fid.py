@@ -19,18 +19,19 @@ import torch
 from configs.command_line import run_script
 from configs.default import Field
 from datasets import one_hot
-from datasets.image_source import check_finite, open_images, quantise
+from datasets.batches import check_finite
+from datasets.image_source import open_images, quantise
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler, sampler_values
 from metrics import results
 from metrics.reference import Reference
 from metrics.scores import compare, nearest_distances
-from metrics.statistics import gather, measure, measure_source, share_of
+from metrics.statistics import measure, measure_source, share_of
 from metrics.sweep import read_checkpoints, run_folder
 from models.checkpoint import config_of_run, is_remote, network_of
 from models.create import model_fields
 from models.describe import cost_line, cost_of
-from runtime.devices import in_precision, memory_errors, set_precision, start_processes
+from runtime.devices import gather, in_precision, memory_errors, set_precision, start_processes
 from runtime.files import atomic_path, state_digest
 from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise
@@ -160,7 +161,7 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
                 print(f"config.eval.batch_size {2 * size} does not fit the GPU: going on with {size}", file=sys.stderr)
                 continue
             count_evaluations(nfe)
-            check_finite(x, part, title, "the network has diverged, or needs config.training.precision fp32")
+            check_finite(x, part, f"{title}: sample", "the network diverged, or needs config.training.precision fp32")
             yield from quantise(x).split(size)
             low += len(part)
 

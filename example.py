@@ -1,14 +1,10 @@
-"""The smallest complete use, to copy: one-step samples of a checkpoint (ours, SlimFlow's or EDM's) as a grid.
-
-    python example.py logs/distilled/checkpoints/checkpoint_1.pth samples.png
-"""
+"""The smallest complete use, to copy: python example.py logs/distilled/checkpoints/checkpoint_1.pth samples.png"""
 
 import sys
 
 import torch
 
 from configs.default import get_default_config
-from datasets import one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
 from models.checkpoint import load_with_config
@@ -17,15 +13,14 @@ from runtime.pictures import save_grid
 
 
 def main(checkpoint, picture="samples.png"):
-    """Sample 64 images, seed 0, and write them to `picture`."""
+    """Write a grid of 64 one-step samples of a checkpoint, ours, SlimFlow's or EDM's, to `picture`."""
     config, net, _ = load_with_config(checkpoint, get_default_config(), given=())
     config.sampling.use_ode_sampler = "one_step"  # the others: flows.samplers.SAMPLERS
-    data = config.data  # of the run: image_size, num_channels, num_classes (0: unconditional)
+    size, channels, classes = config.data.image_size, config.data.num_channels, config.data.num_classes
     torch.manual_seed(0)
-    z0 = config.sampling.init_noise_scale * torch.randn(64, data.num_channels, data.image_size, data.image_size)
-    label = one_hot(torch.arange(64) % data.num_classes, data.num_classes) if data.num_classes else None
-    images, _ = create_sampler(config)(velocity_from_network(net), z0, label)
-    save_grid(picture, images, columns=8)
+    z0 = config.sampling.init_noise_scale * torch.randn(64, channels, size, size)
+    label = torch.eye(classes)[torch.arange(64) % classes] if classes else None  # classes 0: unconditional
+    save_grid(picture, create_sampler(config)(velocity_from_network(net), z0, label)[0], columns=8)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from flows.couplings import COUPLINGS, create_coupling
 from flows.rectified_flow import analytic_velocity, interpolate, velocity_from_network
 from flows.samplers import SAMPLERS
 from models.checkpoint import load_with_config
-from runtime.devices import autocast, memory_errors, set_precision, start_processes
+from runtime.devices import autocast, gather, memory_errors, set_precision, start_processes
 from runtime.pictures import save_grid
 from runtime.progress import progress_bar
 
@@ -89,7 +89,7 @@ def load_teacher(config, args, given, processes):
             processes.say(f"sampling.direction {config.sampling.direction} uses no network: --ckpt_path is ignored")
         return config, None, {}
     config, net, digest = load_with_config(args.ckpt_path, config, given, device=processes.device, say=processes.say)
-    if processes.share(digest) != digest:
+    if len(set(gather(digest))) > 1:
         raise UserError(f"{args.ckpt_path} was replaced while it was read: run the same command again")
     if net.licence_note:
         processes.say(net.licence_note)
@@ -156,7 +156,7 @@ def make_blocks(config, folder, job, todo, coupling, processes):
             except UserError as error:
                 raise UserError(f"pairs {indices.start} to {indices.stop - 1}: {error}") from None
             bar.set_postfix(refresh=False, NFE=nfe.double().mean().item())
-        processes.barrier()
+        gather(None)  # wait for the others
         finished(job.count)
 
 

@@ -20,6 +20,7 @@ import torch
 from configs.command_line import run_script
 from configs.default import FIELDS, Field, get_field
 from datasets import load_images, one_hot
+from datasets.batches import check_finite
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import SAMPLERS, create_sampler, sampler_values, straightness
 from metrics.sweep import checkpoint_folder, run_folder
@@ -163,9 +164,8 @@ def sample_grid(velocity, z, label, config, finished):
         x, nfe = sample(velocity, z, label, batch_size=min(settings.batch_size, len(z)), finished=finished)
     images = x.float().cpu()
     seconds = time.perf_counter() - started
-    if not (finite := images.flatten(1).isfinite().all(1)).all():
-        raise UserError(f"{name}: sample {finite.int().argmin()} is not finite; the network has diverged, or needs "
-                        "--config.training.precision fp32")
+    check_finite(images, range(len(images)), f"{name}: sample",
+                 "the network has diverged, or needs --config.training.precision fp32")
     return images, {"sampler": name, "nfe": nfe.double().mean().item(), "seconds": round(seconds, 4),
                     **sampler_values(config)}
 

@@ -24,7 +24,7 @@ from flows.rectified_flow import velocity_from_network
 from flows.schedules import create_annealing
 from models import create_model
 from models.ema import ExponentialMovingAverage
-from runtime.devices import in_precision, memory_errors, set_deterministic, set_precision, start_processes
+from runtime.devices import gather, in_precision, memory_errors, set_deterministic, set_precision, start_processes
 from runtime.seeds import DRAWS, seed_dropout, step_generator
 from training import run, state
 from training.update import UpdateStats, apply_update, check_finite, create_optimizer, warmup_factor
@@ -48,9 +48,8 @@ def train(config, processes, messages, held):
     changed = run.check_same_run(config, path)
     found = state.find_state(config, messages.append)
     step = first = found["step"] if found else 0
-    if step != processes.share(step):
-        raise UserError(f"process {processes.rank} finds {step} updates done, process 0 another number: "
-                        "config.work_dir must be one folder that all processes see")
+    if len(set(steps := gather(step))) > 1:
+        raise UserError(f"the processes find {steps} updates done: config.work_dir must be one folder for all of them")
     if step >= options.n_iters:
         print(f"{found['path']} has {step} of config.training.n_iters {options.n_iters} updates: the run is finished; "
               "raise config.training.n_iters to train on")

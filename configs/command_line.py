@@ -49,9 +49,8 @@ class ValueParser(flags.ArgumentParser):
             raise ValueError(f"this takes {KINDS[self.kind]}") from None
 
 
-PARSERS = {kind: ValueParser(kind) for kind in KINDS}
-for kind, parser in PARSERS.items():
-    config_flags.register_flag_parser_for_type(kind, parser)
+for kind in KINDS:
+    config_flags.register_flag_parser_for_type(kind, ValueParser(kind))
 
 
 def run_script(main, doc, script_flags=None, reads=()):
@@ -132,7 +131,7 @@ def parse_flags(words, fields, config=None, places=()):
     values = flags.FlagValues()
     for name, field in fields.items():
         kind = type(field.default)
-        flags.DEFINE_flag(flags.Flag(PARSERS[kind], flags.ArgumentSerializer(), name, field.default, field.meaning,
+        flags.DEFINE_flag(flags.Flag(ValueParser(kind), flags.ArgumentSerializer(), name, field.default, field.meaning,
                                      boolean=kind is bool), values)
     words = join_booleans(words, fields, any_word=not places)
     try:

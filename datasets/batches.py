@@ -37,6 +37,13 @@ def some_of(count, most):
     return np.unique(np.linspace(0, count - 1, most).round().astype(np.int64))
 
 
+def check_finite(values, numbers, name, advice):
+    """Raise UserError if any of the tensors `values` (N, …) is not finite, naming the first by `name` and number."""
+    bad = (~values.flatten(1).isfinite().all(1)).nonzero()
+    if len(bad):
+        raise UserError(f"{name} {numbers[int(bad[0])]} is not finite: {advice}")
+
+
 def check_labels(labels, place, num_classes=None, first=0):
     """Raise UserError, naming `place`, unless an array holds class numbers `(N,)` or is one-hot `(N, num_classes)`.
 

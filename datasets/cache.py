@@ -44,7 +44,6 @@ class ImageSet:
     skipped: tuple = ()
 
     def __len__(self):
-        """Return the number of images."""
         return len(self.images)
 
     def choose(self, indices, source):
@@ -95,7 +94,6 @@ def open_cached(source, spec, cache_dir, progress):
 
 
 def entry_folder(source, spec, cache_dir):
-    """Return the folder of the source's entry."""
     identity = [VERSION, source.identity, spec.size, spec.channels, spec.resample]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return pathlib.Path(cache_dir) / f"{source.name}-{spec.channels}x{spec.size}x{spec.size}-{key}"

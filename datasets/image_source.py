@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import torch
 
-from datasets.batches import some_of
+from datasets.batches import check_finite, some_of
 from datasets.image_files import FileTree, ImageSpec, fit_images
 from datasets.pairs import open_rows
 from datasets.sources import DATASETS, load_arrays
@@ -15,13 +15,6 @@ from runtime.errors import UserError
 
 LARGEST_FLOAT = 20.0  # samples leave [-1, 1] a little; what goes beyond this was meant for 0 to 255
 LOSSY = "JPEG or WebP: distances to images that were not compressed so include the compression"
-
-
-def check_finite(images, numbers, name, advice):
-    """Raise UserError if any of `images` (N, …) has NaN or infinite pixels, naming the first by its `numbers` entry."""
-    bad = (~images.flatten(1).isfinite().all(1)).nonzero()
-    if len(bad):
-        raise UserError(f"{name}: sample {numbers[bad[0].item()]} holds NaN or infinite pixels; {advice}")
 
 
 def quantise(images):
@@ -70,7 +63,7 @@ class ArrayImages(ImageSource):
         part = np.array(self.images[np.array(places)])
         if part.dtype != np.uint8:
             part = torch.from_numpy(part.astype(np.float32))
-            check_finite(part, places, self.name, "make it again")
+            check_finite(part, places, f"{self.name}: sample", "make it again")
             if (most := part.abs().max()) > LARGEST_FLOAT:
                 raise UserError(f"{self.name} holds values up to {most:.0f}; images as floats are in [-1, 1]")
             part = quantise(part).numpy()

@@ -15,6 +15,7 @@ import shutil
 
 import numpy as np
 
+from datasets.batches import check_finite
 from runtime.errors import UserError
 from runtime.files import file_lock, read_json, read_json_lines, write_json, write_text
 
@@ -136,9 +137,8 @@ def write_block(folder, job, block, rows, nfe):
     """
     indices, stored = job.block_range(block), {}
     for name, values in rows.items():
-        bad = [] if values is None else (~values.isfinite().flatten(1).all(1)).nonzero()
-        if len(bad):
-            raise UserError(f"{name} of pair {indices[int(bad[0])]} is not finite; check the checkpoint's weights")
+        if values is not None:
+            check_finite(values, indices, f"{name} of pair", "check the checkpoint's weights")
     for name, layout in job.layouts.items():
         values = rows[name] if layout.shape else rows[name].argmax(1)
         with np.errstate(over="ignore"):  # float16 ends at 65504

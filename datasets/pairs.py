@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from datasets.batches import Batches, EndlessOrder, check_labels, one_hot, some_of
+from datasets.batches import Batches, EndlessOrder, check_finite, check_labels, one_hot, some_of
 from datasets.pair_writer import ARRAYS, RECORD, read_record
 from runtime import seeds
 from runtime.errors import UserError
@@ -51,10 +51,9 @@ def as_one_hot(rows, num_classes):
 
 
 class NoiseSource:
-    """z0 drawn from N(0, scale²): rows by number, each the same on every machine."""
+    """z0 drawn from N(0, scale²): rows of `shape` (C, H, W) by number, each the same on every machine."""
 
     def __init__(self, seed, shape, scale=1.0):
-        """Take the seed, the shape (C, H, W) and the standard deviation."""
         self.seed, self.shape, self.scale = seed, shape, scale
 
     def __getitem__(self, indices):
@@ -104,7 +103,6 @@ class PairFolder:
                             f"differ; it was made with {self.record.get('software')}")
 
     def __len__(self):
-        """Return the number of pairs."""
         return self.count
 
     def take(self, indices):
@@ -115,9 +113,7 @@ class PairFolder:
         """Return z0 and z1 of the pairs `indices`; UserError if values are not finite or labels no classes."""
         rows = self.take(indices)
         for name, values in zip(("z0", "z1"), rows, strict=True):
-            bad = (~values.isfinite().flatten(1).all(1)).nonzero()
-            if len(bad):
-                raise UserError(f"{self.path}: {name} of pair {indices[int(bad[0])]} is not finite: make it again")
+            check_finite(values, indices, f"{self.path}: {name} of pair", "make it again")
         if self.label is not None:
             label = self.label[:len(self)] if self.label.ndim == 1 else self.label[indices]
             check_labels(label, self.path / "label.npy", num_classes)
@@ -220,7 +216,6 @@ class PairSet:
         self.ends = np.cumsum([len(folder) for folder in folders])
 
     def __len__(self):
-        """Return the number of pairs."""
         return int(self.ends[-1])
 
     def take(self, indices):

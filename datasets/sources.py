@@ -120,7 +120,6 @@ def subset(image_set, name, field="data.train_subset"):
 
 
 def _shorten(words):
-    """Return words as text, shortened when there are many."""
     return ", ".join(words[:20]) + (f", … ({len(words)} classes)" if len(words) > 20 else "")
 
 

@@ -8,12 +8,12 @@ import torch
 
 from datasets import load_images
 from datasets.image_source import ArrayImages, open_images
+from datasets.sources import load_arrays
 from metrics.features import create_extractor
 from metrics.scores import check_gaussian, nearest_distances
 from metrics.statistics import Statistics, evenly_spread, measure_source
-from runtime.downloads import cached_file
 from runtime.errors import UserError
-from runtime.files import atomic_path, state_digest
+from runtime.files import atomic_path, cached_file, state_digest
 
 CIFAR10_URL = "https://www.cs.cmu.edu/~clean-fid/stats/cifar10_legacy_tensorflow_train_32.npz"
 CIFAR10_NAME = "CIFAR-10 train (clean-fid's statistics)"
@@ -64,7 +64,7 @@ class Reference:
         """The `ImageSource` of the reference's images, or None where the reference is a file of statistics."""
         if self.path is None:
             return ArrayImages(self.training_images.images, self.training_images.source)
-        statistics = self.path.suffix == ".npz" and {"mu", "sigma"} & read_npz(self.path).keys()
+        statistics = self.path.suffix == ".npz" and {"mu", "sigma"} & load_arrays(self.path).keys()
         return None if statistics else open_images(self.path, self.config)
 
     @functools.cached_property
@@ -86,22 +86,13 @@ class Reference:
         return nearest_distances(queries, images, own, progress=self.config.training.progress).median().item()
 
 
-def read_npz(path):
-    """Return {name: array} of an npz; raise UserError, naming the file, for one that is damaged or no npz."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except Exception as error:  # numpy, zipfile and zlib raise many kinds for damaged files
-        raise UserError(f"{path} cannot be read as an npz ({error}): make it again") from None
-
-
 def read_statistics(path, extractor, name=""):
     """Return the `Statistics` in an npz with `mu` and `sigma` (EDM's form) and perhaps our `features`.
 
     Raises UserError if the file has other arrays, other values than a mean, a covariance and features have, or
     another dimension or extractor than `extractor`.
     """
-    found = read_npz(path)
+    found = load_arrays(pathlib.Path(path))
     arrays = [found.get("mu"), found.get("sigma"), found.get("features", np.zeros((0, extractor.dimension)))]
     if not all(isinstance(array, np.ndarray) and array.dtype.kind in "fiu" for array in arrays):
         raise UserError(f"{path} holds {', '.join(found)}; statistics are the arrays mu and sigma, of real numbers")
@@ -114,8 +105,7 @@ def read_statistics(path, extractor, name=""):
                         f"config.eval.feature_extractor {extractor.name} gives {extractor.dimension}: name statistics "
                         "that belong")
     if features.shape[1:] != mu.shape or not features.isfinite().all():
-        raise UserError(f"{path}: features has shape {tuple(features.shape)} or holds NaN or infinite numbers; it must "
-                        f"be (M, {len(mu)}), finite")
+        raise UserError(f"{path}: features, of shape {tuple(features.shape)}, must be (M, {len(mu)}) finite numbers")
     return Statistics(mu, sigma, features if len(features) > 1 else None, None, name or str(path))
 
 

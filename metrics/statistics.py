@@ -5,8 +5,8 @@ import dataclasses
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from runtime.devices import gather
 from runtime.errors import UserError
 from runtime.progress import progress_bar
 
@@ -88,12 +88,3 @@ def share_of(processes, count):
     """Return the range of this process's samples among `count`: each process takes one stretch."""
     rank, size = processes.rank, processes.world_size
     return range(rank * count // size, (rank + 1) * count // size)
-
-
-def gather(value):
-    """Return the list of every process's picklable `value`, in the order of rank. Every process must call it."""
-    if not dist.is_initialized():
-        return [value]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found

@@ -5,8 +5,8 @@ import itertools
 import pathlib
 import time
 
-from metrics.statistics import gather
 from models.checkpoint import is_remote, numbered_checkpoints, read_checkpoint
+from runtime.devices import gather
 from runtime.errors import UserError
 
 POLL = 5.0  # seconds between looks at the folder, after a while of quicker ones

@@ -28,18 +28,6 @@ class Processes:
         if self.is_main:
             print(message, flush=True)
 
-    def barrier(self):
-        """Wait until every process has come here."""
-        if self.world_size > 1:
-            dist.barrier()
-
-    def share(self, value):
-        """Return process 0's picklable `value` in every process."""
-        box = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
     def from_main(self, work):
         """Return in every process what `work()` returns in process 0, or raise its UserError or OSError there."""
         result = error = None
@@ -48,10 +36,19 @@ class Processes:
                 result = work()
             except (UserError, OSError) as caught:
                 error = caught
-        result, error = self.share((result, error))
+        result, error = gather((result, error))[0]
         if error is not None:
             raise error
         return result
+
+
+def gather(value):
+    """Return the list of every process's picklable `value`, in the order of rank. Every process must call it."""
+    if not dist.is_initialized():
+        return [value]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locked between processes, and told apart by digests."""
+"""Files: written whole or not at all, fetched once, locked between processes, and told apart by digests."""
 
 import contextlib
 import fcntl
@@ -8,12 +8,19 @@ import json
 import os
 import pathlib
 import secrets
+import shutil
 import sys
 import time
+import urllib.request
+
+import torch
+from tqdm.utils import CallbackIOWrapper
 
 from runtime.errors import CANNOT_WRITE, UserError
+from runtime.progress import progress_bar
 
 STALE_AFTER = 86400.0  # seconds; a temporary file that nobody has written to for so long was left by a killed process
+TIMEOUT = 30  # seconds without an answer from another machine
 
 
 @contextlib.contextmanager
@@ -109,3 +116,27 @@ def file_digest(path):
     """Return the first 16 hexadecimal digits of the SHA-256 of a file's content."""
     with open(path, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+def cached_file(url, setting, name=None):
+    """Return the path of the copy of `url` in torch.hub's cache, fetching it the first time and printing its digest.
+
+    setting: the flag or field with which the user can name a file of his own, told by the UserError of a failure.
+    name: the copy's, by default the last part of the address.
+    """
+    path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rpartition("/")[2])
+    if path.is_file():
+        return path
+    try:
+        with (atomic_path(path) as temporary, urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
+              open(temporary, "wb") as written):
+            size = int(answer.headers.get("Content-Length") or 0) or None
+            with progress_bar(total=size, desc=f"fetching {path.name}", unit="B") as bar:
+                shutil.copyfileobj(answer, CallbackIOWrapper(bar.update, written, "write"), 1 << 20)
+            if size is not None and written.tell() < size:
+                raise OSError(f"only {written.tell()} of {size} bytes came")
+    except OSError as error:  # URLError and timeouts are kinds of it
+        raise UserError(f"{path.name} could not be fetched ({getattr(error, 'reason', error)}): download {url} on "
+                        f"another machine and put it at {path}, or name it with {setting}") from None
+    print(f"fetched {url} to {path}; digest {file_digest(path)} (SHA-256, 16 digits)", flush=True)
+    return path

@@ -29,9 +29,7 @@ def save_grid(path, images, columns, labels=None):
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise UserError(f"{path}: a grid needs images of shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
-    rows, labels = -(-len(images) // columns), labels or []
-    if labels and len(labels) != rows:
-        raise UserError(f"{path}: {len(labels)} labels for a grid of {rows} rows; give one label per row")
+    labels = labels or []
     scale = max(1, -(-SMALLEST_CELL // max(images.shape[2:])))
     cells = images.detach().float().cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     grid = make_grid(cells, columns, GAP, pad_value=1.0) if len(cells) > 1 else pad(cells[0], (GAP,) * 4, value=1.0)

@@ -103,7 +103,7 @@ def test_the_sample_with_nan_is_named(tmp_path):
     images = np.zeros((9, 1, 4, 4), np.float32)
     images[7, 0, 1, 2] = np.nan
     np.save(tmp_path / "x.npy", images)
-    with pytest.raises(UserError, match="sample 7 holds NaN"):
+    with pytest.raises(UserError, match="sample 7 is not finite"):
         read_images(tmp_path / "x.npy").read(range(5, 9))
 
 

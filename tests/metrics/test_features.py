@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs.default import get_default_config
-from datasets.image_source import check_finite, open_images, quantise
+from datasets.batches import check_finite
+from datasets.image_source import open_images, quantise
 from metrics.features import (
     create_extractor,
     full_float32,
@@ -116,8 +117,8 @@ def test_quantisation_does_not_round():
 def test_the_sample_that_is_not_finite_is_named_by_its_number():
     images = torch.zeros(4, 1, 2, 2)
     images[2, 0, 1, 1] = torch.inf
-    with pytest.raises(UserError, match="checkpoint_3: sample 12 holds NaN or infinite pixels; try fp32"):
-        check_finite(images, range(10, 14), "checkpoint_3", "try fp32")
+    with pytest.raises(UserError, match="checkpoint_3: sample 12 is not finite: try fp32"):
+        check_finite(images, range(10, 14), "checkpoint_3: sample", "try fp32")
     check_finite(images[:2], range(2), "checkpoint_3", "try fp32")
 
 

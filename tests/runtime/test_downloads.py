@@ -7,9 +7,9 @@ import pathlib
 import pytest
 
 from models.checkpoint import local_file
-from runtime import downloads
-from runtime.downloads import cached_file
+from runtime import files
 from runtime.errors import UserError
+from runtime.files import cached_file
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_checkpoint_at_an_address_is_fetched_once_and_its_digest_told(cache, m
         content.headers = {"Content-Length": str(len(url))}
         return content
 
-    monkeypatch.setattr(downloads.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(files.urllib.request, "urlopen", answer)
     urls = ["https://a.example/pretrained/edm.pkl", "https://b.example/edm.pkl?download=true"]
     for url in urls * 2:
         path = pathlib.Path(local_file(url))
