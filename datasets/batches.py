@@ -76,8 +76,11 @@ class EndlessOrder:
 
     def indices(self, update, low, high):
         """Return the samples at places [low, high) of the batch of `update`: int64 array `(high - low,)`."""
-        first = update * self.batch_size
-        epochs, places = np.divmod(np.arange(first + low, first + high), self.count)
+        return self.at(update * self.batch_size + np.arange(low, high))
+
+    def at(self, positions):
+        """Return the samples at `positions` of the whole sequence, both int64 arrays `(n,)`."""
+        epochs, places = np.divmod(positions, self.count)
         indices = np.empty(len(places), dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch

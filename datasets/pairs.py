@@ -233,24 +233,21 @@ class PairSet:
         return taken
 
 
-class MixedOrder:
+class MixedOrder(EndlessOrder):
     """Generated pairs 0..count-1 mixed with a share of the `real_count` after them, each kind in an order of its own.
 
     Sample s is real if floor((s+1)·share) > floor(s·share): every stretch, whichever process reads it, has its share.
     """
 
     def __init__(self, count, real_count, share, batch_size, seed):
-        self.count, self.batch_size = count, batch_size
-        self.share = fractions.Fraction(share).limit_denominator(10**6)
-        self.orders = EndlessOrder(count, 1, seed), EndlessOrder(real_count, 1, seed)
+        super().__init__(count, batch_size, seed)
+        self.share, self.real = fractions.Fraction(share).limit_denominator(10**6), EndlessOrder(real_count, 1, seed)
 
-    def indices(self, update, low, high):
-        """Return the pairs at places [low, high) of the batch of `update`: int64 array `(high - low,)`."""
-        is_real, places = self.split(update * self.batch_size + np.arange(low, high))
-        for real, order in enumerate(self.orders):
-            if (chosen := is_real == real).any():
-                first, last = places[chosen][[0, -1]]  # consecutive
-                places[chosen] = real * self.count + order.indices(0, int(first), int(last) + 1)
+    def at(self, positions):
+        """Return the pairs at `positions` of the whole sequence, both int64 arrays `(n,)`."""
+        is_real, places = self.split(positions)
+        places[is_real] = self.count + self.real.at(places[is_real])
+        places[~is_real] = super().at(places[~is_real])
         return places
 
     def split(self, positions):
