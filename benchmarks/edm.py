@@ -63,16 +63,14 @@ def mixture_velocity(x, t, label=None):
 
 def compare(velocity, z, label=None, tolerance=1e-6):
     """Print the table of the solvers, their number of steps or tolerance, and errors against rk45 at `tolerance`."""
-    tight = None
+    tight = None  # what the first gives
     for solver, value in [("rk45", tolerance), *SOLVERS]:
         config = get_default_config()
         config.sampling.update({"use_ode_sampler": solver, "ode_tol" if solver == "rk45" else "sample_N": value})
         started = time.process_time()
         x, nfe = create_sampler(config)(velocity, z, label, batch_size=len(z))
         speed = len(z) / (time.process_time() - started)
-        if tight is None:
-            tight = x
-            continue
+        tight = x if tight is None else tight
         error = (x - tight).square().flatten(1).mean(1).sqrt().median()
         print(f"  {solver:5} {value:<7g} evaluations {nfe.double().mean():6.1f}   error {error:.1e}   "
               f"{speed:8.2f} images/s", flush=True)
@@ -98,7 +96,6 @@ def measure(path):
 
 
 def main(args):
-    """Measure what the command line names."""
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread; processor seconds\nmixture of 20 Gaussians, images (3, 8, 8)")
     compare(mixture_velocity, index_noise(0, range(256), (3, 8, 8)), tolerance=1e-7)

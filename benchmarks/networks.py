@@ -133,12 +133,6 @@ def seconds(work, *args):
     return time.perf_counter() - start
 
 
-def mm_peak(size=2048, rounds=5):
-    """Return the GFLOP/s of this machine's float32 torch.mm, the best of some rounds."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return max(2 * size**3 / seconds(torch.mm, a, b) / 1e9 for _ in range(rounds))
-
-
 def compare(name, fields):
     """Print the line of one configuration; return the ratios (forward, forward and backward)."""
     torch.manual_seed(0)
@@ -171,22 +165,19 @@ def main():
     """Print a line for each configuration and the ratios over all of them."""
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} "
           f"threads, float32, medians of {ROUNDS} rounds")
-    net, found = create_from_fields(PUBLISHED["CIFAR32 3.4M"][1]), []
-    inputs = torch.randn(1, 3, 32, 32), torch.rand(1)
-    for arm in (net, released_way(net)):
+    net, inputs = create_from_fields(PUBLISHED["CIFAR32 3.4M"][1]), (torch.randn(1, 3, 32, 32), torch.rand(1))
+    for name, arm in (("ours", net), ("peer", released_way(net))):
         for work in (forward, forward_backward):
             with Count() as count:
                 work(arm, inputs)
-            found.append(count.operations)
-    print(f"aten operations of CIFAR32 3.4M, forward and forward+backward: ours {found[0]} and {found[1]}, "
-          f"peer {found[2]} and {found[3]}")
-    print(f"torch.mm: {mm_peak():.1f} GFLOP/s before")
+            print(f"aten operations of CIFAR32 3.4M, {name}, {work.__name__}: {count.operations}")
+    a, b = torch.randn(2, 2048, 2048)
+    print(f"torch.mm: {max(2 * 2048**3 / seconds(torch.mm, a, b) / 1e9 for _ in range(5)):.1f} GFLOP/s")
     both = f" {'ours':>9} {'peer':>9}"
     print(f"{'':<31} {'forward, images/s':^36} {'forward+backward, images/s':^26}")
     print(f"{'configuration':<17} {'GMACs':>7} {'batch':>5}{both} {'ours c.l.':>9} {'ratio':>6}{both} {'ratio':>6} "
           f"{'GFLOP/s':>8}")
     ratios = [compare(name, fields) for name, (_, fields) in PUBLISHED.items()]
-    print(f"torch.mm: {mm_peak():.1f} GFLOP/s after")
     for work, values in zip(("forward", "forward+backward"), zip(*ratios, strict=True), strict=True):
         print(f"{work}: ours {statistics.geometric_mean(values):.2f} times as fast as the peer (geometric mean), from "
               f"{min(values):.2f} to {max(values):.2f}")

@@ -14,6 +14,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from models.create import create_from_fields
 
+RESAMPLING = {torch.ops.aten.avg_pool2d: 4, torch.ops.aten.upsample_nearest2d: 1}  # multiply-accumulates of a number
 SHARED = "time and class"  # the part of what runs outside every level: embeddings and their projections
 
 
@@ -146,10 +147,8 @@ class Meter(TorchDispatchMode):
             macs = flop_registry[operation](*args, **(kwargs or {}), out_val=out) // 2
         elif operation is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             macs = sdpa_flop_count(*(a.shape for a in args[:3])) // 2
-        elif self.count_resampling and operation is torch.ops.aten.avg_pool2d:
-            macs = 4 * out.numel()
-        elif self.count_resampling and operation is torch.ops.aten.upsample_nearest2d:
-            macs = out.numel()
+        elif self.count_resampling and operation in RESAMPLING:
+            macs = RESAMPLING[operation] * out.numel()
         if macs:
             part = self.part()
             self.macs[part] += macs
@@ -161,10 +160,7 @@ class Meter(TorchDispatchMode):
 
 def table(rows):
     """Return the costs as lines of text for people."""
-    lines = [f"{'part':<15} {'size':>6} {'parameters':>12} {'GMACs':>9} {'no attention':>13} {'activations':>12}"]
-    for row in rows:
-        size = f"{row.size}²" if row.size else ""
-        memory = f"{row.activation_bytes / 2**20:.2f} MiB"
-        lines.append(f"{row.part:<15} {size:>6} {row.parameters:>12,} {row.gmacs:>9.4f} {row.plain_gmacs:>13.4f} "
-                     f"{memory:>12}")
-    return "\n".join(lines)
+    lines = [f"{row.part:<15} {f'{row.size}²' * (row.size > 0):>6} {row.parameters:>12,} {row.gmacs:>9.4f} "
+             f"{row.plain_gmacs:>13.4f} {row.activation_bytes / 2**20:>8.2f} MiB" for row in rows]
+    return "\n".join([
+        f"{'part':<15} {'size':>6} {'parameters':>12} {'GMACs':>9} {'no attention':>13} {'activations':>12}", *lines])

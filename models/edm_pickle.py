@@ -223,7 +223,6 @@ def storage_numbers(value):
 
 
 def called(value, name):
-    """Whether a value is a `Call` of this name."""
     return type(value) is Call and value.name == name
 
 

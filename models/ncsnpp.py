@@ -13,12 +13,8 @@ from torch import nn
 from models import layers
 from models.layers import init_uniform
 
-ACTIVATIONS = {
-    "swish": F.silu,
-    "elu": F.elu,
-    "relu": F.relu,
-    "lrelu": functools.partial(F.leaky_relu, negative_slope=0.2),
-}
+ACTIVATIONS = {"swish": F.silu, "elu": F.elu, "relu": F.relu,
+               "lrelu": functools.partial(F.leaky_relu, negative_slope=0.2)}
 EPS = 1e-6  # of every group normalisation
 
 
@@ -125,9 +121,8 @@ class NCSNpp(nn.Module):
 
         Released state dicts and averages have them all the same.
         """
-        if self.time_embedding is not None:
-            return []
-        return [parameter for linear in self.time_linears for parameter in linear.parameters()]
+        idle = self.time_linears if self.time_embedding is None else []
+        return [parameter for linear in idle for parameter in linear.parameters()]
 
     def forward(self, x, t999, label=None):
         """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,).
@@ -161,8 +156,7 @@ class NCSNpp(nn.Module):
             if level.up is not None:
                 h = level.up(h, shifts)
 
-        out = pyramid if self.output_head is None else self.output_head(h)
-        out = out.to(x.dtype)
+        out = (pyramid if self.output_head is None else self.output_head(h)).to(x.dtype)
         if self.scale_by_sigma:
             sigma = t999 if self.fourier else self.sigmas[t999.long()]
             out = out / sigma.to(x.dtype)[:, None, None, None]
@@ -229,9 +223,7 @@ class ResidualBlock(nn.Module):
         if shift is not None:
             h = h + shift[:, :, None, None]
         h = self.conv1(self.dropout(self.activation(self.norm1(h))))
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        return rescaled_sum(x, h, self.rescale)
+        return rescaled_sum(x if self.shortcut is None else self.shortcut(x), h, self.rescale)
 
 
 class AttentionBlock(nn.Module):

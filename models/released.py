@@ -21,10 +21,9 @@ BOX_FILTER = "resample_filter"  # constant buffers of the released DhariwalUNet:
 IN_BLOCK = {"GroupNorm_0": "norm0", "Conv_0": "conv0", "Dense_0": "time", "GroupNorm_1": "norm1", "Conv_1": "conv1"}
 
 
-def _row(parameters, image_size, nf, num_res_blocks, ch_mult, **others):
-    fields = {"data.image_size": image_size, "model.nf": nf, "model.num_res_blocks": num_res_blocks,
-              "model.ch_mult": ch_mult}
-    return parameters, fields | others
+def _row(parameters, *sizes, **others):
+    names = ("data.image_size", "model.nf", "model.num_res_blocks", "model.ch_mult")
+    return parameters, dict(zip(names, sizes, strict=True)) | others
 
 
 _IMAGENET = {"model.name": "DhariwalUNet", "data.num_classes": 1000, "model.attn_resolutions": (32, 16)}
@@ -56,10 +55,8 @@ def published_fields(state):
     """
     shapes = {name: tensor.shape for name, tensor in state.items()}
     count = sum(shape.numel() for name, shape in shapes.items() if name != "sigmas" and BOX_FILTER not in name)
-    for parameters, fields in PUBLISHED.values():
-        if parameters != count:  # building a network takes longer
-            continue
-        with torch.device("meta"):
+    for fields in [fields for parameters, fields in PUBLISHED.values() if parameters == count]:
+        with torch.device("meta"):  # building a network takes longer than counting
             net = create_from_fields(fields)
         if {name: tensor.shape for name, tensor in released_state(net).items()} == shapes:
             return net.config_fields

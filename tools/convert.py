@@ -34,7 +34,6 @@ FLAGS = {
     "hub": Field(False, "a folder for Hugging Face"),
     "config": Field("", "config file with the architecture, of a file that does not tell it"),
 }
-PLACES = ("source", "target")
 CARD = """---
 library_name: pytorch
 tags: [rectified-flow, one-step, image-generation]
@@ -126,12 +125,9 @@ def write_folder(folder, content, net, run):
 
 def nested_config(fields):
     """Return dotted fields as the nested dict that a checkpoint holds; what is unknown, the data set too, is absent."""
-    groups = {}
-    for name, value in fields.items():
-        group, field = name.split(".")
-        groups.setdefault(group, {})[field] = value
-    return groups
+    return {group: {name.removeprefix(f"{group}."): value for name, value in fields.items()
+                    if name.startswith(f"{group}.")} for group in ("model", "data")}
 
 
 if __name__ == "__main__":
-    run_program(main, __doc__, FLAGS, PLACES)
+    run_program(main, __doc__, FLAGS, places=("source", "target"))

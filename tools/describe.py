@@ -29,7 +29,6 @@ FLAGS = {
 
 
 def main(config, args, given):
-    """Print the tables."""
     if args.ckpt_path:
         config = apply_architecture(config, read_checkpoint(args.ckpt_path), given)
     rows = describe(model_fields(config))
@@ -50,8 +49,8 @@ def seconds_of_update(config, device):
     The loss is the squared error to random targets. Raises UserError as `create_model` does.
     """
     set_precision(config.training.precision)
-    net, data, steps = create_model(config).to(device), config.data, config.training.accumulation_steps
-    net = net.to(memory_format=torch.channels_last)
+    data, steps = config.data, config.training.accumulation_steps
+    net = create_model(config).to(device, memory_format=torch.channels_last)
     ema, stats = ExponentialMovingAverage(net.parameters(), 0.999), UpdateStats(device)
     optimizer = create_optimizer(list(net.parameters()), name="Adam", lr=1e-4, beta1=0.9, eps=1e-8, weight_decay=0.0)
     x = torch.randn(config.training.batch_size // steps, data.num_channels, data.image_size, data.image_size,

@@ -58,7 +58,6 @@ FLAGS = {
     "config": Field("", "config file with the architecture, of a file that does not tell it"),
     "raw": Field(False, "the raw weights, not their moving average"),
 }
-PLACES = ("checkpoint",)
 
 
 class Generator(torch.nn.Module):
@@ -89,7 +88,12 @@ class Generator(torch.nn.Module):
 
 def main(args):
     """Write the two ONNX files and the report that the flags name, and print a table."""
-    onnxruntime = require_packages()
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"the export needs the package {error.name}: pip install onnx onnxscript onnxruntime") from None
     config = load_config(args.config) if args.config else get_default_config()
     config, net, digest = load_with_config(args.checkpoint, config, frozenset(), not args.raw, say=lambda remark: None)
     model = Generator(net, args.steps if args.sampler == "euler" else None, config.flow.eps,
@@ -101,12 +105,11 @@ def main(args):
     write_int8(model, path, small)
     torch.set_num_threads(1)
     rows = [measure(model, "PyTorch", lambda inputs: model(*inputs.values()).numpy()),
-            measure(model, "onnx float32", runner(onnxruntime, path), path),
-            measure(model, "onnx int8", runner(onnxruntime, small), small)]
+            measure(model, "onnx float32", runner(path), path),
+            measure(model, "onnx int8", runner(small), small)]
     report = {"checkpoint": args.checkpoint, "digest": digest, "sampler": args.sampler, "steps": args.steps,
-              "eps": model.eps, "noise_scale": model.noise_scale, "shape": model.shape,
-              "classes": model.classes, "parameters": sum(p.numel() for p in net.parameters()), "threads": 1,
-              "files": rows,
+              "eps": model.eps, "noise_scale": model.noise_scale, "shape": model.shape, "classes": model.classes,
+              "parameters": sum(p.numel() for p in net.parameters()), "threads": 1, "files": rows,
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")}}
     write_json(path.with_suffix(".json"), report)
     print(f"{report['parameters']:,} parameters, {args.sampler} with {args.steps} step(s), one thread")
@@ -117,17 +120,6 @@ def main(args):
     if not rows[1]["largest_difference"] <= TOLERANCE:
         raise UserError(f"{path} differs from PyTorch by {rows[1]['largest_difference']:.1e}, more than {TOLERANCE:g}: "
                         "do not use it; report the versions in the .json beside it")
-
-
-def require_packages():
-    """Return onnxruntime; raise UserError if the packages of the export are missing."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"the export needs the package {error.name}: pip install onnx onnxscript onnxruntime") from None
-    return onnxruntime
 
 
 def draw_inputs(model, count, first=0):
@@ -183,18 +175,18 @@ def write_int8(model, path, small):
 @contextlib.contextmanager
 def quiet():
     """Keep the exporters' own reports off the terminal: they speak of their own workings, not of the user's."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield
 
 
-def runner(onnxruntime, path):
+def runner(path):
     """Return a function {input name: tensor} → images that runs an ONNX file on one thread of the CPU."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -216,4 +208,4 @@ def measure(model, name, run, file=None):
 
 
 if __name__ == "__main__":
-    run_program(main, __doc__, FLAGS, PLACES)
+    run_program(main, __doc__, FLAGS, places=("checkpoint",))
