@@ -99,14 +99,13 @@ def _permutation(count, seed, epoch):
 
 
 class Batches:
-    """The batches of samples: `batch(update, low, high)` is a pure function of (seed, update, place)."""
+    """Batches of an `ImageSet` or `PairSet`: `batch(update, low, high)` is a pure function of (seed, update, place).
+
+    mirror: flip left-right with probability 1/2; data.use_aug: that, and upside down with probability 0.06. Raises
+    UserError for samples that shall stay on the device and do not fit.
+    """
 
     def __init__(self, samples, order, config, device, mirror=False):
-        """Take an `ImageSet` or `PairSet`, an order (`EndlessOrder`), the config and the device.
-
-        mirror: flip left-right with probability 1/2; data.use_aug: that, and upside down with probability 0.06. Raises
-        UserError for samples that shall stay on the device and do not fit.
-        """
         self.samples, self.order, self.device = samples, order, torch.device(device)
         first = samples.take(np.array([0]))
         self.shape, size = tuple(first["z1"].shape[1:]), len(samples) * sum(rows.nbytes for rows in first.values())

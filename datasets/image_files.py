@@ -135,11 +135,7 @@ def find_labels(tree):
 
 
 def _labels_from_json(tree, above):
-    """Return what `find_labels` does, from dataset.json in the folder `above` ("" or "x/").
-
-    `{"labels": [["00000/img00000000.png", 6], …]}`, or `"labels": null`. Raises `UserError` for another form, and for
-    an image with no label or two.
-    """
+    """Return what `find_labels` does, from dataset.json in the folder `above` ("" or "x/")."""
     place = f"{tree.root}: {above}{LABEL_FILE}"
     try:
         pairs = [(name, label) for name, label in json.loads(tree.read(above + LABEL_FILE))["labels"] or ()]

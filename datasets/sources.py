@@ -188,10 +188,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 def open_cifar10(root, spec):
-    """Return CIFAR-10's training set (Krizhevsky 2009): the python batches, at or under `root`.
-
-    They are unpacked from the archive at `root`, which is downloaded, if they are not there; UserError if that fails.
-    """
+    """Return CIFAR-10's training set (Krizhevsky 2009): the python batches at or under `root`, else a download."""
     folders = [root, root / CIFAR10_FOLDER]
     there = [folder for folder in folders if any((folder / name).exists() for name in CIFAR10_BATCHES)]
     folder = there[0] if there else _download_cifar10(root)

@@ -22,11 +22,10 @@ CIFAR10_NAME = "CIFAR-10 train (clean-fid's statistics)"
 class Reference:
     """What samples are compared with. `identity` is known at once; the rest is measured when first asked for.
 
-    Every process must ask for `statistics` at the same place of the program.
+    Every process must ask for `statistics` at the same place of the program. Raises UserError where nothing is there.
     """
 
     def __init__(self, config, target_path, processes):
-        """Take what config.eval, config.data and --target_path ask for; UserError where nothing is there."""
         self.config, self.processes, self.training_images = config, processes, None
         self.extractor = create_extractor(config, processes.device)
         own = self.extractor.name == "pixels" and not target_path
@@ -89,8 +88,7 @@ class Reference:
 def read_statistics(path, extractor, name=""):
     """Return the `Statistics` in an npz with `mu` and `sigma` (EDM's form) and perhaps our `features`.
 
-    Raises UserError if the file has other arrays, other values than a mean, a covariance and features have, or
-    another dimension or extractor than `extractor`.
+    Raises UserError for other arrays and values, and for another dimension or extractor than `extractor`.
     """
     found = load_arrays(pathlib.Path(path))
     arrays = [found.get("mu"), found.get("sigma"), found.get("features", np.zeros((0, extractor.dimension)))]

@@ -58,7 +58,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
                                 for value in (mu1, sigma1, mu2, sigma2))
     check_gaussian(mu1, sigma1)
     check_gaussian(mu2, sigma2)
-    factor = _factor(sigma1)
+    factor, singular = torch.linalg.cholesky_ex((sigma1 + sigma1.T) / 2)
+    if singular:  # A (D, rank) of scaled eigenvectors
+        eigenvalues, vectors = torch.linalg.eigh((sigma1 + sigma1.T) / 2)
+        kept = eigenvalues > len(sigma1) * torch.finfo(torch.float64).eps * eigenvalues[-1]  # the others are rounding
+        factor = vectors[:, kept] * eigenvalues[kept].sqrt()
     eigenvalues = torch.linalg.eigvalsh(factor.T @ sigma2 @ factor)
     root_trace = eigenvalues.clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
@@ -76,17 +80,6 @@ def check_gaussian(mu, sigma, name="statistics for the Fréchet distance"):
     indefinite = sigma.any() and torch.linalg.cholesky_ex(sigma + allowed * torch.eye(len(mu)).to(sigma)).info
     if indefinite or (sigma - sigma.T).abs().max() > allowed:
         raise UserError(f"{name}: sigma is not symmetric or has negative eigenvalues, so it is no covariance")
-
-
-def _factor(sigma):
-    """Return A (D, rank) with A Aᵀ = Σ: Cholesky's factor, or scaled eigenvectors where Σ is not of full rank."""
-    sigma = (sigma + sigma.T) / 2
-    lower, failed = torch.linalg.cholesky_ex(sigma)
-    if not failed:
-        return lower
-    eigenvalues, vectors = torch.linalg.eigh(sigma)
-    kept = eigenvalues > len(sigma) * torch.finfo(sigma.dtype).eps * eigenvalues[-1]  # the others are rounding
-    return vectors[:, kept] * eigenvalues[kept].sqrt()
 
 
 @full_float32()

@@ -61,11 +61,7 @@ def measure(batches, extractor, first, count, device, name, observers=(), max_fe
 
 
 def measure_source(source, extractor, batch_size, processes, count=None, observers=(), max_features=MAX_FEATURES):
-    """Return the `Statistics` of an `ImageSource`, split over the processes.
-
-    count: how many of its images, evenly spread (None: all). observers, max_features: as of `measure`; the images are
-    numbered from 0 to count - 1.
-    """
+    """Return the `Statistics` (`measure`) of `count` images of an `ImageSource`, evenly spread (None: all of them)."""
     count = len(source) if count is None else count
     mine = share_of(processes, count)
     chosen = evenly_spread(count, len(source))[mine.start : mine.stop]
