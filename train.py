@@ -118,8 +118,7 @@ class Training:
         self.optimizer = create_optimizer(
             parameters, name=config.optim.optimizer, lr=config.optim.lr, beta1=config.optim.beta1,
             eps=config.optim.eps, weight_decay=config.optim.weight_decay)
-        self.stats = UpdateStats(self.device,
-                                 scaled=config.training.precision == "fp16" and self.device.type == "cuda")
+        self.stats = UpdateStats(self.device, scaled=config.training.precision == "fp16" and self.device.type == "cuda")
         if found:
             state.restore(found, self.network, self.ema, self.optimizer, self.stats)
         for parameter in getattr(self.network, "idle_parameters", list)():  # processes would wait for their gradients

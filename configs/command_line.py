@@ -90,8 +90,7 @@ def parse_command_line(argv, doc="", script_flags=None, reads=()):
         if re.match("--?(no)?config[.]", word):
             require_field(word.partition(".")[2].partition("=")[0])
     if common.config is None:
-        raise UserError("no config: name one with --config, for instance "
-                        "--config configs/rectified_flow/cifar10_rf_gaussian.py")
+        raise UserError("no config: name one with --config, such as configs/rectified_flow/cifar10_rf_gaussian.py")
     config = load_config(common.config)
     args = parse_flags(words, script_flags, config)
     given = set(args["config"].override_values)

@@ -21,8 +21,8 @@ def take_pair_fields(config, given):
     if folder is None:
         return []
     path, fields = folder.path / RECORD, [name for name in RUN_FIELDS if name.startswith("data.")]
-    return [f"{path}: {remark}"
-            for remark in take_run_fields(config, folder.record.get("config", {}), given, path, fields)]
+    saved = folder.record.get("config", {})
+    return [f"{path}: {remark}" for remark in take_run_fields(config, saved, given, path, fields)]
 
 
 def take_run_fields(config, saved, given, path, fields=RUN_FIELDS):

@@ -47,7 +47,9 @@ class ImageSet:
         return len(self.images)
 
     def choose(self, indices, source):
-        """Return the images `indices` as an `ImageSet` that is called `source`."""
+        """Return the images `indices` as an `ImageSet` that is called `source`; UserError for none."""
+        if not len(indices):
+            raise UserError(f"{source} has no image")
         labels = None if self.labels is None else self.labels[indices]
         return dataclasses.replace(self, images=self.images[indices], labels=labels, source=source)
 

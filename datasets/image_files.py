@@ -62,8 +62,7 @@ class FileTree:
         archives = sorted(self.root.glob("*.zip"))
         if archives and not any(p.is_dir() or p.name.lower().endswith(SUFFIXES) for p in self.root.iterdir()):
             if len(archives) > 1:
-                raise UserError(f"{root} holds {len(archives)} archives ({', '.join(p.name for p in archives)}): name "
-                                "one of them")
+                raise UserError(f"{root}: {len(archives)} archives ({', '.join(p.name for p in archives)}): name one")
             self.root = archives[0]
         if not self.root.is_dir() and not self.root.is_file():
             raise UserError(f"{root} is neither a folder nor a zip archive of images")

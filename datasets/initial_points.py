@@ -93,10 +93,7 @@ def chosen_images(config):
     image_set, label = load_images(config), config.sampling.class_label
     if label < 0:
         return image_set
-    chosen = np.flatnonzero(image_set.labels == label)
-    if not len(chosen):
-        raise UserError(f"config.sampling.class_label {label}: {image_set.source} has no image of this class")
-    return image_set.choose(chosen, image_set.source)
+    return image_set.choose(np.flatnonzero(image_set.labels == label), f"{image_set.source} (class_label {label})")
 
 
 def images_digest(image_set):

@@ -115,8 +115,7 @@ def _check_arrays(folder, job, done):
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise UserError(f"{job.count} pairs need another {missing / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} "
-                        "MB are free: make room, choose another --data_root, fewer pairs, or "
-                        "--config.sampling.pair_storage compact")
+                        "MB are free: make room, or choose another --data_root, fewer pairs or pair_storage compact")
 
 
 def read_journal(folder):
@@ -148,8 +147,7 @@ def write_block(folder, job, block, rows, nfe):
         raise UserError("z1 has values beyond the range of float16: use --config.sampling.pair_storage full")
     for name, layout in job.layouts.items():
         _write(folder / name, stored[name].tobytes(), row_offset(layout, indices.start))
-    entry = {"block": block, "pairs": len(indices), "nfe_sum": int(nfe.sum()), "nfe_worst": int(nfe.max()),
-             "z1_rounding": rounding}
+    entry = dict(zip(ENTRY, (block, len(indices), int(nfe.sum()), int(nfe.max()), rounding), strict=True))
     _write(folder / JOURNAL, f"\n{json.dumps(entry)}\n".encode())  # the line before may have been cut off
 
 
@@ -166,8 +164,7 @@ def finish(folder, job, record):
     measured = {"nfe_mean": sum(entry["nfe_sum"] for entry in entries) / pairs,
                 "nfe_worst": max(entry["nfe_worst"] for entry in entries),
                 "z1_rounding": max(entry["z1_rounding"] for entry in entries)}
-    write_json(folder / RECORD, {"complete": True, "count": job.count} | record | measured
-               | {"identity": job.identity})
+    write_json(folder / RECORD, {"complete": True, "count": job.count, **record, **measured, "identity": job.identity})
 
 
 def _write(path, content, offset=None, least=0):

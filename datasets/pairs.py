@@ -135,8 +135,7 @@ def findings(folder, found):
     said, low, high, scale = [], found["z1 low"], found["z1 high"], folder.noise_scale
     uncertain = 4 / np.sqrt(found["values"])  # of a mean over so many values
     slack = 0.1 + uncertain / np.sqrt(2)
-    noisy = {name: abs(found[f"{name} spread"] - 1) < 2 * slack and found[f"{name} beyond"] > 0.1
-             for name in ("z0", "z1")}
+    noisy = {z: abs(found[f"{z} spread"] - 1) < 2 * slack and found[f"{z} beyond"] > 0.1 for z in ("z0", "z1")}
     if not folder.record and (noisy["z1"] or not noisy["z0"]):  # our own files cannot be swapped
         said.append("z0 should be unit noise and z1 images in [-1, 1], but their standard deviations are "
                     f"{found['z0 spread']:.2f} and {found['z1 spread']:.2f}, {found['z0 beyond']:.0%} and "
@@ -160,8 +159,7 @@ def findings(folder, found):
 def open_folders(root):
     """Return the `PairFolder`s in `root`: its sub-folders, one per seed, or `root` itself; UserError for none."""
     root = pathlib.Path(root)
-    found = [path for path in (root, *root.glob("*"))
-             if path.is_dir() and any((path / name).exists() for name in (*ARRAYS, RECORD))]
+    found = [path for path in (root, *root.glob("*")) if any((path / name).exists() for name in (*ARRAYS, RECORD))]
     if not found:
         raise UserError(f"{root} holds no pairs: folders such as {root / '0'} with z0.npy and z1.npy are needed; make "
                         f"them with generate_data.py --data_root {root}")

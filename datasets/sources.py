@@ -114,8 +114,6 @@ def subset(image_set, name, field="data.train_subset"):
             raise UserError(f"{field} {name}: {source} has no such class; choose all, random_N or one of "
                             f"{_shorten(names) or 'its classes (it has none)'}")
         chosen = np.flatnonzero(labels == names.index(name))
-        if not len(chosen):
-            raise UserError(f"{field} {name}: {source} has no image of this class")
     return image_set.choose(chosen, f"{source} ({field} {name})")
 
 
@@ -331,6 +329,5 @@ DATASETS = {
     "FashionMNIST": DataSet(functools.partial(open_idx, "FashionMNIST", FASHION_CLASSES), channels=1,
                             files=" and ".join(IDX_FILES) + " (.gz or unpacked)"),
     "digits": DataSet(open_digits, channels=1, mirror=False),
-    "custom": DataSet(functools.partial(open_files, "custom", True), channels=None,
-                      files="a folder or zip of images"),
+    "custom": DataSet(functools.partial(open_files, "custom", True), channels=None, files="a folder or zip of images"),
 }

@@ -100,8 +100,7 @@ def read_statistics(path, extractor, name=""):
     maker = str(found.get("extractor", ""))  # only our own files name it
     if maker not in ("", extractor.name) or len(mu) != extractor.dimension:
         raise UserError(f"{path} holds statistics of {len(mu)} numbers{maker and f' by {maker}'}, but "
-                        f"config.eval.feature_extractor {extractor.name} gives {extractor.dimension}: name statistics "
-                        "that belong")
+                        f"config.eval.feature_extractor {extractor.name} gives {extractor.dimension}: name others")
     if features.shape[1:] != mu.shape or not features.isfinite().all():
         raise UserError(f"{path}: features, of shape {tuple(features.shape)}, must be (M, {len(mu)}) finite numbers")
     return Statistics(mu, sigma, features if len(features) > 1 else None, None, name or str(path))

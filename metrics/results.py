@@ -45,8 +45,7 @@ def read_results(path):
     found = [entry for entry in entries if entry.get(main_metric(entry)) is not None
              and all(isinstance(entry.get(key), kind) for key, kind in TYPES.items())]
     if len(found) < len(entries):
-        print(f"{path}: {len(entries) - len(found)} of {len(entries)} lines are no results and are left out",
-              file=sys.stderr)
+        print(f"{path}: {len(entries) - len(found)} of {len(entries)} lines are no results: left out", file=sys.stderr)
     return found
 
 

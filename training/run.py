@@ -87,8 +87,7 @@ def check_same_run(config, path):
     if said != changed:
         refused = ", ".join(phrase for phrase in changed if phrase not in said)
         raise UserError(f"{path} holds a run with another config: {refused}; choose another --config.expr (with "
-                        f"--config.training.resume_from {path} it goes on from this run's last state), or remove that "
-                        "folder")
+                        f"--config.training.resume_from {path} it goes on from this run's last state), or remove it")
     return said
 
 

@@ -124,8 +124,7 @@ def read_state(path):
         expected = shadow[number].shape if number in range(len(shadow)) else None
         for name in ("exp_avg", "exp_avg_sq"):  # fused kernels would read beyond shorter ones
             if not isinstance(moments.get(name), torch.Tensor) or moments[name].shape != expected:
-                raise UserError(f"{path} is damaged: its optimizer's {name} of parameter {number} has not the shape of "
-                                "that parameter")
+                raise UserError(f"{path} is damaged: its optimizer's {name} of parameter {number} has another shape")
     return state
 
 
