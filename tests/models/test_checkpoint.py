@@ -154,8 +154,9 @@ def test_numpy_1_scalar_is_read(tmp_path):
     """The published checkpoints were written with numpy 1, which named its constructor differently."""
     torch.save({"lr": np.float64(2e-4)}, tmp_path / "new.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "new.pth").read_bytes()
-    assert b"numpy._core.multiarray" in content
-    (tmp_path / "old.pth").write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert b"numpy.core.multiarray" in content
+    (tmp_path / "old.pth").write_bytes(content)
     assert read_file(tmp_path / "old.pth")[0] == {"lr": 2e-4}
 
 
