@@ -60,8 +60,7 @@ def reshape_resampling(self, x, shifts=None):
 
 def time_shifts(self, t999, label):
     """Each block activates and projects the time embedding itself."""
-    net = self.time_embedding
-    emb = net.linear1(F.silu(net.linear0(self.time_features(t999))))
+    emb = self.time_embedding.linear1(F.silu(self.time_embedding.linear0(self.time_features(t999))))
     return (linear(F.silu(emb)) for linear in self.time_linears)
 
 

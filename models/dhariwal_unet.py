@@ -75,10 +75,7 @@ class DhariwalUNet(nn.Module):
         return layers.parallel_linears(self.affine_linears, self.embed(t999, label))
 
     def forward(self, x, t999, label=None):
-        """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,).
-
-        `label` is one-hot (N, num_classes), all zeros for an unknown class, or None if the network has no classes.
-        """
+        """Return the velocity at x (N, C, H, W) and 999·t (N,); label: one-hot (N, K), zeros if unknown, or None."""
         affine = self.scales_and_shifts(t999, layers.seen_label(self, label))
 
         h = self.input_conv(x)

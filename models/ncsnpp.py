@@ -125,10 +125,7 @@ class NCSNpp(nn.Module):
         return [parameter for linear in idle for parameter in linear.parameters()]
 
     def forward(self, x, t999, label=None):
-        """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,).
-
-        `label` is one-hot (N, num_classes), all zeros for an unknown class, or None if the network has no classes.
-        """
+        """Return the velocity at x (N, C, H, W) and 999·t (N,); label: one-hot (N, K), zeros if unknown, or None."""
         shifts = self.time_shifts(t999, layers.seen_label(self, label))
 
         h = self.input_conv(x)

@@ -58,7 +58,6 @@ Input: standard normal noise; output: about [-1, 1], channels first. config.json
 
 
 def main(args):
-    """Convert what the flags name."""
     if not args.target:
         raise UserError("name a checkpoint and what to write: python -m tools.convert IN OUT")
     checkpoint, target = read_checkpoint(args.source), pathlib.Path(args.target)

@@ -61,13 +61,12 @@ FLAGS = {
 
 
 class Generator(torch.nn.Module):
-    """noise (N, C, H, W), and class numbers (N,) int64 for a conditional network → images (N, C, H, W)."""
+    """noise (N, C, H, W), and class numbers (N,) int64 for a conditional network → images (N, C, H, W).
+
+    steps: of Euler, None for the sampler `one_step`. eps (flow.eps) and noise_scale are those of the training.
+    """
 
     def __init__(self, net, steps, eps=1e-3, noise_scale=1.0):
-        """Take a network, the number of Euler steps (None: the sampler `one_step`), and two numbers of its training.
-
-        eps is the smallest time (flow.eps), noise_scale the standard deviation of z0 (sampling.init_noise_scale).
-        """
         super().__init__()
         self.net, self.steps, self.eps, self.noise_scale = net, steps, eps, noise_scale
         self.shape = (net.config_fields["data.num_channels"], *[net.config_fields["data.image_size"]] * 2)
@@ -87,7 +86,6 @@ class Generator(torch.nn.Module):
 
 
 def main(args):
-    """Write the two ONNX files and the report that the flags name, and print a table."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
