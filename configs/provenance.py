@@ -12,17 +12,13 @@ ROOTS = {"data.data_root", "data.custom_data_root"}
 
 
 def take_pair_fields(config, given):
-    """Set the fields data.* to those of the run whose pairs data.reflow_data_root holds, unless given; return remarks.
-
-    Pairs without pairs.json change nothing.
-    """
-    root = config.data.reflow_data_root
-    folder = next((folder for folder in (open_folders(root) if root else ()) if folder.record), None)
-    if folder is None:
-        return []
-    path, fields = folder.path / RECORD, [name for name in RUN_FIELDS if name.startswith("data.")]
-    saved = folder.record.get("config", {})
-    return [f"{path}: {remark}" for remark in take_run_fields(config, saved, given, path, fields)]
+    """Set the fields data.* to those of the run whose pairs data.reflow_data_root has, unless given; return remarks."""
+    root, fields = config.data.reflow_data_root, [name for name in RUN_FIELDS if name.startswith("data.")]
+    for folder in open_folders(root) if root else ():
+        if folder.record:  # pairs without pairs.json change nothing
+            path, saved = folder.path / RECORD, folder.record.get("config", {})
+            return [f"{path}: {remark}" for remark in take_run_fields(config, saved, given, path, fields)]
+    return []
 
 
 def take_run_fields(config, saved, given, path, fields=RUN_FIELDS):

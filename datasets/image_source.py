@@ -102,8 +102,7 @@ def open_images(path, config):
         return FileImages(path, spec)
     if path.is_file() and path.suffix in (".npy", ".npz"):  # a named pipe would never end
         return ArrayImages(_load_array(path), path, spec)
-    raise UserError(f"{path} is not an npy, npz, folder or zip of images" if path.exists() else
-                    f"{path} does not exist")
+    raise UserError(f"{path} {'is no npy, npz, folder or zip of images' if path.exists() else 'does not exist'}")
 
 
 def _load_array(path):
