@@ -10,6 +10,7 @@ from flows.samplers import create_sampler
 from models.checkpoint import load_with_config
 from runtime.errors import one_sentence
 from runtime.pictures import save_grid
+from runtime.seeds import index_noise
 
 
 def main(checkpoint, picture="samples.png"):
@@ -17,8 +18,7 @@ def main(checkpoint, picture="samples.png"):
     config, net, _ = load_with_config(checkpoint, get_default_config(), given=())
     config.sampling.use_ode_sampler = "one_step"  # the others: flows.samplers.SAMPLERS
     size, channels, classes = config.data.image_size, config.data.num_channels, config.data.num_classes
-    torch.manual_seed(0)
-    z0 = config.sampling.init_noise_scale * torch.randn(64, channels, size, size)
+    z0 = config.sampling.init_noise_scale * index_noise(0, range(64), (channels, size, size))
     label = torch.eye(classes)[torch.arange(64) % classes] if classes else None  # classes 0: unconditional
     save_grid(picture, create_sampler(config)(velocity_from_network(net), z0, label)[0], columns=8)
 

@@ -27,10 +27,7 @@ from models.edm_pickle import Bytes, Reader
 from runtime.seeds import index_noise
 from tests.models.edm_networks import emit, widen
 
-FLAGS = {
-    "snapshot": Field("", "an EDM snapshot"),
-    "wide": Field("", "a snapshot to make 16 times as wide"),
-}
+FLAGS = {"snapshot": Field("", "an EDM snapshot"), "wide": Field("", "a snapshot to make 16 times as wide")}
 SOLVERS = [("edm", 18), ("edm", 40), ("heun", 18), ("heun", 40), ("rk45", 1e-3), ("rk45", 1e-4), ("rk45", 1e-5)]
 IMAGES, SMALL = 4, 10**7
 
@@ -63,7 +60,7 @@ def mixture_velocity(x, t, label=None):
 
 def compare(velocity, z, label=None, tolerance=1e-6):
     """Print the table of the solvers, their number of steps or tolerance, and errors against rk45 at `tolerance`."""
-    tight = None  # what the first gives
+    tight = None
     for solver, value in [("rk45", tolerance), *SOLVERS]:
         config = get_default_config()
         config.sampling.update({"use_ode_sampler": solver, "ode_tol" if solver == "rk45" else "sample_N": value})

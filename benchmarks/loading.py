@@ -1,6 +1,6 @@
 """Batches of training data, of images and of pairs, against torch's DataLoader: milliseconds a batch.
 
-    python benchmarks/loading.py | tee benchmarks/loading.txt
+    OMP_NUM_THREADS=1 python -m benchmarks.loading | tee benchmarks/loading.txt
 
 An epoch of shuffled batches of 128 at CIFAR-10's size, opening included, on one thread. Images: flipped at random, ours
 from a memory-mapped array, torchvision's CIFAR10 and transforms as it documents them. Pairs: ours from disk (the page
@@ -8,21 +8,15 @@ cache) and resident, the peer np.load with a TensorDataset. Rounds alternate; fi
 """
 
 import os
-import pathlib
 import statistics
-import sys
 import tempfile
 import time
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
 import torchvision
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Resize, ToTensor
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from configs.default import get_default_config
 from datasets import DATASETS, DataSet, array_set, create_batches

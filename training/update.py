@@ -35,9 +35,7 @@ class RAdam(torch.optim.Optimizer):
             rectify = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).clamp(min=0).sqrt()
             rectified = (rho > 5).double()  # then divided by sqrt(v), as Adam's is
             rate = -group["lr"] * keep / unbias1
-            denominator = torch._foreach_sqrt(v)
-            torch._foreach_add_(denominator, group["eps"])
-            adaptive = torch._foreach_div(m, denominator)
+            adaptive = torch._foreach_div(m, torch._foreach_add(torch._foreach_sqrt(v), group["eps"]))
             torch._foreach_mul_(adaptive, (rate * rectified * rectify * unbias2.sqrt()).float())
             torch._foreach_add_(parameters, adaptive)
             torch._foreach_add_(parameters, torch._foreach_mul(m, (rate * (1 - rectified)).float()))
