@@ -95,16 +95,17 @@ def sampler_name(result):
 def table(results):
     """Return the results as lines of text: one row each, one column a metric."""
     metrics = [name for name in TITLES if any(name in r for r in results)]
-    rows = [["checkpoint", "step", "sampler", "NFE", "samples", *(TITLES[m] for m in metrics), "nearest image",
-             "(real)", "seconds"]]
+    heads = [head.split() for head in ("checkpoint", "step", "sampler", "NFE", "samples", *(TITLES[m] for m in metrics),
+                                       "nearest image", "(real)", "seconds")]
+    rows = list(zip(*([""] * (3 - len(words)) + words for words in heads), strict=True))  # a word a line
     for r in results:
         values = [r["step"], sampler_name(r), r["nfe"], r["num_samples"], *map(r.get, metrics), r.get("nn_distance"),
                   r.get("nn_distance_real")]
         cells = ("n/a" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
-        rows.append([r["checkpoint"], *cells, f"{r['seconds']:.1f}"])
+        rows.append([r["checkpoint"].removesuffix(".pth"), *cells, f"{r['seconds']:.1f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join([*filter(str.strip, lines[:3]), "-" * len(lines[0]), *lines[3:]])
 
 
 def draw_figure(path, results):

@@ -79,8 +79,8 @@ def test_pixel_distances_are_never_called_fid():
 
 
 def test_the_table_prints_na_for_what_the_reference_does_not_allow():
-    header, rule, row = table([result()]).splitlines()
-    assert len(header) == len(row) == len(rule)
+    *header, rule, row = table([result()]).splitlines()
+    assert len(header[-1]) == len(row) == len(rule) < 120
     assert row.split()[-8:] == ["4.532", "n/a", "n/a", "n/a", "9.1", "1.5", "2", "3.0"]
 
 
