@@ -4,7 +4,7 @@ Results go to {ckpt_dir}/eval/results.jsonl, one line for each checkpoint and sa
 not computed again. torchrun splits the samples over its processes.
 """
 
-from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
+from runtime.terminal import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
 
 import datetime
 import functools
@@ -33,8 +33,8 @@ from models.create import model_fields
 from models.describe import cost_line, cost_of
 from runtime.devices import gather, in_precision, memory_errors, set_precision, start_processes
 from runtime.files import atomic_path, state_digest
-from runtime.progress import progress_bar
 from runtime.seeds import EVALUATION, index_labels, index_noise
+from runtime.terminal import progress_bar
 
 FLAGS = {
     "ckpt_dir": Field("", "run folder (or one checkpoint, .pth or .pkl) whose checkpoints are sampled and measured"),

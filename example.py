@@ -8,9 +8,9 @@ from configs.default import get_default_config
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
 from models.checkpoint import load_with_config
-from runtime.errors import one_sentence
 from runtime.pictures import save_grid
 from runtime.seeds import index_noise
+from runtime.terminal import one_sentence
 
 
 def main(checkpoint, picture="samples.png"):

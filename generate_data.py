@@ -12,7 +12,7 @@ and a larger sampling.total_number_of_samples extends what is there. sampling.di
 training.batch_size is the number of pairs solved at a time.
 """
 
-from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
+from runtime.terminal import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
 
 import contextlib
 import datetime
@@ -32,7 +32,7 @@ from flows.samplers import SAMPLERS
 from models.checkpoint import load_with_config
 from runtime.devices import autocast, gather, memory_errors, set_precision, start_processes
 from runtime.pictures import save_grid
-from runtime.progress import progress_bar
+from runtime.terminal import progress_bar
 
 FLAGS = {
     "ckpt_path": Field("", "checkpoint (.pth, EDM's .pkl, hf://…, https://…) of from_z0 and from_z1 (EMA weights)"),

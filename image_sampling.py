@@ -8,7 +8,7 @@ euler_sample_2_seed7_class3.png. Without --config.sampling.use_ode_sampler there
 eval.batch_size images where that is given, 64 otherwise, or with --classes a row of ten for each class.
 """
 
-from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
+from runtime.terminal import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
 
 import json
 import math
@@ -28,8 +28,8 @@ from models.checkpoint import is_remote, load_with_config, numbered_checkpoints
 from runtime.devices import in_precision, set_precision, start_processes
 from runtime.files import write_json
 from runtime.pictures import save_grid, save_lines
-from runtime.progress import progress_bar
 from runtime.seeds import index_labels, index_noise
+from runtime.terminal import progress_bar
 
 FLAGS = {
     "sampling_dir": Field("", "run folder whose checkpoints are sampled, or one .pth or .pkl (hf:// and https:// too)"),

@@ -7,7 +7,7 @@ The run lives in logs/{expr}/: checkpoints/, samples/, log.jsonl, loss.png, tens
 where a stopped run ended. Ctrl-C and SIGTERM finish the update, write the state and exit with status 130 and 143.
 """
 
-from runtime.errors import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
+from runtime.terminal import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
 
 import contextlib
 import time

@@ -21,8 +21,8 @@ from ml_collections import config_flags
 
 from configs.default import FIELDS, GROUPS, KINDS, check_fields, get_default_config, get_field, set_field
 from datasets.sources import DATASETS
-from runtime.errors import UserError, one_sentence
 from runtime.files import read_json
+from runtime.terminal import UserError, one_sentence
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 

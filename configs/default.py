@@ -14,7 +14,7 @@ from flows.losses import DISTANCES, WEIGHTS
 from flows.samplers import SAMPLERS
 from flows.schedules import ALPHA_SCHEDULES, ANNEALING_SCHEDULES, TIME_SCHEDULES
 from models.create import NETWORKS
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 NUMBER, WHOLE = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", r"[1-9]\d*"
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text",

@@ -6,7 +6,7 @@ import sys
 from datasets.batches import Batch, Batches, EndlessOrder, one_hot, pixels_to_float
 from datasets.pairs import create_pair_batches
 from datasets.sources import DATASETS, DataSet, ImageSet, array_set, load_images, subset
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 __all__ = ["DATASETS", "Batch", "DataSet", "ImageSet", "array_set", "create_batches", "load_images", "one_hot",
            "pixels_to_float", "subset"]

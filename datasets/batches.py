@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from runtime import seeds
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 RESIDENT_SHARE = 0.25  # of the free memory of a GPU, which the network needs, too
 COPIED_AT_ONCE = 4096  # samples, when all go to the device

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from datasets.pair_writer import npy_header
-from runtime.errors import UserError
 from runtime.files import file_lock
-from runtime.progress import progress_bar
+from runtime.terminal import UserError, progress_bar
 
 VERSION = 2  # of what decoding does; a change makes old entries unused
 

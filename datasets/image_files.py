@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 # What Pillow may open. Others stay shut: an EPS file named x.png would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -11,7 +11,7 @@ from datasets.batches import check_finite, some_of
 from datasets.image_files import FileTree, ImageSpec, fit_images
 from datasets.pairs import open_rows
 from datasets.sources import DATASETS, load_arrays
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 LARGEST_FLOAT = 20.0  # samples leave [-1, 1] a little; what goes beyond this was meant for 0 to 255
 LOSSY = "JPEG or WebP: distances to images that were not compressed so include the compression"

@@ -9,8 +9,8 @@ from datasets.batches import check_labels, pixels_to_float, some_of
 from datasets.pairs import NoiseSource, as_float, as_one_hot, image_shape, open_rows
 from datasets.sources import load_images
 from runtime import seeds
-from runtime.errors import UserError
 from runtime.files import file_digest
+from runtime.terminal import UserError
 
 
 class InitialPoints:

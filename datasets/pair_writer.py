@@ -16,8 +16,8 @@ import shutil
 import numpy as np
 
 from datasets.batches import check_finite
-from runtime.errors import UserError
 from runtime.files import file_lock, read_json, read_json_lines, write_json, write_text
+from runtime.terminal import UserError
 
 RECORD, JOURNAL, LOCK = "pairs.json", "blocks.jsonl", ".lock"
 ARRAYS = ("z0.npy", "z1.npy", "label.npy")

@@ -15,7 +15,7 @@ import torch
 from datasets.batches import Batches, EndlessOrder, check_finite, check_labels, one_hot, some_of
 from datasets.pair_writer import ARRAYS, RECORD, read_record
 from runtime import seeds
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 QUICK_ROWS = 256  # pairs of a folder that are looked at when it is opened
 DIGEST_ROWS = 16

@@ -24,8 +24,8 @@ from datasets.batches import check_labels
 from datasets.cache import ImageSet, Source, open_cached
 from datasets.image_files import LABEL_FILE, FileTree, ImageSpec, find_labels, fit_images, identify, read_file
 from runtime import seeds
-from runtime.errors import UserError
 from runtime.files import file_lock
+from runtime.terminal import UserError
 
 FILES_AT_ONCE = 256  # image files decoded at a time, by all threads
 SPLITS = {"train", "val", "valid", "validation", "test"}

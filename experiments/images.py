@@ -15,7 +15,7 @@ from configs.default import get_default_config
 from datasets import load_images, pixels_to_float
 from metrics.scores import frechet_distance, nearest_distances, neighbour_radii, precision_recall
 from runtime.files import atomic_path
-from runtime.progress import progress_bar
+from runtime.terminal import progress_bar
 
 DATE = (2000, 1, 1, 0, 0, 0)  # of files in the archives, so that the same images make the same bytes
 

@@ -23,10 +23,10 @@ from datasets import load_images, pixels_to_float
 from flows import samplers
 from flows.rectified_flow import velocity_from_network
 from models import load_model
-from runtime.errors import UserError
 from runtime.files import atomic_path, write_text
 from runtime.pictures import save_grid
 from runtime.seeds import index_noise
+from runtime.terminal import UserError
 
 COLUMNS = ("step", "kind", "seed", "digest", "commit", "processor", "seconds", "nfe", "feature_distance",
            "pixel_distance", "precision", "recall", "recognised", "nearest", "straightness", "loss", "parameters",

@@ -31,8 +31,8 @@ from experiments.studies import FLOW, ROOT, STUDIES
 from metrics.results import read_results
 from models import load_model
 from models.checkpoint import read_checkpoint
-from runtime.errors import UserError
 from runtime.files import file_lock, read_json, write_json
+from runtime.terminal import UserError
 from runtime.versions import git_commit
 from tools import convert
 

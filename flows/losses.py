@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from flows.rectified_flow import per_sample
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 HUBER_C = 0.00054  # c / d of the pseudo-Huber distance; arXiv 2405.20320, section 4.2
 KARRAS_SIGMA_DATA = 0.5  # standard deviation of the data in EDM's weight; arXiv 2206.00364, table 1

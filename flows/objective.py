@@ -12,7 +12,7 @@ import torch
 
 from flows import losses, schedules
 from flows.rectified_flow import PathPoint, anneal, per_sample, point_on_path
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 GUIDANCE_TIMES = (0.2, 0.8)  # of the second guiding step: those of the released code
 

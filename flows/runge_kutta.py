@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from flows.rectified_flow import per_sample
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 # Stage times, stage weights (the last row is the fifth-order solution: first same as last), and the weights of
 # the difference to the embedded fourth-order solution.

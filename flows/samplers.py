@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from flows.runge_kutta import rk45
-from runtime.errors import UserError
 from runtime.seeds import PATH_NOISE, index_generator
+from runtime.terminal import UserError
 
 EDM_RHO = 7  # curvature of EDM's grid of noise levels; arXiv 2206.00364, table 1
 

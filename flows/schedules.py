@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 U_SHAPE = 4.0  # a of the density e^{at} + e^{a(1-t)}; arXiv 2405.20320, section 4.1
 PLACEHOLDERS = {"<number>": r"(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)", "<int>": r"([1-9]\d*)"}

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 
 from datasets.batches import pixels_to_float
-from runtime.errors import UserError
 from runtime.files import cached_file, file_digest
+from runtime.terminal import UserError
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_DIMENSION = 2048

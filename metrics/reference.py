@@ -12,8 +12,8 @@ from datasets.sources import load_arrays
 from metrics.features import create_extractor
 from metrics.scores import check_gaussian, nearest_distances
 from metrics.statistics import Statistics, evenly_spread, measure_source
-from runtime.errors import UserError
 from runtime.files import atomic_path, cached_file, state_digest
+from runtime.terminal import UserError
 
 CIFAR10_URL = "https://www.cs.cmu.edu/~clean-fid/stats/cifar10_legacy_tensorflow_train_32.npz"
 CIFAR10_NAME = "CIFAR-10 train (clean-fid's statistics)"

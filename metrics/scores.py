@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from metrics.features import full_float32, pixel_features
-from runtime.errors import UserError
 from runtime.files import atomic_path
-from runtime.progress import progress_bar
+from runtime.terminal import UserError, progress_bar
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as clean-fid and its predecessors
 NEIGHBOURS = 3  # of precision and recall

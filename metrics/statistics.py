@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from runtime.devices import gather
-from runtime.errors import UserError
-from runtime.progress import progress_bar
+from runtime.terminal import UserError, progress_bar
 
 MAX_FEATURES = 50000  # features kept of one set, evenly spread: 400 MB at 2048 numbers
 

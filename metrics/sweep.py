@@ -7,7 +7,7 @@ import time
 
 from models.checkpoint import is_remote, numbered_checkpoints, read_checkpoint
 from runtime.devices import gather
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 POLL = 5.0  # seconds between looks at the folder, after a while of quicker ones
 

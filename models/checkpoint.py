@@ -21,8 +21,8 @@ import torch
 from models import edm, edm_pickle, released
 from models.create import create_from_fields, model_fields, tuple_of
 from models.safe_load import PART_BYTES, read_file
-from runtime.errors import UserError
 from runtime.files import atomic_path, cached_file, file_digest
+from runtime.terminal import UserError
 
 WRAPPERS = r"^(module\.|_orig_mod\.)+"  # what DataParallel and torch.compile put before each name
 

@@ -5,7 +5,7 @@ import inspect
 from models.dhariwal_unet import DhariwalUNet
 from models.edm import Preconditioned
 from models.ncsnpp import NCSNpp
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 # Every network, by its model.name. A network is an `nn.Module` class such that
 # - each argument of `__init__` is a config field: data.image_size, data.num_channels and data.num_classes, any other

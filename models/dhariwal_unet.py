@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import layers
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 HEAD_CHANNELS = 64  # channels of an attention head
 EPS = 1e-5  # of every group normalisation

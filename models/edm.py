@@ -10,7 +10,7 @@ from torch import nn
 from models import edm_pickle
 from models.dhariwal_unet import head_count
 from models.ncsnpp import noise_levels
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 TIME_SCALE = 999.0
 SIGMA_DATA = 0.5

@@ -17,7 +17,7 @@ import struct
 import numpy as np
 import torch
 
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 MAGIC = (b"\x80\x04", b"\x80\x05")  # protocols 4 and 5; torch's own files are zips, or begin with protocol 2
 MODULE = "torch_utils.persistence._reconstruct_persistent_obj"

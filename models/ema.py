@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 
 class ExponentialMovingAverage:

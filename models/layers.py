@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 
 class GroupNorm(nn.GroupNorm):

@@ -14,7 +14,7 @@ from models.create import create_from_fields
 from models.edm import deinterleave, edm_name, interleave
 from models.layers import Resampling
 from models.ncsnpp import AttentionBlock, FourierFeatures, InputSkip, OutputSkip, ResidualBlock
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 PREFIX = "module."  # the released NCSN++ was saved from inside DataParallel
 BOX_FILTER = "resample_filter"  # constant buffers of the released DhariwalUNet: the 2×2 mean

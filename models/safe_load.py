@@ -20,7 +20,7 @@ import zipfile
 
 import torch
 
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I",
            "u2": "H", "u1": "B", "b1": "?"}

@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 
 @dataclasses.dataclass(frozen=True)

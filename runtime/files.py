@@ -16,8 +16,7 @@ import urllib.request
 import torch
 from tqdm.utils import CallbackIOWrapper
 
-from runtime.errors import CANNOT_WRITE, UserError
-from runtime.progress import progress_bar
+from runtime.terminal import CANNOT_WRITE, UserError, progress_bar
 
 STALE_AFTER = 86400.0  # seconds; a temporary file that nobody has written to for so long was left by a killed process
 TIMEOUT = 30  # seconds without an answer from another machine

@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import pad
 from torchvision.utils import make_grid
 
-from runtime.errors import UserError
 from runtime.files import atomic_path
+from runtime.terminal import UserError
 
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor, each pixel to a square
 GAP = 4  # pixels between images

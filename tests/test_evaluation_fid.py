@@ -27,7 +27,7 @@ from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
 from runtime.devices import Processes
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.metrics.inception_stand_in import FILE_NAME, write_stand_in
 from tests.processes import Script, start_ranks
 

@@ -26,9 +26,9 @@ from datasets.pairs import PairFolder
 from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
-from runtime.errors import UserError
 from runtime.files import file_digest
 from runtime.seeds import index_labels, index_noise
+from runtime.terminal import UserError
 from tests.datasets.image_files import png, random_images, write_folder
 from tests.processes import Script, run_ranks
 

@@ -12,9 +12,9 @@ from configs.command_line import config_to_dict, parse_command_line
 from configs.default import get_default_config
 from models.checkpoint import write_checkpoint
 from models.create import create_model
-from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.pictures import GAP, SMALLEST_CELL
+from runtime.terminal import UserError
 from tests.processes import run_script
 
 SURVEY = ["rk45", *["euler"] * 7]

@@ -23,8 +23,8 @@ import train
 from configs.command_line import help_text, parse_command_line
 from configs.default import FIELDS
 from models.checkpoint import write_checkpoint
-from runtime.errors import UserError
 from runtime.files import read_json_lines
+from runtime.terminal import UserError
 from tests.processes import run_ranks, run_script, start_ranks
 from training import state
 

@@ -13,8 +13,7 @@ from configs.command_line import run_program
 from configs.default import Field
 from datasets.batches import some_of
 from datasets.pairs import QUICK_ROWS, check_origins, describe, findings, open_folders
-from runtime.errors import UserError
-from runtime.progress import progress_bar
+from runtime.terminal import UserError, progress_bar
 
 DESCRIBED = 4096  # pairs whose values are described where all are read
 

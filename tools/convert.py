@@ -24,8 +24,8 @@ from models.checkpoint import architecture, in_our_layout, load_weights, read_ch
 from models.create import create_from_fields, model_fields
 from models.released import is_released, to_released
 from models.safe_load import PART_BYTES, safetensors_bytes
-from runtime.errors import UserError
 from runtime.files import atomic_path, file_digest, write_json, write_text
+from runtime.terminal import UserError
 
 FLAGS = {
     "source": Field("", "IN: checkpoint; hf://owner/repo/file or https://…/file, too"),

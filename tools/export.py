@@ -43,9 +43,9 @@ from flows.samplers import euler, one_step
 from metrics.sweep import run_folder
 from models.checkpoint import is_remote, load_with_config
 from models.describe import median_seconds
-from runtime.errors import UserError
 from runtime.files import atomic_path, write_json
 from runtime.seeds import EVALUATION, index_labels, index_noise
+from runtime.terminal import UserError
 
 TOLERANCE = 1e-4  # of the float32 file, largest difference of a pixel in [-1, 1]
 CHECKED, CALIBRATED = 16, 64  # images

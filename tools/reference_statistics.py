@@ -15,7 +15,7 @@ from metrics.features import create_extractor
 from metrics.reference import write_statistics
 from metrics.statistics import MAX_FEATURES, measure_source
 from runtime.devices import start_processes
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 FLAGS = {
     "output": Field("", "npz file to write"),

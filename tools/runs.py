@@ -10,8 +10,8 @@ from configs.command_line import load_config, run_program
 from configs.default import Field
 from metrics.results import TITLES, main_metric, read_results, results_path, sampler_name
 from models.checkpoint import numbered_checkpoints
-from runtime.errors import UserError
 from runtime.files import read_json_lines
+from runtime.terminal import UserError
 from training.run import CHECKPOINTS, CONFIG, LOG
 
 FLAGS = {"work_dir": Field("logs", "folder of the runs, searched with its sub-folders")}

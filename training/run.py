@@ -25,11 +25,10 @@ from flows import samplers
 from flows.objective import check_config
 from flows.rectified_flow import velocity_from_network
 from models import create_model
-from runtime.errors import UserError
 from runtime.files import file_lock, read_json, read_json_lines, state_digest, write_json, write_text
 from runtime.pictures import save_grid, save_lines
-from runtime.progress import progress_bar
 from runtime.seeds import index_labels, index_noise
+from runtime.terminal import UserError, progress_bar
 from runtime.versions import git_commit, uncommitted_changes, versions
 
 CONFIG, LOG, SAMPLES, CHECKPOINTS = "config.json", "log.jsonl", "samples", "checkpoints"

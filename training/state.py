@@ -17,7 +17,7 @@ from models.checkpoint import (
     saved_fields,
     write_checkpoint,
 )
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from training.run import CHECKPOINTS, CONFIG, STATE, describe_changes, run_path
 
 

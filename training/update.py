@@ -2,7 +2,7 @@
 
 import torch
 
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 GROWTH_INTERVAL = 2000  # finite updates after which the fp16 loss scale doubles
 

@@ -19,8 +19,8 @@ from configs.command_line import (
 )
 from configs.default import FIELDS, Field, check_fields, get_default_config, get_field
 from models import create_model
-from runtime.errors import UserError
 from runtime.files import write_json
+from runtime.terminal import UserError
 from training.run import check_training
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "rectified_flow"
@@ -181,7 +181,7 @@ def test_help_of_a_group_shows_its_fields_alone_with_the_values_of_the_config(ca
 
 
 def test_help_into_a_closed_pipe_ends_without_a_traceback(repository):
-    script = "from runtime.errors import one_sentence\nwith one_sentence('x'):\n    print('a line\\n' * 100_000)"
+    script = "from runtime.terminal import one_sentence\nwith one_sentence('x'):\n    print('a line\\n' * 100_000)"
     done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{script}" | head -n 1'], cwd=repository, check=False,
                           capture_output=True, text=True)
     assert (done.stderr, done.stdout) == ("", "a line\n")

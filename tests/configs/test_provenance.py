@@ -7,7 +7,7 @@ import pytest
 from configs.command_line import config_to_dict
 from configs.default import get_default_config, get_field, set_field
 from configs.provenance import take_run_fields
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 
 def config_with(**fields):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from configs.default import get_default_config
 from datasets import ImageSet, batches
 from datasets.batches import Batches, EndlessOrder, copy_to_device, fits, one_hot, pixels_to_float
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.datasets.image_files import random_images
 
 CPU = torch.device("cpu")

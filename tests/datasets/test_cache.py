@@ -14,7 +14,7 @@ import pytest
 from datasets import cache
 from datasets.cache import ImageSet, Source, entry_folder
 from datasets.image_files import ImageSpec
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.datasets.image_files import random_images
 from tests.processes import SERVER
 

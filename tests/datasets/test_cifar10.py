@@ -13,7 +13,7 @@ import pytest
 from torchvision.datasets import CIFAR10
 
 from datasets import load_images
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.datasets.image_files import make_config, random_images, write_cifar
 
 IMAGES, LABELS = random_images(20, 3, 32), np.arange(20) % 10

@@ -8,7 +8,7 @@ import pytest
 
 from datasets import load_images
 from datasets.sources import IDX_FILES
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.datasets.image_files import idx_bytes, make_config, random_images, write_mnist
 
 IMAGE_FILE, LABEL_FILE = IDX_FILES

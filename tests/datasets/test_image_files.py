@@ -22,7 +22,7 @@ from datasets.image_files import (
     fit_image,
     fit_images,
 )
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.datasets.image_files import encode, png, random_images, write_folder, write_zip
 
 COLOUR, GREY = random_images(1, 3, 6)[0], random_images(1, 1, 6)[0]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from datasets import load_images
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.datasets.image_files import encode, label_file, make_config, png, random_images, write_folder, write_zip
 
 IMAGES, LABELS = random_images(12, 3, 64), np.array([1, 1000, 5, 5, 7, 2, 3, 4, 9, 10, 11, 12])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datasets.pair_writer import PairJob, finish, locked, npy_header, prepare, read_record, write_block
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 SHAPE = (1, 2, 2)
 LAYOUTS = {name: np.dtype(("<f4", SHAPE)) for name in ("z0.npy", "z1.npy")}

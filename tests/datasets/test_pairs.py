@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from configs.default import get_default_config
 from datasets import create_batches
 from datasets.pairs import MixedOrder, NoiseSource, PairSet, open_pairs, open_rows
-from runtime.errors import UserError
 from runtime.seeds import index_noise
+from runtime.terminal import UserError
 
 SHAPE = (1, 8, 8)
 

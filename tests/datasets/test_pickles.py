@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets.sources import load_arrays
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 
 @pytest.fixture(scope="module")

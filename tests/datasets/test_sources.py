@@ -6,7 +6,7 @@ import pytest
 from configs.command_line import help_text, parse_command_line
 from datasets import DATASETS, DataSet, ImageSet, array_set, create_batches, load_images, sources, subset
 from datasets.image_files import FileTree, find_labels
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.conftest import ROOT
 from tests.datasets.image_files import (
     label_file,

@@ -18,8 +18,8 @@ from experiments.report import COLUMNS, read_table, write_table
 from experiments.run import Study
 from experiments.studies import DIGITS, GUIDED, ONE_STEP, STUDIES, T0, annealed, cifar, euler, miniature
 from models import load_model
-from runtime.errors import UserError
 from runtime.files import file_lock
+from runtime.terminal import UserError
 from tests.processes import launch_step, run_script, run_study
 
 TINY = dataclasses.replace(DIGITS, measured=40)

@@ -14,7 +14,7 @@ from torchvision.models import VGG
 
 from flows.losses import load_lpips, lpips_at_start, lpips_distance, lpips_huber
 from flows.rectified_flow import point_on_path
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 FILE = "hub/checkpoints/vgg16-397923af.pth"
 

@@ -14,7 +14,7 @@ from configs.default import get_default_config
 from flows import losses
 from flows.objective import Draws, check_config, create_objective
 from flows.rectified_flow import velocity_from_network
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 SHAPE = (3, 4, 4)
 EPS = 1e-3

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 import train
 from configs.command_line import parse_command_line
 from models.checkpoint import read_checkpoint
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 UPDATES = 3
 SMALL = (f"--config.training.n_iters {UPDATES} --config.training.batch_size 4 --config.training.record_iters 1 "

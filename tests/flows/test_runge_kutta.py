@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flows import runge_kutta
 from flows.runge_kutta import attempt_step, error_norm, inverse_fifth_root, rk45, start_slots
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 
 rk45_joint = functools.partial(rk45, step_control="batch")

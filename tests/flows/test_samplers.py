@@ -20,8 +20,8 @@ from flows.samplers import (
     one_step,
     straightness,
 )
-from runtime.errors import UserError
 from runtime.seeds import PATH_NOISE, index_noise
+from runtime.terminal import UserError
 from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 
 ALL = pytest.mark.parametrize("name", samplers.SAMPLERS)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from flows.rectified_flow import anneal
 from flows.schedules import ALPHA_SCHEDULES, create_annealing, create_time_schedule
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 EPS = 1e-3
 COUNT = 20_000

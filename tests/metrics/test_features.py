@@ -22,7 +22,7 @@ from metrics.features import (
 )
 from metrics.scores import frechet_distance, inception_score
 from metrics.statistics import measure
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.metrics.inception_stand_in import CLASSES, write_stand_in
 
 

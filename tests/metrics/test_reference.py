@@ -17,7 +17,7 @@ from metrics.features import pixel_extractor
 from metrics.reference import CIFAR10_NAME, Reference, read_statistics, write_statistics
 from metrics.statistics import measure_source
 from runtime.devices import Processes
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 EXTRACTOR = pixel_extractor(16)

@@ -23,7 +23,7 @@ from metrics.scores import (
     precision_recall,
 )
 from metrics.statistics import Statistics, measure
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 
 def gaussian(generator, dimension, samples, scale=1.0):

@@ -7,7 +7,7 @@ import pytest
 
 from metrics import sweep as sweep_module
 from metrics.sweep import checkpoint_folder, run_folder, sweep
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 
 def touch(folder, *numbers):

@@ -5,7 +5,7 @@ import pytest
 from models.checkpoint import load_model, read_checkpoint
 from models.create import NETWORKS, create_from_fields
 from models.describe import describe
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.models.added_network import Perceptron, add_perceptron
 from tests.processes import run_script
 

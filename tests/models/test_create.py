@@ -5,7 +5,7 @@ import pytest
 from configs.default import FIELDS, get_default_config
 from models import create_model
 from models.create import NETWORKS, argument_fields, create_from_fields
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 SMALL = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
          "model.attn_resolutions": (4,)}

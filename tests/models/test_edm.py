@@ -13,7 +13,7 @@ from models.checkpoint import load_matching, load_with_config, read_checkpoint, 
 from models.create import create_from_fields
 from models.describe import describe
 from models.released import to_released
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.models.edm_networks import OWN, READABLE, golden_file, golden_numbers
 from tests.models.released_numbers import fields_of
 

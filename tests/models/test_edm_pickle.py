@@ -15,7 +15,7 @@ import torch
 
 from models.checkpoint import read_checkpoint
 from models.edm_pickle import Bytes, Call, Reader
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from tests.models.edm_networks import bytes_of, emit, golden_file, legacy_storage, state_of, text
 
 START = b"\x80\x04"

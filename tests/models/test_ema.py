@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.ema import ExponentialMovingAverage
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 
 def network():

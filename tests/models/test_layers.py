@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import layers
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 TAPS = st.lists(st.floats(0.1, 4.0), min_size=2, max_size=6)
 

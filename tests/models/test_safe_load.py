@@ -13,7 +13,7 @@ import torch
 
 from models.checkpoint import read_checkpoint
 from models.safe_load import read_file
-from runtime.errors import UserError
+from runtime.terminal import UserError
 
 LONG = bool(os.environ.get("SLIMFLOW_LONG_TESTS"))
 

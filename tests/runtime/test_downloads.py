@@ -8,8 +8,8 @@ import pytest
 
 from models.checkpoint import local_file
 from runtime import files
-from runtime.errors import UserError
 from runtime.files import cached_file
+from runtime.terminal import UserError
 
 
 @pytest.fixture

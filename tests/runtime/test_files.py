@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from runtime.errors import UserError
 from runtime.files import atomic_path, file_lock, read_json, read_json_lines, state_digest
+from runtime.terminal import UserError
 
 
 def write(path, text, time):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime.errors import UserError
 from runtime.pictures import GAP, SMALLEST_CELL, save_grid, save_lines, to_uint8
+from runtime.terminal import UserError
 
 
 def ramp(count, channels, size):

@@ -10,8 +10,8 @@ from models import load_model
 from models.checkpoint import load_matching, read_checkpoint, write_checkpoint
 from models.create import create_from_fields
 from models.safe_load import read_file
-from runtime.errors import UserError
 from runtime.files import file_digest
+from runtime.terminal import UserError
 from tests.models.released_numbers import fields_of, inputs_of, path_of
 from tests.models.test_checkpoint import fill_cache, tiny_checkpoint
 from tests.models.test_released import assert_same

@@ -19,8 +19,8 @@ from flows.samplers import euler, one_step
 from models import create_model, load_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
-from runtime.errors import UserError
 from runtime.seeds import index_noise
+from runtime.terminal import UserError
 from tests.models.released_numbers import fields_of
 from tests.tools.test_convert import config_file
 from tools import export

@@ -7,8 +7,8 @@ import pytest
 
 from configs.command_line import config_to_dict
 from configs.default import get_default_config
-from runtime.errors import UserError
 from runtime.files import write_json
+from runtime.terminal import UserError
 from tools import runs
 
 

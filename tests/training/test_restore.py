@@ -8,8 +8,8 @@ from configs.default import get_default_config
 from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
-from runtime.errors import UserError
 from runtime.files import write_json
+from runtime.terminal import UserError
 from training.state import find_state, load_pretrained, load_teacher, restore, take_architecture
 from training.update import UpdateStats, apply_update, create_optimizer
 

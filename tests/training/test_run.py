@@ -9,8 +9,8 @@ import pytest
 from configs.command_line import config_to_dict, load_config
 from configs.default import set_field
 from runtime import versions
-from runtime.errors import UserError
 from runtime.files import write_json
+from runtime.terminal import UserError
 from tests.conftest import ROOT
 from training import run
 

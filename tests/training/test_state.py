@@ -11,7 +11,7 @@ import torch
 
 from configs.command_line import run_script
 from models.checkpoint import numbered_checkpoints, write_checkpoint
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from training import state
 from training.run import STATE
 from training.state import Writer, due_paths, read_newest_state

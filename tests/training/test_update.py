@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.ema import ExponentialMovingAverage
-from runtime.errors import UserError
+from runtime.terminal import UserError
 from training.update import UpdateStats, apply_update, check_finite, create_optimizer, warmup_factor
 
 OPTIMIZERS = ("Adam", "AdamW", "RAdam")

@@ -2,12 +2,12 @@
 
 import pytest
 
-from runtime import progress
-from runtime.progress import PlainProgress, progress_bar
+from runtime import terminal
+from runtime.terminal import PlainProgress, progress_bar
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0)
     with progress_bar(total=200, desc="pairs", unit="samples", initial=100) as bar:
         assert isinstance(bar, PlainProgress)
         bar.set_postfix(refresh=False, loss=0.123456, nfe=20)

@@ -1,0 +1,80 @@
+"""What a user sees in the terminal: errors as one sentence and an exit status, and progress with the time left."""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+
+from tqdm import tqdm
+
+# A script imports this module first: Ctrl-C while torch is imported, which takes seconds, ends it without a traceback.
+if "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
+LINE_EVERY = 30.0  # seconds between the plain lines
+
+
+class UserError(ValueError):
+    """A wrong flag, file, checkpoint or data set: one sentence that names it, what was found and what to do."""
+
+
+@contextlib.contextmanager
+def one_sentence(name):
+    """End the program with one line on stderr for a UserError, a full disk, a place without permission, or Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = 2
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+        return
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message, status = "interrupted; the same command goes on from what is finished", 130  # as in shells
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        message = (f"cannot write {error.filename or ''}: {error.strerror}; make room or choose another folder, then "
+                   "run the same command again")
+    print(" ".join(f"{name}: {message}".split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto", initial=0):
+    """Return tqdm's bar over `iterable`, or one that is moved on by `update(n)` when there is none.
+
+    enabled: the config field training.progress; "auto" draws a bar where stderr is a terminal, and otherwise writes a
+    plain line about every 30 seconds, so that a log file stays readable. initial: where a resumed task starts.
+    """
+    options = {"total": total, "desc": desc, "unit": unit, "initial": initial, "file": sys.stderr}
+    if enabled == "auto" and not sys.stderr.isatty():
+        return PlainProgress(iterable, mininterval=LINE_EVERY, maxinterval=LINE_EVERY, miniters=1, smoothing=0,
+                             **options)
+    return tqdm(iterable, disable=enabled == "false", dynamic_ncols=True, **options)
+
+
+class PlainProgress(tqdm):
+    """Progress as plain lines: `pairs: 1024/4000 samples (25.6 %), 310.2 samples/s, 00:09 left`."""
+
+    monitor_interval = 0  # no thread that watches
+
+    def display(self, msg=None, pos=None):
+        """Write a line; none before the task has moved on."""
+        if self.n > self.initial:
+            place = "{n}/{total} {unit} ({percentage:.1f} %)" if self.total else "{n} {unit}"
+            left = ", {remaining} left" if self.total else ""
+            line = ("{desc}: " if self.desc else "") + place + ", {rate_noinv:.1f} {unit}/s" + left + "{postfix}"
+            print(self.format_meter(**self.format_dict | {"bar_format": line}), file=sys.stderr, flush=True)
+
+    def close(self):
+        """End the task without another line."""
+        self.disable = True
+        self._decr_instances(self)
