@@ -20,13 +20,12 @@ from configs.command_line import run_script
 from configs.default import Field
 from datasets import one_hot
 from datasets.batches import check_finite
-from datasets.image_source import open_images, quantise
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler, sampler_values
 from metrics import results
 from metrics.reference import Reference
 from metrics.scores import compare, nearest_distances
-from metrics.statistics import measure, measure_source, share_of
+from metrics.statistics import measure, measure_source, open_images, quantise, share_of
 from metrics.sweep import read_checkpoints, run_folder
 from models.checkpoint import config_of_run, is_remote, network_of
 from models.create import model_fields

@@ -24,7 +24,7 @@ import torch
 from configs.command_line import config_to_dict, run_script
 from configs.default import Field, get_field
 from datasets import pair_writer
-from datasets.initial_points import InitialPoints
+from datasets.pair_writer import InitialPoints
 from datasets.pairs import NoiseSource, PairFolder, image_shape
 from flows.couplings import COUPLINGS, create_coupling
 from flows.rectified_flow import analytic_velocity, interpolate, velocity_from_network

@@ -1,14 +1,51 @@
-"""What a run was trained on and with, taken from the config that its checkpoint holds."""
+"""Where a number comes from: the commit and packages that made it, and the config that its checkpoint holds."""
+
+import contextlib
+import pathlib
+import platform
+import subprocess
+from importlib import metadata
 
 from configs.default import FIELDS, get_field, set_field
 from datasets.pairs import RECORD, open_folders
 
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "ml_collections", "absl-py", "lpips", "clean-fid")
+CHECKOUT = pathlib.Path(__file__).parent.parent
 # These decide nothing once a network is trained: where this machine keeps data, and what training drew.
 NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.use_aug", "data.reflow_data_root",
                   "data.real_pairs_root")
 RUN_FIELDS = ("flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale",
               *(name for name in FIELDS if name.startswith("data.") and name not in NOT_OF_THE_RUN))
 ROOTS = {"data.data_root", "data.custom_data_root"}
+
+
+def git(*words):
+    """Return what git prints about this checkout, as bytes; nothing outside of one."""
+    try:
+        return subprocess.run(["git", *words], cwd=CHECKOUT, capture_output=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return b""
+
+
+def git_commit():
+    """Return the commit of this checkout, with a + where tracked files differ from it; None outside git."""
+    commit = git("rev-parse", "HEAD").decode().strip()
+    return commit + "+" * bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
+
+
+def uncommitted_changes():
+    """Return (the patch of the tracked files, as bytes; the names of untracked files, which may be secret or large)."""
+    listed = git("ls-files", "--others", "--exclude-standard", "-z").decode(errors="replace")
+    return git("diff", "--binary", "--no-color", "--no-ext-diff", "HEAD"), listed.split("\0")[:-1]
+
+
+def versions():
+    """Return the versions of Python and of the packages that decide results; None for one that is not installed."""
+    found = {"python": platform.python_version()} | dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def take_pair_fields(config, given):

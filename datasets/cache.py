@@ -7,6 +7,7 @@ and times, not content) and of the `ImageSpec`. An entry is renamed when it is c
 import collections
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -18,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.pair_writer import npy_header
 from runtime.files import file_lock
 from runtime.terminal import UserError, progress_bar
 
@@ -159,3 +159,11 @@ def _write_arrays(chunks, spec, folder, bar):
     if labels:
         np.save(folder / "labels.npy", np.concatenate(labels))
     return {"count": count, "labelled": bool(labels), "skipped": skipped, "notes": notes}
+
+
+def npy_header(layout, count):
+    """Return the npy header of `count` rows. Its length does not depend on `count`, so it can be replaced in place."""
+    buffer = io.BytesIO()
+    fields = {"descr": layout.base.str, "fortran_order": False, "shape": (count, *layout.shape)}
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()

@@ -1,26 +1,29 @@
-"""The folder that generate_data.py fills: arrays written in place, block by block, consistent at any moment.
+"""What generate_data.py needs of data: the initial points of pairs, and the folder that it fills block by block.
 
-A folder holds the arrays, `pairs.json` (what the pairs are) and the journal `blocks.jsonl` (which blocks, fixed ranges
-of consecutive pairs, are on disk). All processes append to it, a line after the block's rows have reached the disk.
-Until every block is finished the arrays' headers promise no more rows than before, so nobody reads a row that is
-missing, and a folder that is being extended stays usable.
+A folder of pairs is consistent at any moment. It holds the arrays, `pairs.json` (what the pairs are) and the journal
+`blocks.jsonl` (which blocks, fixed ranges of consecutive pairs, are on disk). All processes append to it, a line after
+the block's rows have reached the disk. Until every block is finished the arrays' headers promise no more rows than
+before, so nobody reads a row that is missing, and a folder that is being extended stays usable.
 """
 
 import dataclasses
-import io
+import hashlib
 import json
 import os
-import pathlib
 import shutil
 
 import numpy as np
+import torch
 
-from datasets.batches import check_finite
-from runtime.files import file_lock, read_json, read_json_lines, write_json, write_text
+from datasets.batches import check_finite, check_labels, pixels_to_float, some_of
+from datasets.cache import npy_header
+from datasets.pairs import ARRAYS, RECORD, NoiseSource, as_float, as_one_hot, image_shape, open_rows, read_record
+from datasets.sources import load_images
+from runtime import seeds
+from runtime.files import file_digest, file_lock, read_json_lines, write_json, write_text
 from runtime.terminal import UserError
 
-RECORD, JOURNAL, LOCK = "pairs.json", "blocks.jsonl", ".lock"
-ARRAYS = ("z0.npy", "z1.npy", "label.npy")
+JOURNAL, LOCK = "blocks.jsonl", ".lock"
 ENTRY = ("block", "pairs", "nfe_sum", "nfe_worst", "z1_rounding")  # the numbers in a line of the journal
 
 
@@ -45,14 +48,6 @@ class PairJob:
         """Return the blocks that the journal entries `done` lack or have with fewer pairs."""
         blocks = range(-(-self.count // self.block_size))
         return [b for b in blocks if done.get(b, {"pairs": 0})["pairs"] < len(self.block_range(b))]
-
-
-def npy_header(layout, count):
-    """Return the npy header of `count` rows. Its length does not depend on `count`, so it can be replaced in place."""
-    buffer = io.BytesIO()
-    fields = {"descr": layout.base.str, "fortran_order": False, "shape": (count, *layout.shape)}
-    np.lib.format.write_array_header_1_0(buffer, fields)
-    return buffer.getvalue()
 
 
 def row_offset(layout, row):
@@ -90,16 +85,6 @@ def prepare(folder, job):
     for name, layout in job.layouts.items():
         _write(folder / name, npy_header(layout, offered), 0, least=row_offset(layout, job.count))
     return offered, job.unfinished(done)
-
-
-def read_record(folder):
-    """Return the content of `pairs.json`, or None if there is none. Raises UserError if it is damaged."""
-    path = pathlib.Path(folder) / RECORD
-    record = read_json(path) if path.exists() else None
-    if record is not None and not (isinstance(record.get("complete"), bool) and isinstance(record.get("count"), int)
-                                   and record["count"] >= 0 and isinstance(record.get("identity"), dict)):
-        raise UserError(f"{path} is damaged: delete the folder and make its pairs again")
-    return record
 
 
 def _check_arrays(folder, job, done):
@@ -182,3 +167,97 @@ def _write(path, content, offset=None, least=0):
             os.fsync(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+
+
+class InitialPoints:
+    """The initial points of pairs by number, in one of the directions of generate_data.py.
+
+    z0, z1 `(n, C, H, W)` and one-hot label `(n, num_classes)`, or None, are float32. available: the largest number of
+    pairs, None for no limit. identity: {name: value} of what tells them from others. image_set: the images of the data
+    set that the direction uses, or None. Raises UserError for files and classes that do not fit the config.
+    """
+
+    def __init__(self, config, z0_path="", z1_path="", label_path=""):
+        settings = config.sampling
+        self.direction, self.seed, self.num_classes = settings.direction, config.seed, config.data.num_classes
+        self.class_label, self.random_flip = settings.class_label, settings.random_flip
+        if self.class_label >= self.num_classes:
+            raise UserError(f"sampling.class_label {self.class_label}: config.data.num_classes is {self.num_classes}")
+        if self.num_classes and self.class_label < 0 and self.direction == "gt_v_from_z0":
+            raise UserError("the closed-form velocity of all images knows no classes: set config.sampling.class_label, "
+                            "or config.data.num_classes 0")
+        if self.num_classes and self.class_label < 0 and z1_path and not label_path:
+            raise UserError("--z1_path holds images without classes: give --label_path or config.sampling.class_label")
+        paths = {"z0_path": z0_path, "z1_path": z1_path, "label_path": label_path}
+        self.rows = {flag: open_rows(path) for flag, path in paths.items() if path}
+        self.identity = {flag: file_digest(paths[flag]) for flag in self.rows}
+        self.available = min(map(len, self.rows.values()), default=None)
+        shape = image_shape(config)
+        for flag, rows in self.rows.items():
+            if flag == "label_path":
+                check_labels(rows, label_path, self.num_classes)
+            elif rows.shape[1:] != shape or rows.dtype.kind != "f":
+                raise UserError(f"{paths[flag]} holds {rows.dtype} rows of shape {rows.shape[1:]}; the config asks for "
+                                f"floating-point rows of shape {shape} (channels, height, width)")
+        self.noise, self.image_set = self.rows.get("z0_path"), None
+        if self.noise is None and self.direction != "from_z1":
+            scale = 1.0 if self.direction == "gt_v_from_z1" else settings.init_noise_scale
+            self.noise = NoiseSource(self.seed, shape, scale)
+            self.identity["noise"] = self.noise.digest()
+        from_images = not z1_path and self.direction in ("from_z1", "gt_v_from_z1", "random_paired")
+        if from_images or self.direction.startswith("gt_v"):
+            self.image_set = chosen_images(config)
+            self.identity["images"] = images_digest(self.image_set)
+        if from_images:
+            self.identity["sampling.random_flip"] = self.random_flip
+        if from_images and self.noise is None:  # the second time round only flips make other pairs
+            self.available = len(self.image_set) * (2 if self.random_flip else 1)
+
+    def z0(self, indices):
+        """Return the noise of the pairs `indices`."""
+        return as_float(self.noise[np.array(indices)])
+
+    def z1(self, indices):
+        """Return the images of the pairs `indices`: pair i starts at image i mod N, the next time round mirrored."""
+        if "z1_path" in self.rows:
+            return as_float(self.rows["z1_path"][np.array(indices)])
+        rounds, numbers = np.divmod(np.array(indices), len(self.image_set))
+        images = pixels_to_float(torch.from_numpy(self.image_set.images[numbers]))
+        if not self.random_flip:
+            return images
+        draws = [seeds.index_generator(self.seed, int(k), seeds.FLIP).random() < 0.5 for k in numbers]
+        mirrored = torch.from_numpy(np.array(draws) ^ (rounds % 2 == 1))
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+    def label(self, indices):
+        """Return the classes: of the file, the chosen one, of the images, or drawn; None without classes."""
+        if not self.num_classes:
+            return None
+        if "label_path" in self.rows:
+            label = self.rows["label_path"][np.array(indices)]
+        elif self.class_label >= 0:
+            label = np.full(len(indices), self.class_label)
+        elif self.image_set is not None:
+            label = self.image_set.labels[np.array(indices) % len(self.image_set)]
+        else:
+            label = seeds.index_labels(self.seed, indices, self.num_classes).numpy()
+        return as_one_hot(label, self.num_classes)
+
+
+def chosen_images(config):
+    """Return the `ImageSet` of the config; only the class `sampling.class_label`, if one is set."""
+    image_set, label = load_images(config), config.sampling.class_label
+    if label < 0:
+        return image_set
+    return image_set.choose(np.flatnonzero(image_set.labels == label), f"{image_set.source} (class_label {label})")
+
+
+def images_digest(image_set):
+    """Return a digest of a data set: its shape, 512 images all over it and all its labels."""
+    images, labels = image_set.images, image_set.labels
+    digest = hashlib.sha256(repr(images.shape).encode())
+    for part in (images[some_of(len(images), 512)], np.empty(0) if labels is None else labels):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:16]

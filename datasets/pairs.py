@@ -13,16 +13,28 @@ import numpy as np
 import torch
 
 from datasets.batches import Batches, EndlessOrder, check_finite, check_labels, one_hot, some_of
-from datasets.pair_writer import ARRAYS, RECORD, read_record
 from runtime import seeds
+from runtime.files import read_json
 from runtime.terminal import UserError
 
+ARRAYS = ("z0.npy", "z1.npy", "label.npy")
+RECORD = "pairs.json"
 QUICK_ROWS = 256  # pairs of a folder that are looked at when it is opened
 DIGEST_ROWS = 16
 SAME_ORIGIN = ("sampling.direction", "checkpoint", "sampling.init_noise_scale")  # of all folders of a root
 # A 1-flow on digits has correlation 0.36, closed-form flows 0.22 (digits) and 0.05 (1,000 images of CIFAR-10).
 LEAST_CORRELATION = 0.03
 BEYOND = 1.25  # share of values beyond it: 21 % of unit noise, next to none of images
+
+
+def read_record(folder):
+    """Return the content of `pairs.json`, or None if there is none. Raises UserError if it is damaged."""
+    path = pathlib.Path(folder) / RECORD
+    record = read_json(path) if path.exists() else None
+    if record is not None and not (isinstance(record.get("complete"), bool) and isinstance(record.get("count"), int)
+                                   and record["count"] >= 0 and isinstance(record.get("identity"), dict)):
+        raise UserError(f"{path} is damaged: delete the folder and make its pairs again")
+    return record
 
 
 def open_rows(path):

@@ -25,6 +25,7 @@ import torch
 
 from configs.command_line import run_program
 from configs.default import Field
+from configs.provenance import git_commit
 from experiments.images import Reference
 from experiments.report import NUMBERS, read_table, write_demo, write_table
 from experiments.studies import FLOW, ROOT, STUDIES
@@ -33,7 +34,6 @@ from models import load_model
 from models.checkpoint import read_checkpoint
 from runtime.files import file_lock, read_json, write_json
 from runtime.terminal import UserError
-from runtime.versions import git_commit
 from tools import convert
 
 FLAGS = {

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 
 from datasets import load_images
-from datasets.image_source import ArrayImages, open_images
 from datasets.sources import load_arrays
 from metrics.features import create_extractor
 from metrics.scores import check_gaussian, nearest_distances
-from metrics.statistics import Statistics, evenly_spread, measure_source
+from metrics.statistics import ArrayImages, Statistics, evenly_spread, measure_source, open_images
 from runtime.files import atomic_path, cached_file, state_digest
 from runtime.terminal import UserError
 

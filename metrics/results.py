@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from configs.provenance import git_commit
 from flows.samplers import sampler_fields, sampler_title
 from runtime.files import atomic_path, read_json_lines
-from runtime.versions import git_commit
 
 # What two results must share to be compared with each other, and with what else they are the same evaluation, which
 # is not computed again: the checkpoint and how it was sampled.

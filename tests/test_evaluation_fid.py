@@ -18,11 +18,10 @@ import evaluation_fid
 from configs.command_line import config_to_dict, load_config, parse_command_line
 from configs.default import check_fields
 from datasets import load_images
-from datasets.image_source import ArrayImages
 from metrics.features import inception_extractor
 from metrics.reference import write_statistics
 from metrics.results import read_results
-from metrics.statistics import measure_source
+from metrics.statistics import ArrayImages, measure_source
 from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage

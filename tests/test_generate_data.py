@@ -20,9 +20,8 @@ import train
 from configs.command_line import config_to_dict, load_config, parse_command_line
 from configs.default import set_field
 from datasets import load_images
-from datasets.initial_points import chosen_images
-from datasets.pair_writer import read_record
-from datasets.pairs import PairFolder
+from datasets.pair_writer import chosen_images
+from datasets.pairs import PairFolder, read_record
 from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage

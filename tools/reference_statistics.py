@@ -10,10 +10,9 @@ features let KID, precision and recall be computed, too. torchrun splits the ima
 from configs.command_line import run_script
 from configs.default import Field
 from datasets import load_images
-from datasets.image_source import ArrayImages, open_images
 from metrics.features import create_extractor
 from metrics.reference import write_statistics
-from metrics.statistics import MAX_FEATURES, measure_source
+from metrics.statistics import MAX_FEATURES, ArrayImages, measure_source, open_images
 from runtime.devices import start_processes
 from runtime.terminal import UserError
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from configs.command_line import config_to_dict, load_config
 from configs.default import FIELDS, get_field
+from configs.provenance import git_commit, uncommitted_changes, versions
 from datasets import one_hot
 from datasets.sources import DATASETS
 from flows import samplers
@@ -29,7 +30,6 @@ from runtime.files import file_lock, read_json, read_json_lines, state_digest, w
 from runtime.pictures import save_grid, save_lines
 from runtime.seeds import index_labels, index_noise
 from runtime.terminal import UserError, progress_bar
-from runtime.versions import git_commit, uncommitted_changes, versions
 
 CONFIG, LOG, SAMPLES, CHECKPOINTS = "config.json", "log.jsonl", "samples", "checkpoints"
 STATE = "checkpoints-meta/checkpoint.pth"  # from which a stopped run goes on

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from datasets import load_images
-from datasets.image_source import open_images
+from metrics.statistics import open_images
 from runtime.terminal import UserError
 from tests.datasets import image_files as files
 from tests.datasets.image_files import random_images

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.pair_writer import PairJob, finish, locked, npy_header, prepare, read_record, write_block
+from datasets.pair_writer import PairJob, finish, locked, npy_header, prepare, write_block
+from datasets.pairs import read_record
 from runtime.terminal import UserError
 
 SHAPE = (1, 2, 2)

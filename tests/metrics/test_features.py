@@ -13,7 +13,6 @@ from PIL import Image
 
 from configs.default import get_default_config
 from datasets.batches import check_finite
-from datasets.image_source import open_images, quantise
 from metrics.features import (
     create_extractor,
     full_float32,
@@ -21,7 +20,7 @@ from metrics.features import (
     pixel_extractor,
 )
 from metrics.scores import frechet_distance, inception_score
-from metrics.statistics import measure
+from metrics.statistics import measure, open_images, quantise
 from runtime.terminal import UserError
 from tests.metrics.inception_stand_in import CLASSES, write_stand_in
 

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from configs.default import get_default_config
-from datasets.image_source import ArrayImages
 from metrics import reference as reference_module
 from metrics.features import pixel_extractor
 from metrics.reference import CIFAR10_NAME, Reference, read_statistics, write_statistics
-from metrics.statistics import measure_source
+from metrics.statistics import ArrayImages, measure_source
 from runtime.devices import Processes
 from runtime.terminal import UserError
 

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from datasets.image_source import quantise
 from metrics.features import FeatureExtractor, pixel_extractor
-from metrics.statistics import evenly_spread, measure
+from metrics.statistics import evenly_spread, measure, quantise
 
 
 def moments(features, size, device="cpu"):

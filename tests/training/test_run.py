@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
+from configs import provenance
 from configs.command_line import config_to_dict, load_config
 from configs.default import set_field
-from runtime import versions
 from runtime.files import write_json
 from runtime.terminal import UserError
 from tests.conftest import ROOT
@@ -31,19 +31,19 @@ def checkout(tmp_path, monkeypatch):
     (folder / ".gitignore").write_text("logs/\n")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "start")
-    monkeypatch.setattr(versions, "CHECKOUT", folder)
+    monkeypatch.setattr(provenance, "CHECKOUT", folder)
     return folder
 
 
 def test_patch_has_tracked_changes_alone_and_names_what_is_untracked(checkout, tmp_path):
     """An untracked file may be a private key: its content must not enter the folder of a run."""
-    assert versions.uncommitted_changes() == (b"", [])
+    assert provenance.uncommitted_changes() == (b"", [])
     (checkout / "train.py").write_bytes(b"a\nb\xe4\n")
     (checkout / "new key.pem").write_text("SECRET")
     (checkout / "logs").mkdir()
     (checkout / "logs" / "log.txt").write_text("ignored")
-    patch, untracked = versions.uncommitted_changes()
-    assert untracked == ["new key.pem"] and b"SECRET" not in patch and versions.git_commit().endswith("+")
+    patch, untracked = provenance.uncommitted_changes()
+    assert untracked == ["new key.pem"] and b"SECRET" not in patch and provenance.git_commit().endswith("+")
     git(tmp_path, "clone", "-q", checkout, "clone")
     (tmp_path / "run.patch").write_bytes(patch)
     git(tmp_path / "clone", "apply", tmp_path / "run.patch")
@@ -51,9 +51,9 @@ def test_patch_has_tracked_changes_alone_and_names_what_is_untracked(checkout, t
 
 
 def test_code_outside_git_has_neither_commit_nor_patch(tmp_path, monkeypatch):
-    monkeypatch.setattr(versions, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert versions.git_commit() is None and versions.uncommitted_changes() == (b"", [])
+    assert provenance.git_commit() is None and provenance.uncommitted_changes() == (b"", [])
 
 
 def config_in(folder, **fields):

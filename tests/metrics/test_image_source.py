@@ -9,7 +9,7 @@ from PIL import Image
 
 from configs.default import get_default_config
 from datasets import load_images
-from datasets.image_source import LOSSY, open_images
+from metrics.statistics import LOSSY, open_images
 from runtime.terminal import UserError
 from tests.datasets.image_files import encode, make_config, write_folder, write_zip
 from tests.processes import run_ranks
