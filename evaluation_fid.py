@@ -26,12 +26,12 @@ from metrics import results
 from metrics.reference import Reference
 from metrics.scores import compare, nearest_distances
 from metrics.statistics import measure, measure_source, open_images, quantise, share_of
-from metrics.sweep import read_checkpoints, run_folder
-from models.checkpoint import config_of_run, is_remote, network_of
+from models.checkpoint import config_of_run, is_remote, network_of, read_checkpoint
 from models.create import model_fields
 from models.describe import cost_line, cost_of
 from runtime.devices import gather, in_precision, memory_errors, set_precision, start_processes
 from runtime.files import atomic_path, state_digest
+from runtime.run_folder import RESULTS, checkpoint_folder, run_folder, sweep
 from runtime.seeds import EVALUATION, index_labels, index_noise
 from runtime.terminal import progress_bar
 
@@ -90,10 +90,34 @@ def measure_checkpoints(config, args, given, processes):
     return path, done
 
 
+def read_checkpoints(ckpt_dir, settings, processes):
+    """Yield `read_checkpoint` of the checkpoints that --ckpt_dir and config.eval (`settings`) ask for.
+
+    Process 0 decides which; every process reads the file itself. Raises UserError as `sweep`.
+    """
+    if is_remote(ckpt_dir) or pathlib.Path(ckpt_dir).is_file():
+        found = map(read_checkpoint, [ckpt_dir])
+    else:
+        found = sweep(checkpoint_folder(ckpt_dir), settings.begin_ckpt, settings.end_ckpt,
+                      settings.wait_limit * 3600 if settings.wait else 0.0, read_checkpoint)
+    checkpoint = None
+
+    def advance():
+        nonlocal checkpoint
+        checkpoint = next(found, None)
+        return checkpoint and checkpoint["path"]
+
+    while (path := processes.from_main(advance)) is not None:
+        checkpoint = checkpoint if processes.is_main else read_checkpoint(path)
+        if len(set(gather(checkpoint["digest"]))) > 1:
+            raise UserError(f"{path} was replaced while it was read")
+        yield checkpoint
+
+
 def measure_files(config, args, given, processes):
     """Measure the images of --data_dir; return (results file, list of one result)."""
     source = open_images(args.data_dir, config)
-    path, count = results.results_path(source.path.parent), min(config.eval.num_samples, len(source))
+    path, count = source.path.parent / RESULTS, min(config.eval.num_samples, len(source))
     processes.say(f"{count} of the {len(source)} images in {args.data_dir} are measured, evenly spread")
     reference = Reference(config, args.target_path, processes)
     if reference.source is not None and source.shape[1:] != reference.source.shape[1:]:

@@ -23,11 +23,11 @@ from datasets import load_images, one_hot
 from datasets.batches import check_finite
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import SAMPLERS, create_sampler, sampler_values, straightness
-from metrics.sweep import checkpoint_folder, run_folder
-from models.checkpoint import is_remote, load_with_config, numbered_checkpoints
+from models.checkpoint import is_remote, load_with_config
 from runtime.devices import in_precision, set_precision, start_processes
 from runtime.files import write_json
 from runtime.pictures import save_grid, save_lines
+from runtime.run_folder import GRIDS, checkpoint_folder, numbered_checkpoints, run_folder
 from runtime.seeds import index_labels, index_noise
 from runtime.terminal import progress_bar
 
@@ -94,7 +94,7 @@ def sample_checkpoint(path, config, args, given, device):
         # A one-step model knows no time but the first: it has no trajectory.
         straight, curves = trace(velocity, z, label, config)
 
-    folder = (pathlib.Path() if is_remote(path) else run_folder(path)) / "eval_sample" / name
+    folder = (pathlib.Path() if is_remote(path) else run_folder(path)) / GRIDS / name
     suffix, columns = file_suffix(NAMED, config, given), ROW if classes else math.isqrt(len(z) - 1) + 1
     if classes or len(z) != IMAGES:
         suffix += f"_classes{'-'.join(map(str, classes))}"[:100] if classes else f"_{len(z)}images"

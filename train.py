@@ -25,6 +25,7 @@ from flows.schedules import create_annealing
 from models import create_model
 from models.ema import ExponentialMovingAverage
 from runtime.devices import gather, in_precision, memory_errors, set_deterministic, set_precision, start_processes
+from runtime.run_folder import run_path
 from runtime.seeds import DRAWS, seed_dropout, step_generator
 from training import run, state
 from training.update import UpdateStats, apply_update, check_finite, create_optimizer, warmup_factor
@@ -44,7 +45,7 @@ def main(config, args, given):
 
 def train(config, processes, messages, held):
     """Update until training.n_iters or a signal; log, sample and write checkpoints; return the exit status."""
-    path, options = run.run_path(config), config.training
+    path, options = run_path(config), config.training
     changed = run.check_same_run(config, path)
     found = state.find_state(config, messages.append)
     step = first = found["step"] if found else 0
@@ -185,7 +186,7 @@ class Training:
         config, device = self.config, self.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         count = sum(p.numel() for p in self.network.parameters())
-        return (f"training {run.run_path(config)}: {config.model.name} of {count:,} parameters on {name} "
+        return (f"training {run_path(config)}: {config.model.name} of {count:,} parameters on {name} "
                 f"({self.processes.world_size} process{'es' * (self.processes.world_size > 1)}), {len(self.source):,} "
                 f"{'pairs' if config.data.reflow_data_root else 'images'} of {'×'.join(map(str, self.source.shape))}, "
                 f"batch {config.training.batch_size}, {config.training.n_iters} updates")

@@ -33,6 +33,7 @@ from metrics.results import read_results
 from models import load_model
 from models.checkpoint import read_checkpoint
 from runtime.files import file_lock, read_json, write_json
+from runtime.run_folder import GRIDS, LOG, RESULTS
 from runtime.terminal import UserError
 from tools import convert
 
@@ -207,16 +208,16 @@ class Study:
                 path = FLOW.format(flow=self.root / step.name)
                 slim = convert.averaged(read_checkpoint(path), load_model(path), half=True)
                 convert.write_parts(self.root / "slim" / f"{step.name}.pth", slim)
-            return {"loss": json.loads((self.root / step.name / "log.jsonl").read_text().splitlines()[-1])["loss"]}
+            return {"loss": json.loads((self.root / step.name / LOG).read_text().splitlines()[-1])["loss"]}
         if step.script == "generate_data.py":
             return {"nfe": read_json(self.root / step.name / str(step.seed) / "pairs.json")["nfe_mean"]}
         run = self.root / dict(step.needs)["flow"].name
         if step.script == "image_sampling.py":
-            entries = json.loads((run / "eval_sample/checkpoint_1/samples.json").read_text())
+            entries = json.loads((run / GRIDS / "checkpoint_1/samples.json").read_text())
             return {"straightness": entries[-1].get("straightness")}
         fields = dict(zip(step.words, step.words[1:], strict=False))
         sampler, steps = (fields.get(f"--config.sampling.{name}") for name in ("use_ode_sampler", "sample_N"))
-        result = [result for result in read_results(run / "eval/results.jsonl") if result["sampler"] == sampler
+        result = [result for result in read_results(run / RESULTS) if result["sampler"] == sampler
                   and result["sample_N"] == (int(steps) if steps else None)][-1]
         figures = {name: result[name] for name in ("nfe", "parameters", "gmacs", "latency_ms")}
         if step.images is None:

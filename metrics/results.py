@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import platform
 import sys
 
@@ -32,11 +31,6 @@ NUMBER, NONE = (int, float), type(None)
 TYPES = {"checkpoint": str, "sampler": (str, NONE), "num_samples": int, "step": (int, NONE), "nfe": (*NUMBER, NONE),
          "seconds": NUMBER, "reference": str, "protocol": str, "versions": dict, "seeds": dict,
          **{name: (*NUMBER, NONE) for name in TITLES}}
-
-
-def results_path(folder):
-    """Return the results file of the run folder."""
-    return pathlib.Path(folder) / "eval" / "results.jsonl"
 
 
 def read_results(path):

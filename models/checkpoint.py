@@ -33,13 +33,6 @@ def write_checkpoint(path, state):
         torch.save(state, opened)
 
 
-def numbered_checkpoints(folder):
-    """Return {k: path} of the files checkpoint_{k}.pth in `folder`, in the order of k."""
-    found = ((re.fullmatch(r"checkpoint_(0|[1-9][0-9]*)\.pth", path.name), path)
-             for path in pathlib.Path(folder).glob("*.pth") if path.is_file())
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
-
-
 def is_remote(path):
     """Whether `path` is an address: hf://owner/repo/file or https://…/file."""
     return str(path).startswith(("hf://", "https://"))

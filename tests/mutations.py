@@ -29,7 +29,7 @@ SCHEDULES, EMA = "tests/flows/test_schedules.py", "tests/models/test_ema.py"
 BATCHES, FILES, SEEDS = "tests/datasets/test_batches.py", "tests/runtime/test_files.py", "tests/runtime/test_seeds.py"
 
 # Of evaluation: what runs in this process.
-SCORES, REFERENCES, SWEEP = (f"tests/metrics/test_{name}.py" for name in ("scores", "reference", "sweep"))
+SCORES, REFERENCES = "tests/metrics/test_scores.py", "tests/metrics/test_reference.py"
 SAMPLING = "tests/test_evaluation_fid.py -k starts_at_its_own"
 MEASURED = "tests/test_evaluation_fid.py -k another_evaluation"
 
@@ -112,7 +112,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("metrics/scores.py", "min(NEIGHBOURS + 1, len(points))", "min(NEIGHBOURS, len(points))", SCORES),
     ("metrics/scores.py", "covered |= (distances <= reach[:, None]).any(0)",
      "covered |= (distances <= reference_radii).any(0)", SCORES),
-    ("metrics/sweep.py", "awaited = k + 1", "awaited = k + 2", SWEEP),
+    ("runtime/run_folder.py", "awaited = k + 1", "awaited = k + 2", "tests/runtime/test_run_folder.py"),
 ]
 
 

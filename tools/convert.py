@@ -18,13 +18,13 @@ import torch
 
 from configs.command_line import load_config, run_program
 from configs.default import Field
-from metrics.results import newest_of_each, protocol_line, read_results, results_path
-from metrics.sweep import run_folder
+from metrics.results import newest_of_each, protocol_line, read_results
 from models.checkpoint import architecture, in_our_layout, load_weights, read_checkpoint, write_checkpoint
 from models.create import create_from_fields, model_fields
 from models.released import is_released, to_released
 from models.safe_load import PART_BYTES, safetensors_bytes
 from runtime.files import atomic_path, file_digest, write_json, write_text
+from runtime.run_folder import CONFIG, RESULTS, run_folder
 from runtime.terminal import UserError
 
 FLAGS = {
@@ -110,9 +110,9 @@ def write_folder(folder, content, net, run):
     """Write what a model on Hugging Face consists of; run: the folder with the results of its checkpoint."""
     with atomic_path(folder / "model.safetensors") as temporary:
         temporary.write_bytes(safetensors_bytes(content))
-    write_json(folder / "config.json", content["config"])
+    write_json(folder / CONFIG, content["config"])
     fields, classes = net.config_fields, net.config_fields["data.num_classes"]
-    results = [f"- {protocol_line(result)}" for result in newest_of_each(read_results(results_path(run)))
+    results = [f"- {protocol_line(result)}" for result in newest_of_each(read_results(run / RESULTS))
                if result["digest"] == content["source"]]
     write_text(folder / "README.md", CARD.format(
         name=folder.resolve().name, network=fields["model.name"], parameters=sum(p.numel() for p in net.parameters()),

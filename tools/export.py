@@ -40,10 +40,10 @@ from configs.command_line import load_config, run_program
 from configs.default import Field, get_default_config
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
-from metrics.sweep import run_folder
 from models.checkpoint import is_remote, load_with_config
 from models.describe import median_seconds
 from runtime.files import atomic_path, write_json
+from runtime.run_folder import run_folder
 from runtime.seeds import EVALUATION, index_labels, index_noise
 from runtime.terminal import UserError
 

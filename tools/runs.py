@@ -8,11 +8,10 @@ import time
 
 from configs.command_line import load_config, run_program
 from configs.default import Field
-from metrics.results import TITLES, main_metric, read_results, results_path, sampler_name
-from models.checkpoint import numbered_checkpoints
+from metrics.results import TITLES, main_metric, read_results, sampler_name
 from runtime.files import read_json_lines
+from runtime.run_folder import CHECKPOINTS, CONFIG, LOG, RESULTS, numbered_checkpoints
 from runtime.terminal import UserError
-from training.run import CHECKPOINTS, CONFIG, LOG
 
 FLAGS = {"work_dir": Field("logs", "folder of the runs, searched with its sub-folders")}
 
@@ -24,7 +23,7 @@ def describe_run(path, root):
         updates = load_config(path / CONFIG).training.n_iters
     except UserError:  # of another program, or damaged: the rest of the table is of use all the same
         updates = "?"
-    for result in read_results(results_path(path))[-1:]:
+    for result in read_results(path / RESULTS)[-1:]:
         metric, checkpoint = main_metric(result), pathlib.Path(result["checkpoint"]).stem
         figure = f"{TITLES[metric]} {result[metric]:.4g} ({checkpoint}, {sampler_name(result)})"
     written = max(p.stat().st_mtime for p in path.iterdir())

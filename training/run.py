@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import pathlib
 import resource
 import shlex
 import signal
@@ -28,11 +27,10 @@ from flows.rectified_flow import velocity_from_network
 from models import create_model
 from runtime.files import file_lock, read_json, read_json_lines, state_digest, write_json, write_text
 from runtime.pictures import save_grid, save_lines
+from runtime.run_folder import CHECKPOINTS, CONFIG, LOG, SAMPLES, run_path
 from runtime.seeds import index_labels, index_noise
 from runtime.terminal import UserError, progress_bar
 
-CONFIG, LOG, SAMPLES, CHECKPOINTS = "config.json", "log.jsonl", "samples", "checkpoints"
-STATE = "checkpoints-meta/checkpoint.pth"  # from which a stopped run goes on
 # What may change when a run is continued: how long, how often it reports, and how it uses the machine.
 FREE_FIELDS = {
     "expr", "work_dir", "training.n_iters", "training.snapshot_sampling", "training.snapshot_freq_for_preemption",
@@ -44,11 +42,6 @@ FREE_FIELDS = {
 SAID_FIELDS = ("training.precision", "optim.lr")  # may change, too, and the log says so
 COLUMNS = 10  # of a sample grid
 EULER_STEPS = (2, 10)  # below the one-step row
-
-
-def run_path(config):
-    """Return the folder of the run, {work_dir}/{expr}."""
-    return pathlib.Path(config.work_dir) / config.expr
 
 
 def check_training(config, world_size=1):

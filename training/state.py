@@ -12,13 +12,13 @@ from models.checkpoint import (
     apply_architecture,
     in_our_layout,
     load_matching,
-    numbered_checkpoints,
     read_checkpoint,
     saved_fields,
     write_checkpoint,
 )
+from runtime.run_folder import CHECKPOINTS, CONFIG, STATE, numbered_checkpoints, run_path
 from runtime.terminal import UserError
-from training.run import CHECKPOINTS, CONFIG, STATE, describe_changes, run_path
+from training.run import describe_changes
 
 
 class Writer:

@@ -18,7 +18,6 @@ from models.checkpoint import (
     load_matching,
     load_weights,
     load_with_config,
-    numbered_checkpoints,
     read_checkpoint,
     write_checkpoint,
 )
@@ -409,15 +408,3 @@ def test_missing_hub_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
         load_model("hf://someone/SlimFlow/ours.pth")
-
-
-def test_the_numbers_in_the_names_decide_and_other_files_do_not_count(tmp_path):
-    for name in ("checkpoint_2.pth", "checkpoint_10.pth", "checkpoint_9.pth", "checkpoint.pth", "checkpoint_x.pth",
-                 ".checkpoint_3.17.tmp.pth", "checkpoint_4.pth.part", "checkpoint_010.pth", "checkpoint_٣.pth"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "checkpoint_11.pth").mkdir()
-    os.mkfifo(tmp_path / "checkpoint_12.pth")
-    found = numbered_checkpoints(tmp_path)
-    assert list(found) == [2, 9, 10]
-    assert found[9] == tmp_path / "checkpoint_9.pth"
-    assert numbered_checkpoints(tmp_path / "absent") == {}

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from configs.command_line import run_script
-from models.checkpoint import numbered_checkpoints, write_checkpoint
+from models.checkpoint import write_checkpoint
+from runtime.run_folder import STATE, numbered_checkpoints
 from runtime.terminal import UserError
 from training import state
-from training.run import STATE
 from training.state import Writer, due_paths, read_newest_state
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "rectified_flow" / "digits_rf_gaussian.py")

@@ -1,15 +1,22 @@
-"""Which checkpoints of a run are evaluated, and waiting for those that training has yet to write."""
+"""The folder of a run, {work_dir}/{expr}: the names of its files, its checkpoints, and those still to be written."""
 
 import contextlib
 import itertools
 import pathlib
+import re
 import time
 
-from models.checkpoint import is_remote, numbered_checkpoints, read_checkpoint
-from runtime.devices import gather
 from runtime.terminal import UserError
 
+CONFIG, LOG, SAMPLES, CHECKPOINTS = "config.json", "log.jsonl", "samples", "checkpoints"
+STATE = "checkpoints-meta/checkpoint.pth"  # from which a stopped run goes on
+RESULTS, GRIDS = "eval/results.jsonl", "eval_sample"  # of evaluation_fid.py and image_sampling.py
 POLL = 5.0  # seconds between looks at the folder, after a while of quicker ones
+
+
+def run_path(config):
+    """Return the folder of the run, {work_dir}/{expr}."""
+    return pathlib.Path(config.work_dir) / config.expr
 
 
 def run_folder(path):
@@ -17,41 +24,24 @@ def run_folder(path):
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
     parent = pathlib.Path(path).parent
-    return parent.parent if parent.name in ("checkpoints", "checkpoints-meta") else parent
+    return parent.parent if parent.name in (CHECKPOINTS, pathlib.Path(STATE).parent.name) else parent
+
+
+def numbered_checkpoints(folder):
+    """Return {k: path} of the files checkpoint_{k}.pth in `folder`, in the order of k."""
+    found = ((re.fullmatch(r"checkpoint_(0|[1-9][0-9]*)\.pth", path.name), path)
+             for path in pathlib.Path(folder).glob("*.pth") if path.is_file())
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 def checkpoint_folder(ckpt_dir):
     """Return the folder with the numbered checkpoints of a run folder (or of a folder that holds them itself)."""
     ckpt_dir = pathlib.Path(ckpt_dir)
-    inner = ckpt_dir / "checkpoints"
+    inner = ckpt_dir / CHECKPOINTS
     return ckpt_dir if not inner.is_dir() and numbered_checkpoints(ckpt_dir) else inner
 
 
-def read_checkpoints(ckpt_dir, settings, processes):
-    """Yield `read_checkpoint` of the checkpoints that --ckpt_dir and config.eval (`settings`) ask for.
-
-    Process 0 decides which; every process reads the file itself. Raises UserError as `sweep`.
-    """
-    if is_remote(ckpt_dir) or pathlib.Path(ckpt_dir).is_file():
-        found = map(read_checkpoint, [ckpt_dir])
-    else:
-        found = sweep(checkpoint_folder(ckpt_dir), settings.begin_ckpt, settings.end_ckpt,
-                      settings.wait_limit * 3600 if settings.wait else 0.0)
-    checkpoint = None
-
-    def advance():
-        nonlocal checkpoint
-        checkpoint = next(found, None)
-        return checkpoint and checkpoint["path"]
-
-    while (path := processes.from_main(advance)) is not None:
-        checkpoint = checkpoint if processes.is_main else read_checkpoint(path)
-        if len(set(gather(checkpoint["digest"]))) > 1:
-            raise UserError(f"{path} was replaced while it was read")
-        yield checkpoint
-
-
-def sweep(folder, begin, end, limit=0.0, read=read_checkpoint):
+def sweep(folder, begin, end, limit, read):
     """Yield `read(path)` of the checkpoints begin ≤ k ≤ end (end 0: to the newest) in `folder`.
 
     A line tells of numbers that are not there, also where training has deleted one in the meantime. With a `limit`, in

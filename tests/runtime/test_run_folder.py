@@ -1,12 +1,13 @@
-"""Which checkpoints a sweep visits, and how it waits."""
+"""Which checkpoints a run has, which of them a sweep visits, and how it waits."""
 
+import os
 import threading
 import time
 
 import pytest
 
-from metrics import sweep as sweep_module
-from metrics.sweep import checkpoint_folder, run_folder, sweep
+import runtime.run_folder
+from runtime.run_folder import checkpoint_folder, numbered_checkpoints, run_folder, sweep
 from runtime.terminal import UserError
 
 
@@ -28,6 +29,18 @@ def numbers(folder, begin, end, limit=0.0, read=read):
     return [found["number"] for found in sweep(folder, begin, end, limit, read)]
 
 
+def test_the_numbers_in_the_names_decide_and_other_files_do_not_count(tmp_path):
+    for name in ("checkpoint_2.pth", "checkpoint_10.pth", "checkpoint_9.pth", "checkpoint.pth", "checkpoint_x.pth",
+                 ".checkpoint_3.17.tmp.pth", "checkpoint_4.pth.part", "checkpoint_010.pth", "checkpoint_٣.pth"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "checkpoint_11.pth").mkdir()
+    os.mkfifo(tmp_path / "checkpoint_12.pth")
+    found = numbered_checkpoints(tmp_path)
+    assert list(found) == [2, 9, 10]
+    assert found[9] == tmp_path / "checkpoint_9.pth"
+    assert numbered_checkpoints(tmp_path / "absent") == {}
+
+
 def test_an_open_sweep_goes_to_the_newest_and_tells_of_gaps(tmp_path, capsys):
     touch(tmp_path, 1, 2, 4, 5)
     assert numbers(tmp_path, 2, 0) == [2, 4, 5]
@@ -44,7 +57,7 @@ def test_a_checkpoint_of_a_huge_number_is_reached_without_counting(tmp_path, cap
 
 def test_a_checkpoint_that_training_deletes_during_the_sweep_is_told_of_and_left_out(tmp_path, capsys):
     touch(tmp_path, 1, 2, 3)
-    found = sweep(tmp_path, 1, 0, read=read)
+    found = sweep(tmp_path, 1, 0, 0.0, read)
     assert next(found)["number"] == 1
     (tmp_path / "checkpoint_2.pth").unlink()
     assert [checkpoint["number"] for checkpoint in found] == [3]
@@ -96,14 +109,13 @@ def test_checkpoints_that_training_has_deleted_are_not_waited_for(tmp_path):
 
 def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_passed_over(tmp_path, monkeypatch):
     touch(tmp_path, 1, 2)
-    listed = sweep_module.numbered_checkpoints
 
     def delete_after_listing(folder):
-        found = listed(folder)
+        found = numbered_checkpoints(folder)
         (tmp_path / "checkpoint_1.pth").unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(sweep_module, "numbered_checkpoints", delete_after_listing)
+    monkeypatch.setattr(runtime.run_folder, "numbered_checkpoints", delete_after_listing)
     assert numbers(tmp_path, 1, 2, 30) == [2]
 
 
