@@ -113,6 +113,13 @@ def run_script(folder, script, *words, environment=None, cwd=ROOT, prepare=None)
     return status, started.log
 
 
+def output_of(folder, script, *words, **options):
+    """Run a script to its end, which must be a good one; return what it printed."""
+    status, printed = run_script(folder, script, *words, **options)
+    assert status == 0, printed
+    return printed
+
+
 def run_ranks(folder, script, *words, count=2):
     """Run a script in `count` gloo processes as torchrun would; return the list of (exit status, output)."""
     started = start_ranks(folder, script, *words, count=count)

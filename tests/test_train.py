@@ -25,22 +25,35 @@ from configs.default import FIELDS
 from models.checkpoint import write_checkpoint
 from runtime.files import read_json_lines
 from runtime.terminal import UserError
-from tests.processes import run_ranks, run_script, start_ranks
+from tests.helpers import DIGITS, overrides, same
+from tests.processes import output_of, run_ranks, run_script, start_ranks
 from training import state
 
 KILLS = int(os.environ.get("SLIMFLOW_KILLS", 2))  # of each killed run; more for a long form of the test
-DIGITS = "configs/rectified_flow/digits_rf_gaussian.py"
-TINY = ["--config.model.nf", 8, "--config.model.ch_mult", "(1, 2)", "--config.training.batch_size", 16,
-        "--config.training.record_iters", 4, "--config.training.snapshot_freq", 10,
-        "--config.training.snapshot_freq_for_preemption", 5, "--config.training.snapshot_sampling", 0,
-        "--config.training.progress", "false", "--config.optim.warmup", 4]
-EXACT = [*TINY, "--config.training.n_iters", 21, "--config.training.accumulation_steps", 2,
-         "--config.model.dropout", 0.2]
+TINY = {"model__nf": 8, "model__ch_mult": (1, 2), "training__batch_size": 16, "training__record_iters": 4,
+        "training__snapshot_freq": 10, "training__snapshot_freq_for_preemption": 5, "training__snapshot_sampling": 0,
+        "training__progress": "false", "optim__warmup": 4}
+EXACT = {"training__n_iters": 21, "training__accumulation_steps": 2, "model__dropout": 0.2}
+STATE = "checkpoints-meta/checkpoint.pth"
 
 
-def words(folder, expr, *more):
+def words(folder, expr="run", **fields):
     """Return the words of a training run in `folder`."""
-    return ["--config", DIGITS, "--config.work_dir", folder, "--config.expr", expr, *more]
+    return ["--config", DIGITS, *overrides(work_dir=folder, expr=expr, **(TINY | fields))]
+
+
+def finish(folder, expr="run", prepare=None, **fields):
+    """Run a training to its end; return its folder and what it printed."""
+    folder.mkdir(exist_ok=True)
+    return folder / expr, output_of(folder, "train.py", *words(folder, expr, **fields), prepare=prepare)
+
+
+def finish_ranks(folder, count=2, **fields):
+    """Run a training in several processes to its end; return its folder."""
+    folder.mkdir(exist_ok=True)
+    for status, log in run_ranks(folder, "train.py", *words(folder, **fields), count=count):
+        assert status == 0, log
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -57,32 +70,18 @@ def pairs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A checkpoint to start from and to be guided by."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    status, log = run_script(folder, "train.py", *words(folder, "p", *TINY, "--config.training.n_iters", 10))
-    assert status == 0, log
-    return folder / "p" / "checkpoints" / "checkpoint_1.pth"
+    run, _ = finish(tmp_path_factory.mktemp("pretrained"), training__n_iters=10)
+    return run / "checkpoints" / "checkpoint_1.pth"
 
 
 OBJECTIVES = {
-    "1-flow": lambda pairs, pretrained: ["--config.data.random_flip", "true"],
-    "annealing": lambda pairs, pretrained: [
-        "--config.data.reflow_data_root", pairs, "--config.training.x0_randomness", "warmup_16",
-        "--config.flow.h_flip", "true"],
-    "guided distillation": lambda pairs, pretrained: [
-        "--config.data.reflow_data_root", pairs, "--config.flow.flow_t_schedule", "t0", "--config.flow.use_teacher",
-        "true", "--config.flow.pre_train_model", pretrained],
+    "1-flow": lambda pairs, pretrained: {"data__random_flip": True},
+    "annealing": lambda pairs, pretrained: {
+        "data__reflow_data_root": pairs, "training__x0_randomness": "warmup_16", "flow__h_flip": True},
+    "guided distillation": lambda pairs, pretrained: {
+        "data__reflow_data_root": pairs, "flow__flow_t_schedule": "t0", "flow__use_teacher": True,
+        "flow__pre_train_model": pretrained},
 }
-
-
-def same(a, b):
-    """Whether two checkpoints agree to the last bit, tensor by tensor."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 def load(path):
@@ -99,24 +98,20 @@ def losses(run):
 @pytest.mark.parametrize("objective, count", [("1-flow", 1), ("annealing", 2), ("guided distillation", 1)])
 def test_killed_and_resumed_run_ends_bit_identical(objective, count, tmp_path, pairs, pretrained):
     """Killed KILLS times at random moments, starts and writes included, in one process and in two."""
-    chosen = [*EXACT, *OBJECTIVES[objective](pairs, pretrained)]
-    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "whole", "run", *chosen), count=count):
-        assert status == 0, log
+    fields = EXACT | OBJECTIVES[objective](pairs, pretrained)
+    whole = finish_ranks(tmp_path / "whole", count, **fields)
     run = tmp_path / "killed" / "run"
     moments = random.Random(objective)
     for records in sorted(moments.choices(range(1, 5), k=KILLS)):
-        scripts = start_ranks(tmp_path, "train.py", *words(tmp_path / "killed", "run", *chosen), count=count)
+        scripts = start_ranks(tmp_path, "train.py", *words(tmp_path / "killed", **fields), count=count)
         while len(read_json_lines(run / "log.jsonl")) < records:
             assert scripts[0].process.is_alive(), scripts[0].log
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.1))
         for script in scripts:
             script.kill()
-    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "killed", "run", *chosen), count=count):
-        assert status == 0, log
-    whole = tmp_path / "whole" / "run"
-    names = ["checkpoints-meta/checkpoint.pth", *(f"checkpoints/checkpoint_{k}.pth" for k in (1, 2))]
-    for name in names:
+    finish_ranks(tmp_path / "killed", count, **fields)
+    for name in (STATE, *(f"checkpoints/checkpoint_{k}.pth" for k in (1, 2))):
         expected, found = load(whole / name), load(run / name)
         expected["config"]["work_dir"] = found["config"]["work_dir"]
         assert same(expected, found), name
@@ -124,31 +119,22 @@ def test_killed_and_resumed_run_ends_bit_identical(objective, count, tmp_path, p
 
 
 def test_two_processes_train_to_the_losses_of_one(tmp_path):
-    chosen = [*TINY, "--config.training.n_iters", 12, "--config.training.accumulation_steps", 2]
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "one", "run", *chosen))
-    assert status == 0, log
-    assert [s for s, _ in run_ranks(tmp_path, "train.py", *words(tmp_path / "two", "run", *chosen))] == [0, 0]
-    one, two = (read_json_lines(tmp_path / n / "run" / "log.jsonl") for n in ("one", "two"))
+    fields = {"training__n_iters": 12, "training__accumulation_steps": 2}
+    runs = finish(tmp_path / "one", **fields)[0], finish_ranks(tmp_path / "two", **fields)
+    one, two = (read_json_lines(run / "log.jsonl") for run in runs)
     assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-5)
     assert [e["grad_norm"] for e in two] == pytest.approx([e["grad_norm"] for e in one], rel=1e-4)
-    # the run of two goes on with one
-    more = [*chosen, "--config.training.n_iters", 16]
-    for n in ("one", "two"):
-        status, log = run_script(tmp_path, "train.py", *words(tmp_path / n, "run", *more))
-        assert status == 0, log
-    one, two = (read_json_lines(tmp_path / n / "run" / "log.jsonl")[-1]["loss"] for n in ("one", "two"))
+    for name in ("one", "two"):  # the run of two goes on with one
+        finish(tmp_path / name, **(fields | {"training__n_iters": 16}))
+    one, two = (read_json_lines(run / "log.jsonl")[-1]["loss"] for run in runs)
     assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_two_processes_train_a_network_that_does_not_see_the_time(tmp_path):
     """Its time projections get no gradient, and keep their places in the EMA and the optimizer."""
-    chosen = [*TINY, "--config.training.n_iters", 6, "--config.training.accumulation_steps", 2,
-              "--config.model.conditional", "false"]
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "one", "run", *chosen))
-    assert status == 0, log
-    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "two", "run", *chosen)):
-        assert status == 0, log
-    one, two = (load(tmp_path / n / "run" / "checkpoints-meta" / "checkpoint.pth") for n in ("one", "two"))
+    fields = {"training__n_iters": 6, "training__accumulation_steps": 2, "model__conditional": False}
+    runs = finish(tmp_path / "one", **fields)[0], finish_ranks(tmp_path / "two", **fields)
+    one, two = (load(run / STATE) for run in runs)
     assert len(two["ema"]["shadow_params"]) == len(two["optimizer"]["param_groups"][0]["params"]) == len(
         two["model"]) - 1  # the sigmas are no parameter
     assert one["optimizer"]["state"].keys() == two["optimizer"]["state"].keys()
@@ -160,8 +146,7 @@ def test_two_processes_train_a_network_that_does_not_see_the_time(tmp_path):
 @pytest.mark.parametrize("number, status, count", [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
 def test_signal_finishes_the_update_writes_the_state_and_exits_with_its_status(number, status, count, tmp_path):
     """Two processes have a Ctrl-C twice: from the terminal and from torchrun."""
-    chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 100000)
-    scripts = start_ranks(tmp_path, "train.py", *chosen, count=count)
+    scripts = start_ranks(tmp_path, "train.py", *words(tmp_path, training__n_iters=100000), count=count)
     log = tmp_path / "run" / "log.jsonl"
     while not read_json_lines(log):
         assert scripts[0].process.is_alive(), scripts[0].log
@@ -169,7 +154,7 @@ def test_signal_finishes_the_update_writes_the_state_and_exits_with_its_status(n
         for script in scripts:
             script.send(number)
     assert [script.wait() for script in scripts] == [status] * count, scripts[0].log
-    done = load(tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth")["step"]
+    done = load(tmp_path / "run" / STATE)["step"]
     assert done >= read_json_lines(log)[-1]["step"]
     assert f"after update {done}" in (tmp_path / "run" / "log.txt").read_text()
 
@@ -191,17 +176,13 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(script, repository):
 
 
 def test_corrupt_state_falls_back_to_the_one_before_and_says_so(tmp_path):
-    chosen = [*TINY, "--config.training.n_iters", 12]
-    assert run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))[0] == 0
-    state = tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth"
-    state.write_bytes(state.read_bytes()[:1000])
-    more = words(tmp_path, "run", *TINY, "--config.training.n_iters", 14)
-    status, log = run_script(tmp_path, "train.py", *more)
-    assert status == 0, log
+    run, _ = finish(tmp_path, training__n_iters=12)
+    (run / STATE).write_bytes((run / STATE).read_bytes()[:1000])
+    _, log = finish(tmp_path, training__n_iters=14)
     assert "passed over a broken checkpoint" in log and "checkpoint_2.pth, 12 updates done" in log
-    for path in (tmp_path / "run").glob("checkpoints*/*.pth"):
+    for path in run.glob("checkpoints*/*.pth"):
         path.write_bytes(b"nothing")
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, "--config.training.n_iters", 16))
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path, training__n_iters=16))
     assert status == 2 and "no checkpoint of" in log and "Traceback" not in log
 
 
@@ -215,21 +196,18 @@ def without_room_for_checkpoint_1():
 
 
 def test_numbered_checkpoint_that_found_no_space_is_written_after_the_next_start(tmp_path):
-    chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 11)
+    chosen = words(tmp_path, training__n_iters=11)
     status, log = run_script(tmp_path, "train.py", *chosen, prepare=without_room_for_checkpoint_1)
     assert status == 2 and "No space left" in log and "Traceback" not in log, log
-    status, log = run_script(tmp_path, "train.py", *chosen)
-    assert status == 0 and "6 updates done" in log, log
+    assert "6 updates done" in output_of(tmp_path, "train.py", *chosen)
     assert load(tmp_path / "run" / "checkpoints" / "checkpoint_1.pth")["step"] == 11
 
 
 def test_run_folder_says_how_the_run_was_made(tmp_path):
-    chosen = words(tmp_path, "run", *TINY, "--config.training.n_iters", 14, "--config.training.snapshot_sampling", 6,
-                   "--config.training.keep_checkpoints", 1, "--config.training.snapshot_freq", 4)
-    assert run_script(tmp_path, "train.py", *chosen)[0] == 0
-    run = tmp_path / "run"
+    run, _ = finish(tmp_path, training__n_iters=14, training__snapshot_sampling=6, training__keep_checkpoints=1,
+                    training__snapshot_freq=4)
     assert json.loads((run / "config.json").read_text())["model"]["nf"] == 8
-    assert "--config.model.nf 8" in (run / "command.txt").read_text()
+    assert "--config.model.nf=8" in (run / "command.txt").read_text()
     made_with = json.loads((run / "versions.json").read_text())
     assert made_with["torch"] == metadata.version("torch") and "commit" in made_with
     assert (run / "uncommitted.patch").exists()
@@ -245,86 +223,72 @@ def test_run_folder_says_how_the_run_was_made(tmp_path):
     assert f"{run / 'checkpoints' / 'checkpoint_4.pth'} and {run / 'samples' / 'step_14.png'}" in told
 
 
-@pytest.mark.parametrize("more, status, sentence", [
-    (["--config.model.nf", 12], 2, "model.nf (8 there, 12 here)"),
-    (["--config.optim.beta1", 0.5], 2, "--config.training.resume_from"),
-    (["--config.expr", "run/"], 0, "the run is finished; raise config.training.n_iters"),
+@pytest.mark.parametrize("fields, status, sentence", [
+    ({"model__nf": 12}, 2, "model.nf (8 there, 12 here)"),
+    ({"optim__beta1": 0.5}, 2, "--config.training.resume_from"),
+    ({"expr": "run/"}, 0, "the run is finished; raise config.training.n_iters"),
 ])
 def test_second_start_of_a_run_is_refused_where_it_contradicts_and_said_where_it_is_finished(
-        more, status, sentence, tmp_path):
-    chosen = [*TINY, "--config.training.n_iters", 5]
-    assert run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))[0] == 0
-    before = (tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth").read_bytes()
-    found, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen, *more))
+        fields, status, sentence, tmp_path):
+    run, _ = finish(tmp_path, training__n_iters=5)
+    before = (run / STATE).read_bytes()
+    found, log = run_script(tmp_path, "train.py", *words(tmp_path, training__n_iters=5, **fields))
     assert found == status and sentence in log and log.count("\n") == 1
-    assert (tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth").read_bytes() == before
+    assert (run / STATE).read_bytes() == before
 
 
 def test_what_does_not_change_the_result_may_change_and_a_new_learning_rate_is_said(tmp_path):
-    assert run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, "--config.training.n_iters", 5))[0] == 0
-    status, log = run_script(tmp_path, "train.py", *words(
-        tmp_path, "run", *TINY, "--config.training.n_iters", 6, "--config.training.accumulation_steps", 4,
-        "--config.optim.lr", 0.5))
-    assert status == 0 and "from update 5 on: optim.lr (0.001 there, 0.5 here)" in log, log
-    assert read_json_lines(tmp_path / "run" / "log.jsonl")[-1]["lr"] == 0.5
+    finish(tmp_path, training__n_iters=5)
+    run, log = finish(tmp_path, training__n_iters=6, training__accumulation_steps=4, optim__lr=0.5)
+    assert "from update 5 on: optim.lr (0.001 there, 0.5 here)" in log, log
+    assert read_json_lines(run / "log.jsonl")[-1]["lr"] == 0.5
 
 
-@pytest.mark.parametrize("more, sentence", [
-    (["--config.training.batch_size", 5000], "1797"),
-    (["--config.data.reflow_data_root", "absent"], "absent"),
-    (["--config.flow.pre_train_model", "absent.pth"], "absent.pth"),
-    (["--config.training.resume_from", "absent"], "config.training.resume_from absent has no checkpoint"),
-    (["--config.expr", ""], "config.expr is ''"),
-    (["--config.flow.use_teacher", "true"], "use_teacher"),
+@pytest.mark.parametrize("fields, sentence", [
+    ({"training__batch_size": 5000}, "1797"),
+    ({"data__reflow_data_root": "absent"}, "absent"),
+    ({"flow__pre_train_model": "absent.pth"}, "absent.pth"),
+    ({"training__resume_from": "absent"}, "config.training.resume_from absent has no checkpoint"),
+    ({"expr": ""}, "config.expr is ''"),
+    ({"flow__use_teacher": True}, "use_teacher"),
 ])
-def test_bad_input_gets_one_sentence_and_leaves_no_run_behind(more, sentence, tmp_path):
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, *more))
+def test_bad_input_gets_one_sentence_and_leaves_no_run_behind(fields, sentence, tmp_path):
+    status, log = run_script(tmp_path, "train.py", *words(tmp_path, **fields))
     assert status == 2 and sentence in log and log.count("\n") == 1, log
     assert not (tmp_path / "run").exists()
 
 
 def test_resume_from_continues_another_run_in_a_new_folder(tmp_path):
-    chosen = [*TINY, "--config.training.n_iters", 6]
-    assert run_script(tmp_path, "train.py", *words(tmp_path, "first", *chosen))[0] == 0
-    more = [*TINY, "--config.training.n_iters", 9]
-    for expr, extra in (("first", []), ("second", ["--config.training.resume_from", tmp_path / "first"])):
-        if expr == "second":  # `first` was copied in its state after 6 updates
-            extra = ["--config.training.resume_from", tmp_path / "copy" / "first"]
-        else:
-            shutil.copytree(tmp_path / "first", tmp_path / "copy" / "first")
-        status, log = run_script(tmp_path, "train.py", *words(tmp_path, expr, *more, *extra))
-        assert status == 0, log
-    first, second = (load(tmp_path / e / "checkpoints-meta" / "checkpoint.pth") for e in ("first", "second"))
+    run, _ = finish(tmp_path, "first", training__n_iters=6)
+    shutil.copytree(run, tmp_path / "copy" / "first")  # the state after 6 updates
+    first, _ = finish(tmp_path, "first", training__n_iters=9)
+    second, _ = finish(tmp_path, "second", training__n_iters=9, training__resume_from=tmp_path / "copy" / "first")
+    first, second = load(first / STATE), load(second / STATE)
     assert second["step"] == 9 and same(first["model"], second["model"]) and same(first["ema"], second["ema"])
 
 
 def test_unwritable_place_is_one_sentence_from_every_process(tmp_path):
     (tmp_path / "file").write_text("")
-    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "file", "run", *TINY)):
+    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "file")):
         assert status == 2 and f"cannot write {tmp_path / 'file'}" in log and "Traceback" not in log, log
 
 
 def test_batch_that_processes_cannot_share_is_refused(tmp_path):
-    chosen = words(tmp_path, "run", *TINY, "--config.training.batch_size", 15)
-    for status, log in run_ranks(tmp_path, "train.py", *chosen):
+    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path, training__batch_size=15)):
         assert status == 2 and "cannot be split into 2 processes" in log
 
 
 def test_diverging_run_stops_with_its_skipped_updates_named_and_its_checkpoints_intact(tmp_path):
-    chosen = [*TINY, "--config.optim.warmup", 0, "--config.optim.lr", 1e25, "--config.training.max_skipped", 6,
-              "--config.training.n_iters", 100]
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))
+    status, log = run_script(tmp_path, "train.py", *words(
+        tmp_path, optim__warmup=0, optim__lr=1e25, training__max_skipped=6, training__n_iters=100))
     assert status == 2 and "was not finite for" in log and "config.training.max_skipped" in log, log
-    record = read_json_lines(tmp_path / "run" / "log.jsonl")[0]
-    assert record["skipped"] == 3
-    state = load(tmp_path / "run" / "checkpoints-meta" / "checkpoint.pth")
-    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    assert read_json_lines(tmp_path / "run" / "log.jsonl")[0]["skipped"] == 3
+    assert all(torch.isfinite(value).all() for value in load(tmp_path / "run" / STATE)["model"].values())
 
 
 def test_processes_agree_on_what_is_skipped(tmp_path):
-    chosen = [*TINY, "--config.optim.warmup", 0, "--config.optim.lr", 1e25, "--config.training.n_iters", 8]
-    assert [s for s, _ in run_ranks(tmp_path, "train.py", *words(tmp_path, "run", *chosen))] == [0, 0]
-    assert read_json_lines(tmp_path / "run" / "log.jsonl")[-1]["skipped"] == 7
+    run = finish_ranks(tmp_path, optim__warmup=0, optim__lr=1e25, training__n_iters=8)
+    assert read_json_lines(run / "log.jsonl")[-1]["skipped"] == 7
 
 
 def compile_quickly(graphs):
@@ -338,20 +302,15 @@ def compile_quickly(graphs):
 
 
 def test_compiled_run_is_one_graph_with_the_losses_and_the_names_of_an_eager_one(tmp_path):
-    chosen = [*TINY, "--config.training.n_iters", 12, "--config.training.accumulation_steps", 2,
-              "--config.training.snapshot_sampling", 6]
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "eager", "run", *chosen))
-    assert status == 0, log
-    chosen += ["--config.training.compile", "true"]
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path / "compiled", "run", *chosen),
-                             prepare=functools.partial(compile_quickly, tmp_path / "graphs.txt"))
-    assert status == 0, log
+    fields = {"training__n_iters": 12, "training__accumulation_steps": 2, "training__snapshot_sampling": 6}
+    runs = finish(tmp_path / "eager", **fields)[0], finish(
+        tmp_path / "compiled", prepare=functools.partial(compile_quickly, tmp_path / "graphs.txt"),
+        training__compile=True, **fields)[0]
     assert (tmp_path / "graphs.txt").read_text() == "graph\n"  # no break, no compilation at a later update
-    eager, compiled = (read_json_lines(tmp_path / n / "run" / "log.jsonl") for n in ("eager", "compiled"))
+    eager, compiled = (read_json_lines(run / "log.jsonl") for run in runs)
     assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in eager], rel=1e-5)
     assert [e["grad_norm"] for e in compiled] == pytest.approx([e["grad_norm"] for e in eager], rel=1e-4)
-    eager, compiled = (load(tmp_path / n / "run" / "checkpoints-meta" / "checkpoint.pth")["model"]
-                       for n in ("eager", "compiled"))
+    eager, compiled = (load(run / STATE)["model"] for run in runs)
     assert list(compiled) == list(eager)
 
 
@@ -363,27 +322,25 @@ def without_compiler():
 
 
 def test_compiler_that_fails_is_one_sentence(tmp_path):
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *TINY, "--config.training.compile", "true"),
-                             prepare=without_compiler)
+    chosen = words(tmp_path, training__compile=True)
+    status, log = run_script(tmp_path, "train.py", *chosen, prepare=without_compiler)
     assert status == 2 and "Traceback" not in log, log
     assert "config.training.compile is true, but torch.compile fails" in log and "no working C++ compiler" in log
 
 
 def test_bf16_radam_and_accumulation_train(tmp_path):
-    chosen = [*TINY, "--config.training.n_iters", 8, "--config.training.precision", "bf16",
-              "--config.training.accumulation_steps", 4, "--config.optim.optimizer", "RAdam"]
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path, "run", *chosen))
-    assert status == 0, log
-    records = read_json_lines(tmp_path / "run" / "log.jsonl")
-    assert records[-1]["skipped"] == 0 and 0 < records[-1]["loss"] < 5
+    run, _ = finish(tmp_path, training__n_iters=8, training__precision="bf16", training__accumulation_steps=4,
+                    optim__optimizer="RAdam")
+    record = read_json_lines(run / "log.jsonl")[-1]
+    assert record["skipped"] == 0 and 0 < record["loss"] < 5
 
 
 @pytest.fixture
 def digits(tmp_path, repository, monkeypatch):
-    """Parse and run a tiny training in this process: `digits(*words)` returns train.main's status."""
+    """Parse and run a tiny training in this process: `digits(**fields)` returns train.main's status."""
     monkeypatch.chdir(repository)
-    argv = ["train.py", *words(tmp_path, "run", *TINY, "--config.training.n_iters", 2)]
-    return lambda *more: train.main(*parse_command_line([str(word) for word in [*argv, *more]]))
+    return lambda **fields: train.main(*parse_command_line(
+        ["train.py", *words(tmp_path, training__n_iters=2, **fields)]))
 
 
 def test_help_marks_every_field_that_training_reads(digits, monkeypatch):
@@ -399,7 +356,7 @@ def test_help_marks_every_field_that_training_reads(digits, monkeypatch):
         return value
 
     monkeypatch.setattr(ConfigDict, "__getattr__", record)
-    assert digits("--config.training.snapshot_sampling", 2) == 0
+    assert digits(training__snapshot_sampling=2) == 0
     monkeypatch.undo()
     read = seen & FIELDS.keys()
     assert len(read) > 30 and all(name.startswith(train.READS) for name in read)
@@ -409,14 +366,13 @@ def test_help_marks_every_field_that_training_reads(digits, monkeypatch):
 
 
 def test_wandb_is_told_before_the_first_tensorboard_file_and_refused_where_it_is_missing(digits, monkeypatch, tmp_path):
-    chosen = ["--config.training.wandb", "flows"]
     with pytest.raises(UserError, match="config.training.wandb needs the package wandb"):
-        digits(*chosen)
+        digits(training__wandb="flows")
     asked, fake = [], types.ModuleType("wandb")
     fake.__spec__ = ModuleSpec("wandb", None)
     fake.init = lambda **options: asked.append((options, (tmp_path / "run" / "tensorboard").exists()))
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    assert digits(*chosen) == 0
+    assert digits(training__wandb="flows") == 0
     options = {"project": "flows", "name": "run", "dir": str(tmp_path / "run"), "sync_tensorboard": True}
     assert asked == [(options, False)]
 
@@ -437,7 +393,7 @@ def test_deterministic_training_sets_every_switch(value, digits, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        assert digits("--config.training.deterministic", value) == 0
+        assert digits(training__deterministic=value) == 0
         assert torch.are_deterministic_algorithms_enabled() is value and torch.backends.cudnn.benchmark is not value
         assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if value else None)
     finally:
