@@ -9,43 +9,36 @@ import torch
 from models import load_model
 from models.checkpoint import read_checkpoint
 from runtime.files import file_digest
+from tests.helpers import CIFAR10, overrides
 from tests.models.edm_networks import golden_file, golden_numbers
-from tests.processes import run_ranks, run_script
+from tests.processes import output_of, run_ranks, run_script
 
-CONFIG = "configs/rectified_flow/cifar10_rf_gaussian.py"
 TEACHER = "edm_ddpmpp_cond"  # 16×16, 10 classes: nothing of the config's but the channels
-FAST = ["--config.sampling.use_ode_sampler", "heun", "--config.sampling.sample_N", 3, "--config.training.batch_size", 4]
-STUDENT = ["--config", CONFIG, "--config.training.batch_size", 4, "--config.training.snapshot_freq", 4,
-           "--config.training.snapshot_freq_for_preemption", 4, "--config.training.snapshot_sampling", 0,
-           "--config.training.n_iters", 4, "--config.training.record_iters", 2, "--config.data.image_size", 16,
-           "--config.data.num_classes", 10, "--config.model.nf", 8, "--config.model.ch_mult", "(1, 2)",
-           "--config.model.num_res_blocks", 1, "--config.model.attn_resolutions", "(8,)"]
+FAST = {"sampling__use_ode_sampler": "heun", "sampling__sample_N": 3, "training__batch_size": 4,
+        "sampling__total_number_of_samples": 16}
+STUDENT = {"training__batch_size": 4, "training__snapshot_freq": 4, "training__snapshot_freq_for_preemption": 4,
+           "training__snapshot_sampling": 0, "training__n_iters": 4, "training__record_iters": 2,
+           "data__image_size": 16, "data__num_classes": 10, "model__nf": 8, "model__ch_mult": (1, 2),
+           "model__num_res_blocks": 1, "model__attn_resolutions": (8,)}
 
 
-@pytest.fixture(autouse=True)
-def in_repository(repository, monkeypatch):
-    monkeypatch.chdir(repository)
+def pair_words(root, *flags, teacher=None, **fields):
+    return ["--config", CIFAR10, "--ckpt_path", teacher or golden_file(f"{TEACHER}.pkl"), "--data_root", root, *flags,
+            *overrides(**(FAST | fields))]
 
 
-def run(folder, script, *words):
-    """Run a script to its end and return what it printed."""
-    status, log = run_script(folder, script, *words)
-    assert status == 0, log
-    return log
-
-
-def pair_words(root, *more, teacher=TEACHER):
-    return ["--config", CONFIG, "--ckpt_path", golden_file(f"{teacher}.pkl"), "--data_root", root,
-            "--config.sampling.total_number_of_samples", 16, *FAST, *more]
+def train(folder, expr, pairs, **fields):
+    """Train a student on pairs; return the path of its first checkpoint, and what train.py printed."""
+    fields = STUDENT | {"work_dir": folder, "data__reflow_data_root": pairs.parent} | fields
+    printed = output_of(folder, "train.py", "--config", CIFAR10, *overrides(expr=expr, **fields))
+    return folder / expr / "checkpoints/checkpoint_1.pth", printed
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory, request):
+def pairs(tmp_path_factory):
     """A folder of 16 pairs of the teacher."""
     folder = tmp_path_factory.mktemp("edm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(request.config.rootpath)
-        (folder / "log").write_text(run(folder, "generate_data.py", *pair_words(folder)))
+    (folder / "log").write_text(output_of(folder, "generate_data.py", *pair_words(folder)))
     return folder / "42"
 
 
@@ -63,7 +56,7 @@ def test_pairs_say_which_teacher_made_them_and_how(pairs):
 def test_two_processes_and_compact_storage_make_the_same_pairs(pairs, tmp_path):
     """An EDM teacher is divided over processes and stored like any other."""
     run_ranks(tmp_path, "generate_data.py", *pair_words(tmp_path / "two"))
-    run(tmp_path, "generate_data.py", *pair_words(tmp_path / "compact", "--config.sampling.pair_storage", "compact"))
+    output_of(tmp_path, "generate_data.py", *pair_words(tmp_path / "compact", sampling__pair_storage="compact"))
     assert (tmp_path / "two/42/z1.npy").read_bytes() == (pairs / "z1.npy").read_bytes()
     assert not (tmp_path / "compact/42/z0.npy").exists()
     np.testing.assert_allclose(np.load(tmp_path / "compact/42/z1.npy"), np.load(pairs / "z1.npy"), rtol=1e-3, atol=1e-3)
@@ -74,54 +67,44 @@ def test_recorded_latents_become_the_recorded_images(tmp_path, steps):
     """--z0_path and the sampler edm: EDM's own protocol through our script."""
     _, numbers = golden_numbers("edm_ncsnpp")
     np.save(tmp_path / "z0.npy", numbers["latents"].float().numpy())
-    run(tmp_path, "generate_data.py", *pair_words(
-        tmp_path, "--z0_path", tmp_path / "z0.npy", "--config.sampling.use_ode_sampler", "edm",
-        "--config.sampling.sample_N", steps, "--config.sampling.total_number_of_samples", 3, teacher="edm_ncsnpp"))
+    output_of(tmp_path, "generate_data.py", *pair_words(
+        tmp_path, "--z0_path", tmp_path / "z0.npy", teacher=golden_file("edm_ncsnpp.pkl"),
+        sampling__use_ode_sampler="edm", sampling__sample_N=steps, sampling__total_number_of_samples=3))
     images = np.load(tmp_path / "42/z1.npy")
     assert np.abs(images - numbers[f"images_{steps}"].numpy()).max() < 1e-4
 
 
 def test_flag_that_contradicts_the_file_is_refused(tmp_path):
     """A CIFAR-10 config serves for a 16×16 network, but --config.data.image_size 32 does not."""
-    status, log = run_script(tmp_path, "generate_data.py", *pair_words(tmp_path, "--config.data.image_size", 32))
+    status, log = run_script(tmp_path, "generate_data.py", *pair_words(tmp_path, data__image_size=32))
     assert status == 2 and "data.image_size is 16 in the checkpoint and 32 here" in log
 
 
 def test_annealing_reflow_and_distillation_from_the_teachers_pairs(pairs, tmp_path):
     """A smaller student is trained on the pairs, and then guided: by its 2-flow, and by the snapshot itself."""
-    common = [*STUDENT, "--config.work_dir", tmp_path, "--config.data.reflow_data_root", pairs.parent]
-    run(tmp_path, "train.py", *common, "--config.expr", "reflow", "--config.training.x0_randomness", "warmup_3",
-        "--config.flow.h_flip", "true")
-    two_flow = tmp_path / "reflow/checkpoints/checkpoint_1.pth"
-    distilled = [*common, "--config.flow.flow_t_schedule", "t0", "--config.flow.flow_alpha_t", "t0",
-                 "--config.flow.use_teacher", "true", "--config.flow.pre_train_model", two_flow]
-    run(tmp_path, "train.py", *distilled, "--config.expr", "one_step")
-    run(tmp_path, "train.py", *distilled, "--config.expr", "guided_by_edm", "--config.flow.teacher_model",
-        golden_file(f"{TEACHER}.pkl"))
-    one, other = (load_model(tmp_path / f"{name}/checkpoints/checkpoint_1.pth") for name in ("one_step",
-                                                                                           "guided_by_edm"))
+    two_flow, _ = train(tmp_path, "reflow", pairs, training__x0_randomness="warmup_3", flow__h_flip=True)
+    distilled = {"flow__flow_t_schedule": "t0", "flow__flow_alpha_t": "t0", "flow__use_teacher": True,
+                 "flow__pre_train_model": two_flow}
+    one, _ = train(tmp_path, "one_step", pairs, **distilled)
+    other, _ = train(tmp_path, "guided_by_edm", pairs, flow__teacher_model=golden_file(f"{TEACHER}.pkl"), **distilled)
+    one, other = load_model(one), load_model(other)
     assert any(not torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_student_that_starts_as_its_teacher_is_trained_resumed_and_used(pairs, tmp_path):
     """model.preconditioning edm: from the snapshot, through an interruption, to pairs of its own."""
     snapshot = golden_file(f"{TEACHER}.pkl")
-    words = [*STUDENT, "--config.work_dir", tmp_path, "--config.data.reflow_data_root", pairs.parent,
-             "--config.model.nf", 16, "--config.model.preconditioning", "edm",
-             "--config.flow.pre_train_model", snapshot]
-    log = run(tmp_path, "train.py", *words, "--config.expr", "start", "--config.optim.lr", 0.0)
+    own = {"model__nf": 16, "model__preconditioning": "edm", "flow__pre_train_model": snapshot}
+    start, log = train(tmp_path, "start", pairs, optim__lr=0.0, **own)
     assert "0 did not" in log
-    start, teacher = (load_model(p) for p in (tmp_path / "start/checkpoints/checkpoint_1.pth", snapshot))
+    start, teacher = load_model(start), load_model(snapshot)
     assert all(torch.equal(p, q) for p, q in zip(start.parameters(), teacher.parameters(), strict=True))
-    run(tmp_path, "train.py", *words, "--config.expr", "twice")
-    run(tmp_path, "train.py", *words, "--config.expr", "twice", "--config.training.n_iters", 8)
-    run(tmp_path, "train.py", *words, "--config.expr", "once", "--config.training.n_iters", 8)
+    for expr, updates in (("twice", 4), ("twice", 8), ("once", 8)):
+        train(tmp_path, expr, pairs, training__n_iters=updates, **own)
     files = [tmp_path / f"{name}/checkpoints/checkpoint_2.pth" for name in ("twice", "once")]
     twice, once = (read_checkpoint(file)["model"] for file in files)
     assert all(torch.equal(twice[name], once[name]) for name in once)
-    words = pair_words(tmp_path / "pairs")
-    words[words.index("--ckpt_path") + 1] = files[0]
-    run(tmp_path, "generate_data.py", *words)
+    output_of(tmp_path, "generate_data.py", *pair_words(tmp_path / "pairs", teacher=files[0]))
     assert np.isfinite(np.load(tmp_path / "pairs/42/z1.npy")).all()
 
 
@@ -129,13 +112,12 @@ def test_teacher_can_be_sampled_measured_and_described(tmp_path):
     """image_sampling.py, evaluation_fid.py and tools.describe take a snapshot where they take a checkpoint."""
     snapshot = tmp_path / f"{TEACHER}.pkl"
     snapshot.write_bytes(golden_file(snapshot.name).read_bytes())
-    run(tmp_path, "image_sampling.py", "--config", CONFIG, "--sampling_dir", snapshot, "--classes", "0,3",
-        "--config.sampling.use_ode_sampler", "euler", "--config.sampling.sample_N", 2)
+    output_of(tmp_path, "image_sampling.py", "--config", CIFAR10, "--sampling_dir", snapshot, "--classes", "0,3",
+              *overrides(sampling__use_ode_sampler="euler", sampling__sample_N=2))
     assert list((tmp_path / "eval_sample" / TEACHER).glob("euler*.png"))
-    assert "decoder 2" in run(tmp_path, "tools.describe", "--config", CONFIG, "--ckpt_path", snapshot)
+    assert "decoder 2" in output_of(tmp_path, "tools.describe", "--config", CIFAR10, "--ckpt_path", snapshot)
     np.save(tmp_path / "images.npy", np.random.default_rng(0).uniform(-1, 1, (16, 3, 16, 16)).astype(np.float32))
-    log = run(tmp_path, "evaluation_fid.py", "--config", CONFIG, "--ckpt_dir", snapshot, "--target_path",
-              tmp_path / "images.npy", "--config.eval.feature_extractor", "pixels", "--config.eval.num_samples", 16,
-              "--config.sampling.use_ode_sampler", "edm", "--config.sampling.sample_N", 2,
-              "--config.data.data_root", tmp_path)
+    log = output_of(tmp_path, "evaluation_fid.py", "--config", CIFAR10, "--ckpt_dir", snapshot, "--target_path",
+                    tmp_path / "images.npy", *overrides(eval__feature_extractor="pixels", eval__num_samples=16,
+                    sampling__use_ode_sampler="edm", sampling__sample_N=2, data__data_root=tmp_path))
     assert f"best: {snapshot.name}" in log
