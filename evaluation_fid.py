@@ -66,8 +66,8 @@ def main(config, args, given):
 def measure_checkpoints(config, args, given, processes):
     """Measure every checkpoint of --ckpt_dir that has no result yet; return (results file, results of the sweep)."""
     remote = is_remote(args.ckpt_dir)  # it has no folder of its own
-    path = results.results_path(pathlib.Path(config.work_dir, pathlib.Path(args.ckpt_dir).stem) if remote else
-                        run_folder(args.ckpt_dir))
+    path = (pathlib.Path(config.work_dir, pathlib.Path(args.ckpt_dir).stem) if remote else
+            run_folder(args.ckpt_dir)) / RESULTS
     say_once, reference, cost, done = functools.cache(processes.say), None, {}, []
     for checkpoint in read_checkpoints(args.ckpt_dir, config.eval, processes):
         own, remarks = config_of_run(config, checkpoint, given)
