@@ -365,13 +365,16 @@ def test_help_marks_every_field_that_training_reads(digits, monkeypatch):
     assert read <= marked and not any(name.startswith("eval.") for name in marked)
 
 
-def test_wandb_is_told_before_the_first_tensorboard_file_and_refused_where_it_is_missing(digits, monkeypatch, tmp_path):
+def test_wandb_starts_before_tensorboard_and_a_missing_package_or_key_is_one_sentence(digits, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="config.training.wandb needs the package wandb"):
         digits(training__wandb="flows")
     asked, fake = [], types.ModuleType("wandb")
-    fake.__spec__ = ModuleSpec("wandb", None)
-    fake.init = lambda **options: asked.append((options, (tmp_path / "run" / "tensorboard").exists()))
+    fake.__spec__, fake.Error = ModuleSpec("wandb", None), ZeroDivisionError
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    fake.init = lambda **options: 1 / 0
+    with pytest.raises(UserError, match="config.training.wandb: division by zero Or set WANDB_MODE=offline"):
+        digits(training__wandb="flows")
+    fake.init = lambda **options: asked.append((options, (tmp_path / "run" / "tensorboard").exists()))
     assert digits(training__wandb="flows") == 0
     options = {"project": "flows", "name": "run", "dir": str(tmp_path / "run"), "sync_tensorboard": True}
     assert asked == [(options, False)]

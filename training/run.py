@@ -139,7 +139,11 @@ class RunLogger:
             if config.training.wandb:
                 import wandb  # optional
 
-                wandb.init(project=config.training.wandb, name=config.expr, dir=str(self.path), sync_tensorboard=True)
+                try:
+                    wandb.init(project=config.training.wandb, name=config.expr, dir=str(self.path),
+                               sync_tensorboard=True)
+                except wandb.Error as error:  # no key, no network
+                    raise UserError(f"config.training.wandb: {error} Or set WANDB_MODE=offline.") from error
             self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=start + 1)
 
     def write(self, step, stats, *, lr, beta, device):
