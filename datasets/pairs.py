@@ -276,9 +276,6 @@ def create_pair_batches(config, device):
         raise UserError(f"{data.reflow_data_root} holds {count} pairs, fewer than training.batch_size {size}")
     order = EndlessOrder(count, size, config.seed)
     if share > 0:
-        if not data.real_pairs_root:
-            raise UserError("config.flow.real_data_share needs pairs of sampling.direction from_z1: name their folder "
-                            "with config.data.real_pairs_root, which is empty")
         folders += open_pairs(data.real_pairs_root, config)
         check_origins(folders, SAME_ORIGIN[1:])
         order = MixedOrder(count, sum(map(len, folders)) - count, share, size, config.seed)

@@ -1,7 +1,7 @@
-"""Couplings: which noise z0 goes with which image z1, as the directions of generate_data.py have it (COUPLINGS).
+"""Couplings of noise z0 and images z1: COUPLINGS has one for each sampling.direction of generate_data.py.
 
 A coupling is a function (points, indices, solve, eps) → (z0, z1, nfe). `points.z0(indices)` and `points.z1(indices)`
-are the initial points of pairs by number; `solve(x)` integrates x, and returns where it ends and its evaluations.
+return noise and images by pair number; `solve(x)` integrates x and returns (end point, number of evaluations `(n,)`).
 """
 
 import dataclasses
@@ -14,27 +14,27 @@ from flows.samplers import create_sampler
 
 
 def random_paired(points, indices, solve, eps):
-    """Any image with any noise: the coupling that the first rectified flow learns from."""
+    """Pair images with independent noise: the coupling that a 1-rectified flow is trained on."""
     return points.z0(indices), points.z1(indices), torch.zeros(len(indices), dtype=torch.int64)
 
 
 def noise_to_image(points, indices, solve, eps):
-    """z0 is given, and z1 is where it flows to: the reflow coupling (arXiv 2209.03003)."""
+    """Integrate noise z0 to an image z1: the coupling of reflow (arXiv 2209.03003)."""
     z0 = points.z0(indices)
     return z0, *solve(z0)
 
 
 def image_to_noise(points, indices, solve, eps):
-    """z1 is given, and z0 is where it flows to back in time."""
+    """Integrate an image z1 backwards in time to noise z0."""
     z1 = points.z1(indices)
     z0, nfe = solve(z1)
     return z0, z1, nfe
 
 
 def near_image_to_noise(points, indices, solve, eps):
-    """As `image_to_noise`, from (1-eps)·z1 + eps·ξ with ξ = `points.z0`.
+    """Integrate (1-eps)·z1 + eps·ξ, ξ = `points.z0`, backwards from t = 1-eps to noise z0.
 
-    For the closed-form velocity, which is singular at t = 1: z1 itself lies between paths, and gives a wrong z0.
+    For the closed-form velocity, singular at t = 1. At t = 1-eps z1 itself is off the paths: its z0 would be wrong.
     """
     z1 = points.z1(indices)
     z0, nfe = solve(interpolate(points.z0(indices), z1, 1 - eps))
@@ -43,11 +43,11 @@ def near_image_to_noise(points, indices, solve, eps):
 
 @dataclasses.dataclass(frozen=True)
 class Coupling:
-    """A row of COUPLINGS: the function, and what generate_data.py must know of it."""
+    """A row of COUPLINGS: the function, and what generate_data.py must know about it."""
 
     pairs: Callable
-    given: str  # its initial points: "noise", "image" or "both"; from images it runs in reverse
-    velocity: str = ""  # what it integrates: "network", "closed form" (which ends at T - eps) or "" (nothing)
+    given: str  # the initial points that it reads: "noise", "image" (integrated in reverse) or "both"
+    velocity: str = ""  # the velocity that it integrates: "network", "closed form" (up to t = 1-eps) or "" (none)
 
 
 COUPLINGS = {
@@ -62,10 +62,10 @@ COUPLINGS = {
 def create_coupling(config, velocity, points, device):
     """Return the coupling of `config.sampling.direction`: `pairs(indices, finished) -> (z0, z1, label, nfe)`.
 
-    `indices` are numbers of pairs, a range; `finished(k)` is called whenever k more are done. z0, z1: float32
-    `(n, C, H, W)`, label one-hot float32 `(n, num_classes)` or None, nfe int64 `(n,)`, all on the CPU. Solved are
-    `config.training.batch_size` pairs at a time. A pair is bit-identical only in the same range (rk45 drops idle slots
-    at the end of it), with the same number of threads and the same instruction set.
+    `indices` is a range of pair numbers; `finished(k)` is called whenever k more pairs are done. z0, z1: float32
+    `(n, C, H, W)`, label one-hot float32 `(n, num_classes)` or None, nfe int64 `(n,)`, all on the CPU. The pairs are
+    integrated config.training.batch_size at a time. A pair is bit-identical only in the same range (at its end rk45
+    drops idle slots) with the same number of threads and instruction set. Raises UserError as `create_sampler`.
     """
     row, eps = COUPLINGS[config.sampling.direction], config.flow.eps
     end = 1 - eps if row.velocity == "closed form" else 1.0

@@ -1,6 +1,6 @@
-"""Distances between predicted and target velocity (`training.loss_type`), LPIPS for them, and weights over time.
+"""Distances between predicted and target velocities (DISTANCES), LPIPS among them, and weights over time (WEIGHTS).
 
-All compute in float32. DISTANCES and WEIGHTS are their tables.
+All are computed in float32.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def l1(v, point, reduce=mean):
 def huber(v, point):
     """Return the pseudo-Huber distance (sqrt(‖Δ‖² + c²) - c) / d of Δ = v - (z1 - z0), d = C·H·W, c = 0.00054·d: (N,).
 
-    From arXiv 2405.20320, section 4.2, without its difference of two near numbers.
+    From arXiv 2405.20320, section 4.2, rearranged so that nothing cancels where Δ is small.
     """
     d = math.prod(v.shape[1:])
     c = HUBER_C * d
@@ -55,28 +55,28 @@ def huber(v, point):
 
 
 def lpips_at_start(v, point, lpips):
-    """Return LPIPS(z0 + v, z1), of the images that one step from z0 leads to: (N,)."""
+    """Return LPIPS(z0 + v, z1), of one step from z0 and the image: (N,)."""
     return lpips(point.z0 + v, point.z0 + point.target)
 
 
-def lpips_from_here(v, point, lpips):
-    """Return LPIPS(x_t + (1-α)·v, z1), of the images that one step from x_t leads to: (N,)."""
+def lpips_at_end(v, point, lpips):
+    """Return LPIPS(x_t + (1-α)·v, z1), of one step from x_t and the image: (N,)."""
     return lpips(point.x_t + per_sample(1 - point.alpha, v) * v, point.z0 + point.target)
 
 
 def lpips_plus(distance, v, point, lpips):
-    """Return LPIPS(z0 + v, z1) + a distance of velocities, in the mean over C·H·W: (N,)."""
+    """Return LPIPS(z0 + v, z1) plus a velocity distance (`l2` or `l1`, mean over C·H·W): (N,)."""
     return lpips_at_start(v, point, lpips) + distance(v, point)
 
 
 def lpips_huber(v, point, lpips):
     """Return t·Huber + LPIPS(x_t + (1-α)·v, z1): (N,) (arXiv 2405.20320, LPIPS-Huber; there t = 1 is noise)."""
-    return point.t * huber(v, point) + lpips_from_here(v, point, lpips)
+    return point.t * huber(v, point) + lpips_at_end(v, point, lpips)
 
 
 def lpips_huber_inverse(v, point, lpips):
     """Return t·Huber + LPIPS(x_t + (1-α)·v, z1)/(1-t): (N,) (the authors' code; arXiv 2405.20320, LPIPS-Huber-1/t)."""
-    return point.t * huber(v, point) + lpips_from_here(v, point, lpips) / (1 - point.t).clamp(min=1e-3)
+    return point.t * huber(v, point) + lpips_at_end(v, point, lpips) / (1 - point.t).clamp(min=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Distance:
 
     function: Callable  # of the predicted velocity v (N, C, H, W) and the `PathPoint` it belongs to → (N,)
     lpips: bool = False  # whether it takes `lpips(image, reference) -> (N,)`, of grey or colour images
-    reduce: bool = False  # whether it takes `reduce`, as training.reduce_mean says (the others take the mean)
+    reduce: bool = False  # whether it takes `reduce`, set by training.reduce_mean (the others use the mean)
 
 
 DISTANCES = {
@@ -103,7 +103,7 @@ DISTANCES = {
 def create_distance(loss_type, reduce_mean=True, device="cpu"):
     """Return the distance `distance(v, point) -> (N,)` that `training.loss_type` names, with LPIPS on `device`.
 
-    `reduce_mean`: l2 and l1 as mean over C·H·W, otherwise as half the sum. Raises UserError as `load_lpips`.
+    `reduce_mean`: l2 and l1 are the mean over C·H·W, otherwise half the sum. Raises UserError as `load_lpips`.
     """
     row, arguments = DISTANCES[loss_type], {}
     if row.lpips:
@@ -116,14 +116,14 @@ def create_distance(loss_type, reduce_mean=True, device="cpu"):
 def load_lpips(device):
     """Return `lpips(image, reference) -> (N,)`, the distance `lpips_distance` with its network frozen on `device`.
 
-    Network and weights are those of the `lpips` package. Raises UserError where VGG16's cannot be had.
+    The `lpips` package has the network and its layer weights. Raises UserError if VGG16's cannot be read or downloaded.
     """
-    import lpips  # here, since it takes a second and most objectives do without
+    import lpips  # here, since it takes a second and most losses do not need it
     from torchvision.models import VGG16_Weights
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the package calls torchvision by an older keyword
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # draws weights, which are replaced
+        warnings.simplefilter("ignore", UserWarning)  # the package uses a deprecated argument of torchvision
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # with random weights, which are replaced
     url = VGG16_Weights.IMAGENET1K_V1.url
     try:
         weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
@@ -139,12 +139,12 @@ def load_lpips(device):
 
 
 def lpips_distance(net, image, reference):
-    """Return the LPIPS distance between images, float32 (N,), with gradient to `image` alone.
+    """Return the LPIPS distance between images, float32 (N,), with gradients for `image` only.
 
     `net`: `lpips.LPIPS`; `image`, `reference`: (N, 3, H, W) or grey (N, 1, H, W), in [-1, 1]. Both are resized to
-    64×64; differences of unit features are weighed by the package's layers, averaged over pixels, and added
-    (arXiv 1801.03924, equation 1). In float32 under autocast, too. The arithmetic is ours, because the package's has
-    NaN gradients where the squared features of a pixel add up to zero (the root of zero), as in a constant image.
+    64×64; squared differences of unit-length features are weighted by the package's layers, averaged over pixels and
+    summed (arXiv 1801.03924, equation 1), in float32 even under autocast. The package's own distance is not used: it
+    has NaN gradients where all features of a pixel are zero, as in a constant image.
     """
 
     def unit_features(x):
@@ -154,7 +154,7 @@ def lpips_distance(net, image, reference):
                 for f in net.net(net.scaling_layer(resized))]
 
     kind = image.device.type
-    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):  # the meta device has none
+    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):  # the meta device has no autocast
         with torch.no_grad():
             targets = unit_features(reference)
         layers = zip(net.lins, unit_features(image), targets, strict=True)
@@ -162,11 +162,11 @@ def lpips_distance(net, image, reference):
 
 
 def snr(t, eps):
-    """Return (t / (1 - t + eps))², the ratio of signal to noise at `t` (N,)."""
+    """Return (t / (1 - t + eps))², the signal-to-noise ratio at the times `t` (N,)."""
     return (t / (1 - t + eps)).square()
 
 
-# Weights over t: `weigh(losses, t, eps) -> losses`, losses and t (N,).
+# Weights over t: `weigh(losses, t, eps) -> weighted losses`, all (N,) but the float eps.
 WEIGHTS = {
     "uniform": lambda losses, t, eps: losses,
     "snr": lambda losses, t, eps: losses * snr(t, eps),

@@ -1,7 +1,7 @@
 """The training objectives: from a batch and random numbers to one loss per sample.
 
-Every objective is the one of rectified flow, E w(t)·D(v(x_t, t), z1 - z0), with its parts chosen by the config: times
-t, path α(t), annealing β, distance D, weight w. What the method adds to it is a function here.
+Every objective is that of rectified flow, E w(t)·D(v(x_t, t), z1 - z0); the config selects the times t, the path α(t),
+the annealing β, the distance D and the weight w. Flow-guided distillation adds a second term.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from flows import losses, schedules
 from flows.rectified_flow import PathPoint, anneal, per_sample, point_on_path
 from runtime.terminal import UserError
 
-GUIDANCE_TIMES = (0.2, 0.8)  # of the second guiding step: those of the released code
+GUIDANCE_TIMES = (0.2, 0.8)  # range of the time t between the two guiding steps, as in the released code
 
 
 class Draws:
-    """The random numbers of one update, drawn for the whole global batch, of which the `rows` (a slice) are returned.
+    """The random numbers of one update, drawn for the global batch of `count` samples; `rows`, a slice, are returned.
 
-    So a sample's numbers belong to its index in the batch, however that is split over processes and accumulation
-    steps. Each call draws the next ones from `generator` on `device`: all processes make the same calls.
+    So a sample's numbers depend only on its index in the batch, not on how that is split over processes and
+    accumulation steps. Each call draws from `generator` on `device`, so all processes must make the same calls.
     """
 
     def __init__(self, generator, count, rows=slice(None), device="cpu"):
@@ -32,13 +32,13 @@ class Draws:
         return torch.randn(self.count, *shape, generator=self.generator, device=self.device)[self.rows]
 
     def times(self, schedule, low, high):
-        """Return times (rows,) in [low, high] of a time schedule, see flows/schedules.py."""
+        """Return times (rows,) in [low, high] drawn by a time schedule, see flows/schedules.py."""
         return schedule(self.generator, self.count, self.device, low, high)[self.rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """The parts of an objective that the config chooses."""
+    """The parts of an objective that the config selects."""
 
     times: Callable  # time schedule, see flows/schedules.py
     alpha: Callable  # t (N,) → α (N,) of x_t = α·z1 + (1-α)·z0
@@ -51,9 +51,9 @@ class Choices:
 def flow_loss(choices, velocity, batch, draws, update):
     """Return w(t)·D(v(x_t, t), z1 - z0) of each sample, float32 (N,): 1-rectified flow, reflow, one-step distillation.
 
-    Liu et al. 2022, equation 1, on images with fresh noise; arXiv 2407.12718, equation 9, on annealed pairs, and
-    equation 8 with all times at eps.
-    `velocity(x, t, label)`: the network's, called once; `batch`: z0 (None for images), z1 (N, C, H, W) and label.
+    arXiv 2209.03003, equation 1, on images with fresh noise; arXiv 2407.12718, equation 9, on annealed pairs, and
+    equation 8 where every t is eps. `velocity(x, t, label)`: the network's, called once; `batch`: see
+    `datasets.Batch`; `draws`: see `Draws`; `update`: the number of the update, for annealing.
     """
     point = draw_point(choices, batch, draws, update)
     v = velocity(point.x_t, point.t, batch.label)
@@ -63,10 +63,10 @@ def flow_loss(choices, velocity, batch, draws, update):
 def guided_loss(choices, velocity, batch, draws, update, *, teacher, first_step="student"):
     """Return flow-guided distillation's loss of each sample, float32 (N,) (arXiv 2407.12718, equation 13).
 
-    It is `flow_loss` plus the distance of the one step from fresh noise ξ to two steps: x_t = ξ + t·u and
-    x_1 = x_t + (1-t)·teacher(x_t, t) (equations 11 and 12). The first, u, is the teacher's in the paper; in the
-    released code it is the student's own prediction at (ξ, eps). No gradient passes through the two steps.
-    Both passes of the student are one call, which keeps the activations of both.
+    It is `flow_loss` plus the distance between one step from fresh noise ξ and two steps, x_t = ξ + t·u and
+    x_1 = x_t + (1-t)·teacher(x_t, t) (equations 11 and 12). In the equations u is the teacher's velocity at (ξ, eps);
+    in practice, and in the released code, it is the student's. No gradient passes through the two steps.
+    The student is evaluated on x_t and ξ in one call, of twice the batch.
     """
     point, xi = draw_point(choices, batch, draws, update), draws.noise(batch.z1.shape[1:])
     t = draws.times(schedules.uniform, *GUIDANCE_TIMES)
@@ -93,7 +93,7 @@ def draw_point(choices, batch, draws, update):
 def create_objective(config, teacher=None, device="cpu"):
     """Return the objective of a config: `objective(velocity, batch, draws, update) -> losses (N,)` on `device`.
 
-    `teacher`: the frozen teacher's `velocity(x, t, label)`. Raises UserError where LPIPS lacks its weights.
+    `teacher`: the frozen teacher's `velocity(x, t, label)`. Raises UserError as `find_schedule` and `load_lpips`.
     """
     flow, training = config.flow, config.training
     annealed = config.data.reflow_data_root and training.x0_randomness != "fix_0"
@@ -111,7 +111,7 @@ def create_objective(config, teacher=None, device="cpu"):
 
 
 def check_config(config):
-    """Raise UserError where the fields of the objective do not fit together; nothing is loaded."""
+    """Raise UserError if fields of the objective contradict each other; loads nothing."""
     flow, training, data = config.flow, config.training, config.data
     schedules.create_time_schedule(flow.flow_t_schedule)
     schedules.create_annealing(training.x0_randomness)

@@ -1,6 +1,6 @@
 """Rectified flow: the straight path between noise and data, and velocities along it (arXiv 2209.03003).
 
-Time t = 0 is noise, t = 1 is data; it lives in [eps, 1]. Shapes are (N, C, H, W) for images and (N,) for times.
+t = 0 is noise and t = 1 is data; times lie in [eps, 1]. Shapes are (N, C, H, W) for images and (N,) for times.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from datasets.batches import pixels_to_float
 
-TIME_SCALE = 999.0  # a network is called with 999·t, as the released ones were trained
+TIME_SCALE = 999.0  # networks take 999·t, as the released ones do
 
 
 def per_sample(values, like):
-    """Return `values`, float or (N,), in a shape that multiplies each sample of `like` (N, …) by its own."""
+    """Return `values`, a float or (N,), in a shape that broadcasts over the samples of `like` (N, …)."""
     return values.view(-1, *(1,) * (like.ndim - 1)) if isinstance(values, Tensor) else values
 
 
@@ -28,15 +28,15 @@ def interpolate(z0, z1, alpha):
 
 
 def anneal(z0, xi, beta):
-    """Return z0' = sqrt(1-β²)·z0 + β·ξ: standard normal, as `z0` and `xi` are (arXiv 2407.12718, equation 9).
+    """Return z0' = sqrt(1-β²)·z0 + β·ξ: standard normal if `z0` and `xi` are (arXiv 2407.12718, equation 9).
 
-    `z0`, `xi`: (N, …); `beta`: float in [0, 1]. β = 0 gives `z0` untouched, β = 1 gives `xi`.
+    `z0`, `xi`: (N, …); `beta`: float in [0, 1]. β = 0 returns `z0` itself, β = 1 returns `xi`.
     """
     return z0 if beta == 0 else math.sqrt(1 - beta**2) * z0 + beta * xi
 
 
 def velocity_from_network(net):
-    """Return `velocity(x, t, label=None)` of a network that is called with 999·t.
+    """Return `velocity(x, t, label=None)` of a network that takes 999·t.
 
     `x` (N, C, H, W), `t` float or (N,) in [eps, 1], `label` one-hot (N, num_classes) or None → (N, C, H, W).
     """
@@ -54,9 +54,9 @@ def analytic_velocity(data, chunk=4096):
     v(x, t) = (Σ_i w_i·z1_i - x)/(1-t), w = softmax_i(-‖x - t·z1_i‖² / (2(1-t)²)): the conditional mean of z1 - z0
     at x_t = t·z1 + (1-t)·z0 (arXiv 2209.03003, equation 2, for a finite data set).
 
-    `data` is float in [-1, 1] or uint8, on the device where x will be; t `(N,)` lies in [0, 1); the label is ignored.
-    `chunk` images are compared with x at a time: memory is O(N·chunk). The comparison is made in float64: near t = 1
-    the exponents are differences of numbers a million times as large.
+    `data` is float in [-1, 1] or uint8, on the device of x; t `(N,)` lies in [0, 1); the label is ignored. `chunk`
+    images are compared with x at a time, so memory is O(N·chunk). It is computed in float64, since near t = 1 the
+    exponents are differences of numbers a million times as large.
     """
 
     def velocity(x, t, label=None):
@@ -80,7 +80,7 @@ def analytic_velocity(data, chunk=4096):
 
 @dataclasses.dataclass(frozen=True)
 class PathPoint:
-    """What a loss knows about each sample of a batch: where it stands on which path."""
+    """The points of a batch on their paths, as the loss functions take them."""
 
     z0: Tensor  # start of the path, (N, C, H, W)
     x_t: Tensor  # what the network sees, (N, C, H, W)
@@ -90,5 +90,5 @@ class PathPoint:
 
 
 def point_on_path(z0, z1, t, alpha):
-    """Return the `PathPoint` at α (N,) of the paths from `z0` to `z1`, seen by the network at time `t` (N,)."""
+    """Return the `PathPoint` at α (N,) on the paths from `z0` to `z1`; the network sees it at the times `t` (N,)."""
     return PathPoint(z0=z0, x_t=interpolate(z0, z1, alpha), t=t, alpha=alpha, target=z1 - z0)

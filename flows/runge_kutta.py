@@ -1,18 +1,18 @@
-"""Adaptive integration: Dormand-Prince 5(4) on the device, each sample with its own steps or a batch with one.
+"""Adaptive integration: Dormand-Prince 5(4) on the device, with step sizes per sample or one step size per batch.
 
-The pair of formulas is of Dormand and Prince (1980); the control law is that of Hairer, Nørsett and Wanner,
-"Solving Ordinary Differential Equations I", section II.4, as `scipy.integrate.RK45` has it: root-mean-square error
-norm, safety factor 0.9, step factors between 0.2 and 10, none above 1 after a refused step, automatic first step.
-With one step size for a batch (`joint`) this is scipy's law on the flattened batch, which the released code uses.
-Single samples differ in two ways, measured by benchmarks/ode.py: half the gain (Söderlind, "Automatic control and
-adaptive time-stepping", Numerical Algorithms 31, 2002, section 4), since the error of a single sample is a noisier
-guide than that of a batch, and a slower controller refuses fewer steps and leaves smaller errors; and a last step that
-is split rather than cut tiny, the longer part first, since velocities of 1-flows change fastest near the data.
+The pair of formulas is that of Dormand and Prince (1980); the step-size control is that of Hairer, Nørsett and Wanner,
+"Solving Ordinary Differential Equations I", section II.4, as in `scipy.integrate.RK45`: root-mean-square error norm,
+safety factor 0.9, step factors between 0.2 and 10, none above 1 after a rejected step, automatic first step.
+With one step size per batch (`joint`) this is scipy's control of the flattened batch, which the released code uses.
+Per sample it differs in two ways, both measured by benchmarks/ode.py. The gain is halved (Söderlind, "Automatic
+control and adaptive time-stepping", Numerical Algorithms 31, 2002, section 4): the error of one sample is noisier than
+that of a batch, and a slower controller rejects fewer steps and leaves smaller errors. And instead of a tiny last step
+the rest is split in two, the longer part first, since velocities of 1-flows change fastest near the data.
 
-What decides a step is computed in operations that IEEE 754 rounds correctly (+ - × ÷ √), so a sample's steps follow
-from its states alone. The states come from the network: they are the same to the last bit with the same number of slots
-and threads on the same instruction set, and up to rounding otherwise, since a network's rows are then rounded
-differently (with 3 or 6 threads even in one batch).
+Step sizes are computed with operations that IEEE 754 rounds correctly (+ - × ÷ √), so a sample's steps depend on its
+states alone. The states come from the network: they are bit-identical with the same number of slots and threads on the
+same instruction set, and equal up to rounding otherwise, since a network then rounds its rows differently (with 3 or 6
+threads even within one batch).
 """
 
 from typing import NamedTuple
@@ -39,29 +39,29 @@ SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
 ROOTS_OF_2 = (1.148698354997035, 1.3195079107728942, 1.515716566510398, 1.7411011265922482)  # 2^(r/5), r = 1..4
 SMALLEST_STEP = 10 * torch.finfo(torch.float64).eps
 
-FINISHED, RUNNING, VANISHED = range(3)  # what a slot reports after a step: VANISHED, a refused step cannot shrink
+FINISHED, RUNNING, VANISHED = range(3)  # status of a slot after a step; VANISHED: rejected and too small to shrink
 
 
 class Slots(NamedTuple):
-    """B samples in integration, each at its own time: everything that one step hands to the next.
+    """The state of B samples in integration, each at its own time.
 
     x and slope (the velocity there) `(B, ...)` float64; t and h (size of the next step, positive) `(B,)` float64;
-    refused `(B,)` bool: the last attempt was; label `(B, K)` or None.
+    rejected `(B,)` bool: whether the last attempted step was; label `(B, K)` or None.
     """
 
     x: torch.Tensor
     slope: torch.Tensor
     t: torch.Tensor
     h: torch.Tensor
-    refused: torch.Tensor
+    rejected: torch.Tensor
     label: torch.Tensor | None
 
     def take(self, rows):
-        """Return the slots numbered in `rows`, a slice or an int64 tensor on the device."""
+        """Return the slots with the numbers `rows`, a slice or an int64 tensor on the device."""
         return Slots(*(None if tensor is None else tensor[rows] for tensor in self))
 
     def put(self, places, others):
-        """Return these slots with `others` in the places (int64 tensor on the device)."""
+        """Return these slots with those at `places`, an int64 tensor on the device, replaced by `others`."""
         return Slots(*(None if old is None else old.index_copy(0, places, new)
                        for old, new in zip(self, others, strict=True)))
 
@@ -73,11 +73,11 @@ def on_device(numbers, device):
 
 
 def inverse_fifth_root(x):
-    """Return `x ** (-1/5)` of a positive float64 `(B,)` tensor: the same bits in every place and on every processor.
+    """Return `x ** (-1/5)` of a positive float64 `(B,)` tensor: the same bits at every index and on every processor.
 
     (A vectorised `pow` treats the last few entries of a tensor differently, so a sample's step would depend on its
-    slot.) With x = m·2^(5q - r), m in [0.5, 1), Newton's iteration y ← y(6 - m·y⁵)/5 finds m^(-1/5). Relative error
-    3e-15; 0 and infinity are taken as 1e±300.
+    slot.) With x = m·2^(5q - r), m in [0.5, 1), Newton's iteration y ← y(6 - m·y⁵)/5 finds m^(-1/5). The relative
+    error is 3e-15; x is clamped to [1e-300, 1e300].
     """
     m, exponent = torch.frexp(x.clamp(1e-300, 1e300))
     exponent = exponent.to(torch.int64)
@@ -93,13 +93,13 @@ def inverse_fifth_root(x):
 
 
 def error_norm(x, joint):
-    """Return the root mean square `(B,)` of each sample `(B, ...)`, or of the batch as one long vector."""
+    """Return the root mean square `(B,)` of each sample `(B, ...)`, or with `joint` of the whole batch."""
     squares = x.square().flatten(1).mean(1)
     return (squares.mean().expand_as(squares) if joint else squares).sqrt()
 
 
 def weighted_sum(weights, tensors):
-    """Sum of weight·tensor in the order given: each product and sum is rounded alike in every slot."""
+    """Return the sum of weight·tensor in the given order, so that it is rounded alike in every slot."""
     first, *others = [weight * tensor for weight, tensor in zip(weights, tensors, strict=True) if weight]
     return sum(others, first)
 
@@ -107,8 +107,8 @@ def weighted_sum(weights, tensors):
 def start_slots(velocity, z, label, t_start, t_end, tol, joint):
     """Return `Slots` at `t_start` with slope and first step, for samples `z` `(B, ...)`: two evaluations.
 
-    The first step is that of Hairer, Nørsett and Wanner: small enough that an explicit Euler step changes neither
-    the state nor the slope by much.
+    The first step is that of Hairer, Nørsett and Wanner: an explicit Euler step of this size changes neither the state
+    nor the slope by much.
     """
     direction = 1.0 if t_end > t_start else -1.0
     x = z.to(torch.float64)
@@ -132,7 +132,7 @@ def start_slots(velocity, z, label, t_start, t_end, tol, joint):
 def attempt_step(velocity, slots, t_end, tol, joint, dtype):
     """Attempt one step of every slot towards `t_end`, with six evaluations at `(B, ...)` in `dtype`.
 
-    Returns the new `Slots` and FINISHED, RUNNING or VANISHED of each, `(B,)`; finished slots stay as they are.
+    Returns the new `Slots` and the status of each, FINISHED, RUNNING or VANISHED, `(B,)`; finished slots do not change.
     """
     x, t, h = slots.x, slots.t, slots.h
     to_go = t_end - t
@@ -154,16 +154,16 @@ def attempt_step(velocity, slots, t_end, tol, joint, dtype):
     root = inverse_fifth_root(error)
     factor = SAFETY * torch.where(accepted, root if joint else root.sqrt(), root)
     factor = factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
-    factor = torch.where(slots.refused & accepted, factor.clamp(max=1), factor)
+    factor = torch.where(slots.rejected & accepted, factor.clamp(max=1), factor)
     factor = torch.where(error.isfinite(), factor, SMALLEST_FACTOR)
 
     keep_x = per_sample(accepted, x)
     t_new = torch.where(accepted, torch.where(last, t_end, t + h), t)
     h_next = h.abs() * factor
-    vanished = ~(h_next >= SMALLEST_STEP) & ~(error_norm(scaled, joint=False) < 1)  # negated: true of NaN, too
+    vanished = ~(h_next >= SMALLEST_STEP) & ~(error_norm(scaled, joint=False) < 1)  # negated, to be true for NaN
     status = torch.where(t_new == t_end, FINISHED, torch.where(vanished, VANISHED, RUNNING))
     return Slots(x=torch.where(keep_x, x_new, x), slope=torch.where(keep_x, slopes[-1], slots.slope), t=t_new,
-                 h=h_next, refused=~accepted, label=slots.label), status
+                 h=h_next, rejected=~accepted, label=slots.label), status
 
 
 @torch.no_grad()
@@ -171,27 +171,27 @@ def rk45(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, step_con
          max_steps=10000, shrink_slots=False, finished=None):
     """Integrate dx/dt = velocity(x, t, label) from `z` `(N, ...)` at `t_start` to `t_end`.
 
-    With `step_control` "sample" each sample has its own steps. N samples flow through `slots` slots: a slot whose
-    sample is finished takes the next one waiting, so that every evaluation has exactly `slots` rows (idle ones at the
-    end are computed and ignored), and a sample's steps do not depend on N, on its neighbours or on the order; nor does
-    its result, to the last bit, where the network rounds all rows of a batch alike. With `shrink_slots` idle slots are
-    given up, in eighths of all, when no sample waits: fewer rows are computed, but the rounding of the last samples
-    then depends on all of z. With `step_control` "batch" each batch of `slots` samples has one step size, and a
-    sample's result depends on its batch.
+    With `step_control` "sample" each sample has its own steps. The N samples share `slots` slots: a slot whose sample
+    is finished takes the next waiting one, so every evaluation has exactly `slots` rows (idle ones at the end are
+    computed and ignored). A sample's steps then do not depend on N, on its neighbours or on the order; nor does its
+    result, to the last bit, where the network rounds all rows of a batch alike. With `shrink_slots` idle slots are
+    dropped, in eighths of all, once no sample is waiting: fewer rows are computed, but the rounding of the last samples
+    depends on all of z. With `step_control` "batch" each batch of `slots` samples has one step size, and a sample's
+    result depends on its batch.
 
     velocity: takes x `(slots, ...)`, t `(slots,)` and label `(slots, K)` or None, in the dtype of z; the state is
-    float64. tol is both rtol and atol, on the root mean square over a sample (or batch). `finished(n)` is called with
-    how many more samples are done, for a progress bar.
+    float64. tol is both rtol and atol, on the root mean square over a sample (or batch). `finished(n)` is called when
+    n more samples are done.
     Returns x `(N, ...)` like z and the number of evaluations of each sample, int64 `(N,)` on the CPU, counted as
-    scipy does. Raises `UserError` naming sample and time where no step is small enough, as with a velocity that is not
-    finite, and after `max_steps` steps.
+    scipy does. Raises UserError, naming sample and time, if no step is small enough (as for a velocity that is not
+    finite) or after `max_steps` steps.
     """
     joint, eighth = step_control == "batch", max(1, slots // 8)
     x, steps = torch.empty_like(z), [0] * len(z)
     samples, free, taken = [None] * slots, list(range(slots)), 0  # samples: their numbers, None in idle slots
     while True:
-        # Refill free slots. Samples are prepared as many at a time as there are slots, so that these evaluations are
-        # as full as all others; behind the last sample its copies fill the rows.
+        # Refill free slots. Samples are started `slots` at a time, so that these evaluations have as many rows as all
+        # others; copies of the last sample fill the remaining rows.
         while free and taken < len(z):
             row = taken % slots
             if row == 0:
@@ -209,8 +209,8 @@ def rk45(velocity, z, label=None, *, t_start=1e-3, t_end=1.0, tol=1e-5, step_con
         busy = [slot for slot, sample in enumerate(samples) if sample is not None]
         if not busy:
             return x, 2 + 6 * torch.tensor(steps, dtype=torch.int64)  # two of `start_slots`, six an attempted step
-        # Once samples have finished and none waits, keep no more idle slots than fill up an eighth of all: in eighths,
-        # so that a network meets few batch sizes.
+        # Once samples have finished and none is waiting, keep only as many slots as round the busy ones up to an eighth
+        # of all: so a network sees few batch sizes.
         width = -(-len(busy) // eighth) * eighth
         if shrink_slots and not joint and taken == len(z) > len(busy) and width < len(samples):
             kept = (busy + [slot for slot, sample in enumerate(samples) if sample is None])[:width]

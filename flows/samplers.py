@@ -1,8 +1,8 @@
-"""From noise to images and back: samplers over a callable `velocity(x, t, label)`, all of one signature.
+"""Samplers, from noise to images and back, for a callable `velocity(x, t, label)`; SAMPLERS lists them.
 
 A sampler integrates z `(N, ...)` from time `t_start` to `t_end` and returns `(x, nfe)`: x `(N, ...)`, and the number
-of function evaluations of a sample, or of each, int64 `(N,)` on the CPU. t is 0 at noise and 1 at data; velocity sees
-t `(N,)`. SAMPLERS is their table. Formulas: SlimFlow (arXiv 2407.12718) and the works named at each.
+of function evaluations per sample, an int for all or int64 `(N,)` on the CPU. t is 0 at noise and 1 at data;
+`velocity` takes t `(N,)`. Formulas are from SlimFlow (arXiv 2407.12718) where no other source is given.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ def one_step(velocity, z, label=None, *, t_start=1e-3, t_end=1.0):
 
 
 def euler(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0):
-    """Euler's rule with N = `steps`: t_i = t_start + (i/N)(t_end - t_start), x += ±v(x, t_i)/N, - towards noise.
+    """Euler's method with N = `steps`: t_i = t_start + (i/N)(t_end - t_start), x += ±v(x, t_i)/N (- towards noise).
 
-    The step is 1/N and not (t_end - t_start)/N: the published figures of rectified flows were made so.
+    The step is 1/N, not (t_end - t_start)/N, as for the published results of rectified flow.
     """
     x, signed_steps = z, steps if t_end > t_start else -steps
     for i in range(steps):
@@ -43,9 +43,9 @@ def euler(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0):
 
 
 def heun(velocity, z, label=None, *, steps, rho=1.0, t_start=1e-3, t_end=1.0):
-    """Heun's rule on a curved grid of times: 2N-1 evaluations for N = `steps`.
+    """Heun's method on a grid of curvature ρ: 2N-1 evaluations for N = `steps`.
 
-    t_i = (t_start^ρ + (i/N)(t_end^ρ - t_start^ρ))^(1/ρ); trapezoid steps, and Euler's rule for the last one.
+    t_i = (t_start^ρ + (i/N)(t_end^ρ - t_start^ρ))^(1/ρ); trapezoidal steps, and an Euler step at the end.
     """
     grid = [(t_start**rho + i / steps * (t_end**rho - t_start**rho)) ** (1 / rho) for i in range(steps)] + [t_end]
     x = z
@@ -59,11 +59,11 @@ def heun(velocity, z, label=None, *, steps, rho=1.0, t_start=1e-3, t_end=1.0):
 
 
 def edm(velocity, z, label=None, *, steps, sigma_max=80.0, sigma_min=0.002, t_start=1e-3, t_end=1.0):
-    """EDM's deterministic sampler (arXiv 2206.00364, algorithm 1): Heun's rule in σ, 2N-1 evaluations for N = `steps`.
+    """EDM's deterministic sampler (arXiv 2206.00364, algorithm 1): Heun's method in σ, 2N-1 evaluations, N = `steps`.
 
     It integrates x_t/t = z1 + σ·z0, σ = (1-t)/t, whose derivative is d(x_t/t)/dσ = x_t - t·v(x_t, t), from σ_max·z0
-    over σ_i = (σ_max^(1/7) + i/(N-1)·(σ_min^(1/7) - σ_max^(1/7)))^7 to σ = 0 with Euler's rule for the last step. The
-    times are 1/(1+σ); t_start and t_end play no part. The state is float64, as theirs is.
+    over σ_i = (σ_max^(1/7) + i/(N-1)·(σ_min^(1/7) - σ_max^(1/7)))^7 to σ = 0, with an Euler step at the end. The times
+    are 1/(1+σ); t_start and t_end are ignored. The state is float64, as in EDM's code.
     """
     high, low = sigma_max ** (1 / EDM_RHO), sigma_min ** (1 / EDM_RHO)
     sigmas = [(high + i / max(1, steps - 1) * (low - high)) ** EDM_RHO for i in range(steps)] + [0.0]
@@ -83,7 +83,7 @@ def edm(velocity, z, label=None, *, steps, sigma_max=80.0, sigma_min=0.002, t_st
 
 
 def cm_stochastic(velocity, z, label=None, *, steps, noise, t_start=1e-3, t_end=1.0):
-    """Multistep sampling of consistency models (Song et al. 2023) on Euler's grid: jump to data, noise again.
+    """Multistep sampling of consistency models (arXiv 2303.01469, algorithm 1) on the time grid of `euler`.
 
     x1 = x + (1-t_i)·v(x, t_i); x = t_{i+1}·x1 + (1-t_{i+1})·ξ. `noise()` returns fresh ξ, standard normal like z.
     """
@@ -101,10 +101,10 @@ class Sampler:
     """A row of SAMPLERS."""
 
     run: Callable  # `run(velocity, z, label, *, t_start, t_end, **arguments) -> (x, nfe)`
-    fields: dict = dataclasses.field(default_factory=dict)  # field of config.sampling → argument of `run`: all of them
-    reverse: bool = False  # whether it runs from data to noise, t_start above t_end
-    noise: bool = False  # whether it takes `noise()`, fresh standard normal noise like z, a function of (seed, index)
-    adaptive: bool = False  # whether it divides the samples itself, and takes slots, max_steps, shrink_slots, finished
+    fields: dict = dataclasses.field(default_factory=dict)  # {each config.sampling field it reads: argument of `run`}
+    reverse: bool = False  # whether it can run from data to noise, t_start above t_end
+    noise: bool = False  # whether it takes `noise()`, see `path_noise`
+    adaptive: bool = False  # whether it batches the samples itself, and takes slots, max_steps, shrink_slots, finished
 
 
 STEPS = {"sample_N": "steps"}
@@ -119,18 +119,18 @@ SAMPLERS = {
 
 
 def sampler_fields():
-    """Return the names of all fields of config.sampling that any sampler of the table reads."""
+    """Return the names of all config.sampling fields that some sampler reads."""
     return list(dict.fromkeys(field for row in SAMPLERS.values() for field in row.fields))
 
 
 def sampler_values(config):
-    """Return {field: value} of the fields that the config's sampler reads, None for those of other samplers."""
+    """Return {field: value} of the fields that the config's sampler reads; fields of other samplers are None."""
     own = SAMPLERS[config.sampling.use_ode_sampler].fields
     return {field: config.sampling[field] if field in own else None for field in sampler_fields()}
 
 
 def sampler_title(name, values):
-    """Return a sampler with its `sampler_values` for people: `euler-2`, `rk45 (ode_tol 1e-05, step_control sample)`."""
+    """Return a title of a sampler with its `sampler_values`: `euler-2`, `rk45 (ode_tol 1e-05, step_control sample)`."""
     known = {field: values[field] for field in sampler_fields() if values.get(field) is not None}
     steps = f"-{known.pop('sample_N')}" if "sample_N" in known else ""
     others = [f"{field} {value:g}" if isinstance(value, float) else f"{field} {value}"
@@ -140,10 +140,10 @@ def sampler_title(name, values):
 
 @torch.no_grad()
 def straightness(velocity, z0, label=None, *, steps=100, t_start=1e-3, t_end=1.0):
-    """Return Σ_i (1/N)·‖v_i - (x_T - z0)‖₂ of each sample, `(B,)`, 0 for straight trajectories; and the trajectories.
+    """Return (straightness, times, states) of Euler trajectories with N = `steps`, all of them held in memory.
 
-    The v_i are those of Euler's rule with N = `steps` (arXiv 2209.03003, S(Z)). Trajectories are times `(N+1,)` and
-    states `(N+1, B, ...)`; they and the velocities are held at once.
+    Straightness `(B,)` is Σ_i (1/N)·‖v_i - (x_T - z0)‖₂, 0 for a straight trajectory: S(Z) of arXiv 2209.03003 with the
+    norm instead of its square. times: `(N+1,)`; states: `(N+1, B, ...)`.
     """
     times, states, velocities = [], [], []
 
@@ -159,18 +159,18 @@ def straightness(velocity, z0, label=None, *, steps=100, t_start=1e-3, t_end=1.0
 
 
 def path_noise(seed, indices, shape, device):
-    """Return a function whose n-th call gives noise `(len(indices), *shape)` that belongs to (seed, index, n)."""
+    """Return `noise()`: its n-th call draws `(len(indices), *shape)`, each row a function of (seed, index, n)."""
     generators = [index_generator(seed, int(index), PATH_NOISE) for index in indices]
     return lambda: torch.from_numpy(np.stack([g.standard_normal(shape, dtype="f4") for g in generators])).to(device)
 
 
 def create_sampler(config, reverse=False, T=1.0, shrink_slots=False):
-    """Return the sampler that `config.sampling` asks for: `sample(velocity, z, label=None, …) -> (x, nfe)`.
+    """Return the sampler that `config.sampling` selects: `sample(velocity, z, label=None, …) -> (x, nfe)`.
 
-    It runs from noise at config.flow.eps to data at T, or with `reverse` back, for which some raise `UserError`. T < 1
-    is for velocities that end before the data, as the closed form does. shrink_slots: see `rk45`.
-    `sample` takes any number of samples N, `batch_size` (default config.sampling.batch_size) at a time, their numbers
-    `indices` (default 0…N-1), which cm_stochastic's noise belongs to, and `finished(n)`, called when n more are done.
+    It runs from noise at config.flow.eps to data at T, or back with `reverse` (UserError where a sampler cannot). T < 1
+    is for velocities that are singular at t = 1, such as the closed form. shrink_slots: see `rk45`.
+    `sample` takes N samples, any number, `batch_size` (default config.sampling.batch_size) at a time; their numbers
+    `indices` (default 0…N-1), which determine cm_stochastic's noise; and `finished(n)`, called when n more are done.
     """
     settings, seed, row = config.sampling, config.seed, SAMPLERS[config.sampling.use_ode_sampler]
     if reverse and not row.reverse:

@@ -1,7 +1,7 @@
-"""What changes with time: the distribution of the training time t, α of the path, and β of annealing.
+"""Schedules: the distribution of the training time t, α of the path as a function of t, and β of annealing.
 
 In the names of TIME_SCHEDULES and ANNEALING_SCHEDULES <number> stands for a decimal number and <int> for a positive
-whole one; both are handed to the row's function.
+integer; both are passed to the row's function as floats.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ class Schedule:
 
     function: Callable
     valid: Callable = lambda *numbers: True  # whether the numbers in the name are in range
-    rule: str = ""  # the same in words
+    rule: str = ""  # that range in words, for the error message
 
 
 # Times: `function(generator, count, device, low, high, *numbers) -> t`, float32 (count,) in [low, high].
 
 
 def uniform(generator, count, device, *bounds):
-    """Draw t ~ U(low, high), or U(a, b) with a and b behind them."""
+    """Draw t ~ U(low, high), or U(a, b) where a and b follow."""
     low, high = bounds[-2:]
     return torch.rand(count, generator=generator, device=device) * (high - low) + low
 
@@ -53,9 +53,9 @@ def either_end(generator, count, device, low, high):
 
 
 def u_shaped(generator, count, device, low, high, a=U_SHAPE):
-    """Draw t of density ∝ e^{as} + e^{a(1-s)}, s = (t-low)/(high-low) (arXiv 2405.20320, section 4.1).
+    """Draw t with density ∝ e^{as} + e^{a(1-s)}, s = (t-low)/(high-low) (arXiv 2405.20320, section 4.1).
 
-    Its distribution function is 1/2 + sinh(a(s-1/2)) / (2·sinh(a/2)), inverted here.
+    The distribution function 1/2 + sinh(a(s-1/2)) / (2·sinh(a/2)) is inverted here.
     """
     u = torch.rand(count, generator=generator, device=device)
     s = 0.5 + torch.asinh((2 * u - 1) * math.sinh(a / 2)) / a
@@ -63,7 +63,7 @@ def u_shaped(generator, count, device, low, high, a=U_SHAPE):
 
 
 def exponential(generator, count, device, low, high, base):
-    """Draw t of density ∝ base^{1-s}, s = (t-low)/(high-low), as arXiv 2410.07815, section 3, with base 10.
+    """Draw t with density ∝ base^{1-s}, s = (t-low)/(high-low) (arXiv 2410.07815, section 3, with base 10).
 
     The distribution function (1 - base^{-s}) / (1 - 1/base) is inverted here.
     """
@@ -101,17 +101,17 @@ ANNEALING_SCHEDULES = {
 
 
 def create_time_schedule(name):
-    """Return the schedule `draw(generator, count, device, low, high) -> t` that flow.flow_t_schedule names."""
+    """Return the schedule `draw(generator, count, device, low, high) -> t (count,)` of a flow.flow_t_schedule."""
     return find_schedule(TIME_SCHEDULES, "flow.flow_t_schedule", str(name))
 
 
 def create_annealing(name):
-    """Return the schedule `beta(update) -> float in [0, 1]` that training.x0_randomness names."""
+    """Return the schedule `beta(update) -> float in [0, 1]` of a training.x0_randomness."""
     return find_schedule(ANNEALING_SCHEDULES, "training.x0_randomness", name)
 
 
 def find_schedule(table, field, name):
-    """Return the function of the row that `name` matches, which takes the numbers in `name` last.
+    """Return the function of the row that `name` matches, with the numbers in `name` as its last arguments.
 
     Raises UserError for a name that is not in the table, or whose numbers are out of range.
     """

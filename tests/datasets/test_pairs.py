@@ -145,12 +145,6 @@ def test_the_share_of_real_pairs_is_that_of_the_config(tmp_path):
     assert sorted(real) == list(range(500, 520)), "twenty real samples are the twenty real pairs"
 
 
-def test_a_share_of_real_pairs_without_their_folder_is_refused(tmp_path):
-    save_pairs(tmp_path / "0")
-    with pytest.raises(UserError, match="real_pairs_root, which is empty"):
-        create_batches(make_config(tmp_path, flow__real_data_share=0.5), "cpu")
-
-
 @pytest.mark.parametrize("form", ["one-hot", "numbers"])
 def test_labels_come_with_their_pairs(tmp_path, form):
     classes = np.arange(20) % 3

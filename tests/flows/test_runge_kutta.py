@@ -132,9 +132,9 @@ def test_no_step_grows_right_after_a_refused_one(joint):
     z = noise(2, 3, dtype=torch.float64)
     state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, 1e-4, joint)
     for refused, growth in ((False, 2.0), (True, 1.0)):
-        small = state._replace(h=torch.full_like(state.h, 1e-3), refused=torch.full((2,), refused))
+        small = state._replace(h=torch.full_like(state.h, 1e-3), rejected=torch.full((2,), refused))
         after, _ = attempt_step(gaussian_velocity, small, 1.0, 1e-4, joint, z.dtype)
-        assert not after.refused.any() and ((after.h > 1e-3 * growth) if growth > 1 else (after.h == 1e-3)).all()
+        assert not after.rejected.any() and ((after.h > 1e-3 * growth) if growth > 1 else (after.h == 1e-3)).all()
 
 
 def test_single_samples_are_stepped_with_half_the_gain_at_every_tolerance():
@@ -145,7 +145,7 @@ def test_single_samples_are_stepped_with_half_the_gain_at_every_tolerance():
         for joint in (True, False):
             state = start_slots(gaussian_velocity, z, None, 0.0, 1.0, tol, joint)
             after, _ = attempt_step(gaussian_velocity, state, 1.0, tol, joint, z.dtype)
-            assert not after.refused.any()
+            assert not after.rejected.any()
             factors.append(after.h / state.h / 0.9)
         torch.testing.assert_close((factors[1] ** 2).clamp(max=10 / 0.9), factors[0], rtol=1e-9, atol=0)
 
