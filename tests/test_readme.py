@@ -7,8 +7,10 @@ import shlex
 import numpy as np
 import pytest
 
+from experiments.report import read_table
 from tests.datasets.image_files import random_images, write_cifar
 from tests.processes import ROOT, run_script
+from tests.test_reproduce import ROWS, parse, size_of
 
 SETUP = ("make demo", "make test")
 NETWORK = ("--config.model.nf 8 --config.model.num_res_blocks 1 --config.model.ch_mult '(1, 2)' "
@@ -28,9 +30,10 @@ LPIPS = "--config.training.n_iters 1 --config.training.batch_size 1"  # VGG16 at
 
 
 def commands():
-    """Return the commands in the README's bash blocks, continuation lines joined, comments removed."""
+    """Return the commands of the README's bash blocks and studies, continuation lines joined, comments removed."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks += [f"{command}\n" for command in re.findall(r"`(python -m experiments[^`]*)`", text)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [line for line in words if line and " ".join(line[:2]) not in SETUP]
@@ -77,3 +80,32 @@ def test_every_path_that_the_readme_links_exists():
     missing = [link for link in links if not (ROOT / link).exists()]
     assert links and not missing
     assert not [p for p in pathlib.Path(ROOT / "docs").glob("*.md") if not p.read_text().startswith("# ")]
+
+
+def test_the_networks_of_the_table_have_the_sizes_that_it_says():
+    rows = [line.strip("|").split("|") for line in (ROOT / "README.md").read_text().splitlines()
+            if re.match(r"\| (CIFAR32|FFHQ64|ImageNet64) ", line)]
+    assert len(rows) == 8
+    for name, options, parameters, gmacs, _ in rows:
+        if name.startswith(" FFHQ64"):
+            sizes = [ROWS[f"FFHQ 64×64 {size}"] for size in ("27.9M", "15.7M", "7.0M", "3.4M")]
+            assert f"{sizes[3][0]:,}" in parameters and gmacs.strip() == " / ".join(f"{size[1]:.2f}" for size in sizes)
+            continue
+        kind = "imagenet64" if name.startswith(" ImageNet64") else "cifar10"
+        words = ["train.py", "--config", f"configs/rectified_flow/{kind}_rf_gaussian.py"]
+        for option in re.findall("`([^`]+)`", options):
+            words += shlex.split(option if option.startswith("--") else f"--config.model.{option}")
+        found = size_of(parse(words)[1])
+        assert f"{found[0]:,}" == parameters.strip() and float(gmacs) == pytest.approx(found[1], abs=0.0051), name
+
+
+def test_figures_of_the_results_are_recorded():
+    text, rows = (ROOT / "README.md").read_text(), read_table(ROOT / "experiments" / "results.csv")
+    teacher, student = ([rows[f"cifar_small/seed0/{run}/{sampler}"] for sampler in ("euler-1", "rk45-0.001")]
+                        for run in ("1_flow", "2_flow"))
+    assert all(f"{row['feature_distance']:.2f}" in text for row in teacher + student)
+    assert f"{100 * student[0]['parameters'] / teacher[0]['parameters']:.0f} %" in text
+    step, loading = ((ROOT / "benchmarks" / f"{name}.txt").read_text() for name in ("train_step", "loading"))
+    assert " to ".join(sorted(re.findall(r"ours is (\S+) times as fast in wall", step))) in text
+    ours, peer = (float(re.search(f"images: {name} +(\\S+)", loading)[1]) for name in ("ours", "torchvision"))
+    assert f"{peer / ours:.0f} times" in text
