@@ -2,27 +2,24 @@
 
 import sys
 
-import torch
-
 from configs.default import get_default_config
+from datasets import one_hot
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
 from models.checkpoint import load_with_config
-from runtime.pictures import save_grid
-from runtime.seeds import index_noise
-from runtime.terminal import one_sentence
+from runtime import pictures, seeds, terminal
 
 
 def main(checkpoint, picture="samples.png"):
-    """Write a grid of 64 one-step samples of a checkpoint, ours, SlimFlow's or EDM's, to `picture`."""
+    """Write a grid of 64 one-step samples of a checkpoint (ours, SlimFlow's or EDM's) to `picture`."""
     config, net, _ = load_with_config(checkpoint, get_default_config(), given=())
     config.sampling.use_ode_sampler = "one_step"  # the others: flows.samplers.SAMPLERS
     size, channels, classes = config.data.image_size, config.data.num_channels, config.data.num_classes
-    z0 = config.sampling.init_noise_scale * index_noise(0, range(64), (channels, size, size))
-    label = torch.eye(classes)[torch.arange(64) % classes] if classes else None  # classes 0: unconditional
-    save_grid(picture, create_sampler(config)(velocity_from_network(net), z0, label)[0], columns=8)
+    z0 = config.sampling.init_noise_scale * seeds.index_noise(0, range(64), (channels, size, size))
+    label = one_hot(seeds.index_labels(0, range(64), classes), classes) if classes else None
+    pictures.save_grid(picture, create_sampler(config)(velocity_from_network(net), z0, label)[0], columns=8)
 
 
 if __name__ == "__main__":
-    with one_sentence("example.py"):
+    with terminal.one_sentence("example.py"):
         main(*sys.argv[1:]) if sys.argv[1:] else print(__doc__)
