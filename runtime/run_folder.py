@@ -1,4 +1,4 @@
-"""The folder of a run, {work_dir}/{expr}: the names of its files, its checkpoints, and those still to be written."""
+"""The folder of a run, {work_dir}/{expr}: the names of its files, and its checkpoints, also those still to come."""
 
 import contextlib
 import itertools
@@ -9,9 +9,9 @@ import time
 from runtime.terminal import UserError
 
 CONFIG, LOG, SAMPLES, CHECKPOINTS = "config.json", "log.jsonl", "samples", "checkpoints"
-STATE = "checkpoints-meta/checkpoint.pth"  # from which a stopped run goes on
+STATE = "checkpoints-meta/checkpoint.pth"  # from which an interrupted run continues
 RESULTS, GRIDS = "eval/results.jsonl", "eval_sample"  # of evaluation_fid.py and image_sampling.py
-POLL = 5.0  # seconds between looks at the folder, after a while of quicker ones
+POLL = 5.0  # longest time between two checks of the folder, in seconds
 
 
 def run_path(config):
@@ -20,7 +20,7 @@ def run_path(config):
 
 
 def run_folder(path):
-    """Return the run of a checkpoint file: the folder above `checkpoints`, or else its own; of a folder itself."""
+    """Return the run folder of a checkpoint: the parent of checkpoints/, or else its own folder; a folder as it is."""
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
     parent = pathlib.Path(path).parent
@@ -41,13 +41,18 @@ def checkpoint_folder(ckpt_dir):
     return ckpt_dir if not inner.is_dir() and numbered_checkpoints(ckpt_dir) else inner
 
 
+def last_number(updates, frequency):
+    """Return the k of the last checkpoint_k of a run of `updates` ≥ 1 updates (see `training.state.due_paths`)."""
+    return updates if frequency == 1 else max(1, -(-(updates - 1) // frequency))
+
+
 def sweep(folder, begin, end, limit, read):
     """Yield `read(path)` of the checkpoints begin ≤ k ≤ end (end 0: to the newest) in `folder`.
 
-    A line tells of numbers that are not there, also where training has deleted one in the meantime. With a `limit`, in
-    seconds, the sweep waits so long for each checkpoint to be there and to be complete: `read` raises UserError for one
-    that is not. With `end` 0 it then ends with the last one that the checkpoint's config says training will write, or
-    when no new one comes. Raises UserError if there is none at all, or an awaited one does not come or complete.
+    Missing numbers are skipped with a message. limit: seconds to wait for each checkpoint to exist and to be complete
+    (`read` raises UserError for an incomplete one). With a limit and `end` 0 the sweep ends with the run's last
+    checkpoint, which the config in each one tells, or when no new one appears. Raises UserError if there is none at
+    all, or if an expected one does not appear or stays incomplete.
     """
     awaited, last, k = begin, end, None
     while not last or awaited <= last:
@@ -55,20 +60,21 @@ def sweep(folder, begin, end, limit, read):
         if k is None or last and k > last:
             break
         if k > awaited:
-            print(f"checkpoints {awaited} to {k - 1} are not in {folder}: passed over", flush=True)
+            print(f"checkpoints {awaited} to {k - 1} are not in {folder}: skipped", flush=True)
         yield content
         awaited = k + 1
         if limit and not end:
-            with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):  # its config does not tell
-                last = content["config"]["training"]["n_iters"] // content["config"]["training"]["snapshot_freq"]
+            with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):  # no such fields
+                options = content["config"]["training"]
+                last = last_number(options["n_iters"], options["snapshot_freq"])
     if awaited == begin or (limit and last and k is None):
         there = ", ".join(map(str, itertools.islice(numbered_checkpoints(folder), 40))) or "none; is it a run folder?"
-        within = "came within config.eval.wait_limit" if limit else "is there"
-        raise UserError(f"of the checkpoints {awaited} to {last or 'the newest'} in {folder} none {within} (there: "
-                        f"{there}): choose others with config.eval.begin_ckpt and end_ckpt, or let training write them "
-                        "and wait, with --config.eval.wait true")
+        within = "appeared within config.eval.wait_limit" if limit else "exists"
+        raise UserError(f"of the checkpoints {awaited} to {last or 'the newest'} in {folder} none {within} (found: "
+                        f"{there}): choose others with config.eval.begin_ckpt and end_ckpt, or wait for training to "
+                        "write them, with --config.eval.wait true")
     if end >= awaited:
-        print(f"checkpoints {awaited} to {end} are not in {folder}: passed over", flush=True)
+        print(f"checkpoints {awaited} to {end} are not in {folder}: skipped", flush=True)
 
 
 def _next_checkpoint(folder, number, limit, read):

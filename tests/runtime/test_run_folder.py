@@ -66,9 +66,9 @@ def test_a_checkpoint_that_training_deletes_during_the_sweep_is_told_of_and_left
 
 def test_a_sweep_without_any_checkpoint_says_what_is_there(tmp_path):
     touch(tmp_path, 1, 2, 3)
-    with pytest.raises(UserError, match=r"of the checkpoints 9 to 26 in .* none is there \(there: 1, 2, 3\)"):
+    with pytest.raises(UserError, match=r"of the checkpoints 9 to 26 in .* none exists \(found: 1, 2, 3\)"):
         numbers(tmp_path, 9, 26)
-    with pytest.raises(UserError, match="there: none"):
+    with pytest.raises(UserError, match="found: none"):
         numbers(tmp_path / "absent", 1, 0)
 
 
@@ -90,10 +90,13 @@ def test_waiting_goes_on_when_the_awaited_checkpoint_is_complete(tmp_path):
     assert time.monotonic() - started >= 0.6
 
 
-def test_an_open_sweep_that_waits_ends_with_the_last_checkpoint_of_the_run(tmp_path):
+@pytest.mark.parametrize("updates", [501, 750, 1000, 1001])  # of 500 for a checkpoint: also a shorter last stretch
+def test_an_open_sweep_that_waits_ends_with_the_last_checkpoint_of_the_run(tmp_path, updates):
     touch(tmp_path, 1)
-    threading.Timer(0.2, lambda: touch(tmp_path, 2)).start()
-    assert numbers(tmp_path, 1, 0, 30) == [1, 2]
+    written = {"config": {"training": {"n_iters": updates, "snapshot_freq": 500}}}
+    last = [1] if updates == 501 else [1, 2]
+    threading.Timer(0.2, lambda: touch(tmp_path, *last)).start()
+    assert numbers(tmp_path, 1, 0, 30, lambda path: written | {"number": read(path)["number"]}) == last
 
 
 @pytest.mark.parametrize("content", [{}, {"config": {"training": {"n_iters": 1, "snapshot_freq": 0}}}])
@@ -121,7 +124,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_passed_over(tmp_p
 
 def test_a_checkpoint_that_never_comes_or_never_completes_is_named(tmp_path):
     touch(tmp_path, 1)
-    with pytest.raises(UserError, match="of the checkpoints 2 to 2 in .* none came within config.eval.wait_limit"):
+    with pytest.raises(UserError, match="of the checkpoints 2 to 2 in .* none appeared within config.eval.wait_limit"):
         numbers(tmp_path, 1, 2, 0.1)
     (tmp_path / "checkpoint_2.pth").write_bytes(b"comp")
     with pytest.raises(UserError, match="cut short"):
