@@ -3,26 +3,11 @@
     python -m tools.export logs/distilled/checkpoints/checkpoint_1.pth
     python -m tools.export logs/2_rectified_flow/checkpoints/checkpoint_16.pth --sampler euler --steps 2
 
-Writes {run}/export/{checkpoint}.onnx and {checkpoint}_int8.onnx (8-bit weights and activations) and
-{checkpoint}.json with their sizes, one-image latencies on this CPU beside PyTorch's, and how far they are from
-PyTorch: at most 1e-4 for the float32 file, or the command fails; docs/export.md shows how to use the files. The number
-of images is free; a class-conditional model has a second input, the class numbers, and refuses those it does not know.
-flow.eps and the noise scale are those of the checkpoint's run. The same command twice gives the same model, though not
-the same bytes.
-
-A picture, with onnxruntime and Pillow alone:
-
-    import numpy as np
-    import onnxruntime
-    from PIL import Image
-
-    model = onnxruntime.InferenceSession("logs/distilled/export/checkpoint_1.onnx")
-    _, channels, height, width = model.get_inputs()[0].shape
-    noise = np.random.default_rng(0).standard_normal((16, channels, height, width), dtype=np.float32)
-    images = model.run(None, {"noise": noise})[0]  # a class-conditional model takes "label", too: int64 (16,)
-    pixels = ((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
-    sheet = pixels.reshape(4, 4, channels, height, width).transpose(0, 3, 1, 4, 2)
-    Image.fromarray(sheet.reshape(4 * height, 4 * width, channels).squeeze()).save("images.png")
+Writes {run}/export/{checkpoint}.onnx, {checkpoint}_int8.onnx (8-bit weights and activations) and {checkpoint}.json
+with their sizes, their one-image latencies on this CPU beside PyTorch's, and their differences from PyTorch; above 1e-4
+for the float32 file the command fails. docs/export.md shows how to use the files. The number of images is free; a
+class-conditional model has a second input, the class numbers, and refuses numbers that are not classes. flow.eps and
+the noise scale are those of the checkpoint's run. Repeated exports give the same model, though not the same bytes.
 """
 
 import contextlib

@@ -5,7 +5,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import onnxruntime
@@ -22,6 +21,7 @@ from models.ema import ExponentialMovingAverage
 from runtime.seeds import index_noise
 from runtime.terminal import UserError
 from tests.models.released_numbers import fields_of
+from tests.processes import ROOT
 from tests.tools.test_convert import config_file
 from tools import export
 
@@ -118,9 +118,10 @@ def test_eight_bits_need_less_than_half_of_the_bytes(conditional):
 
 
 def shown_lines():
-    """Return what the help of the command shows: (the checkpoint it names, the lines that use its file)."""
-    checkpoint = re.search(r"python -m tools.export (\S+\.pth)", export.__doc__)[1]
-    return pathlib.Path(checkpoint), textwrap.dedent(export.__doc__.partition("Pillow alone:\n\n")[2])
+    """Return what docs/export.md shows: (the checkpoint of its command, the lines that use the file)."""
+    page = (ROOT / "docs/export.md").read_text()
+    checkpoint = re.search(r"python -m tools.export (logs/\S+\.pth)", page)[1]
+    return pathlib.Path(checkpoint), re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
 
 
 def run_without_torch(lines, folder):
