@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from configs.command_line import run_script
-from configs.default import Field
+from configs.default import SAMPLING_READS, Field
 from datasets import one_hot
 from datasets.batches import check_finite
 from flows.rectified_flow import velocity_from_network
@@ -43,7 +43,7 @@ FLAGS = {
     "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
     "force": Field(False, "compute again what results.jsonl has"),
 }
-READS = ("seed", "training.precision", "training.progress", "flow.eps", "sampling.", "eval.", "data.", "model.")
+READS = (*SAMPLING_READS, "work_dir", "eval.")
 
 BATCHES_AT_ONCE = 4  # handed to the sampler together, so that rk45's slots seldom run empty
 PATIENCE = datetime.timedelta(days=7)  # of processes for one that waits for training or compares the features

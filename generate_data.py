@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from configs.command_line import config_to_dict, run_script
-from configs.default import Field, get_field
+from configs.default import SAMPLING_READS, Field, get_field
 from datasets import pair_writer
 from datasets.pair_writer import InitialPoints
 from datasets.pairs import NoiseSource, PairFolder, image_shape
@@ -41,8 +41,8 @@ FLAGS = {
     "z1_path": Field("", "npy of images (N, C, H, W) in [-1, 1] to start from instead of the data set"),
     "label_path": Field("", "npy of the classes of --z1_path, numbers (N,) or one-hot (N, num_classes)"),
 }
-READS = ("seed", "training.batch_size", "training.precision", "training.progress", "flow.eps", "sampling.", "data.",
-         "model.")
+READS = (*SAMPLING_READS, "training.batch_size", "sampling.direction", "sampling.total_number_of_samples",
+         "sampling.block_size", "sampling.pair_storage", "sampling.random_flip")
 
 BLOCK_BATCHES = 4  # batches in a block: a stop loses little, and rk45's slots are refilled for most of it
 PICTURED = 10

@@ -18,7 +18,7 @@ import time
 import torch
 
 from configs.command_line import run_script
-from configs.default import FIELDS, Field, get_field
+from configs.default import FIELDS, SAMPLING_READS, Field, get_field
 from datasets import load_images, one_hot
 from datasets.batches import check_finite
 from flows.rectified_flow import velocity_from_network
@@ -36,8 +36,8 @@ FLAGS = {
     "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
     "classes": Field("", "class-conditional models: a grid row for each of these classes: 0,3,7 or cat,dog or all"),
 }
-READS = ("seed", "training.precision", "training.progress", "flow.eps", "flow.flow_t_schedule", "sampling.",
-         "eval.begin_ckpt", "eval.end_ckpt", "eval.batch_size", "data.", "model.")
+READS = (*SAMPLING_READS, "flow.flow_t_schedule", "sampling.batch_size", "eval.begin_ckpt", "eval.end_ckpt",
+         "eval.batch_size")
 
 IMAGES = 64  # in a grid, unless eval.batch_size is given
 ROW = 10  # images in a row of the contact sheet, and of a class

@@ -11,7 +11,7 @@ import ml_collections
 from datasets.sources import DATASETS
 from flows.couplings import COUPLINGS
 from flows.losses import DISTANCES, WEIGHTS
-from flows.samplers import SAMPLERS
+from flows.samplers import SAMPLERS, sampler_fields
 from flows.schedules import ALPHA_SCHEDULES, ANNEALING_SCHEDULES, TIME_SCHEDULES
 from models.create import NETWORKS
 from runtime.terminal import UserError
@@ -194,6 +194,11 @@ GROUPS = {
 }
 
 FIELDS = {f"{group}.{name}".lstrip("."): field for group, fields in GROUPS.items() for name, field in fields.items()}
+# What the scripts that sample from a checkpoint have in common: how the names of the fields begin that they read.
+SAMPLING_READS = ("seed", "training.precision", "training.progress", "flow.eps", "model.", "sampling.use_ode_sampler",
+                  *(f"sampling.{name}" for name in sampler_fields()), "sampling.max_steps", "sampling.init_noise_scale",
+                  "sampling.train_subset", "sampling.class_label", "data.data", "data.custom_data_root",
+                  "data.train_subset", "data.cache_dir", "data.image_size", "data.num_", "data.skip_corrupt")
 
 
 def get_default_config():

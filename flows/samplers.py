@@ -182,7 +182,8 @@ def create_sampler(config, reverse=False, T=1.0, shrink_slots=False):
                             **{argument: settings[field] for field, argument in row.fields.items()})
 
     @torch.no_grad()
-    def sample(velocity, z, label=None, *, indices=None, batch_size=settings.batch_size, finished=None):
+    def sample(velocity, z, label=None, *, indices=None, batch_size=None, finished=None):
+        batch_size = batch_size or settings.batch_size
         if row.adaptive:
             return run(velocity, z, label, slots=batch_size, max_steps=settings.max_steps, shrink_slots=shrink_slots,
                        finished=finished)

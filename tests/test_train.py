@@ -17,11 +17,9 @@ from importlib.machinery import ModuleSpec
 import numpy as np
 import pytest
 import torch
-from ml_collections import ConfigDict
 
 import train
-from configs.command_line import help_text, parse_command_line
-from configs.default import FIELDS
+from configs.command_line import parse_command_line
 from models.checkpoint import write_checkpoint
 from runtime.files import read_json_lines
 from runtime.terminal import UserError
@@ -341,28 +339,6 @@ def digits(tmp_path, repository, monkeypatch):
     monkeypatch.chdir(repository)
     return lambda **fields: train.main(*parse_command_line(
         ["train.py", *words(tmp_path, training__n_iters=2, **fields)]))
-
-
-def test_help_marks_every_field_that_training_reads(digits, monkeypatch):
-    """Attributes are what code reads; whole configs are compared and saved by items."""
-    groups, seen, original = {}, set(), ConfigDict.__getattr__
-
-    def record(self, name):
-        value = original(self, name)
-        if isinstance(value, ConfigDict):
-            groups[id(value)] = name
-        else:
-            seen.add(f"{groups.get(id(self), '')}.{name}".lstrip("."))
-        return value
-
-    monkeypatch.setattr(ConfigDict, "__getattr__", record)
-    assert digits(training__snapshot_sampling=2) == 0
-    monkeypatch.undo()
-    read = seen & FIELDS.keys()
-    assert len(read) > 30 and all(name.startswith(train.READS) for name in read)
-    lines = help_text("", {}, reads=train.READS).splitlines()
-    marked = {line.removeprefix("  * ").split(":")[0] for line in lines if line.startswith("  * ")}
-    assert read <= marked and not any(name.startswith("eval.") for name in marked)
 
 
 def test_wandb_starts_before_tensorboard_and_a_missing_package_or_key_is_one_sentence(digits, monkeypatch, tmp_path):

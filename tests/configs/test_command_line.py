@@ -8,7 +8,12 @@ import sys
 
 import pytest
 import torch
+from ml_collections import ConfigDict
 
+import evaluation_fid
+import generate_data
+import image_sampling
+import train
 from configs.command_line import (
     config_from_dict,
     config_to_dict,
@@ -18,9 +23,12 @@ from configs.command_line import (
     parse_command_line,
 )
 from configs.default import FIELDS, Field, check_fields, get_default_config, get_field
+from flows.samplers import sampler_fields
 from models import create_model
+from models.checkpoint import write_checkpoint
 from runtime.files import write_json
 from runtime.terminal import UserError
+from tests.helpers import DIGITS, small_checkpoint
 from training.run import check_training
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "rectified_flow"
@@ -178,6 +186,57 @@ def test_help_of_a_group_shows_its_fields_alone_with_the_values_of_the_config(ca
     assert "optim.lr: learning rate after warm-up; at least 0 (0.002; default: 0.0002)" in text
     assert "model.nf" not in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+# Short runs of the scripts, {run} a run's folder, and the marked fields that only other runs read.
+TINY_PAIRS = ["--data_root={run}/pairs", "--config.training.batch_size=4", "--config.sampling.ode_tol=0.1",
+              "--config.sampling.total_number_of_samples=8"]
+TINY_RUNS = {
+    train: ([["--config.work_dir={run}", "--config.expr=new", "--config.training.n_iters=2",
+              "--config.training.snapshot_sampling=2"]],
+            {"flow.h_flip", "flow.teacher_model", "flow.guidance_first_step", "flow.pre_train_partial",
+             "training.compile_mode", "data.cache_dir", "data.centered"}),
+    generate_data: ([[*TINY_PAIRS, "--ckpt_path={run}/checkpoints/checkpoint_1.pth"],
+                     [*TINY_PAIRS, "--config.seed=1", "--config.sampling.direction=random_paired"]],
+                    {"data.cache_dir"}),
+    evaluation_fid: ([["--ckpt_dir={run}", "--config.sampling.use_ode_sampler=one_step", "--config.eval.nearest=9",
+                       "--config.eval.num_samples=70"]],
+                     {"work_dir", "eval.wait_limit", "eval.inception_path", "sampling.max_steps"}),
+    image_sampling: ([["--sampling_dir={run}", "--config.sampling.ode_tol=0.1", "--config.eval.batch_size=2",
+                       "--config.sampling.use_ode_sampler=rk45"]],
+                     {"eval.begin_ckpt", "eval.end_ckpt", "sampling.train_subset", "data.dataset", "data.data_root",
+                      "data.custom_data_root", "data.train_subset", "data.cache_dir", "data.skip_corrupt"}),
+}
+
+
+@pytest.mark.parametrize("script", TINY_RUNS, ids=lambda script: script.__name__)
+def test_help_marks_the_fields_that_a_script_reads(script, tmp_path, repository, monkeypatch):
+    """Attributes are what code reads; whole configs are compared and saved by items, as networks and samplers read."""
+    groups, seen, original = {}, set(), ConfigDict.__getattr__
+
+    def record(self, name):
+        value = original(self, name)
+        if isinstance(value, ConfigDict):
+            groups[id(value)] = name
+        else:
+            seen.add(f"{groups.get(id(self), '')}.{name}".lstrip("."))
+        return value
+
+    monkeypatch.chdir(repository)
+    write_checkpoint(tmp_path / "checkpoints/checkpoint_1.pth", small_checkpoint())
+    runs, unread = TINY_RUNS[script]
+    for words in runs:
+        argv = [word.format(run=tmp_path) for word in ["script.py", f"--config={DIGITS}", *words]]
+        parsed = parse_command_line(argv, "", getattr(script, "FLAGS", None))
+        with monkeypatch.context() as patched:
+            patched.setattr(ConfigDict, "__getattr__", record)
+            assert not script.main(*parsed)
+    lines = help_text("", {}, reads=script.READS).splitlines()
+    marked = {line.removeprefix("  * ").split(":")[0] for line in lines if line.startswith("  * ")}
+    read = seen & FIELDS.keys()
+    assert len(read) > 10 and read <= marked
+    by_items = {f"sampling.{name}" for name in sampler_fields()}
+    assert {name for name in marked - read - by_items if not name.startswith("model.")} == unread
 
 
 def test_help_into_a_closed_pipe_ends_without_a_traceback(repository):
