@@ -83,7 +83,7 @@ def check_arguments(config, args):
 
 
 def load_teacher(config, args, given, processes):
-    """Return (config, net, record) of --ckpt_path: its config, its network or None, and what pairs.json says of it."""
+    """Return (config, net, origin) of --ckpt_path: its config, its network or None, and its entries of pairs.json."""
     if COUPLINGS[config.sampling.direction].velocity != "network":
         if args.ckpt_path:
             processes.say(f"sampling.direction {config.sampling.direction} uses no network: --ckpt_path is ignored")

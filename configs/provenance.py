@@ -7,7 +7,7 @@ import subprocess
 from importlib import metadata
 
 from configs.default import FIELDS, get_field, set_field
-from datasets.pairs import RECORD, open_folders
+from datasets.pairs import METADATA, open_folders
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "ml_collections", "absl-py", "lpips", "clean-fid")
 CHECKOUT = pathlib.Path(__file__).parent.parent
@@ -52,8 +52,8 @@ def take_pair_fields(config, given):
     """Set the fields data.* to those of the run whose pairs data.reflow_data_root has, unless given; return remarks."""
     root, fields = config.data.reflow_data_root, [name for name in RUN_FIELDS if name.startswith("data.")]
     for folder in open_folders(root) if root else ():
-        if folder.record:  # pairs without pairs.json change nothing
-            path, saved = folder.path / RECORD, folder.record.get("config", {})
+        if folder.metadata:  # pairs without pairs.json change nothing
+            path, saved = folder.path / METADATA, folder.metadata.get("config", {})
             return [f"{path}: {remark}" for remark in take_run_fields(config, saved, given, path, fields)]
     return []
 

@@ -13,7 +13,7 @@ __all__ = ["DATASETS", "Batch", "DataSet", "ImageSet", "array_set", "create_batc
 
 
 def create_batches(config, device):
-    """Return the `Batches` of pairs with `data.reflow_data_root`, otherwise of images; UserError if they do not fit."""
+    """Return the `Batches` of data.reflow_data_root's pairs, or without it of images; UserError if they do not fit."""
     if config.data.reflow_data_root:
         return create_pair_batches(config, device)
     data, size = config.data, config.training.batch_size
@@ -21,6 +21,6 @@ def create_batches(config, device):
     if len(image_set) < size:
         raise UserError(f"{image_set.source} has {len(image_set)} images, fewer than training.batch_size {size}")
     if not DATASETS[data.dataset].mirror and os.environ.get("RANK", "0") == "0":
-        said = "mirrored at random" if data.random_flip or data.use_aug else "not mirrored (data.random_flip is false)"
-        print(f"images of {image_set.source} are {said}", file=sys.stderr, flush=True)
+        flips = "mirrored at random" if data.random_flip or data.use_aug else "not mirrored (data.random_flip is false)"
+        print(f"images of {image_set.source} are {flips}", file=sys.stderr, flush=True)
     return Batches(image_set, EndlessOrder(len(image_set), size, config.seed), config, device, data.random_flip)

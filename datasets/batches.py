@@ -1,4 +1,4 @@
-"""Batches on the device: samples looked up by (update, place), flipped and converted to [-1, 1] there."""
+"""Batches on the device: samples looked up by (update, index in the batch), flipped and converted to [-1, 1]."""
 
 import dataclasses
 import functools
@@ -9,14 +9,14 @@ import torch
 from runtime import seeds
 from runtime.terminal import UserError
 
-RESIDENT_SHARE = 0.25  # of the free memory of a GPU, which the network needs, too
-COPIED_AT_ONCE = 4096  # samples, when all go to the device
+RESIDENT_SHARE = 0.25  # of the free memory of a GPU, since the network needs memory, too
+COPIED_AT_ONCE = 4096  # samples, when the whole data set is copied to the device
 UPSIDE_DOWN = 0.06  # share of images turned upside down with data.use_aug, as in the released code
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The samples of one update, or one process's or accumulation step's slice of them.
+    """The samples of one update, or the slice of one process or accumulation step.
 
     z1: images `(N, C, H, W)`, float32 in [-1, 1]. z0: the noise of stored pairs, same shape; None for images.
     label: one-hot float32 `(N, num_classes)`, or None without classes.
@@ -28,35 +28,35 @@ class Batch:
 
 
 def one_hot(labels, num_classes):
-    """Return class numbers `(N,)`, integers in [0, num_classes), as one-hot float32 `(N, num_classes)`, unchecked."""
+    """Return class numbers `(N,)`, integers in [0, num_classes), as one-hot float32 `(N, num_classes)`; unchecked."""
     return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
 def some_of(count, most):
-    """Return at most `most` places out of `count`, int64, evenly spread from the first to the last."""
+    """Return at most `most` indices out of 0..count-1, int64, evenly spaced from the first to the last."""
     return np.unique(np.linspace(0, count - 1, most).round().astype(np.int64))
 
 
 def check_finite(values, numbers, name, advice):
-    """Raise UserError if any of the tensors `values` (N, …) is not finite, naming the first by `name` and number."""
-    bad = (~values.flatten(1).isfinite().all(1)).nonzero()
-    if len(bad):
-        raise UserError(f"{name} {numbers[int(bad[0])]} is not finite: {advice}")
+    """Raise UserError, naming the first by `name` and number, if rows of a tensor `values` (N, …) are not finite."""
+    nonfinite = (~values.flatten(1).isfinite().all(1)).nonzero()
+    if len(nonfinite):
+        raise UserError(f"{name} {numbers[int(nonfinite[0])]} is not finite: {advice}")
 
 
 def check_labels(labels, place, num_classes=None, first=0):
     """Raise UserError, naming `place`, unless an array holds class numbers `(N,)` or is one-hot `(N, num_classes)`.
 
-    num_classes: how many there are (None: any number), numbered from `first` on.
+    num_classes: the number of classes (None: any), numbered from `first` on.
     """
-    last, right = (np.inf if num_classes is None else first + num_classes - 1), np.zeros(len(labels), bool)
+    last, valid = (np.inf if num_classes is None else first + num_classes - 1), np.zeros(len(labels), bool)
     if labels.ndim == 1 and labels.dtype.kind in "iuf":
-        right = (labels % 1 == 0) & (labels >= first) & (labels <= last)
+        valid = (labels % 1 == 0) & (labels >= first) & (labels <= last)
     elif labels.ndim == 2 and num_classes in (None, labels.shape[1]):
-        right = np.isin(labels, (0, 1)).all(1) & (labels.sum(1) == 1)
-    if not right.all():
+        valid = np.isin(labels, (0, 1)).all(1) & (labels.sum(1) == 1)
+    if not valid.all():
         raise UserError(f"{place} has {labels.dtype} labels of shape {labels.shape}, the first wrong one "
-                        f"{labels[~right][0]}; classes are numbers (N,) from {first} to {last} or one-hot (N, classes)")
+                        f"{labels[~valid][0]}; classes are numbers (N,) from {first} to {last} or one-hot (N, classes)")
 
 
 def pixels_to_float(pixels, dtype=torch.float32):
@@ -65,21 +65,21 @@ def pixels_to_float(pixels, dtype=torch.float32):
 
 
 class EndlessOrder:
-    """Indices 0..count-1 for ever: epoch e is a permutation drawn from (seed, e), batches run across its end.
+    """An endless sequence of the indices 0..count-1: epoch e is a permutation drawn from (seed, e).
 
-    The place of a sample in the whole sequence is `update * batch_size + place`, with the global batch size, so any
-    update can be looked up directly, and processes that take disjoint places get disjoint samples.
+    Sample k of the global batch of an update is at position `update * batch_size + k`: any update can be looked up
+    directly, batches cross the ends of epochs, and processes that take disjoint places get disjoint samples.
     """
 
     def __init__(self, count, batch_size, seed):
         self.count, self.batch_size, self.seed = count, batch_size, seed
 
     def indices(self, update, low, high):
-        """Return the samples at places [low, high) of the batch of `update`: int64 array `(high - low,)`."""
+        """Return the indices of the samples [low, high) of the batch of `update`: int64 array `(high - low,)`."""
         return self.at(update * self.batch_size + np.arange(low, high))
 
     def at(self, positions):
-        """Return the samples at `positions` of the whole sequence, both int64 arrays `(n,)`."""
+        """Return the indices at `positions` of the sequence, both int64 arrays `(n,)`."""
         epochs, places = np.divmod(positions, self.count)
         indices = np.empty(len(places), dtype=np.int64)
         for epoch in np.unique(epochs):
@@ -90,19 +90,19 @@ class EndlessOrder:
 
 @functools.lru_cache(maxsize=4)  # the epoch in use and the next, of two data sets
 def _permutation(count, seed, epoch):
-    """Return epoch's permutation of 0..count-1, int64 `(count,)`.
+    """Return the permutation of 0..count-1 of an epoch, int64 `(count,)`.
 
-    It sorts raw Philox words, which numpy promises to keep in later versions: a run must resume after an upgrade.
+    It sorts raw Philox numbers, which numpy guarantees for later versions: a run must resume after an upgrade.
     """
     words = seeds.index_generator(seed, epoch, seeds.ORDER).bit_generator.random_raw(count)
     return np.argsort(words, kind="stable")
 
 
 class Batches:
-    """Batches of an `ImageSet` or `PairSet`: `batch(update, low, high)` is a pure function of (seed, update, place).
+    """Batches of an `ImageSet` or `PairSet`: `batch(update, low, high)` depends on its arguments and the seed alone.
 
     mirror: flip left-right with probability 1/2; data.use_aug: that, and upside down with probability 0.06. Raises
-    UserError for samples that shall stay on the device and do not fit.
+    UserError if data.on_device is true and the samples do not fit the device.
     """
 
     def __init__(self, samples, order, config, device, mirror=False):
@@ -119,11 +119,11 @@ class Batches:
                 raise UserError(f"data.on_device {on_device}: {size >> 20} MiB do not fit: set it false") from None
 
     def __len__(self):
-        """Return the number of samples, real pairs that are mixed in not counted."""
+        """Return the number of samples, without the real pairs of flow.real_data_share."""
         return self.order.count
 
     def batch(self, update, low, high):
-        """Return the `Batch` of places [low, high) of `update`, on the device, without waiting for it."""
+        """Return the samples [low, high) of the batch of `update`, on the device, without waiting for the copy."""
         indices = self.order.indices(update, low, high)
         if self.resident:
             places = self._send(torch.from_numpy(indices))
@@ -133,7 +133,7 @@ class Batches:
         label = found.pop("label", None)
         if label is not None and label.ndim == 1:
             label = one_hot(label, self.num_classes) if self.num_classes else None
-        for stream, probability, axis in self.flips:  # z0 and z1 of a pair alike
+        for stream, probability, axis in self.flips:  # z0 and z1 of a pair together
             generator = seeds.step_generator(self.seed, update, stream, self.device)
             draws = torch.rand(self.batch_size, 1, 1, 1, generator=generator, device=self.device)[low:high]
             found = {name: torch.where(draws < probability, rows.flip(axis), rows) for name, rows in found.items()}
@@ -146,12 +146,12 @@ class Batches:
 
 
 def fits(size, device):
-    """Return whether the device is a GPU with room for `size` bytes beside the network."""
+    """Return whether the device is a GPU with memory for `size` bytes beside the network."""
     return device.type == "cuda" and size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def copy_to_device(samples, device):
-    """Return what `samples.take` gives of all samples, as tensors on `device`."""
+    """Return what `samples.take` returns for all samples, on `device`."""
     places = np.array_split(np.arange(len(samples)), -(-len(samples) // COPIED_AT_ONCE))
     parts = [{name: rows.to(device) for name, rows in samples.take(part).items()} for part in places]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,7 +1,7 @@
-"""Decoded data sets on disk: each source once, as arrays that are mapped into memory.
+"""Decoded data sets on disk: each source is decoded once, into arrays that are mapped into memory.
 
 An entry is a folder `{cache_dir}/{name}-{C}x{H}x{W}-{key}/`. The key is a digest of the source's files (paths, sizes
-and times, not content) and of the `ImageSpec`. An entry is renamed when it is complete: what exists is whole.
+and times, not content) and of the `ImageSpec`. An entry gets this name when it is complete.
 """
 
 import collections
@@ -19,19 +19,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from runtime.files import file_lock
+from runtime.files import file_lock, read_json, write_json
 from runtime.terminal import UserError, progress_bar
 
-VERSION = 2  # of what decoding does; a change makes old entries unused
+VERSION = 2  # of the decoding; older entries are not used
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
     """Decoded images: a data set, or a part of one on its way into the cache.
 
-    images: uint8 `(N, C, H, W)`, memory-mapped where they come from the cache. labels: int64 `(N,)` or None.
+    images: uint8 `(N, C, H, W)`, memory-mapped if they come from the cache. labels: int64 `(N,)` or None.
     class_names: names of classes 0, 1, …, or None. source: where they come from, for messages and reports.
-    notes: how many images were converted how. cache: folder of the cache entry, or None. skipped: corrupt images.
+    notes: {conversion: number of images}. cache: folder of the cache entry, or None. skipped: errors of corrupt images.
     """
 
     images: np.ndarray
@@ -46,14 +46,14 @@ class ImageSet:
         return len(self.images)
 
     def choose(self, indices, source):
-        """Return the images `indices` as an `ImageSet` that is called `source`; UserError for none."""
+        """Return the images `indices` as an `ImageSet` with the name `source`; UserError if there are none."""
         if not len(indices):
             raise UserError(f"{source} has no image")
         labels = None if self.labels is None else self.labels[indices]
         return dataclasses.replace(self, images=self.images[indices], labels=labels, source=source)
 
     def take(self, indices):
-        """Return {"z1": uint8 `(n, C, H, W)`, "label": int64 `(n,)`} of `indices` `(n,)`; no label without labels."""
+        """Return {"z1": uint8 `(n, C, H, W)`, and with labels "label": int64 `(n,)`} of `indices` `(n,)`."""
         arrays = {"z1": self.images} | ({} if self.labels is None else {"label": self.labels})
         return {name: torch.from_numpy(rows[indices]) for name, rows in arrays.items()}
 
@@ -62,7 +62,7 @@ class Source(NamedTuple):
     """Images on disk that can be decoded into the cache.
 
     name: for folder names. title: for messages. identity: digest of the files (`identify`). open: returns an iterator
-    over `ImageSet`s, how many images there are at most (None: only reading tells) and the class names or None.
+    over `ImageSet`s, the largest possible number of images (None: unknown) and the class names or None.
     """
 
     name: str
@@ -74,14 +74,14 @@ class Source(NamedTuple):
 def open_cached(source, spec, cache_dir, progress):
     """Return the `ImageSet` of a `Source`, mapped into memory read-only; decode it into `cache_dir` on first use.
 
-    Raises UserError for images that cannot be decoded or written, or are corrupt, unless `spec` skips them.
+    Raises UserError for an unusable source, for corrupt images unless `spec` skips them, and for a full disk.
     """
     entry = entry_folder(source, spec, cache_dir)
     found = _open_entry(entry, spec)
     if found is None:
         try:
             with file_lock(entry.with_name(f".{entry.name}.lock"), f"decoding {source.title}"):
-                found = _open_entry(entry, spec)  # the process that held the lock may have made it
+                found = _open_entry(entry, spec)  # the process that held the lock may have written it
                 if found is None:
                     _write_entry(source, spec, entry, progress)
                     found = _open_entry(entry, spec)
@@ -95,6 +95,7 @@ def open_cached(source, spec, cache_dir, progress):
 
 
 def entry_folder(source, spec, cache_dir):
+    """Return the folder of a source's cache entry."""
     identity = [VERSION, source.identity, spec.size, spec.channels, spec.resample]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return pathlib.Path(cache_dir) / f"{source.name}-{spec.channels}x{spec.size}x{spec.size}-{key}"
@@ -105,21 +106,21 @@ def _open_entry(entry, spec):
     if not entry.is_dir():
         return None
     try:
-        about = json.loads((entry / "about.json").read_text())
+        about = read_json(entry / "about.json")
         images = np.load(entry / "images.npy", mmap_mode="r")
         labels = np.load(entry / "labels.npy") if about["labelled"] else None
         shape = about["count"], spec.channels, spec.size, spec.size
         if images.shape != shape or images.dtype != np.uint8 or (labels is not None and len(labels) != len(images)):
-            raise ValueError("its parts do not fit together")
+            raise ValueError("its files do not belong together")
         return ImageSet(images, labels, about["class_names"] and tuple(about["class_names"]), about["source"],
                         dict(about["notes"]), str(entry), tuple(about["skipped"]))
-    except Exception as error:  # numpy raises many kinds for damaged headers
+    except Exception as error:  # numpy raises many kinds of error for damaged headers
         print(f"the cache entry {entry} is damaged ({error}): decoding again", file=sys.stderr, flush=True)
         return None
 
 
 def _write_entry(source, spec, entry, progress):
-    """Decode the source into `entry`; whatever stops it leaves only a hidden folder that the next one removes."""
+    """Decode the source into `entry`; if the process is killed, the next one removes the hidden folder that is left."""
     partial = entry.with_name(f".{entry.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     chunks, expected, class_names = source.open()
@@ -129,8 +130,8 @@ def _write_entry(source, spec, entry, progress):
             about = {"source": source.title, "class_names": class_names} | _write_arrays(chunks, spec, partial, bar)
         if not about["count"]:
             raise UserError(f"{source.title} has no usable image: {', '.join(about['skipped'][:1]) or 'it is empty'}")
-        (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-        os.sync()  # what has its name is on disk
+        write_json(partial / "about.json", about)
+        os.sync()  # before the entry gets its name
         shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         partial.rename(entry)
     finally:
@@ -141,10 +142,10 @@ def _write_entry(source, spec, entry, progress):
 
 
 def _write_arrays(chunks, spec, folder, bar):
-    """Write `images.npy` and `labels.npy` chunk by chunk; return what `about.json` says of them."""
+    """Write `images.npy` chunk by chunk, and `labels.npy`; return their entries of `about.json`."""
     count, labels, skipped, notes = 0, [], [], collections.Counter()
     layout = np.dtype(("|u1", (spec.channels, spec.size, spec.size)))
-    with open(folder / "images.npy", "wb") as written:  # a memory map would end the process when the disk is full
+    with open(folder / "images.npy", "wb") as written:  # a full disk would kill a process that writes a memory map
         written.write(npy_header(layout, 0))
         for chunk in chunks:
             written.write(np.ascontiguousarray(chunk.images))

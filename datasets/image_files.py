@@ -1,4 +1,4 @@
-"""Image files in folders and zip archives: one lister and one decoder, for training and for measuring."""
+"""Image files in folders and zip archives: listing and decoding, for training and for evaluation."""
 
 import collections
 import concurrent.futures
@@ -21,27 +21,27 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from runtime.terminal import UserError
 
-# What Pillow may open. Others stay shut: an EPS file named x.png would start Ghostscript.
+# The formats that Pillow may open; others can be unsafe: an EPS file named x.png would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LABEL_FILE = "dataset.json"
-LARGEST_CLASS = 99_999  # a class number beyond it is a mistake
-LARGEST_FILE = 2**28  # bytes of one image file, also when unpacked from an archive
-LARGE_IMAGE = 2**24  # pixels; larger ones are decoded by one thread, or each of many would hold such an image
+LARGEST_CLASS = 99_999  # a larger class number is taken for a mistake
+LARGEST_FILE = 2**28  # bytes of one image file, unpacked
+LARGE_IMAGE = 2**24  # pixels; larger images are decoded one at a time, to bound the memory
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 GREY_TO_COLOUR = "grey, repeated into three channels"
 COLOUR_TO_GREY = "colour, converted to grey (ITU-R 601 luma)"
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _one_thread = concurrent.futures.ThreadPoolExecutor(1, "large images")
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice its size is an error
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow refuses images of twice that size
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """What images are brought to: `channels` 1 (grey) or 3 (RGB), square with `size` pixels (None: as they are).
+    """What images are converted to: `channels` 1 (grey) or 3 (RGB), `size`×`size` pixels (None: as they are).
 
-    resample: "lanczos" or "area", where the size changes. skip_corrupt: leave out and count unreadable files.
+    resample: the filter for resizing, "lanczos" or "area". skip_corrupt: skip and count unreadable files.
     """
 
     size: int | None
@@ -53,8 +53,8 @@ class ImageSpec:
 class FileTree:
     """The image files of a folder (recursively, links followed) or a zip archive, by their paths inside it.
 
-    A folder with one archive and nothing else stands for the archive, which is not unpacked to disk. Hidden files and
-    folders, and what macOS adds, are left out. Several threads may read. Raises UserError for another `root`.
+    A folder that holds an archive and no images is read as that archive. Archives are not unpacked to disk. Hidden
+    files, and those that macOS adds, are left out. Several threads may read. Raises UserError for any other `root`.
     """
 
     def __init__(self, root):
@@ -72,8 +72,8 @@ class FileTree:
         """The open zip archive, None for a folder."""
         try:
             return None if self.root.is_dir() else zipfile.ZipFile(self.root)
-        except Exception as error:  # a damaged archive raises many kinds
-            raise UserError(f"{self.root} is no readable zip archive ({error})") from None
+        except Exception as error:  # a damaged archive raises many kinds of error
+            raise UserError(f"{self.root} is not a readable zip archive ({error})") from None
 
     @functools.cached_property
     def files(self):
@@ -86,11 +86,11 @@ class FileTree:
         """The paths of the image files. Raises UserError if there are none."""
         names = [name for name in self.files if name.lower().endswith(SUFFIXES)]
         if not names:
-            raise UserError(f"{self.root} holds no images ({', '.join(SUFFIXES)}): name another place")
+            raise UserError(f"{self.root} holds no images ({', '.join(SUFFIXES)}): name another folder or archive")
         return names
 
     def read(self, name):
-        """Return the bytes of a file; raise an error of many kinds if it is damaged or no regular file."""
+        """Return the bytes of a file; raise one of many kinds of error if it is damaged or not a regular file."""
         if not self.archive:
             return read_file(self.root / name, LARGEST_FILE)
         if (size := self.archive.getinfo(name).file_size) > LARGEST_FILE:
@@ -98,13 +98,13 @@ class FileTree:
         return self.archive.read(name)
 
     def decode(self, name, spec):
-        """Return what `fit_image` does of an image file. Raises UserError, naming it, if it is corrupt."""
+        """Return an image file as `fit_image` does. Raises UserError, naming it, if it is corrupt."""
         try:
             image = Image.open(io.BytesIO(self.read(name)), formats=FORMATS)
             if image.width * image.height > LARGE_IMAGE:
                 return _one_thread.submit(fit_image, image, spec).result()
             return fit_image(image, spec)
-        except Exception as error:  # zipfile, its decompressors and Pillow's plugins raise many kinds
+        except Exception as error:  # zipfile, its decompressors and Pillow's plugins raise many kinds of error
             text = (str(error).splitlines() or [type(error).__name__])[0]
             text = "not an image" if isinstance(error, UnidentifiedImageError) else text
             raise UserError(f"corrupt image {name} in {self.root} ({text})") from None
@@ -119,7 +119,7 @@ class FileTree:
 def find_labels(tree):
     """Return the class numbers (list of int) and class names of a `FileTree`'s images, (None, None) without classes.
 
-    Sub-folders count below the innermost folder that holds all images; dataset.json is looked for also above it.
+    dataset.json may lie in any folder above all images; without it the sub-folders of the innermost are the classes.
     """
     folders = [name.split("/")[:-1] for name in tree.names]
     common = os.path.commonprefix(folders)
@@ -127,7 +127,7 @@ def find_labels(tree):
         above = "".join(f"{folder}/" for folder in common[:depth])
         if above + LABEL_FILE in tree.files:
             return _labels_from_json(tree, above)
-    if common in folders:  # images lie in it directly: it is the one class, unless it is the root
+    if common in folders:  # images lie in it directly: it is the only class, unless it is the root
         return ([0] * len(folders), (common[-1],)) if common else (None, None)
     class_names, numbers = np.unique([folder[len(common)] for folder in folders], return_inverse=True)
     return numbers.tolist(), tuple(class_names.tolist())
@@ -139,38 +139,38 @@ def _labels_from_json(tree, above):
     try:
         pairs = [(name, label) for name, label in json.loads(tree.read(above + LABEL_FILE))["labels"] or ()]
         labels = dict(pairs)
-    except Exception as error:  # of the archive, of JSON, or of another form
+    except Exception as error:  # a damaged archive, no JSON, or JSON of another form
         raise UserError(f'{place} is not of the form {{"labels": [["name", class], …]}} ({error})') from None
     if not labels:
         return None, None
     for name, label in pairs:
         if labels[name] != label:
-            raise UserError(f"{place} gives {name} the labels {label} and {labels[name]}: remove one")
+            raise UserError(f"{place} gives {name} the labels {label} and {labels[name]}: remove one of them")
     found = [labels.get(name.removeprefix(above)) for name in tree.names]
     for name, label in zip(tree.names, found, strict=True):
         if type(label) is not int or not 0 <= label <= LARGEST_CLASS:
             raise UserError(f"{place} gives {name} the label {label!r}: give it a class number from 0 to "
-                            f"{LARGEST_CLASS}, or remove {LABEL_FILE} to go without labels")
+                            f"{LARGEST_CLASS}, or remove {LABEL_FILE} to do without labels")
     return found, tuple(map(str, range(max(found) + 1)))
 
 
 def identify(names, root="."):
-    """Return a digest of the paths (from `root`), sizes and times of files: of content, and of change on disk."""
+    """Return a digest of the paths (from `root`), sizes and times (of content and metadata) of files."""
     digest = hashlib.sha256(os.fsencode(os.path.realpath(root)))
     for name in names:
         digest.update(os.fsencode(name))
-        with contextlib.suppress(OSError):  # a dead link: reading it will name it
+        with contextlib.suppress(OSError):  # a broken link: the error when it is read names it
             status = os.stat(os.path.join(root, name))
             digest.update(f"\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\0".encode())
     return digest.hexdigest()
 
 
 def read_file(path, largest=math.inf):
-    """Return a file's bytes. Raises UserError for what cannot be read, is no regular file or has too many bytes."""
+    """Return a file's bytes. Raises UserError if it cannot be read, is not a regular file or has too many bytes."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} is no regular file")  # a pipe would block, a device never end
+            raise UserError(f"{path} is not a regular file")  # reading a pipe may block, a device may never end
         if status.st_size > largest:
             raise UserError(f"{status.st_size} bytes are too many")
         return pathlib.Path(path).read_bytes()
@@ -179,10 +179,10 @@ def read_file(path, largest=math.inf):
 
 
 def fit_image(image, spec):
-    """Return the pixels of a Pillow image brought to `spec`, uint8 `(C, H, W)`, and a list of notes on conversions.
+    """Return the pixels of a Pillow image converted to `spec`, uint8 `(C, H, W)`, and a list of notes on conversions.
 
-    It is turned upright (EXIF), laid on white where it is transparent, and reduced to 8 bits; of several frames the
-    first counts. Raises an error of any kind for a damaged file or a decompression bomb (over 179 million pixels).
+    The image is rotated upright (EXIF), composited on white where it is transparent, and reduced to 8 bits; only the
+    first frame is used. Raises any kind of error for a damaged file or a decompression bomb (over 179 million pixels).
     """
     ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image is hundreds of megabytes
     image, notes = _to_channels(image, spec.channels)
@@ -200,7 +200,7 @@ def fit_image(image, spec):
 
 
 def fit_images(images, spec):
-    """Return uint8 images `(N, C, H, W)`, C 1 or 3, brought to `spec`, and a Counter of notes on conversions."""
+    """Return uint8 images `(N, C, H, W)`, C 1 or 3, converted to `spec`, and a Counter of notes on conversions."""
     if spec.channels == images.shape[1] and (spec.size is None or images.shape[2:] == (spec.size, spec.size)):
         return np.ascontiguousarray(images), collections.Counter()
     images = (image[0] if len(image) == 1 else image.transpose(1, 2, 0) for image in images)
@@ -223,15 +223,15 @@ def _to_channels(image, channels):
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         if rgba.getchannel("A").getextrema()[0] < 255:
-            notes.append("transparent, laid on white")
-    image = image.convert("RGB")  # also on the way to grey: CMYK has no direct one
+            notes.append("transparent, composited on white")
+    image = image.convert("RGB")  # also for grey: Pillow does not convert CMYK to it directly
     if channels == 3:
         return image, notes + [GREY_TO_COLOUR] * grey
     return image.convert("L"), notes + [COLOUR_TO_GREY] * (not grey)
 
 
 def _walk(root):
-    """Yield the paths of the files under `root`, with forward slashes; each folder once, whatever links to it."""
+    """Yield the paths of the files under `root`, with forward slashes; each folder once, even if links lead to it."""
     visited = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse):
         real, inner = os.path.realpath(folder), pathlib.Path(folder).relative_to(root)
@@ -242,7 +242,7 @@ def _walk(root):
 
 
 def _refuse(error):
-    """Stop at a folder that cannot be listed: without it the classes after it would get other numbers."""
+    """Raise UserError for a folder that cannot be listed: without it the classes after it would be renumbered."""
     raise UserError(f"{error.filename} cannot be listed: {error.strerror}")
 
 

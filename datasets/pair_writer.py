@@ -1,9 +1,9 @@
-"""What generate_data.py needs of data: the initial points of pairs, and the folder that it fills block by block.
+"""The data side of generate_data.py: the initial points of pairs, and the folder that it fills block by block.
 
 A folder of pairs is consistent at any moment. It holds the arrays, `pairs.json` (what the pairs are) and the journal
-`blocks.jsonl` (which blocks, fixed ranges of consecutive pairs, are on disk). All processes append to it, a line after
-the block's rows have reached the disk. Until every block is finished the arrays' headers promise no more rows than
-before, so nobody reads a row that is missing, and a folder that is being extended stays usable.
+`blocks.jsonl` (which blocks, fixed ranges of consecutive pairs, are on disk). Every process appends a line to it once
+a block's rows have reached the disk. Until all blocks are finished the headers of the arrays keep their old number of
+rows, so that nobody reads missing rows, and a folder that is being extended stays usable.
 """
 
 import dataclasses
@@ -17,22 +17,22 @@ import torch
 
 from datasets.batches import check_finite, check_labels, pixels_to_float, some_of
 from datasets.cache import npy_header
-from datasets.pairs import ARRAYS, RECORD, NoiseSource, as_float, as_one_hot, image_shape, open_rows, read_record
+from datasets.pairs import ARRAYS, METADATA, NoiseSource, as_float, as_one_hot, image_shape, open_rows, read_metadata
 from datasets.sources import load_images
 from runtime import seeds
 from runtime.files import file_digest, file_lock, read_json_lines, write_json, write_text
 from runtime.terminal import UserError
 
 JOURNAL, LOCK = "blocks.jsonl", ".lock"
-ENTRY = ("block", "pairs", "nfe_sum", "nfe_worst", "z1_rounding")  # the numbers in a line of the journal
+ENTRY = ("block", "pairs", "nfe_sum", "nfe_worst", "z1_rounding")  # the fields of a line of the journal, all numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class PairJob:
-    """What to make: pairs in blocks.
+    """The pairs to make, in blocks of consecutive ones.
 
-    layouts: {file name: dtype of a row, such as `np.dtype(("<f4", (3, 32, 32)))`}. identity: {name: value} of all that
-    a pair's values depend on.
+    layouts: {file name: dtype of a row, such as `np.dtype(("<f4", (3, 32, 32)))`}. identity: {name: value} of
+    everything that the values of a pair depend on.
     """
 
     count: int
@@ -41,11 +41,11 @@ class PairJob:
     identity: dict
 
     def block_range(self, block):
-        """Return the pairs of a block, a range."""
+        """Return the range of the pairs of a block."""
         return range(block * self.block_size, min((block + 1) * self.block_size, self.count))
 
     def unfinished(self, done):
-        """Return the blocks that the journal entries `done` lack or have with fewer pairs."""
+        """Return the blocks that are not in the journal entries `done`, or are there with fewer pairs."""
         blocks = range(-(-self.count // self.block_size))
         return [b for b in blocks if done.get(b, {"pairs": 0})["pairs"] < len(self.block_range(b))]
 
@@ -66,22 +66,22 @@ def prepare(folder, job):
 
     Raises UserError, changing nothing, for a folder of other pairs and for a disk that is too small.
     """
-    record, done = read_record(folder), read_journal(folder)
-    if record is None and any((folder / name).exists() for name in ARRAYS):
-        raise UserError(f"{folder} has arrays but no {RECORD}: another program made them; choose another --data_root")
-    if record is not None:
-        there, here = record["identity"], json.loads(json.dumps(job.identity))  # as read back: lists for tuples
+    metadata, done = read_metadata(folder), read_journal(folder)
+    if metadata is None and any((folder / name).exists() for name in ARRAYS):
+        raise UserError(f"{folder} has arrays but no {METADATA}: another program made them; choose another --data_root")
+    if metadata is not None:
+        there, here = metadata["identity"], json.loads(json.dumps(job.identity))  # as read back: lists for tuples
         differences = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
                        for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
         if differences:
             raise UserError(f"{folder} holds other pairs: {'; '.join(differences)}. Give the same values to continue, "
                             "or choose another --data_root or --config.seed")
     _check_arrays(folder, job, done)
-    offered = record["count"] if record and record["complete"] else 0
+    offered = metadata["count"] if metadata and metadata["complete"] else 0
     if offered >= job.count:
         return offered, []
-    if record is None:
-        write_json(folder / RECORD, {"complete": False, "count": 0, "identity": job.identity})
+    if metadata is None:
+        write_json(folder / METADATA, {"complete": False, "count": 0, "identity": job.identity})
     for name, layout in job.layouts.items():
         _write(folder / name, npy_header(layout, offered), 0, least=row_offset(layout, job.count))
     return offered, job.unfinished(done)
@@ -104,7 +104,7 @@ def _check_arrays(folder, job, done):
 
 
 def read_journal(folder):
-    """Return {block: its entry} of the journal; of two the one with more pairs, and none of a damaged line."""
+    """Return {block: entry} of the journal: of several the one with more pairs; damaged lines are skipped."""
     done = {}
     for entry in read_json_lines(folder / JOURNAL):
         if (all(isinstance(entry.get(name), (int, float)) and entry[name] >= 0 for name in ENTRY)
@@ -114,10 +114,10 @@ def read_journal(folder):
 
 
 def write_block(folder, job, block, rows, nfe):
-    """Write a block's `rows`, {file name: float tensor}, into a prepared folder, and then its line in the journal.
+    """Write a block's `rows`, {file name: float tensor}, into a prepared folder, and then its line of the journal.
 
     One-hot labels become class numbers where the layout has numbers. nfe: int64 `(n,)`. Raises UserError for values
-    that are not finite.
+    that are not finite or do not fit float16.
     """
     indices, stored = job.block_range(block), {}
     for name, values in rows.items():
@@ -125,7 +125,7 @@ def write_block(folder, job, block, rows, nfe):
             check_finite(values, indices, f"{name} of pair", "check the checkpoint's weights")
     for name, layout in job.layouts.items():
         values = rows[name] if layout.shape else rows[name].argmax(1)
-        with np.errstate(over="ignore"):  # float16 ends at 65504
+        with np.errstate(over="ignore"):  # float16 has no numbers above 65504; checked below
             stored[name] = np.ascontiguousarray(values.numpy(), dtype=layout.base)
     rounding = float(np.abs(stored["z1.npy"] - rows["z1.npy"].numpy()).max())
     if not np.isfinite(rounding):
@@ -136,8 +136,8 @@ def write_block(folder, job, block, rows, nfe):
     _write(folder / JOURNAL, f"\n{json.dumps(entry)}\n".encode())  # the line before may have been cut off
 
 
-def finish(folder, job, record):
-    """Let the arrays' headers promise `job.count` rows, and write `record` with what was measured to `pairs.json`."""
+def finish(folder, job, origin):
+    """Write `job.count` to the headers, and `origin`, {name: value} of what made the pairs, to `pairs.json`."""
     done = read_journal(folder)
     if missing := job.unfinished(done):
         raise UserError(f"{folder}: block {missing[0]} is missing; run the same command again")
@@ -145,17 +145,17 @@ def finish(folder, job, record):
     for name, layout in job.layouts.items():
         _write(folder / name, npy_header(layout, job.count), 0)
     entries = [entry for block, entry in done.items() if len(job.block_range(block))]
-    pairs = sum(entry["pairs"] for entry in entries)  # a last block may hold more than are asked for now
-    measured = {"nfe_mean": sum(entry["nfe_sum"] for entry in entries) / pairs,
-                "nfe_worst": max(entry["nfe_worst"] for entry in entries),
-                "z1_rounding": max(entry["z1_rounding"] for entry in entries)}
-    write_json(folder / RECORD, {"complete": True, "count": job.count, **record, **measured, "identity": job.identity})
+    pairs = sum(entry["pairs"] for entry in entries)  # the last block may hold more pairs than job.count
+    write_json(folder / METADATA, {
+        "complete": True, "count": job.count, **origin, "nfe_mean": sum(entry["nfe_sum"] for entry in entries) / pairs,
+        "nfe_worst": max(entry["nfe_worst"] for entry in entries),
+        "z1_rounding": max(entry["z1_rounding"] for entry in entries), "identity": job.identity})
 
 
 def _write(path, content, offset=None, least=0):
-    """Write `content` to the file at `path` (made if missing), at `offset` or its end, and flush it to the disk.
+    """Write `content` to the file at `path` (created if missing), at `offset` or its end, and flush it to the disk.
 
-    The file gets at least `least` bytes. An OSError of a full disk names it.
+    The file gets at least `least` bytes. An OSError names it, as of a full disk.
     """
     try:
         with open(path, "ab" if offset is None else "r+b" if path.exists() else "w+b", buffering=0) as file:
@@ -169,14 +169,12 @@ def _write(path, content, offset=None, least=0):
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-
-
 class InitialPoints:
-    """The initial points of pairs by number, in one of the directions of generate_data.py.
+    """The initial points of pairs by pair number, for the sampling.direction of generate_data.py.
 
     z0, z1 `(n, C, H, W)` and one-hot label `(n, num_classes)`, or None, are float32. available: the largest number of
-    pairs, None for no limit. identity: {name: value} of what tells them from others. image_set: the images of the data
-    set that the direction uses, or None. Raises UserError for files and classes that do not fit the config.
+    pairs, None for no limit. identity: {name: value} of everything they depend on. image_set: the images of the data
+    set that the direction uses, or None. Raises UserError for files and fields that do not fit the config.
     """
 
     def __init__(self, config, z0_path="", z1_path="", label_path=""):
@@ -186,10 +184,14 @@ class InitialPoints:
         if self.class_label >= self.num_classes:
             raise UserError(f"sampling.class_label {self.class_label}: config.data.num_classes is {self.num_classes}")
         if self.num_classes and self.class_label < 0 and self.direction == "gt_v_from_z0":
-            raise UserError("the closed-form velocity of all images knows no classes: set config.sampling.class_label, "
+            raise UserError("the closed-form velocity of all images has no classes: set config.sampling.class_label, "
                             "or config.data.num_classes 0")
         if self.num_classes and self.class_label < 0 and z1_path and not label_path:
             raise UserError("--z1_path holds images without classes: give --label_path or config.sampling.class_label")
+        if self.class_label >= 0 and label_path:
+            raise UserError("--label_path and config.sampling.class_label both set the classes: leave one out")
+        if self.random_flip and self.direction == "gt_v_from_z1":
+            raise UserError("gt_v_from_z1 starts at its velocity's images, unflipped: leave out sampling.random_flip")
         paths = {"z0_path": z0_path, "z1_path": z1_path, "label_path": label_path}
         self.rows = {flag: open_rows(path) for flag, path in paths.items() if path}
         self.identity = {flag: file_digest(paths[flag]) for flag in self.rows}
@@ -199,7 +201,7 @@ class InitialPoints:
             if flag == "label_path":
                 check_labels(rows, label_path, self.num_classes)
             elif rows.shape[1:] != shape or rows.dtype.kind != "f":
-                raise UserError(f"{paths[flag]} holds {rows.dtype} rows of shape {rows.shape[1:]}; the config asks for "
+                raise UserError(f"{paths[flag]} holds {rows.dtype} rows of shape {rows.shape[1:]}; the config needs "
                                 f"floating-point rows of shape {shape} (channels, height, width)")
         self.noise, self.image_set = self.rows.get("z0_path"), None
         if self.noise is None and self.direction != "from_z1":
@@ -212,7 +214,7 @@ class InitialPoints:
             self.identity["images"] = images_digest(self.image_set)
         if from_images:
             self.identity["sampling.random_flip"] = self.random_flip
-        if from_images and self.noise is None:  # the second time round only flips make other pairs
+        if from_images and self.noise is None:  # a second pass over the images gives new pairs only if they are flipped
             self.available = len(self.image_set) * (2 if self.random_flip else 1)
 
     def z0(self, indices):
@@ -220,7 +222,7 @@ class InitialPoints:
         return as_float(self.noise[np.array(indices)])
 
     def z1(self, indices):
-        """Return the images of the pairs `indices`: pair i starts at image i mod N, the next time round mirrored."""
+        """Return the images of the pairs `indices`: pair i has image i mod N, flipped in every other pass."""
         if "z1_path" in self.rows:
             return as_float(self.rows["z1_path"][np.array(indices)])
         rounds, numbers = np.divmod(np.array(indices), len(self.image_set))
@@ -232,7 +234,7 @@ class InitialPoints:
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
     def label(self, indices):
-        """Return the classes: of the file, the chosen one, of the images, or drawn; None without classes."""
+        """Return the classes: those of the file, sampling.class_label, those of the images, or drawn; or None."""
         if not self.num_classes:
             return None
         if "label_path" in self.rows:
@@ -247,7 +249,7 @@ class InitialPoints:
 
 
 def chosen_images(config):
-    """Return the `ImageSet` of the config; only the class `sampling.class_label`, if one is set."""
+    """Return the `ImageSet` of the config, or of its class sampling.class_label; UserError as `load_images`."""
     image_set, label = load_images(config), config.sampling.class_label
     if label < 0:
         return image_set
@@ -255,7 +257,7 @@ def chosen_images(config):
 
 
 def images_digest(image_set):
-    """Return a digest of a data set: its shape, 512 images all over it and all its labels."""
+    """Return a digest of a data set: its shape, 512 evenly spaced images and all labels."""
     images, labels = image_set.images, image_set.labels
     digest = hashlib.sha256(repr(images.shape).encode())
     for part in (images[some_of(len(images), 512)], np.empty(0) if labels is None else labels):

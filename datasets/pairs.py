@@ -1,6 +1,6 @@
-"""Stored noise-image pairs as training data: all folders {root}/{seed}, ours or hand-made, shuffled, in batches.
+"""Stored noise-image pairs as training data: all folders {root}/{seed}, of generate_data.py or any other program.
 
-A folder holds z0.npy (unit noise) and z1.npy (images in [-1, 1]), both `(N, C, H, W)`, and perhaps label.npy, class
+A folder holds z0.npy (unit noise) and z1.npy (images in [-1, 1]), both `(N, C, H, W)`, and optionally label.npy, class
 numbers `(N,)` or one-hot `(N, num_classes)`. In compact storage there is no z0.npy: z0 is drawn from (seed, index).
 """
 
@@ -18,8 +18,8 @@ from runtime.files import read_json
 from runtime.terminal import UserError
 
 ARRAYS = ("z0.npy", "z1.npy", "label.npy")
-RECORD = "pairs.json"
-QUICK_ROWS = 256  # pairs of a folder that are looked at when it is opened
+METADATA = "pairs.json"
+QUICK_ROWS = 256  # pairs of a folder that are checked when it is opened
 DIGEST_ROWS = 16
 SAME_ORIGIN = ("sampling.direction", "checkpoint", "sampling.init_noise_scale")  # of all folders of a root
 # A 1-flow on digits has correlation 0.36, closed-form flows 0.22 (digits) and 0.05 (1,000 images of CIFAR-10).
@@ -27,24 +27,24 @@ LEAST_CORRELATION = 0.03
 BEYOND = 1.25  # share of values beyond it: 21 % of unit noise, next to none of images
 
 
-def read_record(folder):
+def read_metadata(folder):
     """Return the content of `pairs.json`, or None if there is none. Raises UserError if it is damaged."""
-    path = pathlib.Path(folder) / RECORD
-    record = read_json(path) if path.exists() else None
-    if record is not None and not (isinstance(record.get("complete"), bool) and isinstance(record.get("count"), int)
-                                   and record["count"] >= 0 and isinstance(record.get("identity"), dict)):
+    path = pathlib.Path(folder) / METADATA
+    content = read_json(path) if path.exists() else None
+    if content is not None and not (isinstance(content.get("complete"), bool) and isinstance(content.get("count"), int)
+                                    and content["count"] >= 0 and isinstance(content.get("identity"), dict)):
         raise UserError(f"{path} is damaged: delete the folder and make its pairs again")
-    return record
+    return content
 
 
 def open_rows(path):
-    """Return the memory map `(N, ...)` of the npy file of numbers at `path`; UserError naming it if it is no such."""
+    """Return the memory map `(N, ...)` of the npy file of numbers at `path`; UserError, naming it, for other files."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist or is no file")
+        raise UserError(f"{path} does not exist or is not a file")
     try:
         rows = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # a damaged header raises ten kinds, of numpy's, ast's and tokenize's
+    except Exception as error:  # a damaged header raises many kinds of error, from numpy, ast and tokenize
         raise UserError(f"{path} cannot be read as an npy file ({error or type(error).__name__}): it is cut short, "
                         "damaged or of another kind; copy or make it again") from None
     if rows.ndim == 0 or rows.dtype.kind not in "fiub":
@@ -58,12 +58,12 @@ def as_float(rows):
 
 
 def as_one_hot(rows, num_classes):
-    """Return labels, numbers or one-hot, as one-hot float32 `(n, num_classes)`."""
+    """Return labels, numbers `(n,)` or one-hot, as one-hot float32 `(n, num_classes)`."""
     return as_float(rows) if rows.ndim == 2 else one_hot(torch.from_numpy(rows.astype(np.int64)), num_classes)
 
 
 class NoiseSource:
-    """z0 drawn from N(0, scale²): rows of `shape` (C, H, W) by number, each the same on every machine."""
+    """Noise z0 ~ N(0, scale²) of `shape` (C, H, W), drawn by index, the same on every machine."""
 
     def __init__(self, seed, shape, scale=1.0):
         self.seed, self.shape, self.scale = seed, shape, scale
@@ -73,7 +73,7 @@ class NoiseSource:
         return seeds.index_noise(self.seed, indices, self.shape).numpy() * np.float32(self.scale)
 
     def digest(self):
-        """Return the digest of the first rows at scale 1: another numpy that draws others would show here."""
+        """Return the digest of the first rows at scale 1, which detects a numpy version with other random numbers."""
         noise = seeds.index_noise(self.seed, range(DIGEST_ROWS), self.shape).numpy()
         return hashlib.sha256(noise.astype("<f4").tobytes()).hexdigest()[:16]
 
@@ -84,35 +84,35 @@ def image_shape(config):
 
 
 class PairFolder:
-    """One folder of pairs: rows `z0[indices]`, `z1[indices]` and `label[indices]` (label: None without).
+    """One folder of pairs: rows `z0[indices]`, `z1[indices]` and `label[indices]` (label: None without labels).
 
-    Raises UserError if it is unfinished or damaged, or if the noise of compact storage comes out otherwise here.
+    Raises UserError if it is unfinished or damaged, or if the noise of compact storage cannot be reproduced here.
     """
 
     def __init__(self, path):
-        self.path, self.record = pathlib.Path(path), read_record(path)
-        if self.record and not self.record["complete"]:
+        self.path, self.metadata = pathlib.Path(path), read_metadata(path)
+        if self.metadata and not self.metadata["complete"]:
             raise UserError(f"{self.path} is unfinished: run its generate_data.py command again to complete it, or "
                             "with fewer pairs to use those that are there")
-        self.identity = (self.record or {}).get("identity", {})
+        self.identity = (self.metadata or {}).get("identity", {})
         self.noise_scale = self.identity.get("sampling.init_noise_scale", 1.0)
         compact = self.identity.get("sampling.pair_storage") == "compact"
         arrays = {name: open_rows(self.path / name) for name in ARRAYS
                   if name == "z1.npy" or (name == "z0.npy" and not compact) or (self.path / name).exists()}
         self.z1, self.label = arrays["z1.npy"], arrays.get("label.npy")
-        self.shape, self.count = self.z1.shape[1:], self.record["count"] if self.record else len(self.z1)
+        self.shape, self.count = self.z1.shape[1:], self.metadata["count"] if self.metadata else len(self.z1)
         if len(self.shape) != 3 or self.count == 0:
             raise UserError(f"{self.path / 'z1.npy'} has shape {self.z1.shape}; images (N, C, H, W) are needed")
         for name, rows in arrays.items():
-            right = len(rows) >= self.count if self.record else len(rows) == self.count
+            right = len(rows) >= self.count if self.metadata else len(rows) == self.count
             if not right or (name == "z0.npy" and rows.shape[1:] != self.shape):
-                source = f"{self.count} in {RECORD}" if self.record else f"those of z1.npy {self.z1.shape}"
+                source = f"{self.count} in {METADATA}" if self.metadata else f"those of z1.npy {self.z1.shape}"
                 raise UserError(f"{self.path / name} has rows {rows.shape}, {source}: they do not belong together")
         drawn = NoiseSource(self.identity.get("seed", 0), self.shape, self.noise_scale)
         self.z0 = drawn if compact else arrays["z0.npy"]
         if compact and drawn.digest() != self.identity.get("noise"):
             raise UserError(f"{self.path} is compact, but its noise cannot be drawn again here: the first rows "
-                            f"differ; it was made with {self.record.get('software')}")
+                            f"differ; it was made with {self.metadata.get('software')}")
 
     def __len__(self):
         return self.count
@@ -122,7 +122,7 @@ class PairFolder:
         return as_float(self.z0[indices]), as_float(self.z1[indices])
 
     def check(self, indices, num_classes=None):
-        """Return z0 and z1 of the pairs `indices`; UserError if values are not finite or labels no classes."""
+        """Return z0 and z1 of the pairs `indices`; UserError if values are not finite or labels are invalid."""
         rows = self.take(indices)
         for name, values in zip(("z0", "z1"), rows, strict=True):
             check_finite(values, indices, f"{self.path}: {name} of pair", "make it again")
@@ -133,55 +133,55 @@ class PairFolder:
 
 
 def describe(z0, z1):
-    """Return the numbers that `findings` judges pairs `(n, C, H, W)` by; spread and correlation are those about 0."""
+    """Return the statistics of pairs `(n, C, H, W)` for `findings`; spread and correlation are taken about 0."""
     z0, z1 = z0.double(), z1.double()
-    found = {"pairs": len(z0), "values": z0.numel(), "z1 low": z1.min().item(), "z1 high": z1.max().item()}
+    stats = {"pairs": len(z0), "values": z0.numel(), "z1 low": z1.min().item(), "z1 high": z1.max().item()}
     for name, values in (("z0", z0), ("z1", z1)):
-        found[f"{name} spread"] = values.square().mean().sqrt().item()
-        found[f"{name} beyond"] = (values.abs() > BEYOND).double().mean().item()
-    return found | {"correlation": (z0 * z1).mean().item() / max(found["z0 spread"] * found["z1 spread"], 1e-15)}
+        stats[f"{name} spread"] = values.square().mean().sqrt().item()
+        stats[f"{name} beyond"] = (values.abs() > BEYOND).double().mean().item()
+    return stats | {"correlation": (z0 * z1).mean().item() / max(stats["z0 spread"] * stats["z1 spread"], 1e-15)}
 
 
-def findings(folder, found):
-    """Return a sentence for each way in which pairs of a `PairFolder`, by `describe`, are not a flow's."""
-    said, low, high, scale = [], found["z1 low"], found["z1 high"], folder.noise_scale
-    uncertain = 4 / np.sqrt(found["values"])  # of a mean over so many values
+def findings(folder, stats):
+    """Return a sentence for each sign in the statistics (`describe`) that the pairs of a `PairFolder` are wrong."""
+    signs, low, high, scale = [], stats["z1 low"], stats["z1 high"], folder.noise_scale
+    uncertain = 4 / np.sqrt(stats["values"])  # four standard errors of a mean
     slack = 0.1 + uncertain / np.sqrt(2)
-    noisy = {z: abs(found[f"{z} spread"] - 1) < 2 * slack and found[f"{z} beyond"] > 0.1 for z in ("z0", "z1")}
-    if not folder.record and (noisy["z1"] or not noisy["z0"]):  # our own files cannot be swapped
-        said.append("z0 should be unit noise and z1 images in [-1, 1], but their standard deviations are "
-                    f"{found['z0 spread']:.2f} and {found['z1 spread']:.2f}, {found['z0 beyond']:.0%} and "
-                    f"{found['z1 beyond']:.0%} of them beyond {BEYOND}: are z0.npy and z1.npy swapped?")
-    elif abs(found["z0 spread"] - scale) > slack * scale:
-        said.append(f"z0 has standard deviation {found['z0 spread']:.3f} instead of {scale:g}")
+    noisy = {z: abs(stats[f"{z} spread"] - 1) < 2 * slack and stats[f"{z} beyond"] > 0.1 for z in ("z0", "z1")}
+    if not folder.metadata and (noisy["z1"] or not noisy["z0"]):  # our own files cannot be swapped
+        signs.append("z0 should be unit noise and z1 images in [-1, 1], but their standard deviations are "
+                     f"{stats['z0 spread']:.2f} and {stats['z1 spread']:.2f}, {stats['z0 beyond']:.0%} and "
+                     f"{stats['z1 beyond']:.0%} of their values are beyond ±{BEYOND}: are z0.npy and z1.npy swapped?")
+    elif abs(stats["z0 spread"] - scale) > slack * scale:
+        signs.append(f"z0 has standard deviation {stats['z0 spread']:.3f} instead of {scale:g}")
     if low == high:
-        said.append(f"every value of z1 is {low + 0.0:g}: its images were never written")
+        signs.append(f"every value of z1 is {low + 0.0:g}: its images were never written")
     elif low >= 0 and high <= 1.001:
-        said.append(f"all values of z1 lie in {low:.2f} to {high:.2f}; images are in [-1, 1]: use 2 * z1 - 1")
-    elif found["z1 beyond"] > 0.05 and not said:
-        said.append(f"z1 reaches from {low:.2f} to {high:.2f}, {found['z1 beyond']:.0%} of it beyond {BEYOND}; images "
-                    "are in [-1, 1]")
+        signs.append(f"all values of z1 lie in {low:.2f} to {high:.2f}; images are in [-1, 1]: use 2 * z1 - 1")
+    elif stats["z1 beyond"] > 0.05 and not signs:
+        signs.append(f"z1 ranges from {low:.2f} to {high:.2f}, {stats['z1 beyond']:.0%} of it beyond ±{BEYOND}; images "
+                     "are in [-1, 1]")
     random = folder.identity.get("sampling.direction") == "random_paired"
-    if not said and not random and found["correlation"] <= uncertain <= LEAST_CORRELATION:
-        said.append(f"z0 and z1 have correlation {found['correlation']:.3f}, where a flow makes it clearly positive: "
-                    "are they in the same order, and is z0 the noise that each image was made from?")
-    return [f"{folder.path}: {text}" for text in said]
+    if not signs and not random and stats["correlation"] <= uncertain <= LEAST_CORRELATION:
+        signs.append(f"z0 and z1 have correlation {stats['correlation']:.3f}, but pairs of a flow have a clearly "
+                     "positive one: are they in the same order, and is z0 the noise that each image was made from?")
+    return [f"{folder.path}: {text}" for text in signs]
 
 
 def open_folders(root):
-    """Return the `PairFolder`s in `root`: its sub-folders, one per seed, or `root` itself; UserError for none."""
+    """Return the `PairFolder`s in `root`: its sub-folders, one per seed, or `root` itself; UserError if none."""
     root = pathlib.Path(root)
-    found = [path for path in (root, *root.glob("*")) if any((path / name).exists() for name in (*ARRAYS, RECORD))]
+    found = [path for path in (root, *root.glob("*")) if any((path / name).exists() for name in (*ARRAYS, METADATA))]
     if not found:
-        raise UserError(f"{root} holds no pairs: folders such as {root / '0'} with z0.npy and z1.npy are needed; make "
-                        f"them with generate_data.py --data_root {root}")
+        raise UserError(f"{root} holds no pairs, folders such as {root / '0'} with z0.npy and z1.npy: make them with "
+                        f"generate_data.py --data_root {root}")
     return [PairFolder(path) for path in sorted(found, key=lambda path: (len(path.name), path.name))]
 
 
 def open_pairs(root, config):
-    """Return the `PairFolder`s under `root` after a look at some pairs of each; unlikely values are said on stderr.
+    """Return the `PairFolder`s in `root` after a check of some pairs of each; suspicious values are printed to stderr.
 
-    Raises UserError if a folder does not fit `config.data`, or the folders not each other.
+    Raises UserError if a folder does not fit `config.data`, or the folders do not fit each other.
     """
     folders, data = open_folders(root), config.data
     for folder in folders:
@@ -199,12 +199,12 @@ def open_pairs(root, config):
 
 
 def check_origins(folders, names=SAME_ORIGIN):
-    """Raise UserError if folders with pairs.json differ in checkpoint, direction … (`names`), or if two are equal."""
+    """Raise UserError if folders differ in an entry `names` of pairs.json, or if two hold the same pairs."""
     def shown(folder, name):
-        value, path = folder.identity.get(name), folder.record.get("checkpoint")
+        value, path = folder.identity.get(name), folder.metadata.get("checkpoint")
         return f"{path} ({value})" if name == "checkpoint" and path else value
 
-    first, *others = [folder for folder in folders if folder.record] or [None]
+    first, *others = [folder for folder in folders if folder.metadata] or [None]
     for folder in others:
         different = [f"{name} is {shown(folder, name)} there and {shown(first, name)} in {first.path}"
                      for name in names if folder.identity.get(name) != first.identity.get(name)]
@@ -219,7 +219,7 @@ def check_origins(folders, names=SAME_ORIGIN):
 
 
 class PairSet:
-    """All pairs of some folders, one after the other."""
+    """The pairs of some `PairFolder`s, numbered through."""
 
     def __init__(self, folders, num_classes):
         self.folders, self.num_classes = folders, num_classes
@@ -244,9 +244,9 @@ class PairSet:
 
 
 class MixedOrder(EndlessOrder):
-    """Generated pairs 0..count-1 mixed with a share of the `real_count` after them, each kind in an order of its own.
+    """Generated pairs 0..count-1 mixed with a share of the `real_count` real pairs after them, both kinds shuffled.
 
-    Sample s is real if floor((s+1)·share) > floor(s·share): every stretch, whichever process reads it, has its share.
+    Position s is real if floor((s+1)·share) > floor(s·share), so that every part of the sequence has that share.
     """
 
     def __init__(self, count, real_count, share, batch_size, seed):
@@ -254,21 +254,21 @@ class MixedOrder(EndlessOrder):
         self.share, self.real = fractions.Fraction(share).limit_denominator(10**6), EndlessOrder(real_count, 1, seed)
 
     def at(self, positions):
-        """Return the pairs at `positions` of the whole sequence, both int64 arrays `(n,)`."""
+        """Return the pairs at `positions` of the sequence, both int64 arrays `(n,)`."""
         is_real, places = self.split(positions)
         places[is_real] = self.count + self.real.at(places[is_real])
         places[~is_real] = super().at(places[~is_real])
         return places
 
     def split(self, positions):
-        """Return (is_real, places) of positions in the sequence: the number of samples of the same kind before each."""
+        """Return (is_real, places) of positions in the sequence; places: how many earlier ones are of the same kind."""
         before = positions * self.share.numerator // self.share.denominator
         is_real = (positions + 1) * self.share.numerator // self.share.denominator > before
         return is_real, np.where(is_real, before, positions - before)
 
 
 def create_pair_batches(config, device):
-    """Return the `Batches` of config.data.reflow_data_root and real pairs; UserError for pairs that do not fit."""
+    """Return the `Batches` of data.reflow_data_root and real pairs; UserError for pairs that do not fit the config."""
     data, size, share = config.data, config.training.batch_size, config.flow.real_data_share
     folders = open_pairs(data.reflow_data_root, config)
     count = sum(map(len, folders))

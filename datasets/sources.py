@@ -1,8 +1,8 @@
-"""Image data sets, from their files to one uint8 array `(N, C, H, W)`: `DATASETS` lists what `data.dataset` may name.
+"""Image data sets, from their files to one uint8 array `(N, C, H, W)`: `DATASETS` has a row for each data.dataset.
 
-A data set is a row of that table. Its function `open(root, spec)` takes the path of the files and the `ImageSpec` to
-bring images to. It returns an `ImageSet` (`array_set` makes one of arrays), or a `Source`, which is decoded once into
-`data.cache_dir`. Choices of the config, `--help`, checks and messages follow from the row.
+The function `open(root, spec)` of a row takes the path of the files and the `ImageSpec` that images are converted to.
+It returns an `ImageSet` (`array_set` makes one from arrays), or a `Source`, which is decoded once into data.cache_dir.
+The choices of the config, `--help`, checks and messages are derived from the row.
 """
 
 import collections
@@ -30,15 +30,15 @@ from runtime.terminal import UserError
 FILES_AT_ONCE = 256  # image files decoded at a time, by all threads
 SPLITS = {"train", "val", "valid", "validation", "test"}
 RELEASED_NAMES = {"plane": "airplane", "car": "automobile"}  # of CIFAR-10's classes, in the released code
-SUBSET_SEED = 0  # random_N are the same images under every seed
+SUBSET_SEED = 0  # random_N are the same images for every config.seed
 
 
 class DataSet(NamedTuple):
     """A row of `DATASETS`.
 
-    open: `open(root, spec)`, see above. channels: what its images have, None for any. mirror: whether a mirrored image
-    is one of the data set's kind; data.random_flip is off unless given otherwise. resample: the filter for images of
-    another size. files: what belongs at data.data_root ("": nothing has to be there).
+    open: `open(root, spec)`, see above. channels: of its images, None for any. mirror: whether mirrored images belong
+    to the data set; if not, data.random_flip is off by default. resample: the filter for resizing images. files: what
+    must be at data.data_root ("": nothing).
     """
 
     open: Callable[[pathlib.Path, ImageSpec], ImageSet | Source]
@@ -55,7 +55,7 @@ def load_images(config):
         raise UserError(f"data.num_channels {data.num_channels}: images have 1 (grey) or 3 (colour) channels")
     name, older = data.train_subset, config.sampling.train_subset
     if name != "all" and older not in ("all", name):
-        raise UserError(f"data.train_subset is {name}, but sampling.train_subset, its older name, {older}: set one")
+        raise UserError(f"data.train_subset is {name}, but sampling.train_subset, its older name, is {older}: set one")
     spec = ImageSpec(data.image_size, data.num_channels, row.resample, data.skip_corrupt)
     root = pathlib.Path(data.data_root or data.custom_data_root or f"data/{data.dataset}").expanduser()
     if row.files and not root.exists():
@@ -69,20 +69,20 @@ def load_images(config):
 
 
 def array_set(images, labels, spec, source="", class_names=None):
-    """Return an `ImageSet` of uint8 images `(N, C, H, W)`, brought to `spec`, with int64 labels `(N,)` or None."""
+    """Return an `ImageSet` of uint8 images `(N, C, H, W)`, converted to `spec`, with int64 labels `(N,)` or None."""
     images, notes = fit_images(images, spec)
     return ImageSet(images, labels, class_names, source, dict(notes))
 
 
 def count_classes(image_set, num_classes=0):
-    """Return how many images each class has, of at least `num_classes`, and a text that names the classes with any."""
+    """Return the number of images of each class, at least `num_classes` of them, and a text of those that have any."""
     counts = np.bincount(image_set.labels, minlength=num_classes)
     names = image_set.class_names or range(len(counts))
     return counts, _shorten([f"{names[k]}: {counts[k]}" for k in np.flatnonzero(counts)])
 
 
 def check_classes(image_set, num_classes):
-    """Raise `UserError` unless the labels are 0..num_classes-1, each of at least one image."""
+    """Raise UserError unless the labels are 0..num_classes-1, each with at least one image."""
     source = f"data.num_classes {num_classes}: {image_set.source}"
     if image_set.labels is None:
         raise UserError(f"{source} has no labels: set it to 0, or give labels by sub-folders or {LABEL_FILE}")
@@ -91,13 +91,13 @@ def check_classes(image_set, num_classes):
         raise UserError(f"{source} has images of {np.count_nonzero(counts)} classes ({found}): set it to their number, "
                         "or data.data_root to the folder whose sub-folders are the classes")
     if image_set.class_names and SPLITS.issuperset(image_set.class_names):
-        raise UserError(f"{source} has the sub-folders {found}, which are no classes: set data.data_root to one")
+        raise UserError(f"{source} has the sub-folders {found}, which are splits: set data.data_root to one of them")
 
 
 def subset(image_set, name, field="data.train_subset"):
-    """Return the part of `image_set` that a config field names; UserError, naming `field`, for another name.
+    """Return the part of `image_set` with the name that the config field `field` has; UserError for an unknown name.
 
-    name: "all"; "random_N", N images drawn without replacement, the same under every seed; or a class name.
+    name: "all"; "random_N", N images drawn without replacement, the same for every seed; or a class name.
     """
     if name == "all":
         return image_set
@@ -105,7 +105,7 @@ def subset(image_set, name, field="data.train_subset"):
     if name.startswith("random_"):
         number = name.removeprefix("random_")
         if not (number.isdecimal() and 1 <= int(number) <= len(image_set)):
-            raise UserError(f"{field} {name}: N of random_N is from 1 to {len(image_set)}, the images of {source}")
+            raise UserError(f"{field} {name}: N of random_N must be from 1 to {len(image_set)}, the images of {source}")
         generator = seeds.index_generator(SUBSET_SEED, 0, seeds.SUBSET)
         chosen = np.sort(generator.choice(len(image_set), int(number), replace=False))
     else:
@@ -127,7 +127,7 @@ def _shorten(words):
 def open_files(name, with_labels, root, spec):
     """Return the `Source` of all images in a folder or zip archive.
 
-    with_labels: classes by dataset.json, as EDM's dataset_tool.py writes it, or by sub-folder; FFHQ's are no classes.
+    with_labels: classes are those of dataset.json (written by EDM's dataset_tool.py) or sub-folders; FFHQ has none.
     """
     tree = FileTree(root)
 
@@ -139,10 +139,7 @@ def open_files(name, with_labels, root, spec):
 
 
 def _decode_tree(tree, labels, spec):
-    """Yield the images of a `FileTree` in `ImageSet`s; labels: of all its files, or None.
-
-    By threads, since Pillow decodes and resamples outside the interpreter lock.
-    """
+    """Yield the images of a `FileTree`, decoded by threads, in `ImageSet`s; labels: of all its images, or None."""
     def decode(name):
         try:
             return tree.decode(name, spec)
@@ -167,7 +164,7 @@ def _decode_tree(tree, labels, spec):
 
 
 def _read_batches(paths, size, first_label, classes, spec):
-    """Yield the `ImageSet`s of the files in which CIFAR-10 and ImageNet64 are distributed; UserError for others."""
+    """Yield the `ImageSet`s of batch files as of CIFAR-10 and ImageNet64 at 64×64; UserError for other files."""
     for path in paths:
         batch = load_arrays(path)
         try:
@@ -175,7 +172,7 @@ def _read_batches(paths, size, first_label, classes, spec):
         except (TypeError, KeyError, IndexError, ValueError):  # no dict, or lists of lists
             data = labels = np.empty(0)
         if data.dtype != np.uint8 or labels.ndim != 1 or data.shape != (len(labels), 3 * size**2):
-            raise UserError(f"{path} is no batch of images, a dict of data (N, {3 * size**2}), uint8, and N labels")
+            raise UserError(f"{path} is not a batch of images: a dict of uint8 data (N, {3 * size**2}) and N labels")
         check_labels(labels, path, classes, first_label)
         yield array_set(data.reshape(-1, 3, size, size), labels.astype(np.int64) - first_label, spec)
 
@@ -186,7 +183,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 def open_cifar10(root, spec):
-    """Return CIFAR-10's training set (Krizhevsky 2009): the python batches at or under `root`, else a download."""
+    """Return CIFAR-10's training set (Krizhevsky 2009): the Python batches in `root`, downloaded if they are absent."""
     folders = [root, root / CIFAR10_FOLDER]
     there = [folder for folder in folders if any((folder / name).exists() for name in CIFAR10_BATCHES)]
     folder = there[0] if there else _download_cifar10(root)
@@ -207,17 +204,17 @@ def _download_cifar10(root):
                 with tempfile.TemporaryDirectory(dir=root) as unpacked:
                     download_and_extract_archive(CIFAR10.url, root, unpacked, md5=CIFAR10.tgz_md5)
                     os.replace(os.path.join(unpacked, CIFAR10_FOLDER), folder)
-    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: the wrong digest
+    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: a wrong checksum
         raise UserError(f"CIFAR10: put cifar-10-python.tar.gz or {CIFAR10_FOLDER}/ into {root}, or set data.data_root; "
                         f"{CIFAR10.url} could not be downloaded ({getattr(error, 'reason', error)})") from None
     return folder
 
 
 def open_imagenet64(root, spec):
-    """Return ImageNet at 64×64 with its 1,000 classes, from what lies at `root`.
+    """Return the `Source` of ImageNet at 64×64 with its 1,000 classes.
 
-    The downsampled release (Chrabaszcz et al. 2017), `train_data_batch_1` … `10`, pickled or npz, classes in its own
-    order; otherwise image files with `dataset.json` or a folder per class, in the order of names.
+    `root` holds the downsampled release (Chrabaszcz et al. 2017), `train_data_batch_1` … `10`, pickled or npz, with
+    the release's order of classes; or image files with `dataset.json`, or with a folder per class, ordered by name.
     """
     found = {}
     for path in sorted([*root.glob("train_data_batch_*"), *root.glob("Imagenet64*/train_data_batch_*")]):
@@ -238,7 +235,7 @@ FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sanda
 
 
 def open_idx(name, class_names, root, spec):
-    """Return the training images of MNIST or Fashion-MNIST, in `root`, `root`/raw or `root`/{name}/raw."""
+    """Return the `Source` of MNIST's or Fashion-MNIST's training set in `root`, `root`/raw or `root`/{name}/raw."""
     found = {path.name.removesuffix(".gz").replace(".idx", "-idx"): path
              for folder in (root / name / "raw", root / "raw", root) for path in folder.glob("train-*")}
     if missing := [file for file in IDX_FILES if file not in found]:
@@ -256,7 +253,7 @@ def open_idx(name, class_names, root, spec):
 
 
 def read_idx(path, dimensions):
-    """Return the uint8 array of an IDX file, gzipped or not, with that many dimensions; UserError for other content.
+    """Return the uint8 array of an IDX file, gzipped or not, with `dimensions` axes; UserError for other content.
 
     The format (LeCun et al. 1998): two zero bytes, the type (8: unsigned byte), the number of dimensions, each
     dimension as a big-endian 32-bit number, then the values.
@@ -268,7 +265,7 @@ def read_idx(path, dimensions):
         raise UserError(f"{path} is a damaged gzip file ({error}): fetch it again") from None
     head = 4 + 4 * dimensions
     if len(data) < head or data[:4] != bytes([0, 0, 8, dimensions]):
-        raise UserError(f"{path} is no IDX file of unsigned bytes with {dimensions} dimensions: fetch it again")
+        raise UserError(f"{path} is not an IDX file of unsigned bytes with {dimensions} dimensions: fetch it again")
     shape = np.frombuffer(data, ">u4", dimensions, offset=4).astype(int)
     if len(data) - head != shape.prod() or 0 in shape:
         raise UserError(f"{path} should hold {shape.prod()} values and holds {len(data) - head}: fetch it again")
@@ -284,7 +281,7 @@ def open_digits(root, spec):
     return array_set(images, digits.target.astype(np.int64), spec, "digits of scikit-learn", tuple("0123456789"))
 
 
-# What pickles of numpy arrays name (asked of numpy, since numpy 2 renamed numpy.core), and protocol 2 writes bytes by.
+# The functions and types that pickles of numpy arrays name (numpy 2 renamed numpy.core), and bytes in protocol 2.
 _KNOWN = {
     "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
     "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
@@ -304,16 +301,16 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load_arrays(path):
-    """Return what an npz, or a pickle of numpy arrays, numbers and texts in plain containers, holds.
+    """Return the content of an npz, or of a pickle of numpy arrays, numbers and text in plain containers.
 
-    Raises `UserError` for a file that is damaged or names anything else, which could run code.
+    Raises UserError for a file that is damaged or names anything else, which could run code.
     """
     try:
         with open(path, "rb") as opened:
             return dict(np.load(opened)) if path.suffix == ".npz" else _ArrayUnpickler(opened, encoding="latin1").load()
-    except Exception as error:  # a damaged file can raise nearly any error
+    except Exception as error:  # a damaged file raises many kinds of error
         text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no readable npz or pickle of arrays ({text}): fetch or make it again") from None
+        raise UserError(f"{path} is not a readable npz or pickle of arrays ({text}): fetch or make it again") from None
 
 
 DATASETS = {

@@ -21,7 +21,7 @@ from configs.command_line import config_to_dict, load_config, parse_command_line
 from configs.default import set_field
 from datasets import load_images
 from datasets.pair_writer import chosen_images
-from datasets.pairs import PairFolder, read_record
+from datasets.pairs import PairFolder, read_metadata
 from models import create_model
 from models.checkpoint import write_checkpoint
 from models.ema import ExponentialMovingAverage
@@ -233,7 +233,7 @@ def test_random_pairs_need_no_network_and_keep_the_classes_of_the_images(tmp_pat
     np.testing.assert_array_equal(np.load(folder / "z0.npy"), index_noise(3, range(40), (1, 8, 8)))
     assert "random_paired uses no network: --ckpt_path is ignored" in (tmp_path / "log").read_text()
     np.testing.assert_array_equal(np.load(folder / "label.npy"), np.eye(10, dtype=np.float32)[labels[:40]])
-    assert "sampling.use_ode_sampler" not in read_record(folder)["identity"]
+    assert "sampling.use_ode_sampler" not in read_metadata(folder)["identity"]
 
 
 def test_images_from_a_file_bring_their_classes_from_another(tmp_path, network):
@@ -290,7 +290,7 @@ def test_compact_storage_takes_a_quarter_of_the_disk_and_says_what_it_loses(tmp_
     rows, folder = np.arange(320), PairFolder(small)
     np.testing.assert_array_equal(folder.z0[rows], np.load(full / "z0.npy"))
     lost = np.abs(folder.z1[rows] - np.load(full / "z1.npy")).max()
-    assert folder.record["z1_rounding"] == pytest.approx(lost, rel=1e-6) and 0 < lost < 1e-3
+    assert folder.metadata["z1_rounding"] == pytest.approx(lost, rel=1e-6) and 0 < lost < 1e-3
 
 
 def test_compact_storage_is_refused_where_z0_is_not_drawn(tmp_path):
@@ -320,7 +320,10 @@ def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, ne
     ({"sampling__direction": "gt_v_from_z1"}, {"z0_path": "x.npy"}, "does not start at noise: leave out --z0_path"),
     ({}, {"z0_path": "absent.npy"}, "absent.npy does not exist"),
     ({"sampling__class_label": 4}, {}, "class_label 4: config.data.num_classes is 0"),
-    ({"data__num_classes": 10}, {}, "knows no classes: set config.sampling.class_label"),
+    ({"sampling__direction": "random_paired", "data__num_classes": 3, "sampling__class_label": 1},
+     {"z1_path": "x.npy", "label_path": "y.npy"}, "--label_path and config.sampling.class_label both set the classes"),
+    ({"sampling__direction": "gt_v_from_z1", "sampling__random_flip": True}, {}, "leave out sampling.random_flip"),
+    ({"data__num_classes": 10}, {}, "has no classes: set config.sampling.class_label"),
     ({"data__num_classes": 5, "sampling__direction": "random_paired", "sampling__train_subset": "all"}, {},
      "has images of 10 classes"),
 ])
@@ -367,7 +370,7 @@ def test_a_checkpoint_replaced_after_it_was_read_is_not_recorded_as_what_made_th
 
     monkeypatch.setattr(generate_data, "load_with_config", load_and_replace)
     folder = make_by_network(tmp_path / "pairs", path)
-    assert read_record(folder)["checkpoint_digest"] == file_digest(network) != file_digest(path)
+    assert read_metadata(folder)["checkpoint_digest"] == file_digest(network) != file_digest(path)
 
 
 def test_the_licence_of_a_teacher_is_said_once(tmp_path, network, monkeypatch):

@@ -33,10 +33,10 @@ def main(args):
                 for part in progress_bar(parts, desc=str(folder.path), unit="parts"):
                     folder.check(part)
             found = describe(*folder.check(some_of(len(folder), DESCRIBED if args.check else QUICK_ROWS)))
-            direction, nfe = folder.identity.get("sampling.direction"), (folder.record or {}).get("nfe_mean")
+            direction, nfe = folder.identity.get("sampling.direction"), (folder.metadata or {}).get("nfe_mean")
             print(f"{folder.path}: {len(folder)} pairs {folder.shape}, "
                   f"{'without' if folder.label is None else 'with'} labels, "
-                  f"{f'{direction}, {nfe} evaluations a pair' if folder.record else 'no pairs.json'}; looked at "
+                  f"{f'{direction}, {nfe} evaluations a pair' if folder.metadata else 'no pairs.json'}; looked at "
                   f"{', '.join(f'{name} {value:.4g}' for name, value in found.items())}")
             wrong += findings(folder, found)
         check_origins(folders)

@@ -68,14 +68,14 @@ def test_the_archive_of_cifar10_is_unpacked(tmp_path, monkeypatch):
 
 def test_a_missing_batch_of_cifar10_is_named(tmp_path):
     files.write_cifar(tmp_path / "data", CIFAR, CIFAR_LABELS, batches=3)
-    with pytest.raises(UserError, match="data_batch_4 is no readable .*No such file"):
+    with pytest.raises(UserError, match="data_batch_4 is not a readable .*No such file"):
         load(tmp_path, "CIFAR10")
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ([1, 2], "is no batch of images"), ({"data": 3, "labels": []}, "is no batch of images"),
-    ({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, "is no batch of images"),
-    ({"data": np.zeros((2, 3072), np.float32), "labels": [1, 1]}, "is no batch of images"),
+    ([1, 2], "is not a batch of images"), ({"data": 3, "labels": []}, "is not a batch of images"),
+    ({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, "is not a batch of images"),
+    ({"data": np.zeros((2, 3072), np.float32), "labels": [1, 1]}, "is not a batch of images"),
     ({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 10]}, "the first wrong one 10; .* from 0 to 9"),
     ({"data": np.zeros((2, 3072), np.uint8), "labels": ["a", "b"]}, "the first wrong one a"),
 ])
@@ -156,7 +156,8 @@ def test_a_missing_file_of_mnist_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "data", "message"), [
-    (IMAGE_FILE, b"", "no IDX file"), (IMAGE_FILE, files.idx_bytes(DIGIT_LABELS.astype(np.uint8)), "no IDX file"),
+    (IMAGE_FILE, b"", "not an IDX file"),
+    (IMAGE_FILE, files.idx_bytes(DIGIT_LABELS.astype(np.uint8)), "not an IDX file"),
     (IMAGE_FILE, files.idx_bytes(DIGITS[:, 0])[:-1], "should hold 9408 values and holds 9407"),
     (IMAGE_FILE, gzip.compress(files.idx_bytes(DIGITS[:, 0]), mtime=0)[:-20], "damaged gzip"),
     (LABEL_FILE, files.idx_bytes(DIGIT_LABELS[:5].astype(np.uint8)), "12 images, .* 5 labels"),
@@ -230,14 +231,14 @@ def test_labels_outside_1_to_1000_are_refused(tmp_path, npz, label):
 def test_a_damaged_or_foreign_batch_of_the_release_is_named(tmp_path, name):
     for content in (b"oops", pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 2]})):
         files.write_folder(tmp_path / "data", {name: content})
-        with pytest.raises(UserError, match=f"{name} is no"):
+        with pytest.raises(UserError, match=f"{name} is not a"):
             load(tmp_path, "ImageNet64")
 
 
 def test_an_npz_with_pickled_objects_is_not_executed(tmp_path):
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "train_data_batch_1.npz", data=np.array([object()], dtype=object), labels=[1])
-    with pytest.raises(UserError, match="no readable npz"):
+    with pytest.raises(UserError, match="not a readable npz"):
         load(tmp_path, "ImageNet64")
 
 
@@ -313,7 +314,7 @@ def test_no_function_is_called(load_pickle, tmp_path, function):
     mark = tmp_path / "was here"
     for protocol in (0, 2, 4):
         data = pickle.dumps({"data": Attack(function, f"touch '{mark}'")}, protocol)
-        with pytest.raises(UserError, match="batch_1 is no readable npz or pickle of arrays .it names"):
+        with pytest.raises(UserError, match="batch_1 is not a readable npz or pickle of arrays .it names"):
             load_pickle(data)
     assert not mark.exists()
 

@@ -56,7 +56,7 @@ def test_no_image_is_one_sentence(tmp_path):
 
 def test_what_is_no_zip_is_named(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"PK but no more")
-    with pytest.raises(UserError, match="x.zip is no readable zip archive"):
+    with pytest.raises(UserError, match="x.zip is not a readable zip archive"):
         FileTree(tmp_path / "x.zip").names  # noqa: B018
 
 
@@ -101,7 +101,7 @@ def test_of_large_images_one_is_decoded_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", [lambda path: os.mkfifo(path), lambda path: os.symlink("/dev/zero", path)])
 def test_a_pipe_or_a_device_among_images_is_named_instead_of_read_for_ever(tmp_path, place):
     place(tmp_path / "a.png")
-    with pytest.raises(UserError, match="a.png is no regular file"):
+    with pytest.raises(UserError, match="a.png is not a regular file"):
         FileTree(tmp_path).read("a.png")
 
 
@@ -244,7 +244,7 @@ def test_transparent_places_are_white_and_half_transparent_ones_mixed(mode):
     pixels, notes = decode_image(encode(picture.convert(mode), "PNG"), ImageSpec(3, 3))
     assert pixels[:, 0, :2].tolist() == [[10, 255]] * 3
     assert np.abs(pixels[:, 0, 2].astype(int) - round(10 * 128 / 255 + 255 * 127 / 255)).max() <= 1
-    assert "transparent, laid on white" in notes
+    assert "transparent, composited on white" in notes
 
 
 def test_transparent_palette_colour_is_white():
@@ -253,7 +253,7 @@ def test_transparent_palette_colour_is_white():
     picture.putpixel((1, 1), 1)
     pixels, notes = decode_image(encode(picture, "PNG", transparency=1), ImageSpec(2, 3))
     assert pixels[:, 1, 1].tolist() == [255, 255, 255] and pixels[:, 0, 0].tolist() == [200, 0, 0]
-    assert notes == ["transparent, laid on white"]
+    assert notes == ["transparent, composited on white"]
 
 
 def test_an_alpha_channel_without_holes_changes_nothing():

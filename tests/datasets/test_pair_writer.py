@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datasets.pair_writer import PairJob, finish, locked, npy_header, prepare, write_block
-from datasets.pairs import read_record
+from datasets.pairs import read_metadata
 from runtime.terminal import UserError
 
 SHAPE = (1, 2, 2)
@@ -54,7 +54,7 @@ def test_the_arrays_are_plain_npy_files_without_rows_beyond_the_count(tmp_path):
 def test_a_folder_promises_nothing_until_all_is_there(tmp_path):
     prepare(tmp_path, job(10))
     write(tmp_path, job(10), [0, 2])
-    assert not read_record(tmp_path)["complete"] and len(np.load(tmp_path / "z0.npy")) == 0
+    assert not read_metadata(tmp_path)["complete"] and len(np.load(tmp_path / "z0.npy")) == 0
     with pytest.raises(UserError, match="block 1 is missing"):
         finish(tmp_path, job(10), {})
     assert prepare(tmp_path, job(10)) == (0, [1])
@@ -63,7 +63,7 @@ def test_a_folder_promises_nothing_until_all_is_there(tmp_path):
 def test_extending_keeps_the_folder_usable_and_redoes_at_most_the_last_block(tmp_path):
     make(tmp_path, job(10))
     assert prepare(tmp_path, job(20)) == (10, [2, 3, 4])
-    assert first_values(tmp_path) == list(range(10)) and read_record(tmp_path)["complete"]
+    assert first_values(tmp_path) == list(range(10)) and read_metadata(tmp_path)["complete"]
     make(tmp_path, job(20))
     assert first_values(tmp_path) == list(range(20))
 

@@ -239,7 +239,7 @@ def test_right_pairs_of_a_rough_flow_are_not_called_swapped(tmp_path, capsys):
     (lambda z0, z1: (0.85 * z0, z1), "z0 has standard deviation 0.8.. instead of 1"),
     (lambda z0, z1: (z0, (z1 + 1) / 2), r"all values of z1 lie in 0.00 to 1.00; images are in \[-1, 1\]"),
     (lambda z0, z1: (z0, 0 * z1), "every value of z1 is 0: its images were never written"),
-    (lambda z0, z1: (z0, 127.5 * z1 + 127.5), r"z1 reaches from 0.00 to 255.00, ..% of it beyond"),
+    (lambda z0, z1: (z0, 127.5 * z1 + 127.5), r"z1 ranges from 0.00 to 255.00, ..% of it beyond"),
 ])
 def test_unlikely_values_are_said_in_one_sentence_on_stderr(tmp_path, capsys, change, said):
     z0 = np.random.default_rng(0).normal(size=(200, *SHAPE)).astype(np.float32)

@@ -229,7 +229,7 @@ def test_another_number_of_classes_than_there_are_is_refused(tmp_path, classes, 
 
 def test_train_beside_val_is_no_pair_of_classes(tmp_path):
     write_folder(tmp_path / "own", {f"{split}/{k}/a.png": png(IMAGES[k]) for split in ("train", "val") for k in (0, 1)})
-    with pytest.raises(UserError, match="sub-folders train: 2, val: 2, which are no classes: set data.data_root"):
+    with pytest.raises(UserError, match="sub-folders train: 2, val: 2, which are splits: set data.data_root"):
         load_images(make_config(tmp_path, "custom", tmp_path / "own", 64, num_classes=2))
 
 
