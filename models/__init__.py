@@ -1,4 +1,4 @@
-"""The networks: building them, averaging their weights, and the files they are kept in."""
+"""The networks: building them, averaging their weights, reading and writing their checkpoints."""
 
 from models.checkpoint import load_model
 from models.create import create_model

@@ -1,9 +1,9 @@
-"""Checkpoints: reading and writing files, ours and the released ones, and what the scripts need to know of them.
+"""Checkpoints: reading and writing files, ours and released ones, and loading networks from them.
 
 A checkpoint is a dict: `model` (state dict), `ema` (see models/ema.py), `optimizer`, `step`, and in ours `config`, the
-config of the run as a nested dict. A file may also hold weights alone: a dict with `model`, or the bare state dict;
-`weights` "EMA" says that they are the averages. A file of the released layout is translated once its network is known,
-so that the rest of the program knows one layout.
+config of the run as a nested dict. A file may also hold only weights: a dict with `model`, or the bare state dict;
+an entry `weights` "EMA" marks averaged ones. A file of the released layout is translated once its network is known, so
+that the rest of the program has to know one layout only.
 """
 
 import functools
@@ -24,7 +24,7 @@ from models.safe_load import PART_BYTES, read_file
 from runtime.files import atomic_path, cached_file, file_digest
 from runtime.terminal import UserError
 
-WRAPPERS = r"^(module\.|_orig_mod\.)+"  # what DataParallel and torch.compile put before each name
+WRAPPERS = r"^(module\.|_orig_mod\.)+"  # prefixes of names by DataParallel and torch.compile
 
 
 def write_checkpoint(path, state):
@@ -34,12 +34,12 @@ def write_checkpoint(path, state):
 
 
 def is_remote(path):
-    """Whether `path` is an address: hf://owner/repo/file or https://…/file."""
+    """Return whether `path` is a URL: hf://owner/repo/file or https://…/file."""
     return str(path).startswith(("hf://", "https://"))
 
 
 def local_file(path):
-    """Return the file that `path` means; hf://owner/repo/file and https://…/file are fetched into the user's caches.
+    """Return the local file of `path`; hf://owner/repo/file and https://…/file are fetched into the user's caches.
 
     Raises UserError if it cannot be fetched.
     """
@@ -50,7 +50,7 @@ def local_file(path):
         name = urllib.parse.unquote(urllib.parse.urlsplit(path).path).rpartition("/")[2]
         if not name:
             raise UserError(f"{path} is incomplete; it must be https://host/…/file")
-        address = hashlib.sha256(path.encode()).hexdigest()[:8]  # files of one name are not mixed up
+        address = hashlib.sha256(path.encode()).hexdigest()[:8]  # keeps files of the same name apart
         return str(cached_file(path, "a path in its place", f"{address}-{name}"))
     match = re.fullmatch("hf://([^/]+/[^/]+)/(.+)", path)
     if not match:
@@ -64,11 +64,11 @@ def local_file(path):
     download = functools.partial(hf_hub_download, match[1], local_files_only=alone)
     try:
         fetched = part = download(match[2])
-        for number in itertools.count(2):  # of a file that is cut into parts
+        for number in itertools.count(2):  # the parts of a file that is split
             if os.path.getsize(part) != PART_BYTES:
                 return fetched
             part = download(f"{match[2]}.part{number}")
-    except Exception as error:  # the library raises a dozen kinds, from its own, requests, httpx and the system
+    except Exception as error:  # of many kinds: the library's own, of requests, httpx and the system
         reason = "there is no network, and the cache does not have it" if alone else next(
             iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{path} could not be fetched: {reason}") from error
@@ -78,31 +78,31 @@ def _is_reachable(address):
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
     except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)  # an answer
+        return isinstance(error, urllib.error.HTTPError)  # the server has answered
     return True
 
 
 def read_checkpoint(path):
     """Return the checkpoint at `path` (a file, or hf://owner/repo/file), its tensors on the CPU.
 
-    Beside what the file holds the result has `path`; `digest`, that of the bytes that were read; and `fields`, the
-    dotted config fields of the architecture, or None where neither a config in the file nor the table of published
-    networks tells them. Names are without DataParallel's and torch.compile's prefixes. Raises UserError for a file
-    that is missing, damaged, no checkpoint, or holds more than tensors and numbers.
+    Entries are added to those of the file: `path`; `digest`, of the bytes that were read; and `fields`, the dotted
+    config fields of the architecture, or None if neither a config in the file nor the table of published networks
+    gives them. Names are without the prefixes of DataParallel and torch.compile. Raises UserError for a file that is
+    missing, damaged or not a checkpoint, or that holds more than tensors, numbers and text.
     """
     file = local_file(path)
     if pathlib.Path(file).is_file() and edm_pickle.is_snapshot(file):
         return edm.read_checkpoint(file, path, create_from_fields) | {"digest": file_digest(file), "path": str(path)}
     content, digest = read_file(file)
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict")
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict")
     checkpoint = {"model": content} if "model" not in content and _is_state(content) else content
     if not _is_state(checkpoint.get("model")):
-        raise UserError(f"{path} is no checkpoint of this program: it has no state dict under 'model'")
+        raise UserError(f"{path} is not a checkpoint of this program: it has no state dict under 'model'")
     ema = checkpoint.get("ema", {"shadow_params": []})
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     if not isinstance(shadow, list) or not all(isinstance(tensor, torch.Tensor) for tensor in shadow):
-        raise UserError(f"{path} is no checkpoint of this program: it has no averaged weights under 'ema'")
+        raise UserError(f"{path} is not a checkpoint of this program: it has no averaged weights under 'ema'")
     model = {re.sub(WRAPPERS, "", name): tensor for name, tensor in checkpoint["model"].items()}
     if "config" in checkpoint:
         fields = saved_fields(checkpoint["config"], path)
@@ -119,19 +119,19 @@ def _is_state(state):
 def load_model(path, use_ema=True, device="cpu", fields=None):
     """Return the network of the checkpoint at `path`, ours or released, in eval mode on `device`.
 
-    use_ema: the averaged weights rather than the raw ones. fields: dotted config fields of the architecture, for
-    instance {"model.nf": 64}, for a file that does not tell it; they must not contradict one that does. Raises
-    UserError (see `read_checkpoint`), also if the architecture is neither told nor given.
+    use_ema: load the averaged weights rather than the raw ones. fields: dotted config fields, such as
+    {"model.nf": 64}, for a file that does not determine its architecture; they must not contradict one that does.
+    Raises UserError as `read_checkpoint`, and if the architecture is unknown.
     """
     checkpoint, fields = read_checkpoint(path), fields or {}
     return network_of(architecture(checkpoint, fields, fields), checkpoint, use_ema, device)
 
 
 def load_with_config(path, config, given, use_ema=True, device="cpu", say=print):
-    """Return (config, net, digest): the config of the checkpoint's run (`config_of_run`), its network as `load_model`
-    returns it, and the digest of what was read.
+    """Return (config, net, digest) of the checkpoint at `path`; config: see `config_of_run`, net: see `load_model`.
 
-    say: takes the remarks about differences, one sentence each.
+    given: the dotted fields on the command line. say: called with a sentence for each difference of the configs.
+    Raises UserError as `load_model`.
     """
     checkpoint = read_checkpoint(path)
     config, remarks = config_of_run(config, checkpoint, given)
@@ -144,22 +144,22 @@ def network_of(fields, checkpoint, use_ema=True, device="cpu"):
     """Return the network of dotted config fields with a checkpoint's weights, as `load_model` returns it."""
     net = create_from_fields(fields)
     load_weights(net, checkpoint, use_ema)
-    net = net.eval().to(device)  # on a CPU with the memory layout that convolves fastest there
+    net = net.eval().to(device)  # channels_last is the fastest memory layout for convolutions on a CPU
     return net.to(memory_format=torch.channels_last) if torch.device(device).type == "cpu" else net
 
 
 def load_weights(net, checkpoint, use_ema):
     """Copy the weights of a checkpoint (`read_checkpoint`) into a network of the same architecture.
 
-    Raises UserError with the difference if it is another's, or lacks the averages or the raw weights asked for.
+    Raises UserError if the checkpoint belongs to another network, or lacks the averages or the raw weights asked for.
     """
     path, averaged_alone = checkpoint["path"], checkpoint.get("weights") == "EMA"
     if averaged_alone and not use_ema:
-        raise UserError(f"{path} holds the moving average (EMA) of the weights alone, not the raw ones")
+        raise UserError(f"{path} holds only the averaged weights (EMA), not the raw ones: leave out --use_ema false")
     use_ema = use_ema and not averaged_alone
     if use_ema and "ema" not in checkpoint:
-        raise UserError(f"{path} holds weights without their moving average (EMA): it can be sampled with --use_ema "
-                        "false, and a training can start from it with config.flow.pre_train_model")
+        raise UserError(f"{path} holds weights without their moving average (EMA): sample it with --use_ema false, or "
+                        "start training from it with config.flow.pre_train_model")
     checkpoint = in_our_layout({name: value for name, value in checkpoint.items() if name != "optimizer"}, net)
     if difference := _difference(net.state_dict(), checkpoint["model"]):
         different = "; ".join(contradictions(net.config_fields, checkpoint["fields"] or {}))
@@ -177,16 +177,16 @@ def load_weights(net, checkpoint, use_ema):
 
 
 def _difference(ours, theirs):
-    """Return a phrase for the first tensor of two state dicts that differs in name or shape, or None."""
+    """Return a phrase for the first tensor whose name or shape differs between two state dicts, or None."""
     ours, theirs = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (ours, theirs))
     name = next((n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n)), None)
     return name and f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
 
 
 def in_our_layout(checkpoint, net=None):
-    """Return a checkpoint (`read_checkpoint`) in our layout: a released one translated as `net` reads it.
+    """Return a checkpoint (`read_checkpoint`) in our layout; a released one is translated for `net`.
 
-    net None: the network of its architecture; raises UserError where it does not tell that.
+    net None: the network of its architecture. Raises UserError if that is unknown or the checkpoint is damaged.
     """
     if not released.is_released(checkpoint["model"]):
         return checkpoint
@@ -196,23 +196,23 @@ def in_our_layout(checkpoint, net=None):
     try:
         return released.from_released(checkpoint, net)
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{checkpoint['path']} is damaged: its weights, EMA and optimiser do not belong together "
+        raise UserError(f"{checkpoint['path']} is damaged: its weights, EMA and optimizer do not belong together "
                         f"({error})") from error
 
 
 def load_matching(net, path):
     """Copy every raw weight of the checkpoint at `path` whose name and shape match into `net`.
 
-    Returns (matched, unmatched): names of the network's tensors that were and were not copied.
+    Returns (matched, unmatched), the names of `net`'s tensors. Raises UserError if only one network is EDM's denoiser.
     """
     checkpoint = read_checkpoint(path)
     kind = "model.preconditioning"
     theirs = {kind: "none"} | (checkpoint["fields"] or {})
-    # Weights of a denoiser in a velocity network, or the other way round, would be a random start; a denoiser of
-    # another architecture, too, where a student is to start as its teacher's velocity.
+    # Weights of a denoiser are useless in a velocity network, and the other way round; and a student that starts as
+    # its teacher, a denoiser, needs the same architecture.
     if different := contradictions(net.config_fields, theirs if theirs[kind] != "none" else {kind: theirs[kind]}):
         raise UserError(f"{path}: {different[0]}, where its weights would mean something else; set --config.{kind} "
-                        f"{theirs[kind]}, with which a student starts as the teacher in the same architecture only")
+                        f"{theirs[kind]}, which needs a student of the teacher's architecture")
     weights = {name: checkpoint[name] for name in ("model", "path", "fields")}
     theirs, ours = in_our_layout(weights, None if checkpoint["fields"] else net)["model"], net.state_dict()
     matched = [name for name, tensor in ours.items() if name in theirs and theirs[name].shape == tensor.shape]
@@ -224,7 +224,7 @@ def load_matching(net, path):
 
 
 def saved_fields(config, path):
-    """Return the dotted architecture fields of a checkpoint of ours, from the config saved in it."""
+    """Return the dotted architecture fields of the config (a nested dict) in a checkpoint; UserError if damaged."""
     try:
         with torch.device("meta"):
             return create_from_fields(model_fields(config)).config_fields
@@ -233,45 +233,45 @@ def saved_fields(config, path):
 
 
 def contradictions(ours, theirs):
-    """Return a phrase for each dotted field that both have with different values."""
+    """Return a phrase for each dotted field that has different values in two dicts."""
     return [f"{name} is {theirs[name]} in the checkpoint and {ours[name]} here"
             for name in theirs if name in ours and tuple_of(ours[name]) != tuple_of(theirs[name])]
 
 
-def architecture(checkpoint, given, configured):
+def architecture(checkpoint, overrides, defaults):
     """Return the dotted architecture fields of a checkpoint (`read_checkpoint`).
 
-    given: fields that the user set himself; one that contradicts the file raises UserError with the difference.
-    configured: the fields of the whole config, which decide where the file does not tell: they must make a network of
-    its tensors. The released layout does not tell the image size, so there the user's word counts if it fits.
+    overrides: fields that the user set; one that contradicts the file raises UserError with the difference. defaults:
+    fields of the whole config, for a file that does not determine its architecture: they must make a network of its
+    tensors. A released file does not determine the image size for sure, so an override of it is used if it fits.
     """
-    told, path, is_released = checkpoint["fields"], checkpoint["path"], released.is_released(checkpoint["model"])
-    velocity = {"model.preconditioning": "none"} if is_released else {}  # what every released network computes
-    different = contradictions(given, told or velocity)
-    if told and not different:
-        return told
+    inferred, path, is_released = checkpoint["fields"], checkpoint["path"], released.is_released(checkpoint["model"])
+    velocity = {"model.preconditioning": "none"} if is_released else {}  # every released network is a velocity
+    different = contradictions(overrides, inferred or velocity)
+    if inferred and not different:
+        return inferred
     refusal = UserError(f"{path}: {'; '.join(different)}; leave the field out or name another checkpoint")
     if different and not is_released:
         raise refusal
     try:
         with torch.device("meta"):
-            net = create_from_fields(configured | velocity | given)
+            net = create_from_fields(defaults | velocity | overrides)
         difference = _difference(released.released_state(net) if is_released else net.state_dict(), checkpoint["model"])
     except UserError as error:
         raise refusal if different else error from None
     if not difference:
         return net.config_fields
     raise refusal if different else UserError(
-        f"{path} does not tell its architecture, and it is none of the published ones: give it with --config.model.… "
-        f"and --config.data.image_size (with what is given {difference})")
+        f"{path} holds no config and is none of the published networks: set config.model and config.data.image_size "
+        f"to its architecture (with the present values {difference})")
 
 
 def config_of_run(config, checkpoint, given):
-    """Return (config, remarks): a copy of a config with all that a checkpoint (`read_checkpoint`) knows.
+    """Return (config, remarks): a copy of a config with everything that a checkpoint (`read_checkpoint`) determines.
 
-    That is its architecture and, from the config in it, data set, flow.eps and noise scale of its run; of a released
-    checkpoint the architecture alone. given: the dotted fields on the command line. One that contradicts the
-    architecture raises UserError with the difference; one that contradicts the rest wins, which a remark says.
+    That is its architecture and, from the config in it, the data set, flow.eps and noise scale of its run; of a
+    released checkpoint only the architecture. given: the dotted fields on the command line. One that contradicts the
+    architecture raises UserError with the difference; any other takes precedence, and a remark reports it.
     """
     from configs.provenance import take_run_fields  # here, since the table of fields takes the networks from models
 
@@ -284,12 +284,12 @@ def config_of_run(config, checkpoint, given):
 def apply_architecture(config, checkpoint, given):
     """Return a copy of a config with the architecture of a checkpoint (`read_checkpoint`).
 
-    given: the dotted fields that the user set himself. Raises UserError with the difference if one of them
-    contradicts the checkpoint.
+    given: the dotted fields on the command line. Raises UserError with the difference if one of them contradicts the
+    checkpoint.
     """
-    configured, result = model_fields(config), config.copy_and_resolve_references()
-    chosen = {name: value for name, value in configured.items() if name in given}
-    for name, value in architecture(checkpoint, chosen, configured).items():
+    defaults, result = model_fields(config), config.copy_and_resolve_references()
+    overrides = {name: value for name, value in defaults.items() if name in given}
+    for name, value in architecture(checkpoint, overrides, defaults).items():
         group, field = name.split(".")
         result[group][field] = tuple_of(value)
     return result

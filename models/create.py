@@ -1,4 +1,4 @@
-"""From config fields to a network, with every combination that makes no sense refused by name."""
+"""Networks from config fields: the table NETWORKS, and checks that name the fields of an impossible combination."""
 
 import inspect
 
@@ -16,17 +16,17 @@ from runtime.terminal import UserError
 # `create_from_fields` gives each network `config_fields`, {dotted field: value} of all that makes its architecture.
 NETWORKS = {"ncsnpp": NCSNpp, "DhariwalUNet": DhariwalUNet}
 DATA_FIELDS = ("image_size", "num_channels", "num_classes")
-# Arguments of a network that are no part of its architecture: a checkpoint of one may be used with another.
+# Arguments of a network that are not part of its architecture: a checkpoint may be used with other values.
 FREE_ARGUMENTS = ("dropout", "label_dropout", "init_scale")
-# Sizes that every config file sets: a network without such an argument does without them.
+# Sizes that every config file sets: a network without such an argument ignores them.
 SIZES = ("model.nf", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions", "model.dropout")
 
 
 def create_model(config):
     """Return the network of a config, in training mode, with fresh weights from torch's global generator.
 
-    `net.config_fields` holds the dotted config fields that make its architecture, with their values, as lists and
-    numbers. Raises UserError for fields that do not go together.
+    `net.config_fields` is {dotted config field: value} of its architecture, tuples as lists. Raises UserError as
+    `create_from_fields`.
     """
     return create_from_fields(model_fields(config))
 
@@ -37,10 +37,10 @@ def model_fields(config):
 
 
 def create_from_fields(fields):
-    """Return the network of dotted config fields; those that are missing take the CIFAR-10 config's values.
+    """Return the network of {dotted config field: value}; missing fields have the CIFAR-10 config's values.
 
     Options of other networks must have their default value. Raises UserError for fields outside the choices and ranges
-    of configs/default.py, and for those that do not go together.
+    of configs/default.py, and for fields that contradict each other.
     """
     from configs.default import FIELDS  # here, since that table takes the networks from this file
 
@@ -110,21 +110,21 @@ def check_levels(arguments):
 
 
 def check_ncsnpp(arguments):
-    """Raise UserError for options of ncsnpp that do not go together."""
+    """Raise UserError for options of ncsnpp that contradict each other."""
     if arguments["progressive_combine"] == "cat" and arguments["progressive_input"] != "input_skip":
         raise UserError("model.progressive_combine is cat, which only model.progressive_input input_skip can use; "
                         "set one of them")
     joins_levels = arguments["progressive"] == "residual" or arguments["progressive_input"] != "none"
     if joins_levels and len(arguments["ch_mult"]) == 1:
-        raise UserError("model.progressive residual and model.progressive_input join levels, but model.ch_mult has one "
-                        "level only")
+        raise UserError("model.progressive residual and model.progressive_input join levels, but model.ch_mult has "
+                        "only one level")
     taps = arguments["fir_kernel"]
     if arguments["fir"] and (not 2 <= len(taps) <= 16 or sum(taps) == 0):
-        raise UserError(f"model.fir_kernel is {str(taps)[:80]}; a filter needs two to sixteen taps, of sum other than "
-                        "zero")
+        raise UserError(f"model.fir_kernel is {str(taps)[:80]}; a filter needs two to sixteen taps, with a sum other "
+                        "than zero")
     if arguments["scale_by_sigma"] and arguments["embedding_type"] == "positional" and arguments["num_scales"] < 1000:
         raise UserError(f"model.num_scales is {arguments['num_scales']}, but model.scale_by_sigma looks up the noise "
                         "level of the times 0 to 999; it must be at least 1000")
     if arguments["num_classes"] and not arguments["conditional"]:
         raise UserError(f"data.num_classes is {arguments['num_classes']}, but with model.conditional false ncsnpp has "
-                        "no embedding that a class could join; set one of them")
+                        "no embedding to add a class to; set one of them")

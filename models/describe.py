@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-accumulates and activation memory, level by level."""
+"""The cost of a network: parameters, multiply-accumulates and activation memory, level by level."""
 
 import collections
 import dataclasses
@@ -14,28 +14,28 @@ from torch.utils.module_tracker import ModuleTracker
 
 from models.create import create_from_fields
 
-RESAMPLING = {torch.ops.aten.avg_pool2d: 4, torch.ops.aten.upsample_nearest2d: 1}  # multiply-accumulates of a number
-SHARED = "time and class"  # the part of what runs outside every level: embeddings and their projections
+RESAMPLING = {torch.ops.aten.avg_pool2d: 4, torch.ops.aten.upsample_nearest2d: 1}  # MACs per output value
+SHARED = "time and class"  # the part outside all levels: embeddings and their projections
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The cost of one part of a network for one image, or of all of it."""
+    """The cost of one part of a network, or of all of it, for one image."""
 
     part: str
     size: int  # height and width of its features, 0 if it has none
     parameters: int
     gmacs: float  # 10⁹ multiply-accumulates of a forward pass
-    plain_gmacs: float  # those without attention and its projections, which the paper's tables leave out
-    activation_bytes: int  # what a float32 forward pass keeps for the backward pass, for each image of the batch
+    plain_gmacs: float  # without attention and its projections, which the paper's tables leave out
+    activation_bytes: int  # what a float32 forward pass keeps for the backward pass, per image
 
 
 def describe(config_fields):
-    """Return the costs of the network of dotted config fields, a list of `Cost`: one a part, the last their total.
+    """Return the costs of the network of dotted config fields, a list of `Cost`: one per part, then their total.
 
-    Nothing is computed: the network runs on tensors without content. Counted are convolutions, matrix products and
-    attention (both its products), and for DhariwalUNet its resampling as a 2×2 filter: so the totals are those of
-    the paper's table. Raises UserError as `create_model` does.
+    Nothing is computed: the network runs on fake tensors. Convolutions, matrix products and both products of attention
+    are counted, and DhariwalUNet's resampling as a 2×2 filter, so that the totals agree with the paper's table.
+    Raises UserError as `create_from_fields`.
     """
     with torch.device("meta"):
         net = create_from_fields(config_fields)
@@ -61,7 +61,7 @@ def measure(net, batch):
 
 
 def _inputs(net, batch):
-    """Return x, t and label (None without classes) of `batch` images, all zero, on the device of the network."""
+    """Return x, t and label (None without classes) of `batch` images, all zeros, on the device of the network."""
     device, fields = next(net.parameters()).device, net.config_fields
     size, classes = fields["data.image_size"], fields["data.num_classes"]
     return (torch.zeros(batch, fields["data.num_channels"], size, size, device=device),
@@ -69,10 +69,10 @@ def _inputs(net, batch):
 
 
 def cost_of(net):
-    """Return {what: value} of evaluating a network in eval mode on its device: size, operations, median time, memory.
+    """Return {name: value} for evaluating a network in eval mode on its device: size, operations, median time, memory.
 
-    One multiply-accumulate counts as two floating-point operations. Memory: of the GPU during the batch, weights
-    included; on a CPU the most that this process has held so far.
+    One multiply-accumulate counts as two floating-point operations. The memory is the peak on the GPU during a batch,
+    including the weights; on a CPU, the peak of this process so far.
     """
     device, gmacs = next(net.parameters()).device, sum(measure(net, 1).macs.values()) / 1e9
     cuda = device.type == "cuda"
@@ -90,8 +90,8 @@ def cost_of(net):
 
 
 def median_seconds(call, *arguments, seconds=0.5):
-    """Return the median time of `call(*arguments)` within about `seconds`, after a call that is not counted."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns where nvcc is without a GPU
+    """Return the median time of `call(*arguments)` in seconds, measured for about `seconds` after a warm-up call."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns if there is nvcc but no GPU
     from torch.utils.benchmark import Timer
 
     timer = Timer("call(*arguments)", globals={"call": call, "arguments": arguments},
@@ -100,15 +100,15 @@ def median_seconds(call, *arguments, seconds=0.5):
 
 
 def cost_line(cost):
-    """Return the result of `cost_of` as one line for people."""
+    """Return the result of `cost_of` as a line of text."""
     return (f"{cost['parameters']:,} parameters, {cost['gmacs']:.4g} GMACs ({cost['gflops']:.4g} GFLOPs) "
             f"an evaluation, {cost['latency_ms']:.3g} ms for one image, {cost['batch_latency_ms']:.3g} ms for "
             f"{cost['latency_batch']}, {cost['peak_memory_mib']:.0f} MiB at most")
 
 
 def part_of(name):
-    """Return the part that a module or parameter belongs to, told from its name."""
-    first, *rest = name.removeprefix("net.").split(".")  # net: inside EDM's preconditioning
+    """Return the part that the module or parameter called `name` belongs to."""
+    first, *rest = name.removeprefix("net.").split(".")  # net: in EDM's preconditioning
     if first in ("encoder", "decoder") and rest:
         return f"{first} {int(rest[0]) + 1}"
     if first == "middle" or first.startswith(("input", "output")):
@@ -117,18 +117,18 @@ def part_of(name):
 
 
 class Meter(TorchDispatchMode):
-    """Counts, part by part, the multiply-accumulates of what runs in it and the tensors kept for the backward pass."""
+    """Counts, per part, the multiply-accumulates of operations and the bytes of tensors kept for the backward pass."""
 
     def __init__(self, net):
         super().__init__()
         self.macs, self.attention_macs, self.kept = collections.Counter(), collections.Counter(), collections.Counter()
-        self.sizes = {}  # height and width of what the first convolution of a part gives: that of its level
+        self.sizes = {}  # height and width of the output of each part's first convolution: that of its level
         self.count_resampling = net.config_fields["model.name"] == "DhariwalUNet"
         self.tracker = ModuleTracker()
         self.seen = {p.untyped_storage()._cdata: p for p in [*net.parameters(), *net.buffers()]}
 
     def part(self):
-        """Return the part that is running: the tracker has the names of the running modules, below the class's."""
+        """Return the part that is running; the tracker has the names of the running modules, after the class name."""
         parts = {part_of(name.partition(".")[2]) for name in self.tracker.parents} - {SHARED}
         return min(parts, default=SHARED)
 
@@ -136,7 +136,7 @@ class Meter(TorchDispatchMode):
         """Count a tensor that autograd keeps, once, unless it is a parameter."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self.seen:
-            self.seen[storage._cdata] = tensor  # held, so that no other tensor gets its address
+            self.seen[storage._cdata] = tensor  # kept alive, so that no other tensor gets its address
             self.kept[self.part()] += storage.nbytes()
         return tensor
 
@@ -159,7 +159,7 @@ class Meter(TorchDispatchMode):
 
 
 def table(rows):
-    """Return the costs as lines of text for people."""
+    """Return a list of `Cost` as a text table."""
     lines = [f"{row.part:<15} {f'{row.size}²' * (row.size > 0):>6} {row.parameters:>12,} {row.gmacs:>9.4f} "
              f"{row.plain_gmacs:>13.4f} {row.activation_bytes / 2**20:>8.2f} MiB" for row in rows]
     return "\n".join([

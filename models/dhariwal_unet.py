@@ -16,8 +16,8 @@ EPS = 1e-5  # of every group normalisation
 class DhariwalUNet(nn.Module):
     """Velocity network `net(x, t999, label)`; the arguments are the config fields of the same name.
 
-    Built from top to bottom as data flows. Attention needs at least one head of 64 channels: a level that has fewer
-    channels goes without. Use `models.create_model`, which checks that the arguments go together.
+    Built in the order of the data flow. A level with fewer channels than an attention head (64) has no attention. Use
+    `models.create_model`, which checks the arguments. Raises UserError for channels that do not fit heads or groups.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class DhariwalUNet(nn.Module):
         self.output_norm = layers.GroupNorm(channels, EPS)
         self.output_conv = zeroed(nn.Conv2d(channels, num_channels, 3, padding=1))
 
-        # In the order in which the blocks run. A plain list: the blocks own these layers.
+        # In the order in which the blocks run. A plain list, since the blocks own these layers.
         self.affine_linears = [module.affine for module in self.modules() if isinstance(module, ResidualBlock)]
 
     def embed(self, t999, label):
-        """Return the embedding (N, channels) of time and class: a perceptron on cosines and sines, plus a vector."""
+        """Return the embedding (N, channels) of time and class: an MLP of cosines and sines, plus a class vector."""
         sine, cosine = layers.sinusoid(t999, self.frequencies)
         embedding = self.embedding.linear1(F.silu(self.embedding.linear0(torch.cat([cosine, sine], dim=1))))
         return F.silu(embedding if label is None else embedding + self.embedding.label(label))
@@ -98,10 +98,10 @@ class DhariwalUNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside a shortcut; between them scale and shift, the next of `affine`; attention may follow.
+    """Two 3×3 convolutions with scale and shift, the next of `affine`, between them; a shortcut; optional attention.
 
-    `resample` acts on both branches, before the first convolution; the shortcut is a 1×1 convolution where the
-    channels change. The last layer of each branch starts at zero.
+    `resample` acts on both branches, before the first convolution; the shortcut is a 1×1 convolution if the channels
+    change. The last layer of each branch is initialised to zero.
     """
 
     def __init__(self, channels_in, channels_out, resample=None, attention=False, *, emb_channels, dropout):
@@ -131,16 +131,16 @@ class ResidualBlock(nn.Module):
 
 
 def head_count(channels):
-    """Return the number of attention heads of `channels`; raise UserError if it does not divide them."""
+    """Return the number of attention heads for `channels`; raise UserError if it does not divide them."""
     heads = channels // HEAD_CHANNELS
     if heads and channels % heads:
-        raise UserError(f"model.nf and model.ch_mult make an attention of {channels} channels, which do not divide "
-                        f"into its {heads} heads; take a multiple of {HEAD_CHANNELS} for model.nf")
+        raise UserError(f"model.nf and model.ch_mult make an attention of {channels} channels, which cannot be divided "
+                        f"into {heads} heads; make model.nf a multiple of {HEAD_CHANNELS}")
     return heads
 
 
 def zeroed(layer):
-    """Return the layer with weights and bias zero: a branch that ends in it starts as nothing."""
+    """Return the layer with weights and bias set to zero, so that its branch contributes nothing at first."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

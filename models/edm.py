@@ -1,7 +1,7 @@
 """EDM's networks (Karras et al. 2022, arXiv 2206.00364) as velocities, and their snapshots as checkpoints of ours.
 
-A denoiser D(x; σ) of images plus σ times noise gives the velocity of the straight path: with x_t = t·z1 + (1-t)·z0 and
-σ = (1-t)/t the noisy image is x_t/t, and v = (D(x_t/t; σ) - x_t)/(1-t).
+A denoiser D(x; σ), for images plus σ times noise, gives the velocity of the straight path: with x_t = t·z1 + (1-t)·z0
+and σ = (1-t)/t the noisy image is x_t/t, and v = (D(x_t/t; σ) - x_t)/(1-t).
 """
 
 import torch
@@ -15,21 +15,21 @@ from runtime.terminal import UserError
 TIME_SCALE = 999.0
 SIGMA_DATA = 0.5
 BETA_D, BETA_MIN = 19.9, 0.1  # of the VP noise schedule (Song et al. 2021)
-# Noise levels that networks of each preconditioning know: those EDM trains or samples with.
+# The range of noise levels that EDM trains or samples with, for each preconditioning.
 SIGMA_RANGE = {"edm": (0.002, 80.0), "vp": (0.001, 152.0), "ve": (0.02, 100.0)}
 LICENCE_NOTE = ("EDM's published networks are licensed CC BY-NC-SA 4.0 (non-commercial), which may extend to pairs "
                 "made with them and to networks trained on such pairs; see NOTICE")
 
 
 class Preconditioned(nn.Module):
-    """Velocity network `net(x, t999, label)` that computes with a denoiser of EDM's: F = `net` in their notation.
+    """Velocity network `net(x, t999, label)` that evaluates EDM's denoiser; `net` is F in the paper's notation.
 
-    The closed forms below have no division by 1-t, which would lose digits near the data: with s = 1-t, σd = 0.5 and
+    The closed forms below avoid the division by 1-t, which would lose digits near the data: with s = 1-t, σd = 0.5 and
     w = s² + σd²·t²
       edm  v = (σd²·t - s)/w · x_t + σd/√w · F(x_t/√w; ln(σ)/4)
       vp   v = (x_t - F(x_t/√(s² + t²); 999·σ⁻¹(σ)))/t
       ve   v = (x_t + F(x_t/t; ln(σ/2)))/t
-    In F's noise input alone σ is clamped to what such networks know; so v exists up to both ends (vp, ve: t > 0).
+    σ is clamped to SIGMA_RANGE only in the noise input of F, so v is finite up to both ends (vp, ve: t > 0).
     """
 
     def __init__(self, net, kind):
@@ -38,7 +38,7 @@ class Preconditioned(nn.Module):
         self.idle_parameters = getattr(net, "idle_parameters", list)
 
     def noise_input(self, t):
-        """Return what F takes in the place of 999·t, (N,), for t (N,)."""
+        """Return the noise input (N,) of F, which it takes in place of 999·t, for t (N,)."""
         sigma = ((1 - t) / t).clamp(*SIGMA_RANGE[self.kind])
         if self.kind == "edm":
             c_noise = sigma.log() / 4
@@ -49,7 +49,7 @@ class Preconditioned(nn.Module):
         return c_noise.exp() if getattr(self.net, "fourier", False) else c_noise  # Fourier features take the logarithm
 
     def forward(self, x, t999, label=None):
-        """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t, shape (N,); `label` as the network's."""
+        """Return the velocity (N, C, H, W) at x (N, C, H, W) and 999·t (N,); label: one-hot (N, K), or None."""
         t = t999 / TIME_SCALE
         noise_input = self.noise_input(t)
         t = t.to(x.dtype)[:, None, None, None]
@@ -62,24 +62,24 @@ class Preconditioned(nn.Module):
         return (x + self.net(x / t, noise_input, label)) / t
 
 
-# Snapshots: arguments as config fields, names and order of rows as ours.
+# Snapshots: arguments become config fields; names and the order of rows become ours.
 
 CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}
-DEFAULTS = {  # of arguments that EDM's training script does not pass
+DEFAULTS = {  # of the networks' arguments, for those that a snapshot does not have
     "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4,
                  "attn_resolutions": [16], "embedding_type": "positional", "channel_mult_noise": 1,
                  "encoder_type": "standard", "decoder_type": "standard", "resample_filter": [1, 1]},
     "DhariwalUNet": {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "channel_mult_emb": 4, "num_blocks": 3,
                      "attn_resolutions": [32, 16, 8]},
 }
-# Values that ours can be, the usual one first; the closed forms take the numbers for granted.
+# Values that our networks support, EDM's default first; the closed forms assume these numbers.
 ALLOWED = {"preconditioning": tuple(CLASSES), "sigma_data": (SIGMA_DATA,), "beta_d": (BETA_D,), "beta_min": (BETA_MIN,),
            "M": (1000,), "epsilon_t": (1e-5,), "model_type": tuple(DEFAULTS), "channel_mult_emb": (4,),
            "embedding_type": ("positional", "fourier"), "encoder_type": ("standard", "residual"),
            "decoder_type": ("standard",)}
 OTHERS = {"img_resolution", "img_channels", "label_dim", "model_type", "augment_dim", "dropout", "label_dropout",
           "use_fp16", "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "M", "epsilon_t"}
-# Our names of layers and theirs, outside the levels and inside their blocks.
+# {our name of a layer: EDM's}, outside the levels and inside blocks.
 TOP = {"time_features.frequencies": "map_noise.freqs", "time_embedding.linear": "map_layer",
        "class_features.linear": "map_label", "embedding.linear": "map_layer", "embedding.label": "map_label",
        "output_norm": "out_norm", "output_conv": "out_conv"}
@@ -90,8 +90,8 @@ IN_BLOCK = {"attention.norm": "norm2", "attention.qkv": "qkv", "attention.proj":
 def read_checkpoint(file, path, create):
     """Return the EDM snapshot `file` as a checkpoint of ours, with `fields` and `licence_note`.
 
-    create: `models.create.create_from_fields`. Raises UserError, naming `path`, for what is no such snapshot, and for
-    networks that ours cannot be.
+    create: `models.create.create_from_fields`. Raises UserError, naming `path`, for a file that is not such a snapshot,
+    and for a network that ours do not support.
     """
     snapshot = edm_pickle.read_snapshot(file, path)
     try:
@@ -102,8 +102,8 @@ def read_checkpoint(file, path, create):
             net = create(fields)
         state = our_state(snapshot.tensors, net, taps)
     except UserError as error:
-        raise UserError(f"{path} is no network that can be used here: {error}") from None
-    except Exception as error:  # of sizes and types that no network has
+        raise UserError(f"{path} is not a network that can be used here: {error}") from None
+    except Exception as error:  # for sizes and types that no network has
         raise UserError(f"{path} is damaged: its arguments and tensors make no network") from error
     shadow = [state[name] for name, _ in net.named_parameters()]
     return {"model": state, "ema": {"num_updates": 0, "shadow_params": shadow}, "step": 0, "fields": net.config_fields,
@@ -111,9 +111,9 @@ def read_checkpoint(file, path, create):
 
 
 def config_fields(snapshot):
-    """Return (dotted config fields, taps of the resampling filter) of a snapshot's arguments.
+    """Return (dotted config fields, taps of the resampling filter) for a snapshot's arguments.
 
-    Raises UserError for arguments that ours lacks; those that are config fields are checked where a network is made.
+    Raises UserError for arguments that ours do not support; the fields are checked when the network is created.
     """
     usual = "DhariwalUNet" if snapshot.class_name == "EDMPrecond" else "SongUNet"
     values = {"preconditioning": snapshot.class_name, "model_type": usual, "channel_mult_noise": 1}
@@ -141,7 +141,7 @@ def config_fields(snapshot):
 
 
 def our_state(tensors, net, taps):
-    """Return the state dict of `net` of {EDM's name: tensor}, or raise UserError where the two differ."""
+    """Return the state dict for `net` from {EDM's name: tensor}; raise UserError if they do not fit."""
     fields, expected = net.config_fields, net.state_dict()
     names = {ours: f"model.{edm_name(ours.removeprefix('net.'), fields)}" for ours in expected if ours != "net.sigmas"}
     kernel = torch.tensor([[a * b / sum(taps) ** 2 for a in taps] for b in taps])
@@ -149,7 +149,7 @@ def our_state(tensors, net, taps):
         if name.endswith("resample_filter"):
             if tensors[name].shape[-2:] != kernel.shape or not torch.allclose(tensors[name], kernel, atol=1e-6):
                 raise UserError(f"{name} is not the filter of its resample_filter")
-        elif name != "model.map_augment.weight":  # acts on parameters of augmentation, which sampling does not have
+        elif name != "model.map_augment.weight":  # for the parameters of augmentation, which sampling does not use
             raise UserError(f"it has the tensor {name.removeprefix('model.')[:80]!r}, which no such network has")
     state = {}
     for ours, like in expected.items():
@@ -168,7 +168,7 @@ def our_state(tensors, net, taps):
 
 
 def edm_name(name, fields):
-    """Return the name that our tensor `name` of a network of dotted `fields` has in EDM's networks.
+    """Return EDM's name of our tensor `name`, in a network with the dotted config fields `fields`.
 
     The released DhariwalUNet has the same names.
     """
@@ -187,7 +187,7 @@ def edm_name(name, fields):
             return f"{at('enc', int(level) + 1)}_aux_residual.{end}"
         case ["encoder", level, "blocks" | "attentions", number, *rest]:
             block = f"{at('enc', int(level))}_block{number}"
-        case ["encoder", level, "resample" | "down" as kind, *rest]:  # of the level that it enters, or leaves
+        case ["encoder", level, "resample" | "down" as kind, *rest]:  # at the level that it enters, or leaves
             block = f"{at('enc', int(level) + (kind == 'down'))}_down"
         case ["middle", "attention" | "0" | "block0", *rest]:
             block = f"{at('dec', last)}_in0"
@@ -207,9 +207,9 @@ def edm_name(name, fields):
 
 
 def interleave(rows, heads=None):
-    """Reorder the rows of an attention projection from ours, (q, k, v), head, channel, to head, channel, (q, k, v).
+    """Reorder the rows of an attention projection from (q, k, v), head, channel (ours) to head, channel, (q, k, v).
 
-    heads None: as many as DhariwalUNet has.
+    heads None: the number that DhariwalUNet has.
     """
     heads = heads or head_count(rows.shape[0] // 3)
     return rows.reshape(3, heads, -1, *rows.shape[1:]).movedim(0, 2).reshape(rows.shape)

@@ -1,9 +1,9 @@
-"""Reading a snapshot of EDM's training (`edm-*.pkl`) without running, importing or looking up anything it names.
+"""Reading a snapshot of EDM's training (`edm-*.pkl`) without running or importing anything that it names.
 
-The published loader executes source code that the file carries, and calls what the pickle names. Here the pickle is
-read as a description: a name stays a `Name`, a call a `Call` that nobody makes, and only what EDM's files consist of is
-admitted at all. Then the description is searched for the network's arguments and tensors. Memory and time are those of
-the file's size: nothing is allocated that the file only claims.
+The published loader executes source code in the file, and calls what the pickle names. Here the pickle is read as a
+description: names become `Name`, calls become `Call` and are never made, and only the names and opcodes of EDM's files
+are accepted. The network's arguments and tensors are then looked up in the description. Memory and time are bounded by
+the file's size: a size that the file merely claims is not allocated.
 """
 
 import collections
@@ -54,7 +54,7 @@ Snapshot = collections.namedtuple("Snapshot", "class_name arguments attributes t
 
 
 def is_snapshot(path):
-    """Whether the file at `path` begins like a pickle of EDM's training loop."""
+    """Return whether the file at `path` begins like a pickle of EDM's training loop."""
     with open(path, "rb") as opened:
         return opened.read(2) in MAGIC
 
@@ -62,7 +62,7 @@ def is_snapshot(path):
 def read_snapshot(file, path):
     """Return the `Snapshot` under "ema" of `file`; its tensors are views of the mapped file.
 
-    Raises UserError, naming `path`, for a file that is damaged, or holds anything beside a network of EDM's.
+    Raises UserError, naming `path`, for a file that is damaged or holds anything but a network of EDM.
     """
     with open(file, "rb") as opened:
         content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -76,18 +76,18 @@ def read_snapshot(file, path):
                       if type(value) in (bool, int, float, str) or (type(value) is Call and value.name in SCALARS)}
         collect_tensors(network, "", tensors, set())
         claimed = 4 * sum(tensor.numel() for tensor in tensors.values())
-        if claimed > max(2**26, 4 * len(content)):  # tensors may overlap, so the file alone is no bound
+        if claimed > max(2**26, 4 * len(content)):  # tensors may overlap, so the size of the file is not a bound
             raise UserError(f"its tensors claim {claimed:,} bytes, the file has {len(content):,}")
         return Snapshot(class_name, arguments, attributes, tensors)
     except UserError as error:
         raise UserError(f"{path} is refused as a snapshot of EDM: {error}; nothing in it was executed") from None
-    except Exception as error:  # damaged files make Python and torch raise a dozen kinds
-        raise UserError(f"{path} cannot be read: it is cut short, damaged or no snapshot of EDM; nothing in it was "
+    except Exception as error:  # damaged files make Python and torch raise many kinds of error
+        raise UserError(f"{path} cannot be read: it is cut short, damaged or not a snapshot of EDM; nothing in it was "
                         "executed") from error
 
 
 class Bytes:
-    """What an unpickler reads: `content`, long parts as views, and EOFError where a file claims more than it has."""
+    """The stream for an unpickler: reads `content`, long parts as views; raises EOFError at its end."""
 
     def __init__(self, content):
         self.content, self.place = memoryview(content), 0
@@ -104,21 +104,21 @@ class Bytes:
 
 
 class Reader(pickle._Unpickler):
-    """An unpickler that makes no call and finds no name: `Name`, `Call` and plain values are all that it returns.
+    """An unpickler that makes no calls and looks up no names: it returns `Name`, `Call` and plain values only.
 
-    The one of C would do for that, but a few bytes make it allocate gigabytes (a large index of its memo).
+    Not Python's C unpickler, which a few bytes make allocate gigabytes (a large index into its memo).
     """
 
     def find_class(self, module, name):
-        """Return the inert `Name` of an admitted name, or of a storage's type."""
+        """Return the `Name` of an accepted name, or of a storage's type."""
         text = f"{module}.{name}"
         if text not in NAMES and not re.fullmatch(r"torch\.[A-Z][A-Za-z0-9]*Storage", text):
-            raise UserError(f"it names {text[:80]!r}, which is no part of a network")
+            raise UserError(f"it names {text[:80]!r}, which is not part of a network")
         return Name(text)
 
     def load_reduce(self):
         args, name = self.stack.pop(), self.stack.pop()
-        self.append(Call(name.text, args))  # an AttributeError where it is no `Name`
+        self.append(Call(name.text, args))  # raises AttributeError if it is not a `Name`
 
     def load_build(self):
         state, call = self.stack.pop(), self.stack[-1]
@@ -137,14 +137,14 @@ class Reader(pickle._Unpickler):
         self.set_items(self.pop_mark())
 
     def set_items(self, items):
-        """Set entries of a dict, or of a `Call` that stands for one; the keys are text or numbers."""
+        """Set entries of a dict, or of a `Call` that makes one; the keys are text or numbers."""
         target = self.stack[-1]
         target = target.items if type(target) is Call else target
         if type(target) is not dict or any(type(key) not in (str, int) for key in items[::2]):
             raise ValueError
         target.update(zip(items[::2], items[1::2], strict=True))
 
-    # All that EDM's files and torch's storages have; any other opcode is a KeyError.
+    # The opcodes of EDM's files and torch's storages; any other raises KeyError.
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
                 for name in OPCODES.split()}
     dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.BUILD[0]: load_build,
@@ -153,7 +153,7 @@ class Reader(pickle._Unpickler):
 
 
 def entries(value):
-    """Return a dict, or what stands for one, as a dict."""
+    """Return a dict, or the `Call` that makes one, as a dict."""
     value = value.items if type(value) is Call and value.name in DICTS else value
     if type(value) is not dict:
         raise ValueError
@@ -161,7 +161,7 @@ def entries(value):
 
 
 def module_state(value):
-    """Return (class name or None, state dict) of a module: one of EDM's, with source that is ignored, or torch's."""
+    """Return (class name or None, state dict) of a module: EDM's, whose source is ignored, or torch's."""
     if called(value, MODULE):
         (meta,) = value.args
         meta = entries(meta)
@@ -173,7 +173,7 @@ def module_state(value):
 
 
 def collect_tensors(module, prefix, tensors, seen):
-    """Add the tensors of a module and of those in it to `tensors`, in the order of its state dict."""
+    """Add the tensors of a module and its submodules to `tensors`, in the order of its state dict."""
     if id(module) in seen:
         raise UserError("its modules contain themselves")
     seen.add(id(module))
@@ -201,10 +201,10 @@ def tensor_of(value):
 
 
 def storage_numbers(value):
-    """Return the numbers of a storage, a float32 view of the bytes of torch.save's first format that hold it.
+    """Return the numbers of a storage, a float32 view of its bytes in torch.save's first format.
 
-    That is five pickles (magic, version, about the system, the storage's persistent id, a list of its key), an int64
-    count and the numbers, which need not be aligned in memory: every processor that torch runs on reads them so.
+    The format is five pickles (magic, version, system information, the storage's persistent id, a list of its key), an
+    int64 count and the numbers, which need not be aligned: every processor that torch supports can read them.
     """
     if not called(value, "torch.storage._load_from_bytes") or type(value.args[0]) not in (bytes, memoryview):
         raise ValueError
@@ -227,7 +227,7 @@ def called(value, name):
 
 
 def plain_value(value):
-    """Return a number, text, None or list of numbers of an argument; numpy's scalars as Python's."""
+    """Return an argument that is a number, text, None or a list of numbers; numpy scalars as Python's."""
     if type(value) is Call and value.name in SCALARS:
         kind, data = value.args
         if not called(kind, "numpy.dtype") or kind.args[0] not in ("f8", "f4", "i8", "i4"):

@@ -10,7 +10,7 @@ from runtime.terminal import UserError
 class ExponentialMovingAverage:
     """shadow ← shadow + (1 - d)·(parameter - shadow), with d = min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ….
 
-    The parameters are those that are trained, in a fixed order; `state_dict` has the form of the released
+    It averages the `parameters` that require gradients, in their order. `state_dict` has the form of the released
     checkpoints: `decay`, `num_updates` and the list `shadow_params` in that order.
     """
 
@@ -22,10 +22,10 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, keep=1.0):
-        """Take up the parameters' present values, in three fused operations for all of them.
+        """Move the averages towards the current parameters, in three fused operations.
 
-        keep: 1, or a 0-dimensional float tensor on the device that is 0 to leave the averages as they are: so a skipped
-        update is skipped here, too, without reading the device.
+        keep: 1, or a 0-dimensional float tensor on the device that is 0 to leave the averages unchanged, so that a
+        skipped update is skipped here, too, without reading from the device.
         """
         if self._swapped:
             raise RuntimeError("the network holds its averaged weights: update the EMA outside average_parameters")
@@ -39,7 +39,7 @@ class ExponentialMovingAverage:
     def average_parameters(self):
         """Let the network compute with the averaged weights inside the `with` block.
 
-        Weights and averages trade their memory, so nothing is held twice. `state_dict` and `update` must wait.
+        Weights and averages are swapped, so nothing is copied. `state_dict` and `update` raise RuntimeError meanwhile.
         """
         self._swap()
         try:
@@ -60,7 +60,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Take up a state of `state_dict`, but for its decay; raise UserError if its tensors are of other shapes."""
+        """Load the result of `state_dict`, except the decay; raise UserError if its tensors have other shapes."""
         theirs, ours = [tuple(s.shape) for s in state["shadow_params"]], [tuple(s.shape) for s in self.shadow_params]
         if theirs != ours:
             raise UserError(f"the EMA of the checkpoint has {len(theirs)} tensors and the network {len(ours)}, or "

@@ -1,4 +1,4 @@
-"""Layers that both networks are built of: normalisation, attention, time features and resampling by two."""
+"""Layers of both networks: normalisation, attention, time features and resampling by a factor of two."""
 
 import math
 
@@ -12,15 +12,15 @@ from runtime.terminal import UserError
 class GroupNorm(nn.GroupNorm):
     """Group normalisation (Wu & He 2018) of x (N, C, …), per sample, with min(32, channels // 4) groups.
 
-    It computes in the precision of its weights, under autocast in float32, which the next convolution casts down.
-    Raises UserError if the groups do not divide the channels.
+    It computes in the precision of its weights: in float32 under autocast, which casts the next convolution's input.
+    Raises UserError if the number of groups does not divide the channels.
     """
 
     def __init__(self, channels, eps):
         groups = min(32, channels // 4)
         if channels % groups:
-            raise UserError(f"model.nf and model.ch_mult make a layer of {channels} channels, which do not divide into "
-                            f"the {groups} groups of its normalisation; take a multiple of 32 for model.nf")
+            raise UserError(f"model.nf and model.ch_mult make a layer of {channels} channels, which cannot be divided "
+                            f"into the {groups} groups of its normalisation; make model.nf a multiple of 32")
         super().__init__(groups, channels, eps)
 
     def forward(self, x):
@@ -30,8 +30,8 @@ class GroupNorm(nn.GroupNorm):
 class SelfAttention(nn.Module):
     """Self-attention over the pixels of x (N, C, H, W) (Vaswani et al. 2017): the branch without its skip connection.
 
-    `qkv` holds the three 1×1 projections as one matrix: first every row of q, then of k, then of v; the rows of a
-    head lie together. The softmax runs inside `scaled_dot_product_attention`, which accumulates it in float32.
+    `qkv` holds the three 1×1 projections as one matrix: the rows of q, then of k, then of v, each grouped by head. The
+    softmax is inside `scaled_dot_product_attention`, which accumulates it in float32.
     """
 
     def __init__(self, channels, heads, eps):
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
 
 
 class Level(nn.Module):
-    """Modules by name, those of one resolution of a U-Net for instance; None where it has none."""
+    """Named modules, such as those of one resolution of a U-Net; None for one that is absent."""
 
     def __init__(self, **modules):
         super().__init__()
@@ -61,10 +61,9 @@ class Level(nn.Module):
 
 
 def parallel_linears(linears, x):
-    """Return an iterator over `linear(x)` of each of the layers, all computed as one matrix product.
+    """Return an iterator over `linear(x)` of each of the layers, computed as one matrix product.
 
-    A network projects one embedding for each of its dozens of blocks: small products that cost more to start than
-    to compute.
+    Each of the dozens of blocks projects the same embedding: small products that take longer to launch than to compute.
     """
     weight = torch.cat([linear.weight for linear in linears])
     bias = torch.cat([linear.bias for linear in linears])
@@ -72,10 +71,10 @@ def parallel_linears(linears, x):
 
 
 def seen_label(net, label):
-    """Return the one-hot labels (N, K) that a network sees; in training each row is zero with `net.label_dropout`.
+    """Return one-hot labels (N, K) for a network; in training each row is zeroed with probability net.label_dropout.
 
-    That is for classifier-free guidance (Ho & Salimans 2022). Raises ValueError unless labels are given where the
-    network has classes, and only there.
+    This is for classifier-free guidance (Ho & Salimans 2022). Raises ValueError if a network with classes gets no
+    labels, or one without classes gets some.
     """
     if (label is not None) != (net.num_classes > 0):
         given = "none were given" if label is None else "some were given"
@@ -92,7 +91,7 @@ def sinusoid(t, frequencies):
 
 
 def geometric_frequencies(count, last):
-    """Return `count` frequencies from 1 down, geometric, such that entry `last` would be 1/10000."""
+    """Return `count` frequencies in geometric progression from 1 downwards; number `last` would be 1/10000."""
     frequencies = torch.exp(-math.log(10000.0) / last * torch.arange(count, dtype=torch.float32, device="cpu"))
     return torch.tensor(frequencies.tolist())  # on the default device; arithmetic on meta imports the compiler
 
@@ -100,7 +99,7 @@ def geometric_frequencies(count, last):
 def init_uniform(layer, scale=1.0, parts=1):
     """Initialise a layer as DDPM does: uniform weights of variance scale / mean(fan in, fan out), bias zero.
 
-    With `parts`, that many equal blocks of rows are layers of their own. Scale 0 gives zeros.
+    With `parts`, that many equal blocks of rows are initialised as separate layers. Scale 0 gives zeros.
     """
     with torch.no_grad():
         for rows in layer.weight.chunk(parts):
@@ -110,11 +109,10 @@ def init_uniform(layer, scale=1.0, parts=1):
 
 
 class Resampling(nn.Module):
-    """Doubling (`up`) or halving of height and width, by 2×2 boxes or, with `taps`, by a separable filter.
+    """Doubling (`up`) or halving of height and width, with 2×2 boxes or, with `taps`, a separable filter.
 
-    The filter is normalised to sum one (StyleGAN2, Karras et al. 2020). channels: (in, out) of a 3×3 convolution that
-    goes with it. `forward` takes the blocks' time shifts and leaves them alone, so that the module can stand where a
-    residual block resamples.
+    The filter is normalised to sum to one (StyleGAN2, Karras et al. 2020). channels: (in, out) of an optional 3×3
+    convolution. `forward` ignores the blocks' time shifts; it takes them to be interchangeable with a residual block.
     """
 
     def __init__(self, up, taps=(), channels=()):
@@ -137,7 +135,7 @@ class Resampling(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros to the right and below, as in DDPM (Ho et al. 2020)
 
     def filter_up(self, x):
-        """Zeros between the pixels, the convolution, if any, then the filter, times 4 to keep the mean."""
+        """Insert zeros between the pixels, convolve if there is a convolution, and filter; times 4 to keep the mean."""
         height, width = x.shape[2:]
         if self.conv is None:
             padding = (self.taps - 2) // 2  # the transposed convolution is taps - 2 longer than 2H
@@ -148,14 +146,14 @@ class Resampling(nn.Module):
         return 4 * self.blur(spread, self.taps - 2) + self.conv.bias[:, None, None]
 
     def filter_down(self, x):
-        """The filter, then every second pixel, or the convolution of stride 2."""
+        """Filter, then take every second pixel or apply the convolution with stride 2."""
         return self.blur(x, self.taps - 2, stride=2) if self.conv is None else self.conv(self.blur(x, self.taps))
 
     def depthwise(self, x):
-        """Return the kernel as weights of a convolution that treats each channel of x alone."""
+        """Return the kernel as the weights of a depthwise convolution of x."""
         return self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
 
     def blur(self, x, zeros, stride=1):
-        """Convolve x with the kernel after adding so many zeros to height and width, an odd one above and left."""
+        """Convolve x with the kernel after padding height and width with `zeros` zeros, an odd one above and left."""
         padded = F.pad(x, ((zeros + 1) // 2, zeros // 2) * 2)
         return F.conv2d(padded, self.depthwise(x).flip(2, 3), stride=stride, groups=x.shape[1])

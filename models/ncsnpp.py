@@ -21,8 +21,8 @@ EPS = 1e-6  # of every group normalisation
 class NCSNpp(nn.Module):
     """Velocity network `net(x, t999, label)`; the arguments are the config fields of the same name.
 
-    Built as data flows: time embedding, input convolution, encoder (one level a resolution, from fine to coarse),
-    middle, decoder, output head. Use `models.create_model`, which checks that the arguments go together.
+    Built in the order of the data flow: time embedding, input convolution, encoder (one level per resolution, from fine
+    to coarse), middle, decoder, output head. Use `models.create_model`, which checks the combination of arguments.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class NCSNpp(nn.Module):
         super().__init__()
         self.num_classes, self.label_dropout, self.scale_by_sigma = num_classes, label_dropout, scale_by_sigma
         self.fourier, self.activation = embedding_type == "fourier", ACTIVATIONS[nonlinearity]
-        # Noise level of step i; only scale_by_sigma reads it, but it is part of every released state dict.
+        # Noise level of step i; only scale_by_sigma uses it, but it is part of every released state dict.
         self.register_buffer("sigmas", noise_levels(sigma_max, sigma_min, num_scales))
         options = types.SimpleNamespace(  # what all blocks share
             time_channels=4 * nf, activation=self.activation, dropout=dropout,
-            rescale=math.sqrt(0.5) if skip_rescale else 1.0,  # of every sum of a branch and its skip
+            rescale=math.sqrt(0.5) if skip_rescale else 1.0,  # factor of every sum of a branch and its skip
             init_scale=init_scale,  # of each branch's last layer
             resblock_type=resblock_type, taps=fir_kernel if fir else (), resamp_with_conv=resamp_with_conv)
         levels = [(nf * m, image_size >> i in attn_resolutions) for i, m in enumerate(ch_mult)]
@@ -103,11 +103,11 @@ class NCSNpp(nn.Module):
 
         self.output_head = OutputHead(levels[0][0], num_channels, options, init_scale) if (
             progressive != "output_skip") else None
-        # In the order in which the blocks run. A plain list: the blocks own these layers.
+        # In the order in which the blocks run. A plain list, since the blocks own these layers.
         self.time_linears = [module.time for module in self.modules() if isinstance(module, ResidualBlock)]
 
     def time_shifts(self, t999, label):
-        """Return an iterator over what the blocks add to their features, each (N, channels), in their order."""
+        """Return an iterator over the blocks' shifts of their features, each (N, channels), in their order."""
         if self.time_embedding is None:
             return itertools.repeat(None)
         features = self.time_features(t999)
@@ -117,9 +117,9 @@ class NCSNpp(nn.Module):
         return layers.parallel_linears(self.time_linears, self.activation(embedding))
 
     def idle_parameters(self):
-        """Return the parameters that no output depends on: the blocks' projections of a time that they do not see.
+        """Return the parameters that no output depends on: the blocks' time projections if `conditional` is false.
 
-        Released state dicts and averages have them all the same.
+        Released state dicts and averages include them.
         """
         idle = self.time_linears if self.time_embedding is None else []
         return [parameter for linear in idle for parameter in linear.parameters()]
@@ -161,7 +161,7 @@ class NCSNpp(nn.Module):
 
 
 def between_levels(up, channels, options):
-    """Return what leads up or down to the next level: a residual block (BigGAN) or a bare resampling."""
+    """Return the module between two levels: a residual block that resamples (BigGAN) or a resampling alone."""
     if options.resblock_type == "biggan":
         return ResidualBlock(channels, channels, options, layers.Resampling(up, options.taps))
     return layers.Resampling(up, options.taps, (channels, channels) if options.resamp_with_conv else ())
@@ -191,10 +191,10 @@ class FourierFeatures(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside a shortcut; the block's projection of the time embedding is added between them.
+    """Two 3×3 convolutions and a shortcut; the block's projection of the time embedding is added between them.
 
     It is the next of the iterator `shifts`. `resample` (BigGAN, Brock et al. 2019) acts on both branches, before the
-    first convolution. Where channels or resolution change the shortcut is a 1×1 convolution. The sum is rescaled.
+    first convolution. The shortcut is a 1×1 convolution if channels or resolution change. The sum is rescaled.
     """
 
     def __init__(self, channels_in, channels_out, options, resample=None):
@@ -224,7 +224,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention beside its skip connection; the sum is rescaled."""
+    """Single-head self-attention with its skip connection; the sum is rescaled."""
 
     def __init__(self, channels, options):
         super().__init__()
@@ -250,11 +250,11 @@ class OutputHead(nn.Module):
         return self.conv(self.activation(self.norm(h)))
 
 
-# Pyramids of the progressive options: each takes the pyramid and the features h of a level and returns the next two.
+# Pyramids of the progressive options: each takes and returns the pyramid and the features h of a level.
 
 
 class InputSkip(nn.Module):
-    """Progressive input `input_skip`: the smaller image, through a 1×1 convolution, joins the features."""
+    """Progressive input `input_skip`: the downsampled image, after a 1×1 convolution, joins the features."""
 
     def __init__(self, down, channels_in, channels, combine):
         super().__init__()
@@ -269,11 +269,11 @@ class InputSkip(nn.Module):
 
 
 class PyramidResidual(nn.Module):
-    """Progressive input or output `residual`: a resampled pyramid takes up the features and replaces them."""
+    """Progressive input or output `residual`: the features are added to a resampled pyramid, which replaces them."""
 
     def __init__(self, direction, resample, rescale):
         super().__init__()
-        self.direction, self.rescale = direction, rescale  # "down" or "up", the name of `resample` in checkpoints, too
+        self.direction, self.rescale = direction, rescale  # "down" or "up": the name of `resample` in checkpoints
         self.add_module(direction, resample)
 
     def forward(self, pyramid, h):
@@ -282,9 +282,9 @@ class PyramidResidual(nn.Module):
 
 
 class OutputSkip(nn.Module):
-    """Progressive output `output_skip`: the image so far, doubled, plus what this level adds to it.
+    """Progressive output `output_skip`: the image so far, upsampled, plus this level's contribution.
 
-    Without `up` it is the coarsest level, where image, or pyramid of progressive output `residual`, begins.
+    Without `up` it is the coarsest level, where the image (or the pyramid of `residual`) begins.
     """
 
     def __init__(self, head, up):
@@ -302,6 +302,6 @@ def noise_levels(sigma_max, sigma_min, num_scales):
 
 
 def rescaled_sum(x, h, rescale):
-    """Return (x + h)·rescale with one temporary less; `rescale` is 1 or 1/√2."""
+    """Return (x + h)·rescale with one temporary fewer; `rescale` is 1 or 1/√2."""
     total = x + h
     return total if rescale == 1.0 else total.mul_(rescale)

@@ -1,8 +1,8 @@
-"""The released SlimFlow checkpoints: their architectures, and their names, order and shapes translated to and fro.
+"""The released SlimFlow checkpoints: their architectures, and translating names, order and shapes in both directions.
 
-NCSN++ was released as a numbered list (`module.all_modules.7.Conv_0.weight`), DhariwalUNet with a name per
-resolution (`enc.16x16_block0.conv0.weight`). `released_tensors(net)` states, tensor by tensor and in the released
-order, which tensor of ours it is. Everything else follows from that list.
+NCSN++ was released as a numbered list (`module.all_modules.7.Conv_0.weight`), DhariwalUNet with names by resolution
+(`enc.16x16_block0.conv0.weight`). `released_tensors(net)` lists the released tensors in their order, each with the
+tensor of ours that it corresponds to. Everything else follows from that list.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def _row(parameters, *sizes, **others):
 
 
 _IMAGENET = {"model.name": "DhariwalUNet", "data.num_classes": 1000, "model.attn_resolutions": (32, 16)}
-# Every published network: (number of parameters, config fields); those that are missing have their defaults.
+# Every published network: (number of parameters, config fields); missing fields have their defaults.
 PUBLISHED = {
     "CIFAR32 61.8M": _row(61_804_419, 32, 128, 4, (1, 2, 2, 2)),
     "CIFAR32 27.9M": _row(27_906_179, 32, 128, 2, (1, 2, 2)),
@@ -49,14 +49,14 @@ def is_released(state):
 
 
 def published_fields(state):
-    """Return the dotted config fields of the published network whose released tensors a state dict has, or None.
+    """Return the dotted config fields of the published network with the released tensors of a state dict, or None.
 
-    The image size is among them: no two published networks have the same names and shapes.
+    They include the image size: no two published networks have the same names and shapes.
     """
     shapes = {name: tensor.shape for name, tensor in state.items()}
     count = sum(shape.numel() for name, shape in shapes.items() if name != "sigmas" and BOX_FILTER not in name)
     for fields in [fields for parameters, fields in PUBLISHED.values() if parameters == count]:
-        with torch.device("meta"):  # building a network takes longer than counting
+        with torch.device("meta"):  # only for the right count: creating a network takes time
             net = create_from_fields(fields)
         if {name: tensor.shape for name, tensor in released_state(net).items()} == shapes:
             return net.config_fields
@@ -85,11 +85,11 @@ class Released:
     part: int = 0
     parts: int = 1
     changes: tuple = ()  # what makes the released tensor of ours, one after the other
-    trained: bool = True  # whether the released optimiser gives it gradients and the EMA follows it
-    parameter: bool = True  # whether the released optimiser lists it
+    trained: bool = True  # whether it is trained, so that the EMA has it
+    parameter: bool = True  # whether the released optimizer lists it
 
     def write(self, ours):
-        """Return the released tensor, made of {our name: tensor}; a count of steps goes to every part."""
+        """Return the released tensor from {our name: tensor}; a number of steps is the same for every part."""
         if not self.ours:
             return torch.full((1, 1, 2, 2), 0.25)
         tensor = ours[self.ours]
@@ -101,7 +101,7 @@ class Released:
         return tensor.contiguous()
 
     def read(self, theirs):
-        """Return our part of our tensor, made of {released name: tensor}."""
+        """Return the part of our tensor from {released name: tensor}."""
         tensor = theirs[self.name]
         for _, undo in reversed(self.changes if tensor.dim() else ()):
             tensor = undo(tensor)
@@ -109,7 +109,7 @@ class Released:
 
 
 def from_released(checkpoint, net):
-    """Return a checkpoint of the released layout in ours, as `net` reads it: weights, EMA and Adam's moments.
+    """Return a checkpoint of the released layout in the layout of `net`: weights, EMA and Adam's moments.
 
     Raises ValueError, LookupError, TypeError, AttributeError or RuntimeError if these do not belong to `net`.
     """
@@ -140,7 +140,7 @@ def to_released(checkpoint, net):
 
 
 def _released_order(table):
-    """Return (names of the parameters in the order of the optimiser, names of those that the EMA follows)."""
+    """Return (names of the parameters in the order of the optimizer, names of those that the EMA has)."""
     return [r.name for r in table if r.parameter], [r.name for r in table if r.trained]
 
 
@@ -152,7 +152,7 @@ def _our_order(net):
 def _translate(checkpoint, translate, source, target):
     """Translate every tensor of a checkpoint from the order of `source` to that of `target`.
 
-    translate: of {name there: tensor} the {name here: tensor}. The optimiser has one parameter group, as Adam's.
+    translate: maps {source name: tensor} to {target name: tensor}. The optimizer must have one parameter group.
     """
     result = dict(checkpoint, model=translate(checkpoint["model"]))
     if "ema" in checkpoint:
@@ -179,7 +179,7 @@ def _translate(checkpoint, translate, source, target):
 def released_tensors(net):
     """Return the released layout of a network, a list of `Released` in the released order.
 
-    Raises UserError for a network of a kind that was never released.
+    Raises UserError for a kind of network that was never released.
     """
     fields = net.config_fields
     layouts = {"ncsnpp": _ncsnpp_tensors, "DhariwalUNet": _dhariwal_tensors}
@@ -191,7 +191,7 @@ def released_tensors(net):
 
 
 def _dhariwal_tensors(net):
-    """The names are those of EDM's networks, in our order; resampling blocks have their filters, too."""
+    """Yield the tensors of DhariwalUNet: EDM's names, our order, and the filters of resampling blocks."""
     for ours in net.state_dict():
         name, changes = edm_name(ours, net.config_fields), ()
         if ".qkv." in name:
@@ -231,7 +231,7 @@ def _ncsnpp_tensors(net):
 
 
 def _numbered(net):
-    """Return the modules that the released list numbers, in its order; those without tensors count, too."""
+    """Return the modules of the released numbered list, in its order; modules without tensors have numbers, too."""
     found = [net.time_features] if net.fourier else []
     found += [*(net.time_embedding.children() if net.time_embedding is not None else ()), net.input_conv]
     for level in net.encoder:
@@ -251,7 +251,7 @@ def _of_pyramid(pyramid):
 
 
 def _plain(name, ours):
-    """Yield weight and bias of a layer that both sides have."""
+    """Yield weight and bias of a layer that is the same in both layouts."""
     yield Released(f"{name}.weight", f"{ours}.weight")
     yield Released(f"{name}.bias", f"{ours}.bias")
 

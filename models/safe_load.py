@@ -1,9 +1,9 @@
-"""Reading a checkpoint file that anybody may have written: nothing in it is executed, and damage is noticed.
+"""Reading an untrusted checkpoint file: nothing in it is executed, and damage is detected.
 
-Read are torch's files (a zip archive, or the older stream of pickles), whole or cut into parts, and safetensors. A
-pickle names functions to call: `torch.load(weights_only=True)` refuses every name but those of tensors and of the
-list below, which maps numpy's names to two small readers. So no function of numpy is called either, and the scalars
-of the released optimiser states arrive as plain Python numbers.
+It may be a file of torch (a zip archive, or the older stream of pickles), whole or split into parts, or safetensors.
+A pickle names functions to call: `torch.load(weights_only=True)` refuses all names but those of tensors and of
+SAFE_GLOBALS, which maps numpy's names to two small readers. So numpy's functions are not called either, and the
+scalars of the released optimizer states become plain Python numbers.
 """
 
 import hashlib
@@ -24,17 +24,17 @@ from runtime.terminal import UserError
 
 FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I",
            "u2": "H", "u1": "B", "b1": "?"}
-PART_BYTES = 16 * 2**20  # of a file that is cut: every part but the last has this length
+PART_BYTES = 16 * 2**20  # of a file that is split: every part but the last has this length
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                      "I64": torch.int64}
 
 
 def read_file(path):
-    """Return (content, digest) of a checkpoint file: what `torch.save` wrote, tensors on the CPU, numbers and text.
+    """Return (content, digest) of a checkpoint file: tensors on the CPU, numbers and text, as `torch.save` wrote them.
 
-    digest: the first 16 hexadecimal digits of the SHA-256 of exactly the bytes that were read, whatever replaces the
-    file meanwhile. Everything is checked before it is used: each record of an archive has its checksum and is stored
-    whole, so that memory is bounded by the size of the file. Raises UserError, one sentence that names `path`.
+    digest: the first 16 hexadecimal digits of the SHA-256 of exactly the bytes that were read, even if the file is
+    replaced meanwhile. An archive is checked first: its records must match their checksums and be uncompressed, so that
+    memory is bounded by the size of the file. Raises UserError, one sentence that names `path`.
     """
     try:
         with _opened(path) as file:
@@ -56,7 +56,7 @@ def read_file(path):
             return content, hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except UserError:
         raise
-    except Exception as error:  # damaged pickles end in a dozen kinds, MemoryError and AssertionError among them
+    except Exception as error:  # damaged pickles raise many kinds, MemoryError and AssertionError among them
         reason = "cannot be read as a checkpoint; it is cut short, damaged or another kind of file"
         if isinstance(error, OSError) and error.errno is not None:
             reason = f"cannot be opened ({error.strerror}); name a checkpoint file or hf://owner/repo/file"
@@ -67,9 +67,9 @@ def read_file(path):
 
 
 def _opened(path):
-    """Return a binary file; the parts of a file that was cut (PATH, PATH.part2, PATH.part3, …) as one."""
+    """Return a binary file; the parts of a file that was split (PATH, PATH.part2, PATH.part3, …) as one."""
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would block
         raise UserError(f"{path} is a pipe or a device, not a file; name a checkpoint file")
     if not os.path.exists(f"{path}.part2"):
         return open(path, "rb")
@@ -78,9 +78,9 @@ def _opened(path):
 
 
 def _check_records(file, size):
-    """Raise ValueError unless the records of an archive are stored as they are and agree with their checksums.
+    """Raise ValueError unless the records of an archive are uncompressed and match their checksums.
 
-    torch checks no checksum, expands compressed records of any size, and old versions trust a record's length.
+    torch does not verify checksums, expands compressed records of any size, and old versions trust a record's length.
     """
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
@@ -91,10 +91,10 @@ def _check_records(file, size):
 
 
 def _read_safetensors(file, size):
-    """Return the checkpoint of a safetensors file: a JSON header with names, types, shapes and places, then the bytes.
+    """Return the checkpoint in a safetensors file: a JSON header with names, types, shapes and offsets, then the bytes.
 
-    What is no tensor (config, step, …) is JSON under "slimflow" in its metadata, where a file of ours also has the
-    SHA-256 of the bytes: the format has no checksum of its own.
+    Entries that are not tensors (config, step, …) are JSON under "slimflow" in its metadata, which in our files also
+    has the SHA-256 of the bytes: the format has no checksum of its own.
     """
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
@@ -116,7 +116,7 @@ def _read_safetensors(file, size):
 
 
 def safetensors_bytes(content):
-    """Return the bytes of a safetensors file of a checkpoint dict: its `model` as tensors, the rest as metadata."""
+    """Return a checkpoint dict as the bytes of a safetensors file: its `model` as tensors, the rest as metadata."""
     names = {kind: name for name, kind in SAFETENSORS_TYPES.items()}
     header, end = {}, 0
     parts = [(name, tensor, tensor.contiguous().numpy().tobytes()) for name, tensor in content["model"].items()]
@@ -127,12 +127,12 @@ def safetensors_bytes(content):
     about = {key: value for key, value in content.items() if key != "model"}
     about["sha256"] = hashlib.sha256(data).hexdigest()
     text = json.dumps({"__metadata__": {"slimflow": json.dumps(about)}} | header).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # aligns the numbers to 8 bytes
     return len(text).to_bytes(8, "little") + text + data
 
 
 class ScalarType:
-    """Stands for `numpy.dtype` of a number: its code, such as "f8", and its byte order."""
+    """Replaces `numpy.dtype` of a number: its code, such as "f8", and its byte order."""
 
     def __init__(self, code, *_):
         if code not in FORMATS:
@@ -144,7 +144,7 @@ class ScalarType:
 
 
 def read_scalar(kind, data):
-    """Stands for numpy's scalar constructor: return the number that the bytes `data` hold."""
+    """Return the number in the bytes `data`, in place of numpy's scalar constructor."""
     if not isinstance(kind, ScalarType):
         raise ValueError("a numpy scalar without a type")
     return struct.unpack(kind.order + FORMATS[kind.code], data)[0]

@@ -290,8 +290,8 @@ def test_given_image_size_holds_where_it_fits_the_tensors():
 
 
 def test_unpublished_architecture_is_asked_for_with_the_first_difference():
-    with pytest.raises(UserError, match=r"ncsnpp_cifar\.pth does not tell its architecture.* give it with "
-                                        r"--config\.model\.… .*\(with what is given .* there and .* here\)"):
+    with pytest.raises(UserError, match=r"ncsnpp_cifar\.pth holds no config and .* set config\.model and config\.data\."
+                                        r"image_size .*\(with the present values .* there and .* here\)"):
         load_model(path_of("ncsnpp_cifar"))
 
 

@@ -46,7 +46,7 @@ def test_arguments_have_the_configs_defaults(name):
     (SMALL, {"model.resblock_type": "resnet"}, "model.resblock_type must be one of biggan, ddpm, not 'resnet'"),
     (SMALL, {"model.progressive_combine": "cat"}, "model.progressive_combine is cat"),
     (SMALL, {"model.ch_mult": (1,), "model.attn_resolutions": (), "model.progressive": "residual"},
-     "model.progressive residual and model.progressive_input join levels, but model.ch_mult has one level only"),
+     "model.progressive residual and model.progressive_input join levels, but model.ch_mult has only one level"),
     (SMALL, {"model.fir": True, "model.fir_kernel": (1,)}, "model.fir_kernel is"),
     (SMALL, {"model.scale_by_sigma": True, "model.num_scales": 10}, "model.num_scales is 10"),
     (SMALL, {"model.sigma_min": 0.0}, "model.sigma_min must be at least"),
