@@ -23,6 +23,7 @@ from flows.objective import Draws, create_objective
 from flows.rectified_flow import velocity_from_network
 from flows.schedules import create_annealing
 from models import create_model
+from models.describe import fastest_layout
 from models.ema import ExponentialMovingAverage
 from runtime.devices import gather, in_precision, memory_errors, set_deterministic, set_precision, start_processes
 from runtime.run_folder import run_path
@@ -56,7 +57,8 @@ def train(config, processes, messages, held):
               "raise config.training.n_iters to train on")
         return 0
 
-    training = Training(config, processes, found)
+    with explained_failures(options):
+        training = Training(config, processes, found)
     data_changed = processes.from_main(lambda: run.open_run(config, held))
     logger = run.RunLogger(config, start=step, active=processes.is_main)
     messages += [f"continuing from {found['path']}, {step} updates done"] if found else []
@@ -114,6 +116,11 @@ class Training:
         torch.manual_seed(config.seed)
         self.network = create_model(config).to(self.device, memory_format=torch.channels_last)
         self.messages = [] if found else state.load_pretrained(self.network, config)
+        if self.device.type == "cuda" and not (config.training.compile or config.training.deterministic):
+            part, velocity = self.parts()[0], self.velocity_of(self.network)
+            layout = processes.from_main(lambda: fastest_layout(self.network, velocity, part.stop - part.start))
+            self.network.to(memory_format=layout)  # the same in all processes, which DDP demands
+            self.messages.append(f"memory layout: {layout}, the faster of two")
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.ema = ExponentialMovingAverage(parameters, config.model.ema_rate)
         self.optimizer = create_optimizer(

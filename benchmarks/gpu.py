@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 
 import torch
 from torchvision.models import inception_v3
@@ -26,7 +27,7 @@ from flows.samplers import euler
 from metrics.features import full_float32
 from models import load_model
 from models.checkpoint import write_checkpoint
-from models.describe import describe, median_seconds
+from models.describe import describe, fastest_layout, median_seconds
 from runtime.devices import in_precision, set_precision
 
 PEAKS = {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4}  # dense TFLOP/s of an H100 SXM
@@ -36,13 +37,15 @@ SIZES = {
               "model.attn_resolutions": (32, 16), "data.image_size": 64, "data.num_classes": 1000},
 }
 TINY = {"model.nf": 16, "model.num_res_blocks": 1, "model.ch_mult": (1, 2), "model.attn_resolutions": (16,)}
-# Rows of training, the most important first: nhwc and not compiled where nothing else is said.
+# Rows of training, the most important first: in the layout that train.py chooses, and not compiled, by default.
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 FIRST = [{"size": size, "precision": precision} for precision in ("tf32", "bf16") for size in SIZES]
 COMPILED = [{"size": size, "precision": "bf16", "compile": mode} for size, mode in (
     ("3.4M", "default"), ("15.7M", "default"), ("3.4M", "reduce-overhead"), ("15.7M", "reduce-overhead"),
     ("61.8M", "default"), ("80.7M", "default"))]
-LAST = [{"size": size, "precision": precision, "layout": "nchw"} for size in ("15.7M", "61.8M")
-        for precision in ("tf32", "bf16")] + [{"size": size, "precision": "fp32"} for size in SIZES]
+LAST = [{"size": size, "precision": precision, "layout": layout} for size in ("15.7M", "61.8M")
+        for precision in ("tf32", "bf16") for layout in LAYOUTS]
+LAST += [{"size": size, "precision": "fp32"} for size in SIZES]
 
 
 class Programme:
@@ -97,11 +100,11 @@ class Programme:
             torch.cuda.synchronize()
         return step, time.perf_counter() - started
 
-    def train(self, size, precision, compile=None, layout="nhwc"):
+    def train(self, size, precision, compile=None, layout=None):
         """Updates of train.py."""
-        training = self.training(size, precision, compile)
-        if layout == "nchw":
-            training.network.to(memory_format=torch.contiguous_format)
+        chosen = {"return_value": LAYOUTS[layout]} if layout else {"side_effect": fastest_layout}
+        with unittest.mock.patch("train.fastest_layout", **chosen):
+            training = self.training(size, precision, compile)
         step, first = self.updates(training, 1)
         next(step)
         if self.cuda:
@@ -110,7 +113,8 @@ class Programme:
         tflops = 6 * describe(self.fields[size])[-1].gmacs * self.batch * speed / 1e3
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
         return {"images_s": self.batch * speed, "ms": 1e3 / speed, "tflops": tflops, "percent_of_peak": 100 * tflops /
-                PEAKS[precision], "peak_gib": peak, "first_s": first, "nonfinite": training.stats.read()["nonfinite"]}
+                PEAKS[precision], "peak_gib": peak, "first_s": first, "nonfinite": training.stats.read()["nonfinite"],
+                "messages": training.messages}
 
     def released(self, size):
         """The same updates the released code's way, in its precision."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.create import create_from_fields
-from models.describe import cost_line, cost_of, describe, measure, table
+from models.describe import cost_line, cost_of, describe, fastest_layout, measure, table
 from tests.models.released_numbers import LAYOUTS, layout_fields
 
 SMALL = {"model.nf": 64, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 16,
@@ -68,3 +68,17 @@ def test_the_measured_cost_is_of_one_image_and_of_a_batch(classes):
     assert cost["gflops"] == pytest.approx(2 * cost["gmacs"], abs=2e-6)
     assert min(cost["latency_ms"], cost["batch_latency_ms"]) > 0 and cost["peak_memory_mib"] > 10
     assert f"{sum(p.numel() for p in net.parameters()):,} parameters" in cost_line(cost)
+
+
+@pytest.mark.parametrize(("seconds", "layout"), [([2, 1], torch.contiguous_format), ([1, 2], torch.channels_last)])
+def test_the_faster_memory_layout_is_chosen_and_the_network_stays_the_same(monkeypatch, seconds, layout):
+    def timed(call):
+        call()
+        return seconds.pop(0)
+
+    monkeypatch.setattr("models.describe.median_seconds", timed)
+    net = create_from_fields(SMALL)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert fastest_layout(net, net, 2) is layout
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
