@@ -111,7 +111,7 @@ def fastest_layout(net, velocity, batch):
     seconds = {}
     for layout in (torch.channels_last, torch.contiguous_format):
         net.to(memory_format=layout)
-        seconds[layout] = median_seconds(forward_backward)
+        seconds[layout] = median_seconds(forward_backward, seconds=0.2)
     net.zero_grad(set_to_none=True)
     return min(seconds, key=seconds.get)
 

@@ -70,11 +70,11 @@ def test_the_measured_cost_is_of_one_image_and_of_a_batch(classes):
     assert f"{sum(p.numel() for p in net.parameters()):,} parameters" in cost_line(cost)
 
 
-@pytest.mark.parametrize(("seconds", "layout"), [([2, 1], torch.contiguous_format), ([1, 2], torch.channels_last)])
-def test_the_faster_memory_layout_is_chosen_and_the_network_stays_the_same(monkeypatch, seconds, layout):
-    def timed(call):
+@pytest.mark.parametrize(("times", "layout"), [([2, 1], torch.contiguous_format), ([1, 2], torch.channels_last)])
+def test_the_faster_memory_layout_is_chosen_and_the_network_stays_the_same(monkeypatch, times, layout):
+    def timed(call, seconds):
         call()
-        return seconds.pop(0)
+        return times.pop(0)
 
     monkeypatch.setattr("models.describe.median_seconds", timed)
     net = create_from_fields(SMALL)
