@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from configs.command_line import help_text, parse_command_line
-from datasets import DATASETS, DataSet, ImageSet, array_set, create_batches, load_images, sources, subset
+from configs.command_line import parse_command_line
+from datasets import ImageSet, create_batches, load_images, sources, subset
 from datasets.image_files import FileTree, find_labels
 from runtime.terminal import UserError
-from tests.conftest import ROOT
 from tests.datasets.image_files import label_file, make_config, png, random_images, write_folder, write_mnist, write_zip
 
 IMAGES = random_images(5, 3, 64)
@@ -239,26 +238,3 @@ def test_mnist_on_the_cifar10_config_is_mirrored_only_when_told_and_says_so(tmp_
         "--config.data.cache_dir", str(tmp_path / "cache"), *words])
     assert len(create_batches(config, "cpu").flips) == mirrored
     assert said in capsys.readouterr().err
-
-
-def test_a_data_set_from_outside_is_a_function_and_a_row(tmp_path, monkeypatch, capsys):
-    """It is a choice of the config, in --help, and train.py trains on it."""
-    import train
-
-    def open_stripes(root, spec):
-        images = np.zeros((64, 1, 16, 16), np.uint8)
-        images[:32, :, ::2], images[32:, :, :, ::2] = 255, 255
-        return array_set(images, np.repeat([0, 1], 32), spec, "stripes", ("horizontal", "vertical"))
-
-    monkeypatch.setitem(DATASETS, "stripes", DataSet(open_stripes, channels=1, mirror=False))
-    monkeypatch.chdir(tmp_path)
-    words = ["--config", f"{ROOT}/configs/rectified_flow/digits_rf_gaussian.py", "--config.data.dataset", "stripes",
-             "--config.data.train_subset", "vertical", "--config.model.nf", "8", "--config.training.batch_size", "8",
-             "--config.training.n_iters", "2", "--config.expr", "stripes", "--config.training.progress", "false",
-             "--config.training.snapshot_sampling", "0"]
-    assert not train.main(*parse_command_line(["train.py", *words]))
-    assert (tmp_path / "logs/stripes/checkpoints-meta/checkpoint.pth").exists()
-    assert "resampled to 8×8 with the lanczos filter" in load_images(parse_command_line(["x", *words])[0]).notes
-    assert "custom | stripes" in " ".join(help_text("", {}, ["data"]).split())
-    with pytest.raises(UserError, match="num_channels is 3, but stripes has 1"):
-        train.main(*parse_command_line(["train.py", *words, "--config.data.num_channels", "3"]))
