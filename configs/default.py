@@ -99,7 +99,7 @@ GROUPS = {
         "pre_train_model": Field("", "checkpoint whose raw weights the network starts from (hf://owner/repo/file too)"),
         "pre_train_partial": Field(False, "start from the tensors of pre_train_model that fit (false: all must fit)"),
         "use_teacher": Field(False, "flow-guided distillation: add the two-step term"),
-        "guidance_first_step": Field("student", "who guides first (paper: teacher)", choices=("student", "teacher")),
+        "guidance_first_step": Field("student", "who takes the first guiding step", choices=("student", "teacher")),
         "teacher_model": Field("", "checkpoint of the teacher (EMA weights), when it is not pre_train_model"),
         "h_flip": Field(False, "flip z0 and z1 of a pair together, left-right, with probability 1/2"),
         "real_data_share": Field(0.0, "share of a batch from data.real_pairs_root (from_z1)", low=0.0, high=1.0),
