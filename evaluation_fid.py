@@ -1,7 +1,7 @@
 """Measure samples: the Fréchet distance (FID) and its companions, for a sweep of checkpoints, one .pth, or files.
 
-Results go to {ckpt_dir}/eval/results.jsonl, one line for each checkpoint and sampler; what is there already is
-not computed again. torchrun splits the samples over its processes.
+Results go to {ckpt_dir}/eval/results.jsonl, one line per checkpoint and sampler; those already there are not
+computed again. torchrun splits the samples over its processes.
 """
 
 from runtime.terminal import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
@@ -41,12 +41,12 @@ FLAGS = {
     "target_path": Field("", "what to compare with: npz of mu and sigma, or images as npy, npz, folder or zip (empty: "
                          "CIFAR-10's published statistics; the training images for pixels)"),
     "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
-    "force": Field(False, "compute again what results.jsonl has"),
+    "force": Field(False, "repeat evaluations that results.jsonl has"),
 }
 READS = (*SAMPLING_READS, "work_dir", "eval.")
 
-BATCHES_AT_ONCE = 4  # handed to the sampler together, so that rk45's slots seldom run empty
-PATIENCE = datetime.timedelta(days=7)  # of processes for one that waits for training or compares the features
+BATCHES_AT_ONCE = 4  # per call of the sampler, so that rk45's slots are seldom empty
+PATIENCE = datetime.timedelta(days=7)  # of processes for one that waits for a checkpoint or compares features
 
 
 def main(config, args, given):
@@ -64,8 +64,8 @@ def main(config, args, given):
 
 
 def measure_checkpoints(config, args, given, processes):
-    """Measure every checkpoint of --ckpt_dir that has no result yet; return (results file, results of the sweep)."""
-    remote = is_remote(args.ckpt_dir)  # it has no folder of its own
+    """Measure the checkpoints of --ckpt_dir that have no result yet; return (results file, results of the sweep)."""
+    remote = is_remote(args.ckpt_dir)  # a remote checkpoint has no run folder
     path = (pathlib.Path(config.work_dir, pathlib.Path(args.ckpt_dir).stem) if remote else
             run_folder(args.ckpt_dir)) / RESULTS
     say_once, reference, cost, done = functools.cache(processes.say), None, {}, []
@@ -110,7 +110,7 @@ def read_checkpoints(ckpt_dir, settings, processes):
     while (path := processes.from_main(advance)) is not None:
         checkpoint = checkpoint if processes.is_main else read_checkpoint(path)
         if len(set(gather(checkpoint["digest"]))) > 1:
-            raise UserError(f"{path} was replaced while it was read")
+            raise UserError(f"{path} was replaced while the processes read it: run the same command again")
         yield checkpoint
 
 
@@ -118,12 +118,12 @@ def measure_files(config, args, given, processes):
     """Measure the images of --data_dir; return (results file, list of one result)."""
     source = open_images(args.data_dir, config)
     path, count = source.path.parent / RESULTS, min(config.eval.num_samples, len(source))
-    processes.say(f"{count} of the {len(source)} images in {args.data_dir} are measured, evenly spread")
+    processes.say(f"measuring {count} of the {len(source)} images in {args.data_dir}, evenly spread")
     reference = Reference(config, args.target_path, processes)
     if reference.source is not None and source.shape[1:] != reference.source.shape[1:]:
         ours, theirs = ("×".join(map(str, images.shape[1:])) for images in (source, reference.source))
         processes.say(f"{source.name}: its images are {ours}, those they are compared with {theirs}: "
-                      "Inception resizes both, and the distance measures that, too")
+                      "Inception resizes both, which the distance includes")
     identity = {"checkpoint": source.path.name, "digest": state_digest(source.path), "sampler": None,
                 "num_samples": count, "seeds": {"subsets": config.seed}, **reference.identity}
     result = earlier_result(path, identity, args.force, processes)
@@ -136,7 +136,7 @@ def measure_files(config, args, given, processes):
 
 
 def sampling_identity(config):
-    """Return what of the sampling makes a result another: rule, steps, tolerance, noise and class of sample i."""
+    """Return the options of sampling that a result depends on: sampler, steps, tolerance, noise and classes."""
     sampling = config.sampling
     shared = sampling.use_ode_sampler == "rk45" and sampling.step_control == "batch"  # one step size for a batch
     return {
@@ -149,7 +149,7 @@ def sampling_identity(config):
 
 
 def measure_network(net, title, config, reference):
-    """Sample from `net`; return what is measured, and for config.eval.save_samples this process's samples, or None."""
+    """Sample from `net`; return its metrics, and with config.eval.save_samples this process's samples, else None."""
     count, shape = config.eval.num_samples, (config.data.num_channels, config.data.image_size, config.data.image_size)
     processes, nfes, samples = reference.processes, [], [torch.empty(0, *shape, dtype=torch.uint8)]
     mine = share_of(processes, count)
@@ -163,8 +163,8 @@ def measure_network(net, title, config, reference):
 def sample_batches(net, config, shape, indices, processes, title, count_evaluations):
     """Yield the samples `indices` as uint8 (N, C, H, W) on the device, config.eval.batch_size at a time.
 
-    Noise and class of sample i belong to (config.seed, i): batch size and number of processes change nothing, so the
-    batch size is halved where the memory of the GPU does not hold it.
+    Noise and class of sample i depend on (config.seed, i) alone, not on batch size and number of processes, so the
+    batch size is halved where the memory of the GPU is too small for it.
     """
     sample, size, device, low = create_sampler(config), config.eval.batch_size, processes.device, 0
     velocity = velocity_from_network(in_precision(net, config.training.precision, device))
@@ -174,14 +174,14 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
             part = indices[low : low + size * BATCHES_AT_ONCE]
             z = index_noise(config.seed, part, shape, EVALUATION).to(device) * config.sampling.init_noise_scale
             try:
-                with torch.autocast(device.type, enabled=False):  # while it lasts, in_precision's keeps cast weights
+                with torch.autocast(device.type, enabled=False):  # the outer context keeps in_precision's cast weights
                     x, nfe = sample(velocity, z, draw_labels(config, part, device), indices=part, batch_size=size,
                                     finished=bar.update)
             except torch.OutOfMemoryError:
                 if size == 1 or sampling_identity(config)["batch_size"]:
                     raise
                 size, bar.n = size // 2, low
-                print(f"config.eval.batch_size {2 * size} does not fit the GPU: going on with {size}", file=sys.stderr)
+                print(f"config.eval.batch_size {2 * size} does not fit the GPU: trying {size}", file=sys.stderr)
                 continue
             count_evaluations(nfe)
             check_finite(x, part, f"{title}: sample", "the network diverged, or needs config.training.precision fp32")
@@ -190,7 +190,7 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
 
 
 def draw_labels(config, indices, device):
-    """Return the one-hot classes of the samples `indices`: drawn, or config.sampling.class_label for all."""
+    """Return the classes of the samples `indices`, one-hot (N, classes): random, or config.sampling.class_label."""
     classes, chosen = config.data.num_classes, config.sampling.class_label
     if chosen >= classes and chosen >= 0:
         raise UserError(f"config.sampling.class_label is {chosen}, but the model has {classes} classes, counted from 0")
@@ -201,9 +201,9 @@ def draw_labels(config, indices, device):
 
 
 def measure_images(measured, reference, observers=()):
-    """Return {what: value}, all metrics of images whose `Statistics` are `measured(observers=observers)`."""
+    """Return {name: value} of the metrics of images, `measured(observers=observers)` being their `Statistics`."""
     config, processes, training_images = reference.config, reference.processes, reference.training_images
-    target = reference.statistics  # measured by all processes together, once for all checkpoints
+    target = reference.statistics  # computed by all processes together, once for all checkpoints
     started, distances = time.monotonic(), [torch.zeros(0)]
 
     def find_nearest(number, images):
@@ -224,7 +224,7 @@ def measure_images(measured, reference, observers=()):
 
 
 def earlier_result(path, identity, force, processes):
-    """Return in all processes the result in the file `path` that has this identity, or None; --force finds none."""
+    """Return to all processes the result in the file `path` with this identity, or None, always with --force."""
     found = None if force else processes.from_main(
         lambda: results.newest_of_each(results.read_results(path)).get(results.key_of(identity)))
     if found is not None:
@@ -233,7 +233,7 @@ def earlier_result(path, identity, force, processes):
 
 
 def publish(result, path, processes, samples=None):
-    """Say a result and write it to its file, and all processes' `samples` beside it; print what cannot be written."""
+    """Print a result, append it to its file (or print it whole if that fails), and save all processes' `samples`."""
     processes.say(results.protocol_line(result))
     images = samples and torch.cat(gather(torch.cat(samples))).numpy()
 

@@ -2,8 +2,8 @@
 
 z0, labels and the order are functions of (seed, index), on any machine. z1 is bit-identical in any number of processes
 (torchrun --nproc_per_node=N), after any interruption and in a longer run, as long as threads, instruction set and
-blocks are the same; otherwise, and on a GPU, it is the same up to rounding. The same command goes on where it stopped,
-and a larger sampling.total_number_of_samples extends what is there. sampling.direction says what the pairs are:
+blocks are the same; otherwise, and on a GPU, it is the same up to rounding. The same command continues after an
+interruption, and a larger sampling.total_number_of_samples extends a folder. sampling.direction chooses the pairs:
   from_z0       noise integrated to images by the network of --ckpt_path
   from_z1       images (of the data set, or --z1_path) integrated back to noise
   random_paired images paired with fresh noise; no network
@@ -39,20 +39,20 @@ FLAGS = {
     "data_root": Field("", "folder of the pairs; they go to its sub-folder {seed}"),
     "z0_path": Field("", "npy of noise (N, C, H, W) to start from instead of drawn noise"),
     "z1_path": Field("", "npy of images (N, C, H, W) in [-1, 1] to start from instead of the data set"),
-    "label_path": Field("", "npy of the classes of --z1_path, numbers (N,) or one-hot (N, num_classes)"),
+    "label_path": Field("", "npy of the classes of --z1_path: numbers (N,) or one-hot (N, num_classes)"),
 }
 READS = (*SAMPLING_READS, "training.batch_size", "sampling.direction", "sampling.total_number_of_samples",
          "sampling.block_size", "sampling.pair_storage", "sampling.random_flip")
 
-BLOCK_BATCHES = 4  # batches in a block: a stop loses little, and rk45's slots are refilled for most of it
-PICTURED = 10
+BLOCK_BATCHES = 4  # batches per block: few are lost at a stop, and rk45 can refill its slots for most of the block
+PICTURED = 10  # pairs in pairs.png
 
 
 def main(config, args, given):
     """Make the pairs, in as many processes as torchrun started."""
     check_arguments(config, args)
     set_precision(config.training.precision)
-    with start_processes(patience=datetime.timedelta(days=7)) as processes:  # a slow one may be hours behind
+    with start_processes(patience=datetime.timedelta(days=7)) as processes:  # one may be hours behind the others
         config, net, teacher = load_teacher(config, args, given, processes)
         points = InitialPoints(config, args.z0_path, args.z1_path, args.label_path)
         coupling = create_coupling(config, create_velocity(net, points, processes.device), points, processes.device)
@@ -68,7 +68,7 @@ def main(config, args, given):
 
 
 def check_arguments(config, args):
-    """Raise UserError for flags that the direction lacks or cannot use."""
+    """Raise UserError for a missing flag, or one that the direction cannot use."""
     direction, row = config.sampling.direction, COUPLINGS[config.sampling.direction]
     if not args.data_root:
         raise UserError("--data_root is empty: name the folder of the pairs, such as --data_root reflow_data/pairs")
@@ -90,34 +90,34 @@ def load_teacher(config, args, given, processes):
         return config, None, {}
     config, net, digest = load_with_config(args.ckpt_path, config, given, device=processes.device, say=processes.say)
     if len(set(gather(digest))) > 1:
-        raise UserError(f"{args.ckpt_path} was replaced while it was read: run the same command again")
+        raise UserError(f"{args.ckpt_path} was replaced while the processes read it: run the same command again")
     if net.licence_note:
         processes.say(net.licence_note)
     return config, net, {"checkpoint": args.ckpt_path, "checkpoint_digest": digest}
 
 
 def create_velocity(net, points, device):
-    """Return the velocity of the network; that of the images in closed form; or None."""
+    """Return the velocity of the network, the closed-form velocity of the images, or None if none is needed."""
     if net is None and COUPLINGS[points.direction].velocity == "closed form":
         return analytic_velocity(torch.from_numpy(np.array(points.image_set.images)).to(device))
     return net and velocity_from_network(net)
 
 
 def create_job(config, given, points, teacher):
-    """Return the `PairJob`: how many pairs, in which blocks and arrays, and all that their values depend on."""
+    """Return the `PairJob`: number of pairs, blocks, arrays, and everything that the values depend on."""
     settings, shape, classes = config.sampling, image_shape(config), config.data.num_classes
     count = settings.total_number_of_samples
     if points.available is not None and count > points.available:
         if "sampling.total_number_of_samples" in given:
             raise UserError(f"config.sampling.total_number_of_samples is {count}, but there are only "
-                            f"{points.available} initial points: ask for no more")
+                            f"{points.available} initial points: lower it")
         count = points.available
     layouts = {"z0.npy": ("<f4", shape), "z1.npy": ("<f4", shape), "label.npy": ("<f4", (classes,))}
     if settings.pair_storage == "compact":
         layouts = {"z1.npy": ("<f2", shape), "label.npy": ("<i4", ())}
         if not isinstance(points.noise, NoiseSource) or points.direction == "gt_v_from_z1":
-            raise UserError("config.sampling.pair_storage compact stores no z0 but draws it again from (seed, index); "
-                            f"in direction {points.direction} with these initial points it is not drawn: use full")
+            raise UserError("config.sampling.pair_storage compact does not store z0 but draws it again from (seed, "
+                            f"index), which direction {points.direction} with these initial points does not: use full")
     layouts = {name: np.dtype(layout) for name, layout in layouts.items() if name != "label.npy" or classes}
     names = ["seed", "data.image_size", "data.num_channels", "data.num_classes", "sampling.direction",
              "sampling.pair_storage", "sampling.class_label", "sampling.init_noise_scale"]
@@ -133,18 +133,18 @@ def create_job(config, given, points, teacher):
 
 
 def make_blocks(config, folder, job, todo, coupling, processes):
-    """Solve and write this process's blocks of `todo`: every world_size-th."""
+    """Solve and write every world_size-th block of `todo`, from this process's rank on."""
     done = job.count - sum(len(job.block_range(block)) for block in todo)
-    flips = ", images flipped at random" if config.sampling.random_flip else ", images as they are, unflipped"
+    flips = ", images flipped at random" if config.sampling.random_flip else ", images not flipped"
     flips = flips if COUPLINGS[config.sampling.direction].given != "noise" else ""
     processes.say(f"{folder}: {job.count} pairs {config.sampling.direction}{flips}, blocks of {job.block_size}; {done} "
-                  f"are there, {len(todo)} blocks to make")
+                  f"are done, {len(todo)} blocks to make")
     with (progress_bar(total=job.count, desc="pairs", unit="pairs", initial=done,
                        enabled=config.training.progress if processes.is_main else "false") as bar,
           memory_errors("lower config.training.batch_size"),
-          autocast(config.training.precision, processes.device)):  # the network; samplers add in float64
+          autocast(config.training.precision, processes.device)):  # the network alone; samplers sum in float64
 
-        def finished(pairs):  # the other processes are about as far
+        def finished(pairs):  # assumes that the other processes are as far
             bar.update(min(pairs * processes.world_size, job.count - bar.n))
 
         for block in todo[processes.rank::processes.world_size]:
@@ -161,7 +161,7 @@ def make_blocks(config, folder, job, todo, coupling, processes):
 
 
 def complete(folder, job, config, teacher):
-    """Complete the folder: headers, `pairs.json`, and `pairs.png`, the first pairs as noise, midpoint and image."""
+    """Write the arrays' headers, `pairs.json`, and `pairs.png`: the first pairs as noise, midpoint and image."""
     software = {"torch": torch.__version__, "numpy": np.__version__}
     pair_writer.finish(folder, job, {**teacher, "software": software, "config": config_to_dict(config)})
     pairs, indices = PairFolder(folder), np.arange(min(PICTURED, job.count))

@@ -1,11 +1,11 @@
 """Sample images from every checkpoint of a run, or from one file, all from the same noise.
 
-Into {run}/eval_sample/{checkpoint}/ go a grid for each sampler, {sampler}_sample_{nfe}.png; contact_sheet.png, which
+{run}/eval_sample/{checkpoint}/ receives a grid for each sampler, {sampler}_sample_{nfe}.png; contact_sheet.png, which
 compares several; pixel_trajectories.png, the values of a few pixels from noise to image; and samples.json with sampler,
-NFE, seconds, straightness, seed and checkpoint of each grid. Other options that were given are in the names, as in
-euler_sample_2_seed7_class3.png. Without --config.sampling.use_ode_sampler there is a survey: rk45, then Euler with 1,
-2, 5, 10, 20, 50 and 100 steps. eval.begin_ckpt and eval.end_ckpt choose among the checkpoints of a folder. A grid has
-eval.batch_size images where that is given, 64 otherwise, or with --classes a row of ten for each class.
+NFE, seconds, straightness, seed and checkpoint of each grid. File names include other options that were given, as in
+euler_sample_2_seed7_class3.png. Without --config.sampling.use_ode_sampler the samplers are rk45 and Euler with 1, 2, 5,
+10, 20, 50 and 100 steps. eval.begin_ckpt and eval.end_ckpt select among the checkpoints of a folder. A grid has
+eval.batch_size images if that is given, otherwise 64, or with --classes a row of ten for each class.
 """
 
 from runtime.terminal import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
@@ -32,24 +32,24 @@ from runtime.seeds import index_labels, index_noise
 from runtime.terminal import progress_bar
 
 FLAGS = {
-    "sampling_dir": Field("", "run folder whose checkpoints are sampled, or one .pth or .pkl (hf:// and https:// too)"),
+    "sampling_dir": Field("", "run folder whose checkpoints are sampled, or one .pth or .pkl (also hf://, https://)"),
     "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
     "classes": Field("", "class-conditional models: a grid row for each of these classes: 0,3,7 or cat,dog or all"),
 }
 READS = (*SAMPLING_READS, "flow.flow_t_schedule", "sampling.batch_size", "eval.begin_ckpt", "eval.end_ckpt",
          "eval.batch_size")
 
-IMAGES = 64  # in a grid, unless eval.batch_size is given
-ROW = 10  # images in a row of the contact sheet, and of a class
+IMAGES = 64  # per grid, unless eval.batch_size is given
+ROW = 10  # images per row of the contact sheet, and per class
 SURVEY = [("rk45", 1), *(("euler", steps) for steps in (1, 2, 5, 10, 20, 50, 100))]
-STRAIGHTNESS_STEPS, TRACED_SAMPLES, TRACED_PIXELS = 100, 4, 6  # the last two in the plot of pixels over time
-# Fields beside the sampler's own that change an image, and their names in that of a file.
+STRAIGHTNESS_STEPS, TRACED_SAMPLES, TRACED_PIXELS = 100, 4, 6  # the last two of pixel_trajectories.png
+# Fields other than the sampler's own that change an image, and their labels in file names.
 NAMED = {"seed": "seed", "sampling.class_label": "class", "sampling.init_noise_scale": "scale", "flow.eps": "eps",
          "training.precision": ""}
 
 
 def main(config, args, given):
-    """Sample the checkpoints that the flags name."""
+    """Sample the checkpoints that the flags select."""
     paths = checkpoint_paths(args.sampling_dir, config.eval, given)
     set_precision(config.training.precision)
     with start_processes() as processes:
@@ -59,23 +59,23 @@ def main(config, args, given):
             sample_checkpoint(path, config, args, given, processes.device)
 
 
-def checkpoint_paths(place, settings, given):
-    """Return the files that --sampling_dir and config.eval, whose defaults are for FID sweeps, ask for."""
-    if is_remote(place) or pathlib.Path(place).is_file():
-        return [place]
-    if not place or not pathlib.Path(place).is_dir():
-        raise UserError(f"--sampling_dir {place!r} is neither a run folder nor a .pth or .pkl file: name one")
+def checkpoint_paths(sampling_dir, settings, given):
+    """Return the checkpoint files of --sampling_dir, in the range of config.eval where that is given."""
+    if is_remote(sampling_dir) or pathlib.Path(sampling_dir).is_file():
+        return [sampling_dir]
+    if not sampling_dir or not pathlib.Path(sampling_dir).is_dir():
+        raise UserError(f"--sampling_dir {sampling_dir!r} is neither a run folder nor a .pth or .pkl file: name one")
     begin, end = (settings[name] if f"eval.{name}" in given else 0 for name in ("begin_ckpt", "end_ckpt"))
-    there = numbered_checkpoints(checkpoint_folder(place))
-    paths = [path for k, path in there.items() if begin <= k <= (end or k)]
+    found = numbered_checkpoints(checkpoint_folder(sampling_dir))
+    paths = [path for k, path in found.items() if begin <= k <= (end or k)]
     if not paths:
-        raise UserError(f"--sampling_dir {place} has no checkpoint_{{k}}.pth with k from eval.begin_ckpt {begin} to "
-                        f"eval.end_ckpt {end or 'the last'}; there is {', '.join(map(str, there)) or 'none at all'}")
+        raise UserError(f"--sampling_dir {sampling_dir} has no checkpoint_{{k}}.pth with k in eval.begin_ckpt {begin} "
+                        f"to eval.end_ckpt {end or 'the last'}; found: {', '.join(map(str, found)) or 'none at all'}")
     return paths
 
 
 def sample_checkpoint(path, config, args, given, device):
-    """Sample one checkpoint and write everything about it; nothing is written before all of it is sampled."""
+    """Sample one checkpoint and write all its files, once everything is sampled."""
     config, net, digest = load_with_config(path, config, given, args.use_ema, device)
     velocity = velocity_from_network(in_precision(net, config.training.precision, device))
     classes, class_titles = class_rows(args.classes, config, given)
@@ -91,7 +91,7 @@ def sample_checkpoint(path, config, args, given, device):
 
     straight = curves = None
     if config.flow.flow_t_schedule != "t0" and max(entry["nfe"] for _, entry in grids) > 1:
-        # A one-step model knows no time but the first: it has no trajectory.
+        # A one-step model is trained at the first time only and has no trajectory.
         straight, curves = trace(velocity, z, label, config)
 
     folder = (pathlib.Path() if is_remote(path) else run_folder(path)) / GRIDS / name
@@ -100,13 +100,13 @@ def sample_checkpoint(path, config, args, given, device):
         suffix += f"_classes{'-'.join(map(str, classes))}"[:100] if classes else f"_{len(z)}images"
     for images, entry in grids:
         own = {f"sampling.{field}": field for field in SAMPLERS[entry["sampler"]].fields if field != "sample_N"}
-        stem = f"{entry['sampler']}_sample_{round(entry['nfe'])}"  # the evaluations tell sample_N
+        stem = f"{entry['sampler']}_sample_{round(entry['nfe'])}"  # its NFE implies sample_N
         entry |= {"file": stem + file_suffix(own, config, given) + suffix + ".png", "checkpoint": str(path),
                   "digest": digest, "weights": "EMA" if args.use_ema else "raw", "seed": config.seed,
                   "images": len(z), "straightness": straight}
         save_grid(folder / entry["file"], images, columns, class_titles)
     titles = [f"{entry['sampler']}, NFE {entry['nfe']:.4g}" for _, entry in grids]
-    if len(grids) > 1:  # of one sampler the grid tells as much, and the sheet of an earlier survey stays
+    if len(grids) > 1:  # for one sampler the grid shows the same; an earlier sheet is kept
         sheet = torch.cat([images[:ROW] for images, _ in grids])
         save_grid(folder / f"contact_sheet{suffix}.png", sheet, min(ROW, len(z)), titles)
     if curves:
@@ -118,7 +118,7 @@ def sample_checkpoint(path, config, args, given, device):
 
 
 def class_rows(asked, config, given):
-    """Return the classes that --classes asks for and a title for each; ([], None) without the flag."""
+    """Return the class numbers of --classes and their names; ([], None) without the flag."""
     count, chosen = config.data.num_classes, config.sampling.class_label
     if not asked and chosen >= count and (count or "sampling.class_label" in given):
         raise UserError(f"config.sampling.class_label is {chosen}, but the model has {count} classes, counted from 0")
@@ -143,7 +143,7 @@ def class_rows(asked, config, given):
 
 
 def initial_points(classes, config, given, device):
-    """Return noise z `(N, C, H, W)` and one-hot label `(N, K)` or None; `classes` has the class of each row of ten."""
+    """Return noise z `(N, C, H, W)` and one-hot label `(N, K)` or None; `classes`: those of the rows of ten, or []."""
     data, chosen = config.data, config.sampling.class_label
     count = ROW * len(classes) or (config.eval.batch_size if "eval.batch_size" in given else IMAGES)
     z = index_noise(config.seed, range(count), (data.num_channels, data.image_size, data.image_size))
@@ -157,10 +157,10 @@ def initial_points(classes, config, given, device):
 
 
 def sample_grid(velocity, z, label, config, finished):
-    """Return the images from noise z on the CPU and what samples.json says of their sampler."""
+    """Return the images sampled from z, on the CPU, and the entries of samples.json about the sampler."""
     sample, settings, name = create_sampler(config), config.sampling, config.sampling.use_ode_sampler
     started = time.perf_counter()
-    with torch.autocast(z.device.type, enabled=False):  # while it lasts, in_precision's autocast keeps cast weights
+    with torch.autocast(z.device.type, enabled=False):  # this context keeps in_precision's cast weights
         x, nfe = sample(velocity, z, label, batch_size=min(settings.batch_size, len(z)), finished=finished)
     images = x.float().cpu()
     seconds = time.perf_counter() - started
@@ -171,7 +171,7 @@ def sample_grid(velocity, z, label, config, finished):
 
 
 def trace(velocity, z, label, config):
-    """Return the straightness, and (times, values, title) of a few pixels; reflow straightens these curves."""
+    """Return the mean straightness, and curves (times, values, label) of a few pixels, which reflow straightens."""
     z, label = (part if part is None else part[: config.sampling.batch_size] for part in (z, label))
     values, times, states = straightness(velocity, z, label, steps=STRAIGHTNESS_STEPS, t_start=config.flow.eps)
     pixels = states[:, :TRACED_SAMPLES].flatten(2).cpu()
@@ -181,19 +181,19 @@ def trace(velocity, z, label, config):
 
 
 def file_suffix(labels, config, given):
-    """Return `_seed7_scale2`: {field: its label} of the given fields that differ from their default, for file names."""
+    """Return `_seed7_scale2`, for file names: the given fields of `labels` that differ from their defaults."""
     values = {name: get_field(config, name) for name in labels if name in given}
     return "".join(f"_{labels[name]}{value}" for name, value in values.items() if value != FIELDS[name].default)
 
 
 def write_entries(path, entries):
-    """Write the entries, and keep those of earlier calls whose images were not replaced."""
+    """Write the entries to samples.json, which keeps those of earlier calls whose images still exist."""
     new = {entry["file"] for entry in entries}
     try:
         old = json.loads(path.read_text(errors="replace")) if path.is_file() else []
         kept = [entry for entry in old if entry["file"] not in new and (path.parent / entry["file"]).exists()]
     except (ValueError, TypeError, KeyError):
-        print(f"{path} is damaged: what it says of earlier images is dropped", flush=True)
+        print(f"{path} is damaged: its entries for earlier images are dropped", flush=True)
         kept = []
     write_json(path, kept + entries)
 

@@ -3,8 +3,8 @@
     python train.py --config configs/rectified_flow/cifar10_rf_gaussian.py --config.expr 1_rectified_flow
     torchrun --nproc_per_node=8 train.py …       (config.training.batch_size is the global batch)
 
-The run lives in logs/{expr}/: checkpoints/, samples/, log.jsonl, loss.png, tensorboard/. The same command goes on
-where a stopped run ended. Ctrl-C and SIGTERM finish the update, write the state and exit with status 130 and 143.
+The run lives in logs/{expr}/: checkpoints/, samples/, log.jsonl, loss.png, tensorboard/. The same command
+continues an interrupted run. Ctrl-C and SIGTERM finish the update, save the state and exit with status 130 and 143.
 """
 
 from runtime.terminal import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
@@ -51,7 +51,7 @@ def train(config, processes, messages, held):
     found = state.find_state(config, messages.append)
     step = first = found["step"] if found else 0
     if len(set(steps := gather(step))) > 1:
-        raise UserError(f"the processes find {steps} updates done: config.work_dir must be one folder for all of them")
+        raise UserError(f"the processes find states after {steps} updates: config.work_dir must be one shared folder")
     if step >= options.n_iters:
         print(f"{found['path']} has {step} of config.training.n_iters {options.n_iters} updates: the run is finished; "
               "raise config.training.n_iters to train on")
@@ -63,7 +63,7 @@ def train(config, processes, messages, held):
     logger = run.RunLogger(config, start=step, active=processes.is_main)
     messages += [f"continuing from {found['path']}, {step} updates done"] if found else []
     messages += [f"from update {step} on: {phrase}" for phrase in changed] + training.messages + data_changed
-    messages += [f"config, where it is not the default (in brackets): {differences(config) or 'nowhere'}",
+    messages += [f"config fields that differ from their defaults (in brackets): {differences(config) or 'none'}",
                  *run.endless_schedules(config), training.describe()]
     for message in messages:
         logger.say(message)
@@ -97,7 +97,7 @@ def train(config, processes, messages, held):
         writer.wait()
 
     if signal and step < options.n_iters:
-        logger.say(f"stopped by signal {signal} after update {step}; the same command goes on from here")
+        logger.say(f"stopped by signal {signal} after update {step}; the same command continues from here")
     else:
         logger.say(f"finished: {step} updates, {step - first} of them in {time.monotonic() - started:.0f} s; "
                    f"{paths[-2]}{f' and {grid}' if grid else ''}")
@@ -106,7 +106,7 @@ def train(config, processes, messages, held):
 
 
 class Training:
-    """What the updates change and need: network, EMA, optimizer, statistics; data, objective, teacher."""
+    """What an update changes (network, EMA, optimizer, statistics) and what it needs (data, objective, teacher)."""
 
     def __init__(self, config, processes, found=None):
         self.config, self.processes, self.device = config, processes, processes.device
@@ -137,7 +137,7 @@ class Training:
         if processes.world_size > 1:  # gradients are averaged over the processes
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
-            self.parallel.broadcast_buffers = False  # constants; the constructor's word depends on torch's version
+            self.parallel.broadcast_buffers = False  # constants; the argument's default depends on torch
         called = self.parallel
         if config.training.compile:
             self.messages.append("compiling the network in the first update, which takes a minute or more")
@@ -150,16 +150,16 @@ class Training:
         return velocity_from_network(in_precision(network, self.config.training.precision, self.device))
 
     def update(self, update):
-        """Do update number `update`: its randomness comes from (seed, update, place in the global batch)."""
+        """Do update number `update`; its randomness depends on (seed, update, index in the global batch) alone."""
         config, size = self.config, self.config.training.batch_size
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(update)
         seed_dropout(config.seed, update, self.processes.rank)
         loss, parts = torch.zeros((), device=self.device), self.parts()
         for part in parts:
-            # gradients are averaged over the processes once an update, in the last accumulation step
-            alone = self.processes.world_size > 1 and part is not parts[-1]
-            with self.parallel.no_sync() if alone else contextlib.nullcontext():
+            # gradients are averaged over the processes once per update, in the last accumulation step
+            local = self.processes.world_size > 1 and part is not parts[-1]
+            with self.parallel.no_sync() if local else contextlib.nullcontext():
                 batch = self.source.batch(update, part.start, part.stop)
                 draws = Draws(step_generator(config.seed, update, DRAWS, self.device), size, part, self.device)
                 mean = self.objective(self.velocity, batch, draws, update).mean() / len(parts)
@@ -171,7 +171,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
 
     def learning_rate(self, update):
-        """Return the learning rate of `update`: warm-up from 0, none with flow.pre_train_model."""
+        """Return the learning rate of `update`: linear warm-up from 0 (none with flow.pre_train_model)."""
         optim = self.config.optim
         return optim.lr * warmup_factor(update, 0 if self.config.flow.pre_train_model else optim.warmup)
 
@@ -183,13 +183,13 @@ class Training:
         return [slice(first, first + size) for first in firsts]
 
     def state(self, step):
-        """Return the checkpoint after `step` updates: all that the next one depends on."""
+        """Return the checkpoint after `step` updates: everything that later updates depend on."""
         return {"model": dict(self.network.state_dict()), "ema": self.ema.state_dict(), "step": step,
                 "optimizer": self.optimizer.state_dict(), "stats": {"values": self.stats.values},
                 "config": config_to_dict(self.config)}
 
     def describe(self):
-        """Return a line about what is trained, on what and where."""
+        """Return one line about the network, the device and the data."""
         config, device = self.config, self.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         count = sum(p.numel() for p in self.network.parameters())
@@ -201,7 +201,7 @@ class Training:
 
 @contextlib.contextmanager
 def explained_failures(options):
-    """Raise a UserError where memory runs out, and for what torch.compile cannot do here, e.g. without a compiler."""
+    """Raise a UserError where memory runs out or torch.compile fails, for instance without a compiler."""
     try:
         with memory_errors(f"raise config.training.accumulation_steps ({options.accumulation_steps}), which splits the "
                            f"batch, or lower config.training.batch_size ({options.batch_size})"):
@@ -210,7 +210,7 @@ def explained_failures(options):
         cause = getattr(error, "inner_exception", error)
         raise UserError("config.training.compile is true, but torch.compile fails: "
                         f"{f'{type(cause).__name__}: {cause}'.splitlines()[0]}; set it to false, or install the "
-                        "compiler that it needs") from error
+                        "compiler it needs") from error
 
 
 if __name__ == "__main__":

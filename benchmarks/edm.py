@@ -109,4 +109,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_program(main, __doc__, FLAGS, places=("snapshot",))
+    run_program(main, __doc__, FLAGS, positional=("snapshot",))

@@ -1,7 +1,7 @@
 """The command line that every script shares: `--config FILE`, `--config.a.b value`, the script's own flags.
 
-ml_collections' config_flags reads it, with the types that the fields of the config have. A mistake ends the script
-with one sentence on stderr and status 2, before any file is written.
+ml_collections' config_flags parses it, by the types of the config fields. Invalid options end the script with one
+sentence on stderr and exit status 2 before any file is written.
 """
 
 import argparse
@@ -28,13 +28,13 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "
 
 
 class ValueParser(flags.ArgumentParser):
-    """Reads a value of the type `kind`: whole numbers as 2000 or 2e3, tuples as '1, 2', (1, 2), [1, 2] or 1."""
+    """Parses a value of the type `kind`: whole numbers as 2000 or 2e3, tuples as '1, 2', (1, 2), [1, 2] or 1."""
 
     def __init__(self, kind):
         self.kind = kind
 
     def parse(self, argument):
-        """Return the value; raise ValueError with what is needed."""
+        """Return the value; raise ValueError, which names the expected type."""
         try:
             if isinstance(argument, self.kind):
                 return argument
@@ -54,31 +54,31 @@ for kind in KINDS:
 
 
 def run_script(main, doc, script_flags=None, reads=()):
-    """Parse the command line and call `main(config, args, given)`; exit 2 with one sentence on a `UserError`.
+    """Parse the command line and call `main(config, args, given)`; exit with status 2 and a sentence on a `UserError`.
 
-    script_flags: {name: `Field`} of the script's own flags; args has their values as attributes. given: frozenset of
-    the config fields ("sampling.sample_N") and flags that stood on the command line. reads: how the names of the
-    fields begin that --help marks as read by this script.
+    script_flags: {name: `Field`} of the script's own flags; `args` has their values as attributes. given: frozenset of
+    the config fields ("sampling.sample_N") and flags on the command line. reads: prefixes of the names of the fields
+    that --help marks as read by this script.
     """
     with one_sentence(pathlib.Path(sys.argv[0]).name):
         parsed = parse_command_line(sys.argv, doc, script_flags, reads)
         sys.exit(parsed and main(*parsed))
 
 
-def run_program(main, doc, program_flags, places=()):
-    """As `run_script`, without a config: call `main(args)`. places: the flags that words without a name set in turn."""
+def run_program(main, doc, program_flags, positional=()):
+    """As `run_script` without a config: call `main(args)`. positional: flags that may be given without their names."""
     with one_sentence(pathlib.Path(sys.argv[0]).name):
         if parse_common(sys.argv[1:])[0].help is not None:
             sys.exit(print(help_text(doc, program_flags, groups=())))
-        sys.exit(main(parse_flags(sys.argv[1:], program_flags, places=places)))
+        sys.exit(main(parse_flags(sys.argv[1:], program_flags, positional=positional)))
 
 
 def parse_command_line(argv, doc="", script_flags=None, reads=()):
-    """Return (config, args, given) of the words `argv` (the first is the script; see `run_script`); None after help.
+    """Return (config, args, given) of `argv`, the script first (see `run_script`); None after --help, --print_config.
 
-    Raises UserError for an unknown field or flag, a value that does not fit, a missing config file, leftover words.
+    Raises UserError for an unknown field or flag, an invalid value, a missing config file or an unexpected argument.
     """
-    common, words = parse_common(argv[1:])
+    common, arguments = parse_common(argv[1:])
     script_flags = script_flags or {}
     if common.help is not None:
         if common.help not in GROUPS:
@@ -86,13 +86,13 @@ def parse_command_line(argv, doc="", script_flags=None, reads=()):
         print(help_text(doc, script_flags, [common.help] if common.help else GROUPS,
                         common.config and load_config(common.config), reads))
         return None
-    for word in words:
-        if re.match("--?(no)?config[.]", word):
-            require_field(word.partition(".")[2].partition("=")[0])
+    for argument in arguments:
+        if re.match("--?(no)?config[.]", argument):
+            require_field(argument.partition(".")[2].partition("=")[0])
     if common.config is None:
         raise UserError("no config: name one with --config, such as configs/rectified_flow/cifar10_rf_gaussian.py")
     config = load_config(common.config)
-    args = parse_flags(words, script_flags, config)
+    args = parse_flags(arguments, script_flags, config)
     given = set(args["config"].override_values)
     if not common.config.endswith(".json"):
         _follow_defaults(config, given)
@@ -103,14 +103,14 @@ def parse_command_line(argv, doc="", script_flags=None, reads=()):
     return config, args, frozenset(given | {name for name in script_flags if args[name].present})
 
 
-def parse_common(words):
-    """Return (the flags that are no fields: config, help, print_config; the other words)."""
+def parse_common(arguments):
+    """Return (the flags that every script has: config, help, print_config; the other arguments)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--print_config", action="store_true")
     parser.add_argument("--help", "-h", "--helpfull", "--helpshort", nargs="?", const="")
     try:
-        return parser.parse_known_args(words)
+        return parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
 
@@ -119,57 +119,58 @@ def _follow_defaults(config, given):
     """Set the two defaults that depend on other fields, unless they were given."""
     untouched = "model.dropout" not in given and config.model.dropout == FIELDS["model.dropout"].default
     if config.model.name == "DhariwalUNet" and untouched:
-        config.model.dropout = 0.13  # what it was trained with
-    known = DATASETS.get(config.data.dataset)  # None: refused later
+        config.model.dropout = 0.13  # as the paper's was trained
+    known = DATASETS.get(config.data.dataset)  # None: check_fields refuses it
     if known is not None and not known.mirror and "data.random_flip" not in given:
-        config.data.random_flip = False  # a mirrored digit is no digit
+        config.data.random_flip = False  # a mirrored digit is not a digit
 
 
-def parse_flags(words, fields, config=None, places=()):
-    """Return absl's `FlagValues` of the words, with a flag for each {name: `Field`}; override `config` in place."""
+def parse_flags(arguments, fields, config=None, positional=()):
+    """Return absl's `FlagValues` of the arguments, a flag for each {name: `Field`}; override `config` in place."""
     values = flags.FlagValues()
     for name, field in fields.items():
         kind = type(field.default)
         flags.DEFINE_flag(flags.Flag(ValueParser(kind), flags.ArgumentSerializer(), name, field.default, field.meaning,
                                      boolean=kind is bool), values)
-    words = join_booleans(words, fields, any_word=not places)
+    arguments = join_booleans(arguments, fields, any_value=not positional)
     try:
         if config is not None:
-            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words, lock_config=False)
-        leftover = values(["", *words])[1:]
-        for name in places[: len(leftover)]:
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments,
+                                            lock_config=False)
+        leftover = values(["", *arguments])[1:]
+        for name in positional[: len(leftover)]:
             values[name].parse(leftover.pop(0))
     except flags.Error as error:
         raise UserError(str(error)) from None
     if leftover:
-        raise UserError(f"what is {leftover[0]!r} on the command line? Flags are written --name value, and a "
-                        "value with spaces goes in quotes")
+        raise UserError(f"unexpected argument {leftover[0]!r}: flags are written --name value, and values with spaces "
+                        "in quotes")
     for name, field in fields.items():
         field.check(f"--{name}", values[name].value)
     return values
 
 
-def join_booleans(words, fields, any_word=True):
-    """Return the words with `--name true` of a boolean as `--name=true`: absl would leave `true` over."""
+def join_booleans(arguments, fields, any_value=True):
+    """Return the arguments with `--name true` of a boolean as `--name=true`, for absl; any_value: invalid ones, too."""
     joined = [""]
-    for word in words:
+    for argument in arguments:
         name = joined[-1].lstrip("-")
         field = fields.get(name) or FIELDS.get(name.removeprefix("config."))
-        value = word.lower() in BOOLEANS or (any_word and not word.startswith("-"))
+        value = argument.lower() in BOOLEANS or (any_value and not argument.startswith("-"))
         if field is not None and isinstance(field.default, bool) and value:
-            joined[-1] += f"={word}"
+            joined[-1] += f"={argument}"
         else:
-            joined.append(word)
+            joined.append(argument)
     return joined[1:]
 
 
 def require_field(name, source="config"):
-    """Raise UserError, with the nearest field, unless the config has the dotted field `name`."""
+    """Raise UserError, naming the nearest field, unless the config has the dotted field `name`."""
     if name in GROUPS:
         raise UserError(f"{source}.{name} is a group of fields: set one of them, for instance "
                         f"--config.{name}.{next(iter(GROUPS[name]))}")
     if name not in FIELDS:
-        last = "." + name.rpartition(".")[2]  # the right name in the wrong group ("training.lr") is nearest
+        last = "." + name.rpartition(".")[2]  # prefer the same name in another group ("training.lr")
         near = [other for other in FIELDS if f".{other}".endswith(last)] or difflib.get_close_matches(name, FIELDS, n=1)
         hint = f"; did you mean config.{near[0]}?" if near else ""
         raise UserError(f"{source}.{name} is not a field{hint}")
@@ -178,17 +179,17 @@ def require_field(name, source="config"):
 def load_config(path):
     """Return the config of a Python file with `get_config()`, or of a config.json that a run saved.
 
-    A Python file may import others beside it. Raises UserError if it is missing, no config, or has an unknown field.
+    A Python file may import others beside it. Raises UserError if it is missing, fails, or has an unknown field.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"config file {path} does not exist; the ready ones are in configs/rectified_flow/")
+        raise UserError(f"config file {path} does not exist; ready ones are in configs/rectified_flow/")
     if path.suffix == ".json":
         return config_from_dict(read_json(path), path)
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         config = runpy.run_path(str(path))["get_config"]()
-    except Exception as error:  # whatever a config file does wrong is the user's to mend
+    except Exception as error:  # of the user's own code, so any type
         raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from None
     finally:
         sys.path.pop(0)
@@ -200,7 +201,7 @@ def load_config(path):
 def config_from_dict(values, source="config"):
     """Return a full config from nested dictionaries; absent fields keep their defaults.
 
-    Lists stand for tuples (JSON has none), integers also for text (flow_t_schedule 4) or floats.
+    Lists become tuples (JSON has none); integers become text (flow_t_schedule 4) or floats where the field is one.
     """
     config = get_default_config()
     for group, members in values.items():
@@ -220,24 +221,24 @@ def config_to_dict(config):
 
 
 def differences(config):
-    """Return one line of text, `model.nf 64 (128)`, …: the fields that differ from their defaults, and these."""
+    """Return the fields that differ from their defaults as one line: `model.nf 64 (128), …`, defaults in brackets."""
     return ", ".join(f"{name} {get_field(config, name)!r} ({field.default!r})" for name, field in FIELDS.items()
                      if get_field(config, name) != field.default)
 
 
 def help_text(doc, script_flags, groups=GROUPS, config=None, reads=()):
-    """Return what `--help` prints: the script's purpose, its flags, and the fields of `groups` with their values."""
+    """Return the text of `--help`: the script's purpose, its flags, and the fields of `groups` with their values."""
     config = config or get_default_config()
     wrap = textwrap.TextWrapper(min(shutil.get_terminal_size((120, 24)).columns, 120), "  ", "      ",
                                 break_long_words=False, break_on_hyphens=False).fill
     lines = [doc.strip(), "", "flags:"]
     if groups:
-        lines += ["  --config FILE: Python config, or a run's config.json (needed)",
-                  "  --print_config: print the config that this command line makes, and stop",
-                  "  --help GROUP: only the fields of one group"]
+        lines += ["  --config FILE: Python config file, or a run's config.json (required)",
+                  "  --print_config: print the resulting config and exit",
+                  "  --help GROUP: show the fields of one group only"]
     lines += [wrap(f"--{name}: {field.describe(field.default)}") for name, field in script_flags.items()]
     for group in groups:
-        marked = "; * is read by this script" if reads else ""
+        marked = "; *: read by this script" if reads else ""
         lines += ["", f"config fields{group and ' of '}{group} (--config.NAME value{marked}):"]
         for name in (f"{group}.{name}".lstrip(".") for name in GROUPS[group]):
             lines.append(wrap(f"{'* ' * name.startswith(reads)}{name}: "

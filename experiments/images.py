@@ -1,5 +1,4 @@
-"""The images of a study: one part to train on, another held out, and a classifier in whose features samples are
-measured."""
+"""The images of a study, for training and held out, and the classifier in whose features samples are measured."""
 
 import io
 import pathlib

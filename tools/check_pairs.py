@@ -48,4 +48,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_program(main, __doc__, FLAGS, places=("root",))
+    run_program(main, __doc__, FLAGS, positional=("root",))

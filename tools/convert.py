@@ -129,4 +129,4 @@ def nested_config(fields):
 
 
 if __name__ == "__main__":
-    run_program(main, __doc__, FLAGS, places=("source", "target"))
+    run_program(main, __doc__, FLAGS, positional=("source", "target"))

@@ -191,4 +191,4 @@ def measure(model, name, run, file=None):
 
 
 if __name__ == "__main__":
-    run_program(main, __doc__, FLAGS, places=("checkpoint",))
+    run_program(main, __doc__, FLAGS, positional=("checkpoint",))

@@ -20,7 +20,7 @@ from tools import convert
 
 def main(*words):
     """Run the command with these words."""
-    convert.main(parse_flags([str(word) for word in words], convert.FLAGS, places=("source", "target")))
+    convert.main(parse_flags([str(word) for word in words], convert.FLAGS, positional=("source", "target")))
 
 
 def config_file(folder, name):
