@@ -5,11 +5,14 @@ import re
 import statistics
 
 import pytest
+from PIL import Image
 
 from experiments.images import Reference
 from experiments.report import by_seed, read_table
 from experiments.studies import DIGITS
+from tests.datasets.image_files import random_images
 from tests.processes import ROOT, run_script
+from tests.test_readme import TINY, run_commands
 
 RUNS = {  # of docs/miniature.md: steps of the table
     "1-flow": "1_flow", "small 2-flow, annealed": "2_flow_annealed",
@@ -72,10 +75,25 @@ def test_the_four_additions_of_the_page_run_through_the_scripts_from_one_config_
     assert status == 0 and list((tmp_path / "stripes").rglob("midpoint_sample_8*.png")), printed
 
 
-def test_the_config_file_of_the_page_on_own_images_is_one(tmp_path):
+def test_the_chain_of_the_page_on_own_images_runs(tmp_path):
     (tmp_path / "my_images.py").write_text(blocks("own-images.md")[0])
-    status, printed = run_script(tmp_path, "train.py", "--config", tmp_path / "my_images.py", "--print_config")
-    assert status == 0 and json.loads(printed)["data"]["data_root"] == "images/train"
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for part in ("train", "held_out"):
+        (tmp_path / "images" / part).mkdir(parents=True)
+        for number, image in enumerate(random_images(40, 3, 40, seed=len(part))):
+            Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "images" / part / f"{number}.png")
+    run_commands("docs/own-images.md", tmp_path, TINY | {
+        "tools.look": "--config.training.batch_size 4",
+        "train.py": TINY["train.py"].replace("n_iters 17", "n_iters 11") + " --config.training.loss_type huber",
+        "evaluation_fid.py": TINY["evaluation_fid.py"].replace("begin_ckpt 16", "begin_ckpt 1")})
+    assert (tmp_path / "logs/my_one_step/eval/results.jsonl").exists()
+
+
+def test_the_recommended_chain_of_the_miniature_runs(tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    run_commands("docs/miniature.md", tmp_path, TINY | {
+        "train.py": TINY["train.py"].replace("n_iters 17", "n_iters 2")})
+    assert (tmp_path / "logs/digits_one_step/checkpoints/checkpoint_2.pth").exists()
 
 
 def test_the_hand_made_pairs_of_the_page_are_a_folder_that_check_pairs_accepts(tmp_path, monkeypatch):

@@ -31,14 +31,24 @@ TINY = {
 LPIPS = "--config.training.n_iters 1 --config.training.batch_size 1"  # VGG16 at 64×64 takes a second an image
 
 
-def commands():
-    """Return the commands of the README's bash blocks and studies, continuation lines joined, comments removed."""
-    text = (ROOT / "README.md").read_text()
+def commands(page="README.md"):
+    """Return the commands of a page's bash blocks (and of the README's studies) as lists of words.
+
+    Continuation lines are joined, comments removed, and variables replaced by what an earlier line sets them to.
+    """
+    text, variables, found = (ROOT / page).read_text(), {}, []
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    blocks += [f"{command}\n" for command in re.findall(r"`(python -m experiments[^`]*)`", text)]
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line for line in words if line and " ".join(line[:2]) not in SETUP]
+    blocks += [f"{command}\n" for command in re.findall(r"`(python -m experiments[^`]*)`", text) if page == "README.md"]
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        for name, value in variables.items():
+            line = line.replace(f"${name}", value)
+        if assigned := re.fullmatch(r'(\w+)=("?)(.*)\2', line):
+            variables[assigned[1]] = assigned[3]
+            continue
+        words = shlex.split(line, comments=True)
+        if words and " ".join(words[:2]) not in SETUP:
+            found.append(words)
+    return found
 
 
 def script_of(words):
@@ -62,16 +72,23 @@ def test_readme_names_the_seeds_commands():
     assert set(TINY) <= set(scripts) and scripts.count("train.py") == 4
 
 
-def test_every_command_of_the_readme_runs(workplace, torch_home):
-    for words in commands():
-        assert words[0] == "python", f"the README has a command that this test does not know: {words}"
+def run_commands(page, workplace, tiny, environment=None):
+    """Run the commands of a page in its order, each with the words of `tiny` for its script or module."""
+    for words in commands(page):
+        assert words[0] == "python", f"{page} has a command that this test does not know: {words}"
         script = script_of(words)
-        more = shlex.split(TINY.get(script, ""))
+        if script == "tools.export":  # see tests/tools/test_export.py
+            continue
+        more = shlex.split(tiny.get(script, ""))
         if "lpips" in words:
             more += shlex.split(LPIPS)
         status, printed = run_script(workplace, script, *words[3 if words[1] == "-m" else 2:], *more, cwd=workplace,
-                                     environment={"TORCH_HOME": str(torch_home)})
+                                     environment=environment)
         assert status == 0, f"{' '.join(words)}\n{printed}"
+
+
+def test_every_command_of_the_readme_runs(workplace, torch_home):
+    run_commands("README.md", workplace, TINY, {"TORCH_HOME": str(torch_home)})
     run = workplace / "logs" / "2_rectified_flow_500000bigflow_28m_distill_lpips_use_teacher"
     assert (run / "checkpoints-meta" / "checkpoint.pth").exists()
     assert (workplace / "reflow_data" / "1_rectified_flow_50000" / "0" / "z1.npy").exists()
