@@ -152,6 +152,9 @@ def fits(size, device):
 
 def copy_to_device(samples, device):
     """Return what `samples.take` returns for all samples, on `device`."""
-    places = np.array_split(np.arange(len(samples)), -(-len(samples) // COPIED_AT_ONCE))
-    parts = [{name: rows.to(device) for name, rows in samples.take(part).items()} for part in places]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    copied = {name: torch.empty(len(samples), *rows.shape[1:], dtype=rows.dtype, device=device)
+              for name, rows in samples.take(np.array([0])).items()}
+    for part in np.array_split(np.arange(len(samples)), -(-len(samples) // COPIED_AT_ONCE)):
+        for name, rows in samples.take(part).items():
+            copied[name][part[0] : part[-1] + 1] = rows
+    return copied

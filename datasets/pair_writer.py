@@ -56,13 +56,13 @@ def row_offset(layout, row):
 
 
 def locked(folder):
-    """Keep every other run out of `folder` (made if missing) inside a `with` block."""
+    """Lock `folder` (created if missing) inside a `with` block; UserError if another run has locked it."""
     return file_lock(folder / LOCK, "making pairs", f"another run is making pairs in {folder}; wait for it, or choose "
                      "another --data_root or --config.seed")
 
 
 def prepare(folder, job):
-    """Make a locked `folder` ready for `job`; return (number of pairs it already offers, list of unfinished blocks).
+    """Prepare a locked `folder` for `job`; return (number of pairs that it already offers, list of unfinished blocks).
 
     Raises UserError, changing nothing, for a folder of other pairs and for a disk that is too small.
     """
@@ -70,7 +70,7 @@ def prepare(folder, job):
     if metadata is None and any((folder / name).exists() for name in ARRAYS):
         raise UserError(f"{folder} has arrays but no {METADATA}: another program made them; choose another --data_root")
     if metadata is not None:
-        there, here = metadata["identity"], json.loads(json.dumps(job.identity))  # as read back: lists for tuples
+        there, here = metadata["identity"], json.loads(json.dumps(job.identity))  # as JSON has it: tuples are lists
         differences = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
                        for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
         if differences:
@@ -88,7 +88,7 @@ def prepare(folder, job):
 
 
 def _check_arrays(folder, job, done):
-    """Raise UserError if an array lacks finished rows (deleted or cut short), or the disk room for the others."""
+    """Raise UserError if an array lacks finished rows (deleted or cut short), or the disk lacks room for the others."""
     missing, rows = 0, max((entry["block"] * job.block_size + entry["pairs"] for entry in done.values()), default=0)
     for name, layout in job.layouts.items():
         path = folder / name
@@ -190,8 +190,8 @@ class InitialPoints:
             raise UserError("--z1_path holds images without classes: give --label_path or config.sampling.class_label")
         if self.class_label >= 0 and label_path:
             raise UserError("--label_path and config.sampling.class_label both set the classes: leave one out")
-        if self.random_flip and self.direction == "gt_v_from_z1":
-            raise UserError("gt_v_from_z1 starts at its velocity's images, unflipped: leave out sampling.random_flip")
+        if self.random_flip and (z1_path or self.direction == "gt_v_from_z1"):
+            raise UserError("sampling.random_flip does not apply to --z1_path and to gt_v_from_z1: leave it out")
         paths = {"z0_path": z0_path, "z1_path": z1_path, "label_path": label_path}
         self.rows = {flag: open_rows(path) for flag, path in paths.items() if path}
         self.identity = {flag: file_digest(paths[flag]) for flag in self.rows}
@@ -222,7 +222,7 @@ class InitialPoints:
         return as_float(self.noise[np.array(indices)])
 
     def z1(self, indices):
-        """Return the images of the pairs `indices`: pair i has image i mod N, flipped in every other pass."""
+        """Return the images of the pairs `indices`: pair i has image i mod N; random_flip flips it every other time."""
         if "z1_path" in self.rows:
             return as_float(self.rows["z1_path"][np.array(indices)])
         rounds, numbers = np.divmod(np.array(indices), len(self.image_set))

@@ -64,9 +64,8 @@ def guided_loss(choices, velocity, batch, draws, update, *, teacher, first_step=
     """Return flow-guided distillation's loss of each sample, float32 (N,) (arXiv 2407.12718, equation 13).
 
     It is `flow_loss` plus the distance between one step from fresh noise ξ and two steps, x_t = ξ + t·u and
-    x_1 = x_t + (1-t)·teacher(x_t, t) (equations 11 and 12). In the equations u is the teacher's velocity at (ξ, eps);
-    in practice, and in the released code, it is the student's. No gradient passes through the two steps.
-    The student is evaluated on x_t and ξ in one call, of twice the batch.
+    x_1 = x_t + (1-t)·teacher(x_t, t) (equations 11 and 12), which get no gradient. There u is the teacher's velocity
+    at (ξ, eps); in practice, and in the released code, the student's. One call evaluates the student on x_t and ξ.
     """
     point, xi = draw_point(choices, batch, draws, update), draws.noise(batch.z1.shape[1:])
     t = draws.times(schedules.uniform, *GUIDANCE_TIMES)

@@ -26,8 +26,7 @@ def times_like(t, x):
 
 def one_step(velocity, z, label=None, *, t_start=1e-3, t_end=1.0):
     """x = z + (t_end - t_start)·v(z, t_start): one evaluation."""
-    x = z + (t_end - t_start) * velocity(z, times_like(t_start, z), label)
-    return x, 1
+    return z + (t_end - t_start) * velocity(z, times_like(t_start, z), label), 1
 
 
 def euler(velocity, z, label=None, *, steps, t_start=1e-3, t_end=1.0):

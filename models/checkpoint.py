@@ -273,7 +273,7 @@ def config_of_run(config, checkpoint, given):
     released checkpoint only the architecture. given: the dotted fields on the command line. One that contradicts the
     architecture raises UserError with the difference; any other takes precedence, and a remark reports it.
     """
-    from configs.provenance import take_run_fields  # here, since the table of fields takes the networks from models
+    from configs.provenance import take_run_fields  # here, since configs imports the networks
 
     if "training.compile" in given and config.training.compile:
         raise UserError("config.training.compile is for training; leave it out here")

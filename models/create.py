@@ -42,7 +42,7 @@ def create_from_fields(fields):
     Options of other networks must have their default value. Raises UserError for fields outside the choices and ranges
     of configs/default.py, and for fields that contradict each other.
     """
-    from configs.default import FIELDS  # here, since that table takes the networks from this file
+    from configs.default import FIELDS  # here, since that module imports NETWORKS
 
     fields = {field: tuple_of(value) for field, value in fields.items()}
     name = fields.get("model.name", "ncsnpp")

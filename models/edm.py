@@ -1,4 +1,4 @@
-"""EDM's networks (Karras et al. 2022, arXiv 2206.00364) as velocities, and their snapshots as checkpoints of ours.
+"""EDM's networks (Karras et al. 2022, arXiv 2206.00364) as velocities, and their snapshots as our checkpoints.
 
 A denoiser D(x; σ), for images plus σ times noise, gives the velocity of the straight path: with x_t = t·z1 + (1-t)·z0
 and σ = (1-t)/t the noisy image is x_t/t, and v = (D(x_t/t; σ) - x_t)/(1-t).
@@ -88,10 +88,10 @@ IN_BLOCK = {"attention.norm": "norm2", "attention.qkv": "qkv", "attention.proj":
 
 
 def read_checkpoint(file, path, create):
-    """Return the EDM snapshot `file` as a checkpoint of ours, with `fields` and `licence_note`.
+    """Return the EDM snapshot `file` as a checkpoint in our layout, with `fields` and `licence_note`.
 
-    create: `models.create.create_from_fields`. Raises UserError, naming `path`, for a file that is not such a snapshot,
-    and for a network that ours do not support.
+    create: `models.create.create_from_fields`. Raises UserError, naming `path`, for a file that is not such a snapshot
+    and for a network that is not supported here.
     """
     snapshot = edm_pickle.read_snapshot(file, path)
     try:
@@ -113,7 +113,7 @@ def read_checkpoint(file, path, create):
 def config_fields(snapshot):
     """Return (dotted config fields, taps of the resampling filter) for a snapshot's arguments.
 
-    Raises UserError for arguments that ours do not support; the fields are checked when the network is created.
+    Raises UserError for arguments that are not supported here; the fields are checked when the network is created.
     """
     usual = "DhariwalUNet" if snapshot.class_name == "EDMPrecond" else "SongUNet"
     values = {"preconditioning": snapshot.class_name, "model_type": usual, "channel_mult_noise": 1}

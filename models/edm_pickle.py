@@ -34,14 +34,14 @@ STREAM = (0x1950A86A20F9469CFC6C, 1001)  # magic and version of torch.save's fir
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Name:
-    """The dotted name of something that a pickle wants looked up."""
+    """The dotted name of an object that a pickle refers to."""
 
     text: str
 
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """A call that a pickle wants made, and what it wants done to the result."""
+    """A call in a pickle, with the state and items that the pickle sets on its result."""
 
     name: str
     args: tuple

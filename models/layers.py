@@ -77,8 +77,8 @@ def seen_label(net, label):
     labels, or one without classes gets some.
     """
     if (label is not None) != (net.num_classes > 0):
-        given = "none were given" if label is None else "some were given"
-        raise ValueError(f"this {type(net).__name__} has {net.num_classes} classes; of class labels, {given}")
+        given = "no labels" if label is None else "labels"
+        raise ValueError(f"this {type(net).__name__} has {net.num_classes} classes, but {given} were given")
     if label is None or not net.training or not net.label_dropout:
         return label
     return label * (torch.rand_like(label[:, :1]) >= net.label_dropout)

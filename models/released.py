@@ -56,7 +56,7 @@ def published_fields(state):
     shapes = {name: tensor.shape for name, tensor in state.items()}
     count = sum(shape.numel() for name, shape in shapes.items() if name != "sigmas" and BOX_FILTER not in name)
     for fields in [fields for parameters, fields in PUBLISHED.values() if parameters == count]:
-        with torch.device("meta"):  # only for the right count: creating a network takes time
+        with torch.device("meta"):  # only if the count agrees, since creating a network takes time
             net = create_from_fields(fields)
         if {name: tensor.shape for name, tensor in released_state(net).items()} == shapes:
             return net.config_fields
@@ -69,7 +69,7 @@ def released_state(net):
     return {r.name: r.write(ours) for r in released_tensors(net)}
 
 
-# Changes of a tensor: (from ours to the released one, back).
+# Changes of a tensor: (ours to released, released to ours).
 INTERLEAVED = (interleave, deinterleave)
 TRANSPOSED = (torch.t, torch.t)
 MATRIX = (lambda weight: weight[:, :, 0, 0], lambda matrix: matrix[:, :, None, None])  # of our 1×1 convolution
@@ -84,7 +84,7 @@ class Released:
     ours: str  # "" for a constant that we do not keep
     part: int = 0
     parts: int = 1
-    changes: tuple = ()  # what makes the released tensor of ours, one after the other
+    changes: tuple = ()  # applied to our tensor in this order
     trained: bool = True  # whether it is trained, so that the EMA has it
     parameter: bool = True  # whether the released optimizer lists it
 

@@ -1,6 +1,5 @@
 """The Python blocks of docs/ run as the pages print them, and figures of the studies are those of the results table."""
 
-import json
 import re
 import statistics
 
@@ -55,24 +54,6 @@ ABLATIONS = {  # of the page: the step of each line
 def blocks(page):
     """Return the Python blocks of a page, in their order."""
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-
-
-def test_the_four_additions_of_the_page_run_through_the_scripts_from_one_config_file(tmp_path):
-    config = tmp_path / "my_config.py"
-    config.write_text("\n\n".join(blocks("extending.md")))
-    common = ["--config", config, "--config.training.batch_size", 8, "--config.training.progress", "false"]
-    status, printed = run_script(tmp_path, "train.py", *common, "--config.work_dir", tmp_path, "--config.expr",
-                                 "stripes", "--config.training.n_iters", 6, "--config.training.snapshot_freq", 6)
-    assert status == 0 and "small of 449 parameters" in printed and "64 images of 1×8×8" in printed, printed
-    checkpoint = tmp_path / "stripes/checkpoints/checkpoint_1.pth"
-    status, printed = run_script(tmp_path, "generate_data.py", *common, "--ckpt_path", checkpoint, "--data_root",
-                                 tmp_path / "pairs", "--config.sampling.total_number_of_samples", 16)
-    assert status == 0, printed
-    about = json.loads((tmp_path / "pairs/42/pairs.json").read_text())
-    assert about["identity"]["sampling.use_ode_sampler"] == "midpoint" and about["nfe_mean"] == 8
-    status, printed = run_script(tmp_path, "image_sampling.py", *common, "--sampling_dir", checkpoint,
-                                 "--config.sampling.use_ode_sampler", "midpoint", "--config.eval.batch_size", 4)
-    assert status == 0 and list((tmp_path / "stripes").rglob("midpoint_sample_8*.png")), printed
 
 
 def test_the_chain_of_the_page_on_own_images_runs(tmp_path):

@@ -15,22 +15,19 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluation_fid
-from configs.command_line import config_to_dict, load_config, parse_command_line
-from configs.default import check_fields
+from configs.command_line import load_config, parse_command_line
 from datasets import load_images
 from metrics.features import inception_extractor
 from metrics.reference import write_statistics
 from metrics.results import read_results
 from metrics.statistics import ArrayImages, measure_source
-from models import create_model
 from models.checkpoint import write_checkpoint
-from models.ema import ExponentialMovingAverage
 from runtime.devices import Processes
 from runtime.terminal import UserError
+from tests.helpers import DIGITS, config_of, small_checkpoint
 from tests.metrics.inception_stand_in import FILE_NAME, write_stand_in
 from tests.processes import Script, start_ranks
 
-CONFIG = "configs/rectified_flow/digits_rf_gaussian.py"
 HANGING = 1800  # seconds after which a process of seconds, on a machine a hundred times too busy, counts as hanging
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 QUICK = ("--config.sampling.use_ode_sampler=one_step", "--config.eval.num_samples=100", "--config.eval.nearest=50")
@@ -38,20 +35,8 @@ QUICK = ("--config.sampling.use_ode_sampler=one_step", "--config.eval.num_sample
 
 def tiny_checkpoint(number):
     """The content of a checkpoint of a small random network; the run's last is number 2."""
-    config = load_config(CONFIG)
-    config.model.nf, config.model.ch_mult, config.model.num_res_blocks = 8, (1,), 1
-    config.model.attn_resolutions = ()
-    config.training.n_iters, config.training.snapshot_freq = 1000, 500
-    config.flow.eps = 0.002
-    check_fields(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(number)
-        net = create_model(config)
-        for parameter in net.parameters():  # the last layers start at zero: such a network would return the noise
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    ema = ExponentialMovingAverage(net.parameters(), 0.9)
-    return {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": {}, "step": 500 * number + 1,
-            "config": config_to_dict(config)}
+    return small_checkpoint(number, 500 * number + 1, training__n_iters=1000, training__snapshot_freq=500,
+                            flow__eps=0.002)
 
 
 @pytest.fixture
@@ -64,7 +49,7 @@ def run(tmp_path):
 
 def start(run, *words):
     """Start the script in a process of its own; what it prints is kept above the run folder."""
-    return Script(run.parent, "evaluation_fid.py", ("--config", CONFIG, *words))
+    return Script(run.parent, "evaluation_fid.py", ("--config", DIGITS, *words))
 
 
 def evaluate(run, *words):
@@ -93,15 +78,10 @@ def test_a_sweep_measures_every_checkpoint_and_names_the_best(run):
     found = results(run)
     assert [(r["checkpoint"], r["step"]) for r in found] == [("checkpoint_1.pth", 501), ("checkpoint_2.pth", 1001)]
     for r in found:
-        assert r["sampler"] == "one_step"
-        assert r["nfe"] == 1
+        assert (r["sampler"], r["nfe"], r["num_samples"], r["seeds"]["samples"]) == ("one_step", 1, 100, 42)
         assert r["eps"] == 0.002  # the run's, not the config file's
-        assert r["num_samples"] == 100
         assert r["parameters"] == sum(p.numel() for p in tiny_checkpoint(1)["ema"]["shadow_params"])
-        assert r["pixel_frechet_distance"] > 0
-        assert r["nn_distance"] > 0
-        assert 1.5 < r["nn_distance_real"] < 3
-        assert r["seeds"]["samples"] == 42
+        assert r["pixel_frechet_distance"] > 0 and r["nn_distance"] > 0 and 1.5 < r["nn_distance_real"] < 3
         assert {"torch", "slimflow", "numpy"} <= set(r["versions"])
     best = min(found, key=lambda r: r["pixel_frechet_distance"])
     assert f"best: {best['checkpoint']}, pixel Fréchet distance {best['pixel_frechet_distance']:.4g}" in out
@@ -115,7 +95,7 @@ def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measur
     status, out = evaluate(run, *words)
     assert status == 0, out
     alone = np.load(run / "eval" / "checkpoint_1_one_step.npy")
-    ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", CONFIG, *words, "--config.eval.batch_size=7",
+    ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", DIGITS, *words, "--config.eval.batch_size=7",
                         "--force")
     assert [rank.wait(HANGING) for rank in ranks] == [0, 0], "\n".join(rank.log for rank in ranks)
     assert ["best: " in rank.log for rank in ranks] == [True, False]
@@ -139,7 +119,7 @@ def test_what_one_process_finds_wrong_is_one_sentence_in_both(run):
     images = np.zeros((40, 1, 8, 8), np.float32)
     images[33, 0, 2, 2] = np.nan
     np.save(run / "samples.npy", images)
-    ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", CONFIG, "--data_dir", run / "samples.npy")
+    ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", DIGITS, "--data_dir", run / "samples.npy")
     assert [rank.wait(HANGING) for rank in ranks] == [2, 2]
     for rank in ranks:
         assert "samples.npy: sample 33 is not finite" in rank.log
@@ -183,7 +163,7 @@ def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(
     inception = (f"--config.eval.inception_path={write_stand_in(tmp_path)}",
                  "--config.eval.feature_extractor=inception")
     extractor = inception_extractor(tmp_path / FILE_NAME, "cpu")
-    images = ArrayImages(load_images(load_config(CONFIG)).images[:90], "90 digits")
+    images = ArrayImages(load_images(load_config(DIGITS)).images[:90], "90 digits")
     reference = measure_source(images, extractor, 30, Processes(0, 1, torch.device("cpu")), max_features=60)
     reference.sigma.diagonal().add_(1e-3)  # of full rank, which is quicker
     write_statistics(tmp_path / "reference.npz", reference, extractor)
@@ -193,16 +173,14 @@ def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(
     assert "100 samples for 2048 features: their covariance is singular" in out
     found = results(run)[0]
     assert f"FID {found['fid']:.4g}: 100 samples" in out
-    assert found["kid"] > 0
-    assert 0 <= found["precision"] <= 1
-    assert 0 <= found["recall"] <= 1
+    assert found["kid"] > 0 and 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
     assert found["inception_score"] >= 1
     assert found["target"] == str(tmp_path / "reference.npz")
 
 
 def test_what_was_measured_is_measured_again_when_its_files_or_the_targets_changed(run):
     source, target = run / "samples.npy", run / "target.npy"
-    images = load_images(load_config(CONFIG)).images
+    images = load_images(load_config(DIGITS)).images
     np.save(source, images[:60])
     np.save(target, images[:500])
     words = ("--data_dir", source, "--target_path", target, "--config.eval.nearest=0")
@@ -218,10 +196,10 @@ def test_what_was_measured_is_measured_again_when_its_files_or_the_targets_chang
 @pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["one process", "two processes"])
 def test_the_reference_of_a_data_set_holds_all_its_images_in_their_order(repository, tmp_path, launcher):
     path = tmp_path / "digits.npz"
-    words = [sys.executable, *launcher, "-m", "tools.reference_statistics", "--config", CONFIG, "--output", str(path)]
+    words = [sys.executable, *launcher, "-m", "tools.reference_statistics", "--config", DIGITS, "--output", str(path)]
     done = subprocess.run(words, cwd=repository, capture_output=True, text=True, timeout=HANGING, check=False)
     assert done.returncode == 0, done.stderr
-    pixels = load_images(load_config(CONFIG)).images.reshape(1797, 64) / 127.5 - 1
+    pixels = load_images(load_config(DIGITS)).images.reshape(1797, 64) / 127.5 - 1
     with np.load(path) as arrays:
         np.testing.assert_allclose(arrays["mu"], pixels.mean(0), atol=1e-6)
         np.testing.assert_allclose(arrays["sigma"], np.cov(pixels, rowvar=False), atol=1e-6)
@@ -234,12 +212,10 @@ def test_the_reference_of_a_data_set_holds_all_its_images_in_their_order(reposit
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
-def small_config():
-    config = load_config(CONFIG)
-    config.eval.num_samples, config.eval.batch_size = 12, 4
-    config.training.progress, config.training.precision = "false", "fp32"
-    config.sampling.use_ode_sampler, config.sampling.sample_N = "euler", 3
-    return config
+def small_config(**fields):
+    return config_of(DIGITS, **({"eval__num_samples": 12, "eval__batch_size": 4, "training__progress": "false",
+                                 "training__precision": "fp32", "sampling__use_ode_sampler": "euler",
+                                 "sampling__sample_N": 3} | fields))
 
 
 def samples(net, config):
@@ -285,8 +261,7 @@ def test_a_batch_too_large_for_the_memory_is_halved_with_a_sentence_and_gives_th
 
 
 def test_a_batch_whose_samples_share_their_steps_is_not_halved():
-    config = small_config()
-    config.sampling.use_ode_sampler, config.sampling.step_control = "rk45", "batch"
+    config = small_config(sampling__use_ode_sampler="rk45", sampling__step_control="batch")
     with pytest.raises(torch.OutOfMemoryError):
         samples(Linear(limit=2), config)
 
@@ -300,8 +275,7 @@ def test_weights_are_cast_once_for_all_evaluations_of_a_batch_in_bf16():
                 self.counts[tuple(args[0].shape)] += 1
             return function(*args, **(kwargs or {}))
 
-    net, config = Linear(), small_config()
-    config.training.precision = "bf16"
+    net, config = Linear(), small_config(training__precision="bf16")
     with Casts() as casts:
         samples(net, config)
     assert len(net.seen) == 9  # three batches of three steps
@@ -321,6 +295,12 @@ def test_a_result_that_cannot_be_written_is_printed(tmp_path, capsys, monkeypatc
     assert json.dumps(result) in capsys.readouterr().out
 
 
+def run_main(run, *words):
+    """Run main() in this process."""
+    evaluation_fid.main(*parse_command_line(["evaluation_fid.py", "--config", DIGITS, "--ckpt_dir", str(run), *words],
+                                            "", evaluation_fid.FLAGS))
+
+
 def measure(monkeypatch, run, *fields):
     """Run main() in this process with config fields; return what it would have sampled, or None."""
     sampled = []
@@ -330,11 +310,8 @@ def measure(monkeypatch, run, *fields):
         raise Sampled
 
     monkeypatch.setattr(evaluation_fid, "measure_network", pretend)
-    words = [f"--config.{field}" for field in fields]
-    parsed = parse_command_line(["evaluation_fid.py", "--config", CONFIG, "--ckpt_dir", str(run), *words],
-                                "", evaluation_fid.FLAGS)
     with contextlib.suppress(Sampled):
-        evaluation_fid.main(*parsed)
+        run_main(run, *(f"--config.{field}" for field in fields))
     return sampled
 
 
@@ -350,8 +327,7 @@ def remember(monkeypatch, run):
 
     monkeypatch.setattr(evaluation_fid, "measure_network", pretend)
     monkeypatch.setattr(evaluation_fid.results, "draw_figure", lambda *arguments: None)
-    evaluation_fid.main(*parse_command_line(["evaluation_fid.py", "--config", CONFIG, "--ckpt_dir", str(run)], "",
-                                            evaluation_fid.FLAGS))
+    run_main(run)
 
 
 @pytest.mark.parametrize("field", ["eval.num_samples=50", "seed=1", "sampling.ode_tol=0.5", "flow.eps=0.01",

@@ -8,50 +8,33 @@ import torch
 from PIL import Image
 
 import image_sampling
-from configs.command_line import config_to_dict, parse_command_line
-from configs.default import get_default_config
+from configs.command_line import parse_command_line
 from models.checkpoint import write_checkpoint
-from models.create import create_model
 from runtime.files import write_json
 from runtime.pictures import GAP, SMALLEST_CELL
 from runtime.terminal import UserError
+from tests.helpers import CIFAR10, overrides, small_checkpoint
 from tests.processes import run_script
 
 SURVEY = ["rk45", *["euler"] * 7]
 CELL = SMALLEST_CELL + GAP
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module."""
-    image_sampling.STRAIGHTNESS_STEPS, image_sampling.IMAGES = 4, 4  # saves seconds
-    return image_sampling
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
+    """Smaller pictures and measures of straightness, which saves seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_sampling, "STRAIGHTNESS_STEPS", 4)
+        patch.setattr(image_sampling, "IMAGES", 4)
+        yield
 
 
-def tiny_config(**changes):
-    """The config of a network that samples in milliseconds: 8×8 images."""
-    config = get_default_config()
-    config.data.update(dataset="digits", image_size=8, num_channels=1)
-    config.model.update(nf=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dropout=0.0)
-    for name, value in changes.items():
-        group, field = name.split("__")
-        config[group][field] = value
-    return config
-
-
-def write_run(folder, numbers=(1,), **changes):
-    """Write a run folder with checkpoints of random weights (EMA and raw differ), and its config.json."""
-    config = tiny_config(**changes)
+def write_run(folder, numbers=(1,), **fields):
+    """Write a run folder with checkpoints of random weights and its config.json."""
     for number in numbers:
-        torch.manual_seed(number)
-        net = create_model(config)
-        for parameter in net.parameters():
-            torch.nn.init.normal_(parameter, std=0.15)
-        shadow = [p.detach() * 0.9 for p in net.parameters() if p.requires_grad]
-        write_checkpoint(folder / "checkpoints" / f"checkpoint_{number}.pth", {
-            "model": net.state_dict(), "ema": {"decay": 0.9, "num_updates": 1, "shadow_params": shadow},
-            "optimizer": {}, "step": number * 10, "config": config_to_dict(config)})
-    write_json(folder / "config.json", config_to_dict(config))
+        content = small_checkpoint(number, 10 * number, **({"model__nf": 4} | fields))
+        write_checkpoint(folder / "checkpoints" / f"checkpoint_{number}.pth", content)
+    write_json(folder / "config.json", content["config"])
     return folder
 
 
@@ -60,20 +43,21 @@ def run_folder(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("logs") / "tiny", numbers=(1, 2, 4))
 
 
-def sample(script, folder, *words, config=None):
-    """Call the script as its command line does, in this process."""
+def sample(folder, *words, config=None, **fields):
+    """Call the script as its command line does, in this process; fields without a group are those of sampling."""
+    named = {name if "__" in name or name == "seed" else f"sampling__{name}": value for name, value in fields.items()}
     argv = ["image_sampling.py", "--config", str(config or folder / "config.json"), "--sampling_dir", str(folder),
-            "--config.sampling.ode_tol", "0.01", "--config.eval.batch_size", "4", *words]
-    script.main(*parse_command_line(argv, script_flags=script.FLAGS))
+            *overrides(**({"sampling__ode_tol": 0.01, "eval__batch_size": 4} | named)), *map(str, words)]
+    image_sampling.main(*parse_command_line(argv, script_flags=image_sampling.FLAGS))
 
 
 def entries(folder, checkpoint="checkpoint_1"):
     return json.loads((folder / "eval_sample" / checkpoint / "samples.json").read_text())
 
 
-def test_survey_of_a_checkpoint_is_pictures_and_their_description(script, tmp_path):
+def test_survey_of_a_checkpoint_is_pictures_and_their_description(tmp_path):
     folder = write_run(tmp_path / "run")
-    sample(script, folder)
+    sample(folder)
     out = folder / "eval_sample" / "checkpoint_1"
     found = entries(folder)
     assert [e["sampler"] for e in found] == SURVEY
@@ -89,35 +73,34 @@ def test_survey_of_a_checkpoint_is_pictures_and_their_description(script, tmp_pa
         assert entry["checkpoint"].endswith("checkpoint_1.pth") and entry["weights"] == "EMA"
 
 
-def test_one_sampler_leaves_the_sheet_of_the_survey_alone(script, tmp_path):
+def test_one_sampler_leaves_the_sheet_of_the_survey_alone(tmp_path):
     folder = write_run(tmp_path / "run")
-    sample(script, folder)
+    sample(folder)
     sheet = folder / "eval_sample" / "checkpoint_1" / "contact_sheet.png"
     before = sheet.read_bytes()
-    sample(script, folder, "--config.sampling.use_ode_sampler", "heun", "--config.sampling.sample_N", "3")
+    sample(folder, use_ode_sampler="heun", sample_N=3)
     assert sheet.read_bytes() == before and (sheet.parent / "heun_sample_5.png").exists()
 
 
-def test_every_checkpoint_is_sampled_unless_a_range_is_given(script, tmp_path):
-    one = ["--config.sampling.use_ode_sampler", "one_step"]
+def test_every_checkpoint_is_sampled_unless_a_range_is_given(tmp_path):
     whole = write_run(tmp_path / "whole", numbers=(1, 2, 4))
-    sample(script, whole, *one)
+    sample(whole, use_ode_sampler="one_step")
     assert {p.name for p in (whole / "eval_sample").iterdir()} == {f"checkpoint_{k}" for k in (1, 2, 4)}
     folder = write_run(tmp_path / "run", numbers=(1, 2, 3, 4))
-    sample(script, folder, *one, "--config.eval.begin_ckpt", "2", "--config.eval.end_ckpt", "3")
+    sample(folder, use_ode_sampler="one_step", eval__begin_ckpt=2, eval__end_ckpt=3)
     assert {p.name for p in (folder / "eval_sample").iterdir()} == {"checkpoint_2", "checkpoint_3"}
-    sample(script, folder, *one, "--config.eval.begin_ckpt", "4")
+    sample(folder, use_ode_sampler="one_step", eval__begin_ckpt=4)
     assert (folder / "eval_sample" / "checkpoint_4").exists() and not (folder / "eval_sample" / "checkpoint_1").exists()
 
 
-def test_the_sampler_asked_for_is_the_one_used(script, tmp_path):
+def test_the_sampler_asked_for_is_the_one_used(tmp_path):
     folder = write_run(tmp_path / "run")
     for name, steps, nfe in (("heun", 3, 5), ("euler", 1, 1), ("one_step", 7, 1), ("cm_stochastic", 2, 2)):
-        sample(script, folder, "--config.sampling.use_ode_sampler", name, "--config.sampling.sample_N", str(steps))
+        sample(folder, use_ode_sampler=name, sample_N=steps)
         found = entries(folder)[-1]
         assert (found["sampler"], found["nfe"], found["file"]) == (name, nfe, f"{name}_sample_{nfe}.png")
     assert [e["sampler"] for e in entries(folder)] == ["heun", "euler", "one_step", "cm_stochastic"]
-    sample(script, folder, "--config.sampling.use_ode_sampler", "euler", "--config.sampling.sample_N", "1")
+    sample(folder, use_ode_sampler="euler", sample_N=1)
     assert sorted(e["sampler"] for e in entries(folder)) == ["cm_stochastic", "euler", "heun", "one_step"]
 
 
@@ -125,34 +108,28 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
-def test_one_file_can_be_sampled_and_the_same_noise_gives_the_same_picture(script, run_folder):
+def test_one_file_can_be_sampled_and_the_same_noise_gives_the_same_picture(run_folder):
     path = run_folder / "checkpoints" / "checkpoint_2.pth"
     picture = run_folder / "eval_sample" / "checkpoint_2" / "euler_sample_2.png"
-    words = ["--sampling_dir", str(path), "--config.sampling.use_ode_sampler", "euler"]
-
-    def picture_of(*more):
-        sample(script, run_folder, *words, "--config.sampling.sample_N", "2", *more)
-        return pixels(picture)
-
-    first = picture_of()
-    assert (picture_of("--config.sampling.batch_size", "3") == first).all()
+    found = []
+    for batch_size in (128, 3):
+        sample(run_folder, "--sampling_dir", path, use_ode_sampler="euler", sample_N=2, batch_size=batch_size)
+        found.append(pixels(picture))
+    assert (found[0] == found[1]).all()
 
 
-def test_raw_weights_are_other_pictures_in_another_folder(script, run_folder):
-    words = ["--config.sampling.use_ode_sampler", "one_step", "--config.eval.end_ckpt", "1"]
-    sample(script, run_folder, *words)
-    sample(script, run_folder, *words, "--nouse_ema")
+def test_raw_weights_are_other_pictures_in_another_folder(run_folder):
+    for words in ((), ("--nouse_ema",)):
+        sample(run_folder, *words, use_ode_sampler="one_step", eval__end_ckpt=1)
     ema, raw = (pixels(run_folder / "eval_sample" / name / "one_step_sample_1.png")
                 for name in ("checkpoint_1", "checkpoint_1_raw"))
     assert (ema != raw).any() and entries(run_folder, "checkpoint_1_raw")[-1]["weights"] == "raw"
 
 
-def test_the_network_is_the_checkpoints_whatever_the_config_file_says(script, run_folder, repository):
-    words = ["--config.sampling.use_ode_sampler", "one_step", "--config.eval.end_ckpt", "1"]
-    cifar10 = repository / "configs" / "rectified_flow" / "cifar10_rf_gaussian.py"
-    sample(script, run_folder, *words, config=cifar10)
+def test_the_network_is_the_checkpoints_whatever_the_config_file_says(run_folder):
+    sample(run_folder, config=CIFAR10, use_ode_sampler="one_step", eval__end_ckpt=1)
     with pytest.raises(UserError, match="model.nf is 4 in the checkpoint and 128 here"):
-        sample(script, run_folder, *words, "--config.model.nf", "128", config=cifar10)
+        sample(run_folder, config=CIFAR10, use_ode_sampler="one_step", eval__end_ckpt=1, model__nf=128)
 
 
 @pytest.fixture(scope="module")
@@ -166,16 +143,15 @@ def conditional_folder(tmp_path_factory):
                      data__cache_dir=str(folder / "cache"))
 
 
-def test_classes_get_a_row_each_drawn_or_chosen(script, conditional_folder):
-    words = ["--config.sampling.use_ode_sampler", "one_step"]
+def test_classes_get_a_row_each_drawn_or_chosen(conditional_folder):
     folder = conditional_folder / "eval_sample" / "checkpoint_1"
 
-    def picture_of(name, *more):
-        sample(script, conditional_folder, *words, *more)
+    def picture_of(name, *words, **fields):
+        sample(conditional_folder, *words, use_ode_sampler="one_step", **fields)
         return pixels(folder / f"one_step_sample_1{name}.png")
 
     drawn = picture_of("")
-    zero, one = (picture_of(f"_class{k}", "--config.sampling.class_label", f"{k}") for k in (0, 1))
+    zero, one = (picture_of(f"_class{k}", class_label=k) for k in (0, 1))
     assert drawn.shape[2] == 3 and (zero != one).any() and (drawn != one).any()
     rows = picture_of("_classes2-0", "--classes", "2,0")
     assert rows.shape[0] == 2 * CELL + GAP and rows.shape[1] > 10 * CELL + GAP
@@ -187,60 +163,59 @@ def test_classes_get_a_row_each_drawn_or_chosen(script, conditional_folder):
     assert (pixels(folder / "one_step_sample_1.png") == drawn).all()
 
 
-def test_what_makes_an_image_another_is_in_its_name(script, run_folder):
+def test_what_makes_an_image_another_is_in_its_name(run_folder):
     folder = run_folder / "eval_sample" / "checkpoint_1"
 
-    def picture_of(name, *more):
-        sample(script, run_folder, "--config.eval.end_ckpt", "1", "--config.sampling.use_ode_sampler", "heun",
-               "--config.sampling.sample_N", "1", *more)
+    def picture_of(name, **fields):
+        sample(run_folder, **({"eval__end_ckpt": 1, "use_ode_sampler": "heun", "sample_N": 1} | fields))
         return pixels(folder / f"heun_sample_{name}.png")
 
     first = picture_of("1")
-    assert (picture_of("1_seed7", "--config.seed", "7") != first).any()
-    assert (picture_of("1_scale0.5", "--config.sampling.init_noise_scale", "0.5") != first).any()
-    assert picture_of("1_9images", "--config.eval.batch_size", "9").shape[0] == 3 * CELL + GAP
-    picture_of("3_rho2.0", "--config.sampling.rho", "2", "--config.sampling.sample_N", "2")
+    assert (picture_of("1_seed7", seed=7) != first).any()
+    assert (picture_of("1_scale0.5", init_noise_scale=0.5) != first).any()
+    assert picture_of("1_9images", eval__batch_size=9).shape[0] == 3 * CELL + GAP
+    picture_of("3_rho2.0", rho=2, sample_N=2)
     assert (pixels(folder / "heun_sample_1.png") == first).all()
 
 
-def test_a_one_step_model_has_no_straightness_and_no_trajectories(script, tmp_path, capsys):
+def test_a_one_step_model_has_no_straightness_and_no_trajectories(tmp_path, capsys):
     folder = write_run(tmp_path / "run", flow__flow_t_schedule="t0")
-    sample(script, folder, "--config.sampling.use_ode_sampler", "euler", "--config.sampling.sample_N", "2")
+    sample(folder, use_ode_sampler="euler", sample_N=2)
     assert "straightness" not in capsys.readouterr().out and entries(folder)[0]["straightness"] is None
     assert not list(folder.rglob("pixel_trajectories*"))
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--config.sampling.class_label", "3"], "class_label is 3, but the model has 3 classes"),
+    ([*overrides(sampling__class_label=3)], "class_label is 3, but the model has 3 classes"),
     (["--classes", "1,5"], "'5' is no class; the classes are 0 to 2"),
     (["--classes", "1,bat"], "'bat' is no class; the classes are 0 to 2, or all, or names: cat, dog, eel"),
-    (["--config.training.compile", "true"], "config.training.compile is for training; leave it out here"),
-    (["--classes", "1", "--config.sampling.class_label", "0"], "both given"),
+    ([*overrides(training__compile=True)], "config.training.compile is for training; leave it out here"),
+    (["--classes", "1", *overrides(sampling__class_label=0)], "both given"),
 ])
-def test_a_class_that_does_not_exist_is_refused(script, conditional_folder, words, message):
+def test_a_class_that_does_not_exist_is_refused(conditional_folder, words, message):
     before = sorted(conditional_folder.rglob("*"))
     with pytest.raises(UserError, match=message):
-        sample(script, conditional_folder, *words)
+        sample(conditional_folder, *words)
     assert sorted(conditional_folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--classes", "1"], "has no classes"),
-    (["--config.sampling.class_label", "1"], "class_label is 1, but the model has 0 classes"),
-    (["--config.eval.begin_ckpt", "5"], "no checkpoint_{k}.pth with k in eval.begin_ckpt 5 to .* found: 1, 2, 4"),
+    ([*overrides(sampling__class_label=1)], "class_label is 1, but the model has 0 classes"),
+    ([*overrides(eval__begin_ckpt=5)], "no checkpoint_{k}.pth with k in eval.begin_ckpt 5 to .* found: 1, 2, 4"),
     (["--sampling_dir", "/nowhere"], "/nowhere' is neither a run folder nor a .pth or .pkl file"),
     (["--sampling_dir", ""], "--sampling_dir '' is neither a run folder nor a .pth or .pkl file: name one"),
-    (["--config.sampling.use_ode_sampler", "rk54"], "rk54.*rk45"),
-    (["--config.sampling.sample_N", "0"], "sample_N must be at least 1, not 0"),
+    ([*overrides(sampling__use_ode_sampler="rk54")], "rk54.*rk45"),
+    ([*overrides(sampling__sample_N=0)], "sample_N must be at least 1, not 0"),
 ])
-def test_what_cannot_be_sampled_is_one_sentence(script, run_folder, words, message):
+def test_what_cannot_be_sampled_is_one_sentence(run_folder, words, message):
     before = sorted(run_folder.rglob("*"))
     with pytest.raises(UserError, match=message):
-        sample(script, run_folder, *words)
+        sample(run_folder, *words)
     assert sorted(run_folder.rglob("*")) == before
 
 
-def test_a_network_that_diverged_leaves_no_picture(script, tmp_path):
+def test_a_network_that_diverged_leaves_no_picture(tmp_path):
     folder = write_run(tmp_path / "run")
     path = folder / "checkpoints" / "checkpoint_1.pth"
     state = torch.load(path, weights_only=True)
@@ -249,20 +224,20 @@ def test_a_network_that_diverged_leaves_no_picture(script, tmp_path):
     for name, message in (("rk45", r"rk45, sample 0 at t = 0\.001: the velocity is not finite"),
                           ("one_step", "one_step: sample 0 is not finite")):
         with pytest.raises(UserError, match=message):
-            sample(script, folder, "--config.sampling.use_ode_sampler", name)
+            sample(folder, use_ode_sampler=name)
     assert not (folder / "eval_sample").exists()
 
 
 def test_command_line_reports_an_empty_folder_in_one_sentence_with_status_two(tmp_path):
     (tmp_path / "empty").mkdir()
-    status, printed = run_script(tmp_path, "image_sampling.py", "--config",
-                                 "configs/rectified_flow/cifar10_rf_gaussian.py", "--sampling_dir", tmp_path / "empty")
+    words = ["--config", CIFAR10, "--sampling_dir", tmp_path / "empty"]
+    status, printed = run_script(tmp_path, "image_sampling.py", *words)
     assert status == 2 and printed.count("\n") == 1 and "has no checkpoint_{k}.pth" in printed
     assert list((tmp_path / "empty").iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["[{", "{}", '[{"file": 3}]', "[1]", '"x"'])
-def test_a_damaged_description_of_earlier_images_is_said_and_replaced(script, tmp_path, content):
+def test_a_damaged_description_of_earlier_images_is_said_and_replaced(tmp_path, content):
     (tmp_path / "samples.json").write_text(content)
-    script.write_entries(tmp_path / "samples.json", [{"file": "a.png"}])
+    image_sampling.write_entries(tmp_path / "samples.json", [{"file": "a.png"}])
     assert json.loads((tmp_path / "samples.json").read_text()) == [{"file": "a.png"}]

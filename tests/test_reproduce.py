@@ -110,3 +110,21 @@ def test_the_figure_of_a_row_is_that_of_its_network_under_the_stated_protocol(ro
     parameters, gmacs = size_of(trained[other["--ckpt_dir"]])
     assert parameters == ROWS[row][0]
     assert gmacs == pytest.approx(ROWS[row][1], abs=0.0051)
+
+
+def test_hours_and_operations_are_those_of_the_arithmetic_that_the_page_states():
+    text = (ROOT / "docs" / "reproduce.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
+            text.partition("| stage | size | operations")[2].splitlines()[2:] if line.startswith("|")]
+    gmacs = {name: [macs for row, (_, macs) in ROWS.items() if row.startswith(name) and "1-flow" not in row]
+             for name in ("CIFAR-10", "FFHQ", "ImageNet")}
+    teachers = [float(number) for number in re.findall(r"\d+\.\d", rows[0][0])]  # of EDM, 40 evaluations a pair
+    expected = [[2e9 * 40 * count * macs for count, macs in zip((1e5, 2e5, 4e5), teachers, strict=True)]]
+    for name in gmacs:
+        expected += [[800001 * 128 * 6e9 * macs for macs in gmacs[name]],
+                     [400001 * 128 * (14e9 * macs + 15e9) for macs in gmacs[name]]]
+    expected.append([1300001 * 128 * 6e9 * ROWS["CIFAR-10 1-flow"][1]])
+    for (stage, _, operations, hours), numbers in zip(rows, expected, strict=True):
+        found = [[float(text) for text in cell.split(" / ")] for cell in (operations, hours)]
+        assert found[0] == pytest.approx(numbers, rel=0.05), stage
+        assert found[1] == pytest.approx([number / 5e13 / 3600 for number in numbers], rel=0.05), stage

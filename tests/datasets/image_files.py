@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from configs.default import get_default_config
+from tests.helpers import config_of
 
 
 def random_images(count, channels, size, seed=0):
@@ -76,8 +76,6 @@ def write_mnist(folder, images, labels, packed):
 
 def make_config(tmp_path, dataset, root, size, channels=3, **data):
     """Return a config for a data set, its cache under `tmp_path`, without bars."""
-    config = get_default_config()
-    config.training.progress = "false"
-    config.data.update({"dataset": dataset, "data_root": str(root), "image_size": size, "num_channels": channels,
-                        "cache_dir": str(tmp_path / "cache"), **data})
-    return config
+    fields = {"dataset": dataset, "data_root": str(root), "image_size": size, "num_channels": channels,
+              "cache_dir": str(tmp_path / "cache"), **data}
+    return config_of(training__progress="false", **{f"data__{name}": value for name, value in fields.items()})

@@ -6,20 +6,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.default import get_default_config
 from datasets import ImageSet, batches
-from datasets.batches import Batches, EndlessOrder, copy_to_device, fits, one_hot, pixels_to_float
+from datasets.batches import Batches, EndlessOrder, copy_to_device, fits, pixels_to_float
 from runtime.terminal import UserError
 from tests.datasets.image_files import random_images
+from tests.helpers import config_of
 
 CPU = torch.device("cpu")
 SET = ImageSet(random_images(50, 3, 8), np.arange(50) % 10, None, "fifty images")
 
 
 def make_batches(on_device="auto", mirror=True, use_aug=False):
-    config = get_default_config()
-    config.training.batch_size, config.seed = 16, 7
-    config.data.update({"on_device": on_device, "use_aug": use_aug, "num_classes": 10})
+    config = config_of(training__batch_size=16, seed=7, data__on_device=on_device, data__use_aug=use_aug,
+                       data__num_classes=10)
     return Batches(SET, EndlessOrder(50, 16, 7), config, CPU, mirror)
 
 
@@ -27,7 +26,7 @@ def test_an_unflipped_batch_is_the_images_of_its_order_with_their_labels():
     source = make_batches(mirror=False)
     batch, indices = source.batch(5, 0, 16), source.order.indices(5, 0, 16)
     np.testing.assert_allclose(batch.z1.numpy(), SET.images[indices] / 127.5 - 1, atol=1e-6)
-    assert torch.equal(batch.label.argmax(1), torch.from_numpy(SET.labels[indices]))
+    assert torch.equal(batch.label, torch.eye(10)[SET.labels[indices]])
     assert batch.z0 is None
     assert source.batch(0, 0, 16).z1.shape[1:] == source.shape and len(source) == 50
 
@@ -88,12 +87,6 @@ def test_images_that_were_told_to_live_on_a_full_gpu_are_one_sentence(monkeypatc
         make_batches("true")
 
 
-def test_labels_become_one_hot_float():
-    expected = torch.tensor([[0.0, 0, 1], [1, 0, 0]])
-    found = one_hot(torch.tensor([2, 0]), 3)
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
-
-
 def test_all_pixel_values_fill_the_range_and_come_back():
     values = torch.arange(256, dtype=torch.uint8)
     scaled = pixels_to_float(values)
@@ -119,12 +112,6 @@ def test_any_division_of_a_batch_gives_the_same_samples(count, batch_size, data)
     cuts = sorted(data.draw(st.lists(st.integers(0, batch_size), max_size=4)))
     parts = [endless.indices(update, low, high) for low, high in zip([0, *cuts], [*cuts, batch_size], strict=True)]
     np.testing.assert_array_equal(np.concatenate(parts), endless.indices(update, 0, batch_size))
-
-
-def test_a_resumed_run_sees_what_would_have_come():
-    straight, resumed = EndlessOrder(100, 32, 1), EndlessOrder(100, 32, 1)
-    expected = [straight.indices(update, 0, 32) for update in range(50)]
-    np.testing.assert_array_equal(resumed.indices(49, 0, 32), expected[49])
 
 
 def test_position_of_a_long_run_is_found_without_walking_there(monkeypatch):

@@ -57,6 +57,12 @@ def test_unpacked_batches_of_cifar10_are_found_at_the_root_and_under_it(tmp_path
         assert found.class_names[3] == "cat" and len(found.class_names) == 10
 
 
+def test_the_released_names_of_two_cifar10_classes_are_accepted(tmp_path):
+    files.write_cifar(tmp_path / "data", CIFAR, CIFAR_LABELS)
+    for name, label in (("plane", 0), ("car", 1), ("cat", 3)):
+        assert load(tmp_path, "CIFAR10", train_subset=name).labels.tolist() == [label] * 2
+
+
 def test_the_archive_of_cifar10_is_unpacked(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     archive = write_archive(tmp_path / "data" / "cifar-10-python.tar.gz")

@@ -3,21 +3,11 @@
 import numpy as np
 import pytest
 
-from configs.command_line import help_text, parse_command_line
-from datasets import DATASETS, DataSet, ImageSet, array_set, create_batches, load_images, sources, subset
+from configs.command_line import parse_command_line
+from datasets import ImageSet, create_batches, load_images, sources, subset
 from datasets.image_files import FileTree, find_labels
 from runtime.terminal import UserError
-from tests.conftest import ROOT
-from tests.datasets.image_files import (
-    label_file,
-    make_config,
-    png,
-    random_images,
-    write_cifar,
-    write_folder,
-    write_mnist,
-    write_zip,
-)
+from tests.datasets.image_files import label_file, make_config, png, random_images, write_folder, write_mnist, write_zip
 
 IMAGES = random_images(5, 3, 64)
 FFHQ = {f"00000/img{number:08}.png": png(image) for number, image in enumerate(IMAGES)}
@@ -95,13 +85,6 @@ def test_dataset_json_without_labels_gives_none(tmp_path):
     assert find_labels(FileTree(tmp_path)) == (None, None)
 
 
-def test_a_wide_image_is_cropped_and_counted(tmp_path, capsys):
-    write_folder(tmp_path / "own", {f"{n}.png": png(random_images(1, 3, 16)[0][:, :8]) for n in range(3)})
-    found = load_images(make_config(tmp_path, "custom", tmp_path / "own", 8))
-    assert found.notes == {"cropped to the central square": 3}
-    assert "3 images: cropped to the central square" in capsys.readouterr().err
-
-
 def test_a_corrupt_image_among_good_ones_is_named(tmp_path):
     write_folder(tmp_path / "own", {"a.png": png(IMAGES[0]), "b.png": png(IMAGES[1])[:500]})
     with pytest.raises(UserError, match="corrupt image b.png .*skip_corrupt"):
@@ -141,11 +124,8 @@ def test_many_pictures_keep_their_order_and_labels_through_parallel_decoding(tmp
 SET = ImageSet(random_images(30, 1, 4), np.arange(30) % 3, ("ant", "bee", "cat", "dodo"), "thirty images")
 
 
-def test_subset_all_is_the_whole_set():
+def test_subset_all_is_the_whole_set_and_one_by_class_name_is_that_class():
     assert subset(SET, "all") is SET
-
-
-def test_subset_by_class_name_is_that_class():
     part = subset(SET, "bee")
     np.testing.assert_array_equal(part.images, SET.images[1::3])
     assert set(part.labels) == {1} and part.class_names == SET.class_names
@@ -187,13 +167,6 @@ def test_two_subsets_that_contradict_each_other_are_refused(tmp_path):
         load_images(config)
 
 
-def test_the_released_names_of_two_cifar10_classes_are_accepted(tmp_path):
-    write_cifar(tmp_path / "data", random_images(20, 3, 32), np.arange(20) % 10)
-    for name, label in (("plane", 0), ("car", 1), ("cat", 3)):
-        found = load_images(make_config(tmp_path, "CIFAR10", tmp_path / "data", 32, train_subset=name))
-        assert found.labels.tolist() == [label] * 2
-
-
 def test_data_root_has_a_default_and_an_older_name(tmp_path):
     config = make_config(tmp_path, "FFHQ64", "", 64)
     for root, older in (("data/FFHQ64", ""), ("older", "older")):
@@ -218,12 +191,10 @@ def test_classes_without_labels_are_refused(tmp_path):
         load_images(make_config(tmp_path, "custom", tmp_path / "own", 8, num_classes=2))
 
 
-@pytest.mark.parametrize(("classes", "message"), [
-    (9, "images of 10 classes .0: 178, .*: set it to their number"),
-    (20, "images of 10 classes .0: 178, .*: set it to their number"),
-])
-def test_another_number_of_classes_than_there_are_is_refused(tmp_path, classes, message):
-    with pytest.raises(UserError, match=f"data.num_classes {classes}: .*{message}"):
+@pytest.mark.parametrize("classes", [9, 20])
+def test_another_number_of_classes_than_there_are_is_refused(tmp_path, classes):
+    said = f"data.num_classes {classes}: .*images of 10 classes .0: 178, .*: set it to their number"
+    with pytest.raises(UserError, match=said):
         load_images(make_config(tmp_path, "digits", "", 8, channels=1, num_classes=classes))
 
 
@@ -267,26 +238,3 @@ def test_mnist_on_the_cifar10_config_is_mirrored_only_when_told_and_says_so(tmp_
         "--config.data.cache_dir", str(tmp_path / "cache"), *words])
     assert len(create_batches(config, "cpu").flips) == mirrored
     assert said in capsys.readouterr().err
-
-
-def test_a_data_set_from_outside_is_a_function_and_a_row(tmp_path, monkeypatch, capsys):
-    """It is a choice of the config, in --help, and train.py trains on it."""
-    import train
-
-    def open_stripes(root, spec):
-        images = np.zeros((64, 1, 16, 16), np.uint8)
-        images[:32, :, ::2], images[32:, :, :, ::2] = 255, 255
-        return array_set(images, np.repeat([0, 1], 32), spec, "stripes", ("horizontal", "vertical"))
-
-    monkeypatch.setitem(DATASETS, "stripes", DataSet(open_stripes, channels=1, mirror=False))
-    monkeypatch.chdir(tmp_path)
-    words = ["--config", f"{ROOT}/configs/rectified_flow/digits_rf_gaussian.py", "--config.data.dataset", "stripes",
-             "--config.data.train_subset", "vertical", "--config.model.nf", "8", "--config.training.batch_size", "8",
-             "--config.training.n_iters", "2", "--config.expr", "stripes", "--config.training.progress", "false",
-             "--config.training.snapshot_sampling", "0"]
-    assert not train.main(*parse_command_line(["train.py", *words]))
-    assert (tmp_path / "logs/stripes/checkpoints-meta/checkpoint.pth").exists()
-    assert "resampled to 8×8 with the lanczos filter" in load_images(parse_command_line(["x", *words])[0]).notes
-    assert "custom | stripes" in " ".join(help_text("", {}, ["data"]).split())
-    with pytest.raises(UserError, match="num_channels is 3, but stripes has 1"):
-        train.main(*parse_command_line(["train.py", *words, "--config.data.num_channels", "3"]))

@@ -6,6 +6,11 @@ import torch.nn.functional as F
 MEAN, STD = 0.3, 0.5
 
 
+def noise(*shape, seed=0, dtype=torch.float32):
+    """Return standard normal numbers of a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 def gaussian_velocity(x, t, label=None):
     """Velocity of the rectified flow from N(0, 1) to N(MEAN, STD²): E[z1 - z0 | x_t = x]."""
     t = t.view(-1, *(1,) * (x.ndim - 1))

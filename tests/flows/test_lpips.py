@@ -91,13 +91,6 @@ def test_a_constant_image_with_vanishing_features_gives_finite_gradients_where_t
     assert value.isfinite().all() and ours.grad.isfinite().all() and ours.grad.any()
 
 
-@pytest.mark.parametrize("level", [-1.0, 0.0, 1.0])
-def test_constant_images_give_finite_gradients(distance, level):
-    image = torch.full((1, 3, 8, 8), level, requires_grad=True)
-    distance(image, images(0, count=1, size=8)).sum().backward()
-    assert image.grad.isfinite().all() and image.grad.any()
-
-
 def test_a_grey_image_counts_as_three_equal_channels(distance):
     grey, other = images(0, channels=1, size=8), images(1, channels=1, size=8)
     colour = distance(grey.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1))
@@ -184,11 +177,3 @@ def test_a_damaged_weights_file_is_one_sentence_naming_it(damage, torch_home, tm
     with pytest.raises(UserError) as caught:
         load_lpips("cpu")
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_it_runs_on_the_meta_device(random_lpips):
-    net = copy.deepcopy(random_lpips).to("meta")
-    image = torch.zeros(2, 1, 8, 8, device="meta", requires_grad=True)
-    losses = lpips_distance(net, image, torch.zeros(2, 1, 8, 8, device="meta"))
-    losses.sum().backward()
-    assert losses.shape == (2,) and image.grad.shape == image.shape

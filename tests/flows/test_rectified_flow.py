@@ -1,13 +1,14 @@
-"""The path between noise and data, and the network as a velocity."""
+"""The path between noise and data, the network as a velocity, and the closed-form velocity of a finite data set."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.rectified_flow import interpolate, point_on_path, velocity_from_network
+from flows.rectified_flow import analytic_velocity, interpolate, point_on_path, velocity_from_network
+from tests.flows.flows_with_solutions import noise
 
-Z0 = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-Z1 = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+Z0, Z1 = noise(3, 2, 4, 4), noise(3, 2, 4, 4, seed=1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -44,3 +45,46 @@ def test_a_network_is_called_with_999_t_and_the_label():
     velocity(Z0, 0.5)
     assert seen[0][0].tolist() == [0.0, 499.5, 999.0] and seen[0][1] is label
     assert seen[1][0].tolist() == [499.5] * 3 and seen[1][1] is None
+
+
+# The closed-form velocity
+
+
+def pixels(count, *shape, seed=0):
+    return torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def by_definition(data, x, t):
+    """The formula of the conditional mean, word for word, in float64."""
+    velocities = []
+    for x_n, t_n in zip(x, t, strict=True):
+        exponents = -(x_n - t_n * data).square().flatten(1).sum(1) / (2 * (1 - t_n) ** 2)
+        mean = torch.tensordot(torch.softmax(exponents, 0), data, 1)
+        velocities.append((mean - x_n) / (1 - t_n))
+    return torch.stack(velocities)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 25), st.floats(0, 0.95))
+def test_velocity_is_the_formula_for_any_chunk(count, chunk, t):
+    data, x = noise(count, 2, 3, 3, dtype=torch.float64).clamp(-1, 1), noise(4, 2, 3, 3, seed=1, dtype=torch.float64)
+    times = torch.tensor([t, 0.5, 0.0, 0.9], dtype=torch.float64)
+    v = analytic_velocity(data, chunk)(x, times)
+    torch.testing.assert_close(v, by_definition(data, x, times), rtol=1e-9, atol=1e-9)
+
+
+def test_uint8_images_are_spread_over_minus_one_to_one():
+    data, x, t = pixels(7, 1, 4, 4), noise(3, 1, 4, 4, dtype=torch.float64), torch.full((3,), 0.6, dtype=torch.float64)
+    torch.testing.assert_close(analytic_velocity(data, 3)(x, t), analytic_velocity(data / 127.5 - 1.0)(x, t),
+                               rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 1 - 1e-3])
+def test_float32_close_to_the_data_is_finite_and_as_exact_as_its_time(t):
+    data, x = pixels(50, 3, 8, 8), noise(4, 3, 8, 8, dtype=torch.float64)
+    on_path = t * (data[:4].double() / 127.5 - 1) + (1 - t) * x
+    time = torch.full((4,), t, dtype=torch.float32)
+    v = analytic_velocity(data, 16)(on_path.float(), time)
+    assert v.dtype == torch.float32 and v.shape == on_path.shape
+    expected = by_definition(data.double() / 127.5 - 1, on_path.float().double(), time.double())
+    torch.testing.assert_close(v.double(), expected, rtol=1e-5, atol=1e-4)

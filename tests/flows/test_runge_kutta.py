@@ -20,14 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flows import runge_kutta
 from flows.runge_kutta import attempt_step, error_norm, inverse_fifth_root, rk45, start_slots
 from runtime.terminal import UserError
-from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
+from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, noise, tiny_network
 
 rk45_joint = functools.partial(rk45, step_control="batch")
 BOTH = pytest.mark.parametrize("solver", [rk45, rk45_joint])
-
-
-def noise(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 @BOTH
@@ -49,15 +45,6 @@ def test_formula_has_order_five():
         return (state.x - gaussian_flow(z)).abs().max().item()
 
     assert math.log2(error(16) / error(32)) == pytest.approx(5, abs=0.4)
-
-
-@BOTH
-def test_reverse_returns_to_the_start(solver):
-    z = noise(3, 2, 4, 4, dtype=torch.float64)
-    x, _ = solver(in_float32, z, tol=1e-5, slots=3)
-    back, _ = solver(in_float32, x, t_start=1.0, t_end=1e-3, tol=1e-5, slots=3)
-    assert (x - z).abs().max() > 0.3
-    assert (back - z).abs().max() < 3e-3
 
 
 @pytest.mark.parametrize("tol", [1e-3, 1e-5])
@@ -179,13 +166,6 @@ def test_every_evaluation_is_full_and_no_sample_waits_for_another():
 def test_no_samples_give_no_samples(solver):
     x, nfe = solver(NETWORK, SAMPLES[:0], tol=1e-3)
     assert x.shape == (0, 2, 4, 4) and nfe.shape == (0,)
-
-
-@BOTH
-def test_finished_samples_are_counted(solver):
-    counts = []
-    solver(NETWORK, SAMPLES, tol=1e-2, slots=4, finished=counts.append)
-    assert sum(counts) == 23 and min(counts) > 0
 
 
 def nan_after_a_while(x, t, label=None):
@@ -326,7 +306,7 @@ def test_steps_are_the_same_bits_in_any_place_on_every_instruction_set(repositor
         assert done.returncode == 0, done.stderr
         used, digest = done.stdout.split()  # a processor without an instruction set runs the best that it has
         seen[used] = digest
-    assert len(set(seen.values())) == 1 and len(seen) >= 1
+    assert len(set(seen.values())) == 1, seen
 
 
 def test_what_is_left_is_shared_by_two_steps_rather_than_leaving_a_tiny_one():

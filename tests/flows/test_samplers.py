@@ -1,34 +1,27 @@
-"""Samplers with fixed steps, and the choice of a sampler by the config."""
+"""Samplers with fixed steps, the choice of a sampler by the config, and samples of the released implementation."""
 
 import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from configs.default import check_fields, get_default_config
+from configs.default import get_default_config
 from flows import samplers
-from flows.samplers import (
-    cm_stochastic,
-    create_sampler,
-    edm,
-    euler,
-    heun,
-    one_step,
-    straightness,
-)
+from flows.rectified_flow import velocity_from_network
+from flows.runge_kutta import rk45
+from flows.samplers import cm_stochastic, create_sampler, edm, euler, heun, one_step, straightness
+from models import load_model
 from runtime.seeds import PATH_NOISE, index_noise
 from runtime.terminal import UserError
-from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
+from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, noise, tiny_network
+from tests.models.released_numbers import NAMES, fields_of, inputs_of, path_of
 
 ALL = pytest.mark.parametrize("name", samplers.SAMPLERS)
-
-
-def noise(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def config_of(name="euler", **changes):
@@ -113,14 +106,6 @@ def test_edm_starts_at_its_noise_and_reaches_the_data_of_the_flow():
     errors = [(edm(gaussian_velocity, z, steps=n)[0] - edm(gaussian_velocity, z, steps=4000)[0]).abs().max()
               for n in (100, 200)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.3)
-
-
-def test_euler_forward_then_reverse_returns_to_the_start():
-    z = noise(4, 3, dtype=torch.float64)
-    x, _ = euler(gaussian_velocity, z, steps=2000, t_start=0.0)
-    back, _ = euler(gaussian_velocity, x, steps=2000, t_start=1.0, t_end=0.0)
-    assert (x - z).abs().max() > 0.1
-    assert (back - z).abs().max() < 5e-3
 
 
 def test_cm_stochastic_jumps_to_data_and_noises_again():
@@ -221,11 +206,9 @@ def test_step_control_chooses_joint_or_own_steps():
     assert len(own.unique()) > 1 and len(joint.unique()) == 1
 
 
-@ALL
+@pytest.mark.parametrize("name", [name for name in samplers.SAMPLERS if name != "rk45"])  # see test_runge_kutta.py
 @pytest.mark.parametrize("device", ["cuda", "meta"])
 def test_fixed_steps_stay_on_the_device(name, device):
-    if name == "rk45":
-        pytest.skip("reads its status from the device: see test_runge_kutta.py")
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
         z, label = torch.empty(5, 1, 4, 4, device=device), torch.empty(5, 2, device=device)
         x, nfe = create_sampler(config_of(name))(lambda x, t, label: x * t.view(-1, 1, 1, 1) + label[:, :1, None, None],
@@ -250,12 +233,6 @@ def test_a_sampler_that_only_runs_forward_says_so(name):
         create_sampler(config_of(name), reverse=True)
 
 
-def test_an_unknown_sampler_is_refused_with_those_of_the_table():
-    config = config_of("rk54")
-    with pytest.raises(UserError, match="config.sampling.use_ode_sampler must be one of one_step, euler, .*rk45"):
-        check_fields(config)
-
-
 def test_values_and_titles_have_just_the_fields_that_a_sampler_reads():
     values = {name: {k: v for k, v in samplers.sampler_values(config_of(name)).items() if v is not None}
               for name in samplers.SAMPLERS}
@@ -264,3 +241,57 @@ def test_values_and_titles_have_just_the_fields_that_a_sampler_reads():
                       "rk45": {"ode_tol": 1e-3, "step_control": "sample"}, "cm_stochastic": {"sample_N": 3}}
     assert [samplers.sampler_title(name, values[name]) for name in ("one_step", "euler", "heun", "rk45")] == [
         "one_step", "euler-3", "heun-3 (rho 1)", "rk45 (ode_tol 0.001, step_control sample)"]
+
+
+# Samples of the released implementation, from its own checkpoints
+
+FIXED = {
+    "one_step": (one_step, {}),
+    "euler_2": (euler, {"steps": 2}),
+    "euler_10": (euler, {"steps": 10}),
+    "heun_3": (heun, {"steps": 3}),
+    "heun_3_rho2": (heun, {"steps": 3, "rho": 2.0}),
+    "euler_5_reverse": (euler, {"steps": 5, "t_start": 1.0, "t_end": 1e-3}),
+}
+
+
+def recorded_flow(name):
+    """Return (velocity, z, label, recorded numbers) of a released network."""
+    z, _, label, numbers = inputs_of(name)
+    net = load_model(path_of(name), fields=fields_of(name)).requires_grad_(False)
+    return velocity_from_network(net), z, label, numbers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fixed_steps_reach_the_recorded_images(name):
+    velocity, z, label, numbers = recorded_flow(name)
+    for rule, (sampler, options) in FIXED.items():
+        x, nfe = sampler(velocity, z, label, **options)
+        np.testing.assert_allclose(x.numpy(), numbers[f"sample_{rule}"], rtol=0, atol=1e-3, err_msg=rule)
+        assert nfe == int(numbers[f"nfe_{rule}"]), rule
+
+
+FORWARD, REVERSE = ("rk45", 1e-3, 1.0), ("rk45_reverse", 1.0, 1e-3)
+
+
+@pytest.mark.parametrize(("name", "rule", "t_start", "t_end"), [
+    ("ncsnpp_unconditional_time", *FORWARD), ("ncsnpp_unconditional_time", *REVERSE),
+    ("ncsnpp_elu_fourier_scaled", *FORWARD), ("ncsnpp_elu_fourier_scaled", *REVERSE),
+    ("ncsnpp_cifar", *FORWARD), ("dhariwal_cond", *FORWARD),
+])
+def test_joint_rk45_reaches_the_recorded_images_with_as_many_evaluations(name, rule, t_start, t_end):
+    velocity, z, label, numbers = recorded_flow(name)
+    x, nfe = rk45(velocity, z, label, step_control="batch", t_start=t_start, t_end=t_end, tol=1e-5)
+    assert np.abs(x.numpy() - numbers[f"sample_{rule}"]).mean() < 1e-2
+    assert abs(nfe[0].item() - int(numbers[f"nfe_{rule}"])) <= 0.1 * int(numbers[f"nfe_{rule}"])
+
+
+@pytest.mark.parametrize("name", ["ncsnpp_deep", "dhariwal_cond"])
+def test_a_sample_of_a_real_network_is_the_same_bits_beside_any_others_and_in_any_order(name):
+    velocity, z, label, _ = recorded_flow(name)
+    order = [2, 0, 1, 2, 0]
+    label = torch.zeros(3, 1) if label is None else label
+    seen = velocity if name.startswith("dhariwal") else lambda x, t, label: velocity(x, t)
+    x, nfe = rk45(seen, z, label, tol=1e-2, slots=4)
+    again, nfe_again = rk45(seen, z[order], label[order], tol=1e-2, slots=4)
+    assert torch.equal(again, x[order]) and torch.equal(nfe_again, nfe[order])

@@ -1,22 +1,20 @@
 """Reference statistics: our file, EDM's form, clean-fid's file, images; and what does not belong is refused."""
 
 import os
-import pathlib
-import shutil
 import types
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 
-from configs.default import get_default_config
 from metrics import reference as reference_module
 from metrics.features import pixel_extractor
 from metrics.reference import CIFAR10_NAME, Reference, read_statistics, write_statistics
 from metrics.statistics import ArrayImages, measure_source
 from runtime.devices import Processes
 from runtime.terminal import UserError
+from tests.datasets.image_files import png, write_folder
+from tests.helpers import config_of
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 EXTRACTOR = pixel_extractor(16)
@@ -27,11 +25,8 @@ def images(count=30):
 
 
 def small_config():
-    config = get_default_config()
-    config.data.num_channels, config.data.image_size = 1, 4
-    config.eval.batch_size, config.eval.nearest = 8, 0
-    config.eval.feature_extractor = "pixels"
-    return config
+    return config_of(data__num_channels=1, data__image_size=4, eval__batch_size=8, eval__nearest=0,
+                     eval__feature_extractor="pixels")
 
 
 def reference(target, config=None):
@@ -44,9 +39,7 @@ def inception(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     extractor = types.SimpleNamespace(name="inception", dimension=16, digest="12")
     monkeypatch.setattr(reference_module, "create_extractor", lambda config, device: extractor)
-    config = get_default_config()
-    config.eval.nearest = 0
-    return config
+    return config_of(eval__nearest=0)
 
 
 def features_of(array):
@@ -70,24 +63,11 @@ def test_edms_file_with_mu_and_sigma_alone_is_a_reference_without_features(tmp_p
     assert torch.equal(found.sigma, torch.eye(16, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("form", ["npy", "npz", "folder", "zip"])
+@pytest.mark.parametrize("form", ["x.npz", "folder"])
 def test_images_as_target_are_measured(tmp_path, form):
-    from PIL import Image
-
-    if form == "npy":
-        path = tmp_path / "x.npy"
-        np.save(path, images())
-    elif form == "npz":
-        path = tmp_path / "x.npz"
-        np.savez(path, images=images())
-    else:
-        path = tmp_path
-        for i, image in enumerate(images()):
-            Image.fromarray(image[0]).save(path / f"{i:02d}.png")
-    if form == "zip":
-        path = pathlib.Path(shutil.make_archive(tmp_path / "x", "zip", tmp_path, "."))
-        assert zipfile.is_zipfile(path)
-    found = reference(path).statistics
+    np.savez(tmp_path / "x.npz", images=images())
+    write_folder(tmp_path / "folder", {f"{number:02}.png": png(image) for number, image in enumerate(images())})
+    found = reference(tmp_path / form).statistics
     np.testing.assert_allclose(found.mu, features_of(images()).mean(0), atol=1e-6)
     assert found.count == 30
 

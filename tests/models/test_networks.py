@@ -229,11 +229,11 @@ def test_number_of_operations_of_the_smallest_published_network():
 def test_labels_are_asked_for_and_refused():
     """A conditional network without labels, or an unconditional one with some, is a mistake of the caller."""
     x, t999, label = batch(DHARIWAL)
-    with pytest.raises(ValueError, match="has 3 classes; of class labels, none were given"):
+    with pytest.raises(ValueError, match="has 3 classes, but no labels were given"):
         lively(DHARIWAL)(x, t999)
-    with pytest.raises(ValueError, match="has 0 classes; of class labels, some were given"):
+    with pytest.raises(ValueError, match="has 0 classes, but labels were given"):
         lively(DHARIWAL | {"data.num_classes": 0})(x, t999, label)
-    with pytest.raises(ValueError, match="this NCSNpp has 0 classes; of class labels, some were given"):
+    with pytest.raises(ValueError, match="this NCSNpp has 0 classes, but labels were given"):
         lively(NCSNPP)(x, t999, label)
 
 

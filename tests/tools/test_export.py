@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.command_line import config_to_dict, load_config, parse_flags
+from configs.command_line import parse_flags
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
-from models import create_model, load_model
+from models import load_model
 from models.checkpoint import write_checkpoint
-from models.ema import ExponentialMovingAverage
 from runtime.seeds import index_noise
 from runtime.terminal import UserError
+from tests.helpers import small_checkpoint
 from tests.models.released_numbers import fields_of
 from tests.processes import ROOT
 from tests.tools.test_convert import config_file
@@ -52,22 +52,6 @@ def two_steps(recorded, tmp_path_factory):
     config = config_file(tmp_path_factory.mktemp("config"), "ncsnpp_cifar")
     run(recorded / "ncsnpp_cifar.pth", "--out", folder, "--sampler", "euler", "--steps", 2, "--config", config, "--raw")
     return recorded / "ncsnpp_cifar.pth", folder
-
-
-def digits_checkpoint():
-    """The content of a checkpoint of a small random network for the digits, one channel of 8×8."""
-    config = load_config("configs/rectified_flow/digits_rf_gaussian.py")
-    config.model.nf, config.model.ch_mult, config.model.num_res_blocks = 8, (1,), 1
-    config.model.attn_resolutions = ()
-    config.flow.eps, config.sampling.init_noise_scale = 0.1, 1.5
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = create_model(config)
-        for parameter in net.parameters():  # the last layers start at zero: such a network would return the noise
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    ema = ExponentialMovingAverage(net.parameters(), 0.9)
-    return {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": {}, "step": 1,
-            "config": config_to_dict(config)}
 
 
 def session(path):
@@ -135,7 +119,7 @@ def run_without_torch(lines, folder):
 def test_the_ten_lines_shown_make_a_picture_without_torch_of_what_the_command_shown_exports(tmp_path, monkeypatch):
     checkpoint, lines = shown_lines()
     assert len([line for line in lines.splitlines() if line]) <= 10
-    write_checkpoint(tmp_path / checkpoint, digits_checkpoint())
+    write_checkpoint(tmp_path / checkpoint, small_checkpoint(flow__eps=0.1, sampling__init_noise_scale=1.5))
     monkeypatch.chdir(tmp_path)
     run(checkpoint)
     status, err = run_without_torch(lines, tmp_path)
