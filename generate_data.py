@@ -76,8 +76,8 @@ def check_arguments(config, args):
         raise UserError(f"sampling.direction {direction} needs a network: give --ckpt_path")
     if args.z0_path and row.given == "image":
         raise UserError(f"sampling.direction {direction} does not start at noise: leave out --z0_path")
-    if args.z1_path and row.given == "noise":
-        raise UserError(f"sampling.direction {direction} does not start at images: leave out --z1_path")
+    if args.z1_path and (row.given == "noise" or row.velocity == "closed form"):
+        raise UserError(f"sampling.direction {direction} does not start at images of a file: leave out --z1_path")
     if args.label_path and not args.z1_path:
         raise UserError("--label_path holds the classes of --z1_path: give both")
 

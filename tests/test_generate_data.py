@@ -289,7 +289,8 @@ def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, ne
 @pytest.mark.parametrize("fields, flags, sentence", [
     ({"sampling__direction": "from_z0"}, {}, "needs a network: give --ckpt_path"),
     ({}, {"data_root": ""}, "--data_root is empty"),
-    ({}, {"z1_path": "x.npy"}, "does not start at images: leave out --z1_path"),
+    ({}, {"z1_path": "x.npy"}, "does not start at images of a file: leave out --z1_path"),
+    ({"sampling__direction": "gt_v_from_z1"}, {"z1_path": "x.npy"}, "gt_v_from_z1 does not start at images of a file"),
     ({"sampling__direction": "gt_v_from_z1"}, {"z0_path": "x.npy"}, "does not start at noise: leave out --z0_path"),
     ({}, {"z0_path": "absent.npy"}, "absent.npy does not exist"),
     ({"sampling__direction": "gt_v_from_z1", "sampling__pair_storage": "compact"}, {},
@@ -301,6 +302,7 @@ def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, ne
     ({"sampling__direction": "random_paired", "sampling__random_flip": True}, {"z1_path": "x.npy"},
      "random_flip does not apply to --z1_path"),
     ({"data__num_classes": 10}, {}, "has no classes: set config.sampling.class_label"),
+    ({"data__num_classes": 10, "sampling__direction": "gt_v_from_z1"}, {}, "has no classes: set config.sampling"),
     ({"data__num_classes": 5, "sampling__direction": "random_paired", "sampling__train_subset": "all"}, {},
      "has images of 10 classes"),
 ])
