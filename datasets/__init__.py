@@ -13,7 +13,7 @@ __all__ = ["DATASETS", "Batch", "DataSet", "ImageSet", "array_set", "create_batc
 
 
 def create_batches(config, device):
-    """Return the `Batches` of data.reflow_data_root's pairs, or without it of images; UserError if they do not fit."""
+    """Return the `Batches` of pairs with data.reflow_data_root, otherwise of images; UserError if they do not fit."""
     if config.data.reflow_data_root:
         return create_pair_batches(config, device)
     data, size = config.data, config.training.batch_size

@@ -119,7 +119,7 @@ class FileTree:
 def find_labels(tree):
     """Return the class numbers (list of int) and class names of a `FileTree`'s images, (None, None) without classes.
 
-    dataset.json may lie in any folder above all images; without it the sub-folders of the innermost are the classes.
+    dataset.json may be in any common folder of the images; without it the sub-folders of the innermost are the classes.
     """
     folders = [name.split("/")[:-1] for name in tree.names]
     common = os.path.commonprefix(folders)

@@ -182,7 +182,7 @@ class InitialPoints:
         self.direction, self.seed, self.num_classes = settings.direction, config.seed, config.data.num_classes
         self.class_label, self.random_flip = settings.class_label, settings.random_flip
         if self.class_label >= self.num_classes:
-            raise UserError(f"sampling.class_label {self.class_label}: config.data.num_classes is {self.num_classes}")
+            raise UserError(f"sampling.class_label {self.class_label} is not below data.num_classes {self.num_classes}")
         if self.num_classes and self.class_label < 0 and self.direction.startswith("gt_v"):
             raise UserError("the closed-form velocity of all images has no classes: set config.sampling.class_label, "
                             "or config.data.num_classes 0")

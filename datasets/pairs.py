@@ -199,7 +199,7 @@ def open_pairs(root, config):
 
 
 def check_origins(folders, names=SAME_ORIGIN):
-    """Raise UserError if folders differ in an entry `names` of pairs.json, or if two hold the same pairs."""
+    """Raise UserError if folders differ in the entries `names` of pairs.json, or if two hold the same pairs."""
     def shown(folder, name):
         value, path = folder.identity.get(name), folder.metadata.get("checkpoint")
         return f"{path} ({value})" if name == "checkpoint" and path else value
@@ -219,7 +219,7 @@ def check_origins(folders, names=SAME_ORIGIN):
 
 
 class PairSet:
-    """The pairs of some `PairFolder`s, numbered through."""
+    """The pairs of several `PairFolder`s, numbered consecutively."""
 
     def __init__(self, folders, num_classes):
         self.folders, self.num_classes = folders, num_classes

@@ -229,7 +229,7 @@ def saved_fields(config, path):
         with torch.device("meta"):
             return create_from_fields(model_fields(config)).config_fields
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"{path} holds a config that makes no network: {error}") from error
+        raise UserError(f"{path} holds an invalid config: {error}") from error
 
 
 def contradictions(ours, theirs):

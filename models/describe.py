@@ -100,10 +100,10 @@ def median_seconds(call, *arguments, seconds=0.5):
 
 
 def fastest_layout(net, velocity, batch):
-    """Return the memory format in which forward and backward of the velocity of `net` take less time, by measuring.
+    """Return the memory format in which forward and backward passes of `velocity` of `net` are faster, by measurement.
 
-    Which one wins on a GPU depends on its architecture, the precision and torch's kernels for group normalisation.
-    batch: the number of images. The network keeps its weights and has no gradients afterwards.
+    It depends on the GPU, the precision and torch's kernels for group normalisation. batch: the number of images. The
+    weights do not change, and no gradients are left.
     """
     def forward_backward():
         velocity(*_inputs(net, batch)).square().mean().backward()

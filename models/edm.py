@@ -104,7 +104,7 @@ def read_checkpoint(file, path, create):
     except UserError as error:
         raise UserError(f"{path} is not a network that can be used here: {error}") from None
     except Exception as error:  # for sizes and types that no network has
-        raise UserError(f"{path} is damaged: its arguments and tensors make no network") from error
+        raise UserError(f"{path} is damaged: its arguments and tensors do not fit together") from error
     shadow = [state[name] for name, _ in net.named_parameters()]
     return {"model": state, "ema": {"num_updates": 0, "shadow_params": shadow}, "step": 0, "fields": net.config_fields,
             "licence_note": LICENCE_NOTE}

@@ -189,7 +189,7 @@ def test_missing_file_and_folder_are_reported(tmp_path):
     ({"step": 1}, "no state dict under 'model'"),
     ({"model": {"a": 1}, "ema": {}}, "no state dict under 'model'"),
     ({"model": {"a": torch.zeros(1)}, "ema": {"shadow_params": 3}}, "no averaged weights under 'ema'"),
-    ({"model": {"a": torch.zeros(1)}, "ema": {"shadow_params": []}, "config": 3}, "config that makes no network"),
+    ({"model": {"a": torch.zeros(1)}, "ema": {"shadow_params": []}, "config": 3}, "an invalid config"),
     ({"model": {}, "config": {}}, "no state dict under 'model'"),
 ])
 def test_other_contents_are_reported(tmp_path, content, phrase):
@@ -246,7 +246,7 @@ def test_config_of_wrong_types_is_one_sentence(tmp_path, group, field, value):
     checkpoint = tiny_checkpoint()[1]
     checkpoint["config"][group][field] = value
     write_checkpoint(tmp_path / "ours.pth", checkpoint)
-    with pytest.raises(UserError, match=r"ours\.pth holds a config that makes no network"):
+    with pytest.raises(UserError, match=r"ours\.pth holds an invalid config"):
         read_checkpoint(tmp_path / "ours.pth")
 
 
