@@ -88,7 +88,7 @@ def test_averaged_weights_alone_are_read_like_any_checkpoint(tmp_path, ours, nam
     assert (read["step"], read["source"]) == (7, file_digest(ours))
     net = create_from_fields(source.config_fields)
     assert load_matching(net, target)[1] == []
-    with pytest.raises(UserError, match="holds the moving average"):
+    with pytest.raises(UserError, match="holds only the averaged weights"):
         load_model(target, use_ema=False)
 
 
