@@ -178,7 +178,7 @@ class InitialPoints:
     """
 
     def __init__(self, config, z0_path="", z1_path="", label_path=""):
-        settings = config.sampling
+        settings, shape = config.sampling, image_shape(config)
         self.direction, self.seed, self.num_classes = settings.direction, config.seed, config.data.num_classes
         self.class_label, self.random_flip = settings.class_label, settings.random_flip
         if self.class_label >= self.num_classes:
@@ -196,7 +196,6 @@ class InitialPoints:
         self.rows = {flag: open_rows(path) for flag, path in paths.items() if path}
         self.identity = {flag: file_digest(paths[flag]) for flag in self.rows}
         self.available = min(map(len, self.rows.values()), default=None)
-        shape = image_shape(config)
         for flag, rows in self.rows.items():
             if flag == "label_path":
                 check_labels(rows, label_path, self.num_classes)

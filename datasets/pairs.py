@@ -6,6 +6,7 @@ numbers `(N,)` or one-hot `(N, num_classes)`. In compact storage there is no z0.
 
 import fractions
 import hashlib
+import os
 import pathlib
 import sys
 
@@ -192,8 +193,8 @@ def open_pairs(root, config):
             raise UserError(f"{folder.path} has no label.npy, but config.data.num_classes is {data.num_classes}: set "
                             "it to 0 or use pairs of a class-conditional model")
         pairs = folder.check(some_of(len(folder), QUICK_ROWS), data.num_classes or None)
-        for text in findings(folder, describe(*pairs)):
-            print(text, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.writelines(f"{text}\n" for text in findings(folder, describe(*pairs)))
     check_origins(folders)
     return folders
 

@@ -241,7 +241,7 @@ def test_right_pairs_of_a_rough_flow_are_not_called_swapped(tmp_path, capsys):
     (lambda z0, z1: (z0, 0 * z1), "every value of z1 is 0: its images were never written"),
     (lambda z0, z1: (z0, 127.5 * z1 + 127.5), r"z1 ranges from 0.00 to 255.00, ..% of it beyond"),
 ])
-def test_unlikely_values_are_said_in_one_sentence_on_stderr(tmp_path, capsys, change, said):
+def test_unlikely_values_are_said_in_one_sentence_on_stderr(tmp_path, capsys, monkeypatch, change, said):
     z0 = np.random.default_rng(0).normal(size=(200, *SHAPE)).astype(np.float32)
     z1 = np.tanh(3 * (z0 + np.roll(z0, 1, -1) + np.roll(z0, 1, -2)))
     z0, z1 = change(z0, z1)
@@ -249,6 +249,9 @@ def test_unlikely_values_are_said_in_one_sentence_on_stderr(tmp_path, capsys, ch
     open_pairs(tmp_path, make_config(tmp_path))
     sentence = capsys.readouterr().err
     assert re.fullmatch(rf".*/0: .*{said}.*\n", sentence), sentence
+    monkeypatch.setenv("RANK", "1")
+    open_pairs(tmp_path, make_config(tmp_path))
+    assert capsys.readouterr().err == "", "once, not once a process"
 
 
 @pytest.mark.parametrize("other, said", [
