@@ -15,10 +15,10 @@ SMALL = {"model__nf": 8, "model__ch_mult": (1,), "model__num_res_blocks": 1, "mo
 
 
 def config_of(path="", /, **fields):
-    """Return the default config, or that of a file, with fields set: flow__eps=0.1 is flow.eps."""
+    """Return the default config, or that of a file, with fields set: flow__eps=0.1, or **{"flow.eps": 0.1}."""
     config = load_config(path) if path else get_default_config()
     for name, value in fields.items():
-        set_field(config, name.replace("__", "."), value)
+        set_field(config, name.replace("__", "."), tuple(value) if isinstance(value, list) else value)
     return config
 
 

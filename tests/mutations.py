@@ -23,7 +23,7 @@ import torchvision  # noqa: E402, F401
 
 ROOT = pathlib.Path(__file__).parent.parent
 REFERENCE, UPDATE = "tests/training/test_reference.py", "tests/training/test_update.py"
-STATE, RUN, RESTORE = "tests/training/test_state.py", "tests/training/test_run.py", "tests/training/test_restore.py"
+STATE, RUN = "tests/training/test_state.py", "tests/training/test_run.py"
 OBJECTIVE, LOSSES = "tests/flows/test_objective.py", "tests/flows/test_losses.py"
 SCHEDULES, EMA = "tests/flows/test_schedules.py", "tests/models/test_ema.py"
 BATCHES, FILES, SEEDS = "tests/datasets/test_batches.py", "tests/runtime/test_files.py", "tests/runtime/test_seeds.py"
@@ -54,8 +54,8 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     # the teacher, the start, the averages
     ("training/state.py", "load_model(path, use_ema=True", "load_model(path, use_ema=False", REFERENCE),
     ("training/state.py", "config.flow.teacher_model or config.flow.pre_train_model", "config.flow.pre_train_model",
-     RESTORE),
-    ("training/state.py", "unmatched and not config.flow.pre_train_partial", "False", RESTORE),
+     STATE),
+    ("training/state.py", "unmatched and not config.flow.pre_train_partial", "False", STATE),
     ("models/ema.py", "(1 + self.num_updates) / (10 + self.num_updates)",
      "(2 + self.num_updates) / (10 + self.num_updates)", f"{EMA} {REFERENCE}"),
     ("models/ema.py", "decay = min(self.decay,", "decay = max(self.decay,", f"{EMA} {REFERENCE}"),
@@ -82,8 +82,8 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("training/state.py", "moments[name].shape != expected", "False", STATE),
     ("training/state.py", "values())[:-keep]", "values())[:keep]", STATE),
     ("training/state.py", "tensor.detach().to(\"cpu\", copy=True)", "tensor", STATE),
-    ("training/state.py", "torch.empty_like(parameter, dtype=value.dtype).copy_(value)", "value", RESTORE),
-    ("training/state.py", "{**ours, \"params\": theirs[\"params\"]}", "theirs", RESTORE),
+    ("training/state.py", "torch.empty_like(parameter, dtype=value.dtype).copy_(value)", "value", STATE),
+    ("training/state.py", "{**ours, \"params\": theirs[\"params\"]}", "theirs", STATE),
     ("training/run.py", "os.path.normpath(str(there))", "str(there)", RUN),
     ("training/run.py", "if said != changed", "if False", RUN),
     ("training/run.py", "received[0] if received", "received[-1] if received", RUN),

@@ -17,7 +17,7 @@ import traceback
 from absl import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
-
+HANGING = 1800  # seconds after which a process of seconds, on a machine a hundred times too busy, counts as hanging
 
 os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which does not get sys.path
 SERVER = multiprocessing.get_context("forkserver")
@@ -78,7 +78,7 @@ class Script:
         """What the script has printed so far."""
         return self._log.read_text() if self._log.exists() else ""
 
-    def wait(self, timeout=240):
+    def wait(self, timeout=HANGING):
         """Wait for the end; return the exit status (negative: the signal that ended it)."""
         self.process.join(timeout)
         if self.process.is_alive():
@@ -96,7 +96,7 @@ class Script:
             os.kill(self.process.pid, signal.SIGKILL)
         self.process.join()
 
-    def kill_when(self, condition, timeout=240):
+    def kill_when(self, condition, timeout=HANGING):
         """Kill -9 as soon as `condition()` holds; fail if the script ends before."""
         end = time.monotonic() + timeout
         while not condition():

@@ -22,13 +22,13 @@ from configs.command_line import (
     load_config,
     parse_command_line,
 )
-from configs.default import FIELDS, Field, check_fields, get_default_config, get_field
+from configs.default import FIELDS, Field, check_fields, get_field
 from flows.samplers import sampler_fields
 from models import create_model
 from models.checkpoint import write_checkpoint
 from runtime.files import write_json
 from runtime.terminal import UserError
-from tests.helpers import DIGITS, small_checkpoint
+from tests.helpers import DIGITS, config_of, small_checkpoint
 from training.run import check_training
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "rectified_flow"
@@ -71,15 +71,6 @@ def test_override_reaches_its_field_with_its_type(words, field, value):
     found = get_field(config, field)
     assert found == value and type(found) is type(value)
     assert given == {field}
-
-
-BOOLEANS = [name for name in FIELDS if isinstance(FIELDS[name].default, bool) and name != "data.centered"]
-
-
-@pytest.mark.parametrize("name", BOOLEANS)
-def test_space_form_sets_both_values_of_every_boolean_field(name):
-    for text, value in (("true", True), ("false", False)):
-        assert get_field(parse(f"--config.{name}", text)[0], name) is value
 
 
 def test_script_boolean_takes_the_space_form():
@@ -270,9 +261,10 @@ def test_every_field_is_explained_takes_its_default_and_is_set_from_the_command_
         other = {bool: not field.default, str: "other", tuple: (1, 2)}[type(field.default)]
     else:
         other = max(3, field.low or 0) if isinstance(field.default, int) else 0.25
-    config, _, given = parse(f"--config.{name}", str(other))
-    assert get_field(config, name) == other and type(get_field(config, name)) is type(field.default)
-    assert given == {name}
+    for value in (field.default, other) if isinstance(other, bool) else (other,):  # booleans in the space form
+        config, _, given = parse(f"--config.{name}", str(value).lower() if isinstance(value, bool) else str(value))
+        assert get_field(config, name) == value and type(get_field(config, name)) is type(field.default)
+        assert given == {name}
 
 
 def test_a_config_file_of_ones_own_lies_anywhere_and_imports_another_beside_it(tmp_path):
@@ -284,22 +276,13 @@ def test_a_config_file_of_ones_own_lies_anywhere_and_imports_another_beside_it(t
 
 
 @pytest.mark.parametrize("changes, sentence", [
-    ({"model.ch_mult": (), "model.attn_resolutions": ()}, "model.ch_mult is ()"),
-    ({"model.ch_mult": (1, -2)}, "model.ch_mult must be at least 1, not (1, -2)"),
     ({"model.attn_resolutions": (7,)}, "model.attn_resolutions has 7, but the levels have sizes 32, 16, 8, 4"),
-    ({"data.image_size": 36, "model.attn_resolutions": ()}, "model.ch_mult halve it 3 times"),
     ({"expr": ""}, "config.expr is '': name the run, a folder inside config.work_dir"),
     ({"expr": "../x"}, "config.expr is '../x': name the run"),
     ({"training.batch_size": 9, "training.accumulation_steps": 2}, "config.training.batch_size 9 cannot be split"),
-    ({"flow.use_teacher": True}, "use_teacher"),
     ({"flow.flow_t_schedule": "t0"}, "reflow_data_root"),
-    ({"training.x0_randomness": "warmup_10"}, "reflow_data_root"),
 ])
 def test_contradiction_stops_training_in_one_sentence(changes, sentence):
-    config = get_default_config()
-    config.expr = "run"
-    for name, value in changes.items():
-        group, _, last = name.rpartition(".")
-        (config[group] if group else config)[last] = value
+    config = config_of(**({"expr": "run"} | changes))
     with pytest.raises(UserError, match=re.escape(sentence)):
         check_training(config)

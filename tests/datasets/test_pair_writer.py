@@ -113,11 +113,6 @@ def test_blocks_may_be_finished_in_any_order(tmp_path):
     assert blocks == [0, 1, 2, 3, 4]
 
 
-def test_no_more_pairs_are_solved_than_are_asked_for():
-    blocks = [list(job(10).block_range(block)) for block in job(10).unfinished({})]
-    assert blocks == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-
-
 def test_other_pairs_are_refused_with_all_that_differs_and_stay_as_they_are(tmp_path):
     make(tmp_path, job(8, checkpoint="aa", tol=0.1))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

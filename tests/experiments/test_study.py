@@ -20,7 +20,7 @@ from experiments.studies import DIGITS, GUIDED, ONE_STEP, STUDIES, T0, annealed,
 from models import load_model
 from runtime.files import file_lock
 from runtime.terminal import UserError
-from tests.processes import launch_step, run_script, run_study
+from tests.processes import launch_step, output_of, run_script, run_study
 
 TINY = dataclasses.replace(DIGITS, measured=40)
 
@@ -43,10 +43,11 @@ def run(study, steps):
 def finished(tmp_path_factory):
     """The folder, `Study` and steps of a finished tiny study."""
     folder = tmp_path_factory.mktemp("study")
-    Study.launch = launch_step
-    study, steps = Study(folder / "runs", folder / "results.csv", jobs=2), tiny_study()
-    run(study, steps)
-    return folder, study, steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Study, "launch", launch_step)
+        study, steps = Study(folder / "runs", folder / "results.csv", jobs=2), tiny_study()
+        run(study, steps)
+        yield folder, study, steps
 
 
 def test_every_step_leaves_a_row_with_its_figures_and_its_processor(finished):
@@ -172,10 +173,8 @@ def test_cifar_runs_end_to_end_from_zips_of_class_folders(tmp_path):
                 with archive.open(f"{part}/{number % 10}/{number:03}.jpg", "w") as opened:
                     pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(opened, "JPEG")
-    status, printed = run_script(tmp_path, "experiments.run", "--study", "cifar", "--size", "tiny", "--jobs", 2,
-                                 "--cifar_root", tmp_path, "--root", tmp_path / "runs",
-                                 "--results", tmp_path / "results.csv", prepare=run_study)
-    assert status == 0, printed
+    output_of(tmp_path, "experiments.run", "--study", "cifar", "--size", "tiny", "--jobs", 2, "--cifar_root", tmp_path,
+              "--root", tmp_path / "runs", "--results", tmp_path / "results.csv", prepare=run_study)
     rows = read_table(tmp_path / "results.csv")
     assert rows.keys() == {"cifar_8/real", *(step.name for step in cifar("tiny"))}
     distilled = rows["cifar_tiny/seed0/distilled/euler-1"]
@@ -187,3 +186,38 @@ def test_cifar_runs_end_to_end_from_zips_of_class_folders(tmp_path):
         whole = load_model(tmp_path / "runs" / run / "checkpoints/checkpoint_1.pth").parameters()
         slim = load_model(tmp_path / "runs/slim" / f"{run}.pth").parameters()
         assert all(torch.equal(a.half().float(), b) for a, b in zip(whole, slim, strict=True))
+
+
+# `make demo` at a sixtieth of its length: the whole method through the four scripts, its report, a second start
+
+
+def run_demo(folder):
+    """Run the short demo in `folder`; return what it printed."""
+    return output_of(folder, "experiments.run", "--study", "demo", "--scale", "0.0166", "--root", folder,
+                     prepare=run_study)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder of a finished short demo, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run_demo(folder)
+
+
+def test_whole_method_runs_through_the_four_scripts_and_reports_every_stage(demo):
+    folder, printed = demo
+    rows = read_table(folder / "results.csv")
+    figures = ["1_flow/one_step", "1_flow/rk45", "2_flow/one_step", "distilled/one_step"]
+    assert [rows[name]["parameters"] for name in figures] == [748737, 748737, 188769, 188769]
+    assert all(rows[name]["pixel_distance"] > 0 for name in figures) and rows["distilled/one_step"]["nfe"] == 1
+    report = (folder / "report.md").read_text()
+    assert all(f"| {name} |" in report for name in rows) and report in printed
+    assert "1_flow/rk45: pixel Fréchet distance" in report
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_second_start_redoes_no_finished_stage(demo):
+    folder, _ = demo
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pth")}
+    assert "train.py" not in run_demo(folder) and len(before) > 5
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.pth")}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from configs.default import get_default_config, set_field
+from configs.default import get_default_config
 from models import create_model, load_model
 from models.checkpoint import (
     apply_architecture,
@@ -27,6 +27,7 @@ from models.released import published_fields
 from models.safe_load import read_file
 from runtime.files import file_digest
 from runtime.terminal import UserError
+from tests.helpers import config_of
 from tests.models.released_numbers import fields_of, inputs_of, layout_state, path_of
 
 TINY = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
@@ -36,11 +37,12 @@ TINY = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data
 def tiny_checkpoint(**changes):
     """Return (net, checkpoint in our layout) of a small network, its averages differing from its weights."""
     torch.manual_seed(0)
-    net = create_from_fields(TINY | changes)
+    fields = TINY | changes
+    net = create_from_fields(fields)
     ema = ExponentialMovingAverage(net.parameters(), 0.999)
     torch._foreach_add_(ema.shadow_params, 0.01)
     return net, {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": {"state": {}, "param_groups": []},
-                 "step": 7, "config": nested(TINY | changes)}
+                 "step": 7, "config": nested(fields)}
 
 
 def nested(fields):
@@ -59,7 +61,6 @@ def ours(tmp_path):
 
 
 def test_own_checkpoint_comes_back_with_weights_averages_and_step(ours):
-    """Reading is the inverse of writing."""
     net, written = tiny_checkpoint()
     read = read_checkpoint(ours)
     assert read["step"] == 7 and read["config"] == written["config"]
@@ -97,7 +98,6 @@ def test_loaded_weights_can_change_without_changing_the_file(ours):
 
 
 def test_interrupted_writing_leaves_the_old_checkpoint(ours):
-    """A state that cannot be written does not cost the one that is there."""
     before = ours.read_bytes()
     with pytest.raises(Exception, match="pickle"):
         write_checkpoint(ours, {"model": {}, "step": threading.Lock()})
@@ -130,7 +130,6 @@ def test_pickled_code_is_not_executed(tmp_path, zipped, protocol, phrase):
 
 
 def test_plain_pickle_with_code_is_not_executed(tmp_path):
-    """The same without torch's wrapping."""
     (tmp_path / "bad.pth").write_bytes(pickle.dumps(Hostile(str(tmp_path / "owned")), protocol=2))
     with pytest.raises(UserError, match=r"bad\.pth"):
         load_model(tmp_path / "bad.pth")
@@ -161,7 +160,6 @@ def test_numpy_1_scalar_is_read(tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
 def test_truncated_file_is_reported(tmp_path, ours, share):
-    """A download or copy that stopped early."""
     content = ours.read_bytes()
     (tmp_path / "short.pth").write_bytes(content[: int(len(content) * share)])
     with pytest.raises(UserError, match=r"short\.pth (cannot be read as a checkpoint|is empty)"):
@@ -170,14 +168,12 @@ def test_truncated_file_is_reported(tmp_path, ours, share):
 
 @pytest.mark.parametrize("content", [b"hello, I am text\n", b"\x80\x02}q\x00.", bytes(100), b"PK\x03\x04 no zip"])
 def test_other_files_are_reported(tmp_path, content):
-    """Text, an empty pickled dict, zeros, half a zip."""
     (tmp_path / "other.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"other\.pth"):
         load_model(tmp_path / "other.pth")
 
 
 def test_missing_file_and_folder_are_reported(tmp_path):
-    """A wrong path says so."""
     with pytest.raises(UserError, match=r"none\.pth cannot be opened \(No such file"):
         load_model(tmp_path / "none.pth")
     with pytest.raises(UserError, match=r"cannot be opened \(Is a directory"):
@@ -193,14 +189,12 @@ def test_missing_file_and_folder_are_reported(tmp_path):
     ({"model": {}, "config": {}}, "no state dict under 'model'"),
 ])
 def test_other_contents_are_reported(tmp_path, content, phrase):
-    """A torch file that is no checkpoint of this program."""
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(UserError, match=rf"other\.pth.*{phrase}"):
         read_checkpoint(tmp_path / "other.pth")
 
 
 def test_averages_of_another_network_are_reported(tmp_path):
-    """Weights and averages that do not belong together, in both layouts."""
     checkpoint = tiny_checkpoint()[1]
     checkpoint["ema"]["shadow_params"] = checkpoint["ema"]["shadow_params"][:-1]
     write_checkpoint(tmp_path / "ours.pth", checkpoint)
@@ -242,7 +236,6 @@ def test_prefixes_of_a_released_file_do_not_matter(tmp_path):
     ("data", "num_channels", -1),
 ])
 def test_config_of_wrong_types_is_one_sentence(tmp_path, group, field, value):
-    """A checkpoint's config is read like any file that somebody else wrote."""
     checkpoint = tiny_checkpoint()[1]
     checkpoint["config"][group][field] = value
     write_checkpoint(tmp_path / "ours.pth", checkpoint)
@@ -265,7 +258,6 @@ def published_checkpoint(name):
 ])
 @pytest.mark.parametrize("layout", ["ours", "published"])
 def test_contradicting_field_is_refused_with_the_difference(ours, layout, field, value):
-    """The user learns which field differs, what the checkpoint has and what he gave."""
     checkpoint = read_checkpoint(ours) if layout == "ours" else published_checkpoint("cifar32_3.4M")
     config = get_default_config()
     group, name = field.split(".")
@@ -308,9 +300,7 @@ def test_config_takes_the_checkpoints_architecture_and_keeps_the_rest(ours):
 def test_released_file_takes_from_the_config_what_it_does_not_tell():
     """Size and attention of a config that fits the checkpoint, and options that leave no trace in its tensors."""
     name = "ncsnpp_elu_fourier_scaled"
-    config = get_default_config()
-    for field, value in fields_of(name).items():
-        set_field(config, field, tuple(value) if isinstance(value, list) else value)
+    config = config_of(**fields_of(name))
     config, net, digest = load_with_config(path_of(name), config, frozenset(), use_ema=False)
     assert digest == file_digest(path_of(name))
     x, t999, label, recorded = inputs_of(name)
@@ -320,7 +310,6 @@ def test_released_file_takes_from_the_config_what_it_does_not_tell():
 
 
 def test_loading_into_another_network_names_the_fields(ours):
-    """The strict load says which architecture field differs."""
     net = create_from_fields(TINY | {"model.nf": 16})
     with pytest.raises(UserError, match="ours.pth belongs to another network: model.nf is 8 in .* and 16 here"):
         load_weights(net, read_checkpoint(ours), True)
@@ -340,7 +329,6 @@ def test_matching_load_of_another_width_reports_every_tensor_by_name(ours):
 
 
 def test_matching_load_takes_raw_weights_of_a_released_file():
-    """The same network matches completely, raw weights and not averages."""
     net = create_from_fields(fields_of("ncsnpp_cifar"))
     matched, unmatched = load_matching(net, path_of("ncsnpp_cifar"))
     assert not unmatched and len(matched) == len(net.state_dict())
@@ -370,12 +358,6 @@ def hub_cache(tmp_path, monkeypatch, ours, data_folder):
                                                "edm.pkl": data_folder / "edm/edm_ddpmpp_cond.pkl"})
 
 
-def test_hub_path_is_read_from_the_local_cache(hub_cache, ours):
-    """hf://owner/repo/file stands wherever a checkpoint path does; files in sub-folders, too."""
-    net = load_model("hf://someone/SlimFlow/models/ours.pth")
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), load_model(ours).parameters(), strict=True))
-
-
 def test_a_snapshot_of_edm_is_read_from_the_hub_too(hub_cache):
     net = load_model("hf://someone/SlimFlow/edm.pkl")
     assert net.config_fields["model.preconditioning"] == "edm" and net.config_fields["data.num_classes"] == 10
@@ -383,28 +365,22 @@ def test_a_snapshot_of_edm_is_read_from_the_hub_too(hub_cache):
 
 @pytest.mark.parametrize("path", ["hf://someone", "hf://someone/repo", "hf://someone/repo/"])
 def test_incomplete_hub_path_is_reported(path):
-    """The form is named."""
     with pytest.raises(UserError, match="must be hf://owner/repo/file"):
         load_model(path)
 
 
-def test_unreachable_hub_file_is_reported(hub_cache):
-    """A file that is neither in the cache nor to be fetched."""
-    with pytest.raises(UserError, match="hf://someone/SlimFlow/absent.pth could not be fetched"):
-        load_model("hf://someone/SlimFlow/absent.pth")
-
-
-def test_hub_without_network_is_one_sentence_at_once_and_its_cache_is_used(hub_cache, monkeypatch, ours):
-    """The library alone would retry for half a minute."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+@pytest.mark.parametrize("offline", [True, False])
+def test_hub_without_network_is_one_sentence_at_once_and_its_cache_is_used(hub_cache, monkeypatch, ours, offline):
+    """hf://owner/repo/file stands for a checkpoint's path. The library alone would retry for half a minute."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    load_model("hf://someone/SlimFlow/models/ours.pth")
+    net = load_model("hf://someone/SlimFlow/models/ours.pth")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), load_model(ours).parameters(), strict=True))
     with pytest.raises(UserError, match="hf://someone/SlimFlow/absent.pth could not be fetched"):
         load_model("hf://someone/SlimFlow/absent.pth")
 
 
 def test_missing_hub_package_is_named(monkeypatch):
-    """huggingface_hub is optional: without it the message says what to install."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
         load_model("hf://someone/SlimFlow/ours.pth")

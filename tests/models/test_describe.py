@@ -1,11 +1,18 @@
-"""What a network costs."""
+"""What a network costs, and the command that tells it."""
+
+import sys
 
 import pytest
 import torch
 
+from configs.command_line import run_script
+from models.checkpoint import write_checkpoint
 from models.create import create_from_fields
 from models.describe import cost_line, cost_of, describe, fastest_layout, measure, table
+from tests.helpers import CIFAR10, overrides
 from tests.models.released_numbers import LAYOUTS, layout_fields
+from tests.models.test_checkpoint import tiny_checkpoint
+from tools import describe as command
 
 SMALL = {"model.nf": 64, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 16,
          "model.attn_resolutions": (16, 8)}
@@ -14,7 +21,6 @@ SMALL = {"model.nf": 64, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "da
 @pytest.mark.parametrize("name", ["cifar10_1flow_61.8M", "cifar32_3.4M", "ffhq64_15.7M", "ffhq64_3.4M",
                                   "imagenet64_80.7M", "imagenet64_44.7M"])
 def test_totals_are_those_of_the_paper(name):
-    """Parameters exactly, GMACs to the four decimals that were recorded."""
     *parts, total = describe(layout_fields(name))
     assert total.parameters == LAYOUTS[name]["parameters"]
     assert round(total.gmacs, 4) == LAYOUTS[name]["gmacs"]
@@ -51,7 +57,6 @@ def test_parts_have_the_sizes_and_parameters_of_their_levels():
 
 
 def test_table_has_a_line_for_each_part():
-    """Numbers with their units, the total last."""
     lines = table(describe(SMALL)).splitlines()
     assert lines[0].split() == ["part", "size", "parameters", "GMACs", "no", "attention", "activations"]
     assert lines[-1].startswith("total") and lines[-1].endswith("MiB")
@@ -82,3 +87,44 @@ def test_the_faster_memory_layout_is_chosen_and_the_network_stays_the_same(monke
     assert fastest_layout(net, net, 2) is layout
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
+
+
+# python -m tools.describe
+
+
+@pytest.fixture
+def told(monkeypatch, capsys):
+    """Run the command; return its exit status, the lines that it printed, and its error message."""
+    def run(*words, **fields):
+        monkeypatch.setattr(sys, "argv", ["describe", "--config", CIFAR10, *map(str, words), *overrides(**fields)])
+        with pytest.raises(SystemExit) as ended:
+            run_script(command.main, command.__doc__, command.FLAGS)
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out.splitlines(), printed.err
+
+    return run
+
+
+def test_configuration_is_described_in_a_table(told):
+    """The smallest published network: 3,437,123 parameters, 0.74 GMACs."""
+    status, lines, _ = told(model__nf=64, model__num_res_blocks=1, model__ch_mult=(1, 1, 2))
+    assert not status and lines[-2].split()[:3] == ["total", "3,437,123", "0.7356"]
+    total = describe({"model.nf": 64, "model.num_res_blocks": 1, "model.ch_mult": (1, 1, 2)})[-1]
+    bytes_of_16 = 20 * total.parameters + 16 * total.activation_bytes  # five numbers of four bytes a parameter
+    assert lines[-1].startswith(f"GiB to train in float32, by images a pass: 16: {bytes_of_16 / 2**30:.1f}, 32: ")
+
+
+def test_seconds_of_an_update_are_measured_on_request(told):
+    """With accumulation, in the config's precision, and for a network with classes."""
+    status, lines, _ = told("--measure", training__batch_size=4, training__accumulation_steps=2, model__nf=8,
+                            model__ch_mult=(1, 2), model__num_res_blocks=1, data__num_classes=3)
+    assert not status and float(lines[-1].split()[0]) > 0
+    assert "s an update of 4 images" in lines[-1] and "on the CPU" in lines[-1]
+
+
+def test_checkpoint_is_described_without_its_architecture_and_a_contradiction_is_one_sentence(told, tmp_path):
+    write_checkpoint(tmp_path / "ours.pth", tiny_checkpoint(**{"model.ch_mult": (1, 1, 2)})[1])
+    status, lines, _ = told("--ckpt_path", tmp_path / "ours.pth")
+    assert not status and "decoder 3" in "".join(lines) and "8²" in "".join(lines)
+    status, _, error = told("--ckpt_path", tmp_path / "ours.pth", model__nf=64)
+    assert status == 2 and "model.nf is 8 in the checkpoint and 64 here" in error

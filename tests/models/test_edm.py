@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from configs.default import get_default_config, set_field
+from configs.default import get_default_config
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
 from models import create_model, edm, edm_pickle, load_model
@@ -14,6 +14,7 @@ from models.create import create_from_fields
 from models.describe import describe
 from models.released import to_released
 from runtime.terminal import UserError
+from tests.helpers import config_of
 from tests.models.edm_networks import OWN, READABLE, golden_file, golden_numbers
 from tests.models.released_numbers import fields_of
 
@@ -100,7 +101,6 @@ def test_noise_levels_are_clamped_to_what_the_network_knows():
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("sampler, reverse", [("rk45", False), ("rk45", True), ("euler", True), ("heun", False)])
 def test_samplers_run_on_a_snapshot_in_both_directions(name, sampler, reverse):
-    """A snapshot is a network like ours to every sampler."""
     net, (_, numbers) = load_model(golden_file(f"{name}.pkl")), golden_numbers(name)
     config = get_default_config()
     config.sampling.update(use_ode_sampler=sampler, sample_N=3, ode_tol=0.1)
@@ -124,26 +124,20 @@ def test_architecture_comes_from_the_file_and_any_config_serves():
 
 def test_preconditioning_of_a_checkpoint_without_one_cannot_be_asked_for(data_folder):
     """A released velocity read as a denoiser would give noise without a word."""
-    path, config = data_folder / "golden/ncsnpp_cifar.pth", get_default_config()
-    for name, value in (fields_of("ncsnpp_cifar") | {"model.preconditioning": "edm"}).items():
-        set_field(config, name, tuple(value) if isinstance(value, list) else value)
+    path = data_folder / "golden/ncsnpp_cifar.pth"
+    config = config_of(**(fields_of("ncsnpp_cifar") | {"model.preconditioning": "edm"}))
     assert load_with_config(path, config, frozenset())[0].model.preconditioning == "none"
     with pytest.raises(UserError, match="model.preconditioning is none in the checkpoint and edm here"):
         load_with_config(path, config, frozenset(["model.preconditioning"]))
 
 
 def test_costs_of_a_snapshot_are_told_level_by_level():
-    """The part names are those of the network inside the preconditioning."""
     rows = describe(read_checkpoint(golden_file("edm_ncsnpp.pkl"))["fields"])
     assert [row.part for row in rows[-3:]] == ["decoder 2", "output", "total"]
 
 
 def test_preconditioned_checkpoint_of_ours_is_read_again_and_kept_from_the_released_layout(tmp_path):
-    """A student with a preconditioning is saved with its config like any other."""
-    config = get_default_config()
-    for name, value in (TINY | {"model.preconditioning": "edm", "data.num_classes": 2}).items():
-        group, field = name.split(".")
-        config[group][field] = value
+    config = config_of(**(TINY | {"model.preconditioning": "edm", "data.num_classes": 2}))
     net = create_model(config)
     state = {"model": net.state_dict(), "ema": {"shadow_params": list(net.parameters())}, "step": 1,
              "config": config.to_dict()}
@@ -194,14 +188,7 @@ def test_network_that_ours_cannot_be_is_refused_by_name(change, sentence, monkey
     assert sentence in str(refused.value) and "x.pkl" in str(refused.value)
 
 
-def test_discrete_noise_levels_are_refused_by_name():
-    """iDDPM's networks have twice the output channels and another schedule."""
-    with pytest.raises(UserError, match="its preconditioning is 'iDDPMPrecond'"):
-        load_model(golden_file("baseline_adm.pkl"))
-
-
 def test_truncated_file_is_called_damaged(tmp_path):
-    """Half a download must not pass for a network."""
     content = golden_file("edm_ncsnpp.pkl").read_bytes()
     (tmp_path / "half.pkl").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="half.pkl cannot be read: it is cut short"):
@@ -254,6 +241,5 @@ def test_weights_that_would_mean_something_else_are_not_copied(changes, sentence
 
 
 def test_velocity_checkpoint_does_not_start_a_preconditioned_student(data_folder):
-    """The other way round, too."""
     with pytest.raises(UserError, match="model.preconditioning is none in the checkpoint and edm here"):
         load_matching(student_of("edm_ncsnpp"), data_folder / "golden/ncsnpp_cifar.pth")

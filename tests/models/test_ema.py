@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.ema import ExponentialMovingAverage
 from runtime.terminal import UserError
+from tests.helpers import Operations
 
 
 def network():
@@ -33,18 +33,10 @@ def test_average_follows_the_formula_with_warm_up(decay, values):
 
 
 def test_update_is_three_operations_for_all_parameters():
-    """The cost of an update does not grow with the number of tensors."""
-    operations = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            operations.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     ema = ExponentialMovingAverage(network().parameters(), 0.9)
-    with Record():
+    with Operations() as operations:
         ema.update()
-    assert len(operations) == 3 and all("_foreach_" in name for name in operations)
+    assert len(operations.names) == 3 and all("_foreach_" in name for name in operations.names)
 
 
 @pytest.mark.parametrize("keep, moved", [(0.0, False), (1.0, True)])
@@ -62,7 +54,6 @@ def test_skipped_update_leaves_the_averages(keep, moved):
 
 
 def test_only_trained_parameters_are_averaged_and_shadows_are_copies():
-    """In the order of the parameters, as the released state dict has them."""
     net = network()
     ema = ExponentialMovingAverage(net.parameters(), 0.9)
     assert [s.shape for s in ema.shadow_params] == [p.shape for p in net.parameters() if p.requires_grad]
@@ -83,7 +74,6 @@ def test_averaged_weights_trade_places_with_the_raw_ones():
 
 
 def test_raw_weights_return_after_an_error():
-    """An exception while sampling must not leave the averages in the network."""
     net = network()
     ema = ExponentialMovingAverage(net.parameters(), 0.9)
     before = net[1].weight.clone()
@@ -94,7 +84,6 @@ def test_raw_weights_return_after_an_error():
 
 
 def test_updating_or_saving_the_traded_weights_is_an_error():
-    """Both would take the averages for the raw weights."""
     ema = ExponentialMovingAverage(network().parameters(), 0.9)
     with ema.average_parameters():
         for action in (ema.update, ema.state_dict):
@@ -118,7 +107,6 @@ def test_state_has_the_released_form_and_resumes():
 
 
 def test_state_of_another_network_is_refused():
-    """Number and shapes must fit."""
     ema = ExponentialMovingAverage(network().parameters(), 0.9)
     with pytest.raises(UserError, match="another architecture"):
         ema.load_state_dict(ExponentialMovingAverage(nn.Linear(3, 4).parameters(), 0.9).state_dict())

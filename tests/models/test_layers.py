@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import layers
-from runtime.terminal import UserError
 
 TAPS = st.lists(st.floats(0.1, 4.0), min_size=2, max_size=6)
 
@@ -66,7 +65,6 @@ def test_fir_convolutions_are_filter_and_convolution(taps):
 
 
 def test_box_resampling_keeps_a_constant_image():
-    """Up and down undo each other on what has no detail."""
     x = torch.randn(2, 3, 1, 1).expand(2, 3, 4, 4)
     doubled = layers.Resampling(up=True)(x)
     assert torch.equal(doubled, x[..., :1, :1].expand(2, 3, 8, 8))
@@ -129,15 +127,8 @@ def test_normalisation_under_autocast_is_float32():
 
 
 def test_parallel_linears_are_the_layers_one_by_one():
-    """One product, the same results in the same order."""
     torch.manual_seed(0)
     linears = [torch.nn.Linear(5, width) for width in (3, 1, 4)]
     x = torch.randn(2, 5)
     for found, linear in zip(layers.parallel_linears(linears, x), linears, strict=True):
         torch.testing.assert_close(found, linear(x))
-
-
-def test_indivisible_groups_are_refused_by_name():
-    """The message says which fields make such a width."""
-    with pytest.raises(UserError, match=r"model\.nf and model\.ch_mult make a layer of 90 channels"):
-        layers.GroupNorm(90, 1e-6)

@@ -8,6 +8,7 @@ from models.create import create_from_fields
 from models.edm import deinterleave, interleave
 from models.released import from_released, published_fields, released_tensors, to_released
 from models.safe_load import read_file
+from tests.helpers import same
 from tests.models.released_numbers import (
     LAYOUTS,
     NAMES,
@@ -22,7 +23,6 @@ from tests.models.released_numbers import (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_raw_weights_give_the_recorded_velocity(name):
-    """A difference in any option of a network shows here."""
     x, t999, label, recorded = inputs_of(name)
     net = load_model(path_of(name), use_ema=False, fields=fields_of(name))
     with torch.no_grad():
@@ -63,7 +63,6 @@ def test_anything_else_is_not_taken_for_a_published_architecture():
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_configuration_of_the_paper_has_the_released_layout(name):
-    """Parameter count, names, order, shapes and types of the state dict of every configuration."""
     with torch.device("meta"):
         net = create_from_fields(layout_fields(name))
     ours = net.state_dict()
@@ -77,7 +76,6 @@ def test_configuration_of_the_paper_has_the_released_layout(name):
 
 @pytest.mark.parametrize("name", ["cifar10_1flow_61.8M", "imagenet64_80.7M"])
 def test_released_state_dict_leaves_nothing_missing_or_over(name):
-    """The released names of the largest networks fill ours exactly."""
     with torch.device("meta"):
         net = create_from_fields(layout_fields(name))
     translated = from_released({"model": plain(layout_state(name))}, net)["model"]
@@ -91,23 +89,7 @@ def test_translating_there_and_back_changes_no_bit(name):
     net = create_from_fields(fields_of(name))
     ours = from_released(checkpoint | {"model": plain(checkpoint["model"])}, net)
     assert list(ours["model"]) != list(checkpoint["model"])
-    assert_same(to_released(ours, net), checkpoint)
-
-
-def assert_same(found, expected):
-    """Compare nested dicts and lists, order of the keys included."""
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected) and found.dtype == expected.dtype
-    elif isinstance(expected, dict):
-        assert list(found) == list(expected)
-        for key in expected:
-            assert_same(found[key], expected[key])
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected)
-        for a, b in zip(found, expected, strict=True):
-            assert_same(a, b)
-    else:
-        assert found == expected
+    assert same(to_released(ours, net), checkpoint)
 
 
 @pytest.mark.parametrize("name", ["ncsnpp_cifar", "ncsnpp_fourier_fir_residual"])

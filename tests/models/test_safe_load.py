@@ -14,6 +14,7 @@ import torch
 from models.checkpoint import read_checkpoint
 from models.safe_load import read_file
 from runtime.terminal import UserError
+from tests.helpers import same
 
 LONG = bool(os.environ.get("SLIMFLOW_LONG_TESTS"))
 
@@ -35,16 +36,6 @@ def archive(records=None, compression=zipfile.ZIP_STORED):
             change = next((c for end, c in (records or {}).items() if entry.filename.endswith(end)), bytes)
             target.writestr(entry.filename, change(source.read(entry)))
     return written.getvalue()
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def read_or_refused(path):
@@ -166,7 +157,7 @@ def safetensors(change=lambda header, data: (header, data)):
 def test_safetensors_are_read(tmp_path):
     path = pathlib.Path(tmp_path, "a.safetensors")
     path.write_bytes(safetensors())
-    assert same(read_file(path)[0], {"model": content()["model"], "step": 7})
+    assert same(read_file(path)[0], {"step": 7, "model": content()["model"]})
 
 
 @pytest.mark.parametrize("change", [

@@ -12,9 +12,9 @@ from models.create import create_from_fields
 from models.safe_load import read_file
 from runtime.files import file_digest
 from runtime.terminal import UserError
+from tests.helpers import same
 from tests.models.released_numbers import fields_of, inputs_of, path_of
 from tests.models.test_checkpoint import fill_cache, tiny_checkpoint
-from tests.models.test_released import assert_same
 from tools import convert
 
 
@@ -41,7 +41,7 @@ def test_there_and_back_is_the_same_checkpoint(tmp_path, name, capsys):
     assert capsys.readouterr().out.splitlines() == [f"{ours}: our layout", f"{released}: released layout"]
     expected, found = read_file(path_of(name))[0], read_file(released)[0]
     assert {key: found.pop(key) for key in ["config"]}["config"]["data"]["image_size"] == 16
-    assert_same(found, {key: expected[key] for key in found})
+    assert same(found, {key: expected[key] for key in found})
     assert set(found) == set(expected)
 
 

@@ -1,68 +1,20 @@
-"""What a run's folder says of the code and data that ran, who may go on in it, and how a signal ends it."""
+"""Who may go on in a run's folder, on which data, and how a signal ends it."""
 
 import contextlib
 import signal
-import subprocess
 
 import pytest
 
-from configs import provenance
-from configs.command_line import config_to_dict, load_config
-from configs.default import set_field
+from configs.command_line import config_to_dict
 from runtime.files import write_json
 from runtime.terminal import UserError
-from tests.conftest import ROOT
+from tests.helpers import DIGITS, config_of
 from training import run
-
-
-def git(folder, *words):
-    """Run git in a folder, as nobody in particular."""
-    identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "color.ui=always"]
-    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A repository with one commit, which the run folder takes for its own."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    git(folder, "init", "-q")
-    (folder / "train.py").write_text("a\nb\n")
-    (folder / ".gitignore").write_text("logs/\n")
-    git(folder, "add", "-A")
-    git(folder, "commit", "-qm", "start")
-    monkeypatch.setattr(provenance, "CHECKOUT", folder)
-    return folder
-
-
-def test_patch_has_tracked_changes_alone_and_names_what_is_untracked(checkout, tmp_path):
-    """An untracked file may be a private key: its content must not enter the folder of a run."""
-    assert provenance.uncommitted_changes() == (b"", [])
-    (checkout / "train.py").write_bytes(b"a\nb\xe4\n")
-    (checkout / "new key.pem").write_text("SECRET")
-    (checkout / "logs").mkdir()
-    (checkout / "logs" / "log.txt").write_text("ignored")
-    patch, untracked = provenance.uncommitted_changes()
-    assert untracked == ["new key.pem"] and b"SECRET" not in patch and provenance.git_commit().endswith("+")
-    git(tmp_path, "clone", "-q", checkout, "clone")
-    (tmp_path / "run.patch").write_bytes(patch)
-    git(tmp_path / "clone", "apply", tmp_path / "run.patch")
-    assert (tmp_path / "clone" / "train.py").read_bytes() == b"a\nb\xe4\n"
-
-
-def test_code_outside_git_has_neither_commit_nor_patch(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert provenance.git_commit() is None and provenance.uncommitted_changes() == (b"", [])
 
 
 def config_in(folder, **fields):
     """Return the digits' config of a run in `folder`."""
-    config = load_config(ROOT / "configs/rectified_flow/digits_rf_gaussian.py")
-    config.work_dir, config.expr = str(folder), "run"
-    for name, value in fields.items():
-        set_field(config, name.replace("__", "."), value)
-    return config
+    return config_of(DIGITS, work_dir=str(folder), expr="run", **fields)
 
 
 def test_a_second_start_of_a_run_is_refused(tmp_path):
@@ -112,7 +64,7 @@ def test_schedules_that_are_longer_than_the_run_are_said(tmp_path):
     assert run.endless_schedules(fitting) == []
 
 
-def test_the_first_signal_decides_and_only_a_second_ctrl_c_interrupts(monkeypatch):
+def test_the_first_signal_decides_and_only_a_second_ctrl_c_interrupts():
     with run.stop_requests(1) as agreed:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
