@@ -1,14 +1,14 @@
-"""EDM's networks as teachers: loading a snapshot, and what each solver's pairs cost, on the CPU with one thread.
+"""EDM's networks as teachers: loading a snapshot, and the cost of pairs by solver, on one CPU thread.
 
     python -m benchmarks.edm edm-cifar10-32x32-uncond-vp.pkl
     python -m benchmarks.edm tests/data/edm/edm_ddpmpp_cond.pkl --wide FILE.pkl | tee benchmarks/edm.txt
 
-Loading: seconds, and the peak of memory above what the program had, over the size of the file. Solvers, on the exact
-denoiser of a mixture of Gaussians and on small networks: evaluations of a sample, and the median over samples of the
-root mean square error of a pixel against rk45 from t = 0.001 at a tolerance of 1e-7 (networks: 1e-6). A network of
-more than ten million parameters is timed alone. --wide FILE does the same for the snapshot FILE with 16 times the
-channels and random weights, written to a temporary folder: of edm_ddpmpp_defaults.pkl, a recorded network of eight
-channels, that is the architecture of edm-cifar10-32x32-uncond-vp.pkl.
+Loading: seconds, and the increase of peak memory over the size of the file. Solvers, on the exact denoiser of a mixture
+of Gaussians and on small networks: evaluations per sample, and the median over samples of the root mean square error
+per pixel, compared with rk45 from t = 0.001 at a tolerance of 1e-7 (networks: 1e-6). Networks of more than ten million
+parameters are only timed. --wide FILE does the same for the snapshot FILE with 16 times the channels and random
+weights, written to a temporary folder; from edm_ddpmpp_defaults.pkl, a recorded network of eight channels, it makes the
+architecture of edm-cifar10-32x32-uncond-vp.pkl.
 """
 
 import multiprocessing
@@ -27,20 +27,20 @@ from models.edm_pickle import Bytes, Reader
 from runtime.seeds import index_noise
 from tests.models.edm_networks import emit, widen
 
-FLAGS = {"snapshot": Field("", "an EDM snapshot"), "wide": Field("", "a snapshot to make 16 times as wide")}
+FLAGS = {"snapshot": Field("", "an EDM snapshot"), "wide": Field("", "a snapshot to widen by a factor of 16")}
 SOLVERS = [("edm", 18), ("edm", 40), ("heun", 18), ("heun", 40), ("rk45", 1e-3), ("rk45", 1e-4), ("rk45", 1e-5)]
 IMAGES, SMALL = 4, 10**7
 
 
 def memory(name):
-    """Return the bytes of this process under `name` in /proc/self/status."""
+    """Return the value `name` of /proc/self/status, in bytes."""
     return 1024 * int(pathlib.Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
 
 
 def load(path):
-    """Load a snapshot and print its time and peak memory, after a small one: what torch loads once is not counted."""
+    """Load a snapshot and print time and peak memory, after a small one, so that lazy imports do not count."""
     load_model("tests/data/edm/edm_ncsnpp.pkl")
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from now
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, started = memory("VmRSS"), time.process_time()
     net = load_model(path)
     seconds, peak, size = time.process_time() - started, memory("VmHWM") - before, path.stat().st_size
@@ -49,7 +49,7 @@ def load(path):
 
 
 def mixture_velocity(x, t, label=None):
-    """The velocity (D - x_t)/(1-t) of 20 Gaussians of standard deviation 0.1 at random images."""
+    """Return (D - x_t)/(1-t) for a mixture of 20 Gaussians of standard deviation 0.1 around random images."""
     means = (2 * torch.rand(20, 192, generator=torch.Generator().manual_seed(0)) - 1).double()
     t = t.double()[:, None].clamp(max=0.9999)
     x_t, sigma = x.double().flatten(1), (1 - t) / t
@@ -59,7 +59,7 @@ def mixture_velocity(x, t, label=None):
 
 
 def compare(velocity, z, label=None, tolerance=1e-6):
-    """Print the table of the solvers, their number of steps or tolerance, and errors against rk45 at `tolerance`."""
+    """Print a line per solver with its steps or tolerance, evaluations, and error against rk45 at `tolerance`."""
     tight = None
     for solver, value in [("rk45", tolerance), *SOLVERS]:
         config = get_default_config()
@@ -74,8 +74,8 @@ def compare(velocity, z, label=None, tolerance=1e-6):
 
 
 def measure(path):
-    """Load a snapshot, then compare the solvers on it, or time an evaluation where it is large."""
-    fresh = multiprocessing.get_context("spawn").Process(target=load, args=(path,))  # with no memory to use again
+    """Load a snapshot, then compare the solvers on it, or time an evaluation if it is large."""
+    fresh = multiprocessing.get_context("spawn").Process(target=load, args=(path,))  # without memory to reuse
     fresh.start()
     fresh.join()
     net = load_model(path)

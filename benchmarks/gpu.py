@@ -1,11 +1,11 @@
-"""Speed on a GPU at the paper's configurations: training, sampling, pairs, features; and what is certain only there.
+"""Speed at the paper's configurations on a GPU: training, sampling, pairs, features; and repeatability.
 
     python -m benchmarks.gpu --seconds 400 --out results     rows as JSON lines in results/gpu.jsonl, text on stdout
 
 A training row is the update of train.py: images/s, TFLOP/s (six operations for each multiply-accumulate of a forward
 pass), their share of the dense peak of an H100 SXM's data sheet, peak memory, and the seconds of the first update, in
-which cuDNN times its algorithms or the compiler runs. `released` is the update of train_step.py. Rows come in the order
-of what one wants to know first; those that the time does not reach are named. --tiny: small networks, any device.
+which cuDNN times its algorithms or the compiler runs. `released` is that of train_step.py, as in the released code. The
+most important rows come first; those for which there is no time are listed. --tiny: small networks, any device.
 """
 
 import argparse
@@ -49,26 +49,26 @@ LAST += [{"size": size, "precision": "fp32"} for size in SIZES]
 
 
 class Programme:
-    """The parts, each a method that returns the figures of a row, and what they share."""
+    """The benchmarks, each a method that returns the values of a row, and what they share."""
 
     def __init__(self, out, seconds, tiny):
         self.out, self.end, self.missed = pathlib.Path(out), time.monotonic() + seconds, []
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.cuda, self.work = self.device.type == "cuda", tempfile.TemporaryDirectory()
         self.checkpoint = pathlib.Path(self.work.name, "flow.pth")
-        # networks, seconds that a speed is measured over, batch of training, samples, updates of what is sampled
+        # networks, seconds per measurement, batch of training, samples, updates of the network to sample
         self.fields, self.seconds, self.batch, self.many, self.trained = SIZES, 1.0, 128, 512, 600
         if tiny:
             self.fields, self.seconds, self.batch, self.many, self.trained = dict.fromkeys(SIZES, TINY), 0.05, 4, 8, 2
 
     def row(self, part, **values):
-        """Print a row and keep it; one that fails says why, one out of time is named at the end."""
+        """Run a part, print and save its row, or its error; without time left, add it to `missed`."""
         if time.monotonic() > self.end:
             self.missed.append(f"{part.__name__} {' '.join(map(str, values.values()))}")
             return
         try:
             found = part(**values)
-        except Exception as error:  # out of memory, a kernel that is missing: the other rows are wanted all the same
+        except Exception as error:  # such as no memory or a missing kernel: continue with the other rows
             found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
         if self.cuda:
             torch.cuda.empty_cache()
@@ -80,19 +80,18 @@ class Programme:
         print(f"{part.__name__:9}", ", ".join(shown), flush=True)
 
     def rate(self, call):
-        """Return calls a second."""
+        """Return the number of calls per second."""
         return 1 / median_seconds(call, seconds=self.seconds)
 
     def training(self, size, precision, compile=None):
         """Return train.py's `Training` of a network."""
         torch._dynamo.reset()
-        torch.backends.cudnn.benchmark = True
         own = {"training.precision": precision, "training.compile": bool(compile),
                "training.compile_mode": compile or "default"}
         return create_training(self.fields[size] | own, self.batch, self.device)
 
     def updates(self, training, count):
-        """Do updates; return (the next ones, their seconds)."""
+        """Do `count` updates; return (the iterator of the next ones, seconds)."""
         started, step = time.perf_counter(), ours(training)
         for _ in range(count):
             next(step)
@@ -117,11 +116,11 @@ class Programme:
                 "messages": training.messages}
 
     def released(self, size):
-        """The same updates the released code's way, in its precision."""
+        """Updates as in the released code, in its precision."""
         return {"images_s": self.batch * self.rate(released(self.training(size, "fp32")).__next__)}
 
     def sample(self, sampler, precision):
-        """Samples from noise that is on the device."""
+        """Sampling, from noise on the device."""
         set_precision(precision)
         net = load_model(self.checkpoint, device=self.device).requires_grad_(False)
         velocity = velocity_from_network(in_precision(net, precision, self.device))
@@ -134,7 +133,7 @@ class Programme:
             return {"nfe": nfe.double().mean().item(), "images_s": self.many / (time.perf_counter() - started)}
 
     def pairs(self, tol):
-        """Pairs of generate_data.py: from the difference of two runs, so that its start does not count."""
+        """Pairs by generate_data.py, timed by the difference of two runs, so that the start does not count."""
         seconds = []
         for count in (self.many, 5 * self.many):
             folder = pathlib.Path(self.work.name, str(count))
@@ -149,14 +148,14 @@ class Programme:
         return {"pairs_s": 4 * self.many / (seconds[1] - seconds[0]), "nfe": about["nfe_mean"], "start_s": seconds[0]}
 
     def features(self):
-        """Images through torchvision's Inception (random weights) in full float32."""
+        """torchvision's Inception (random weights) in full float32."""
         net = inception_v3(weights=None, aux_logits=False, init_weights=False).eval().to(self.device)
         images = torch.randn(128 if self.cuda else 2, 3, 299, 299, device=self.device)
         with torch.no_grad(), full_float32():
             return {"images_s": len(images) * self.rate(lambda: net(images))}
 
     def repeats(self, deterministic):
-        """Whether updates from the same seeds end in the same bits."""
+        """Whether two trainings from the same seeds end with the same bits."""
         ends = []
         for _ in range(2):
             fields = self.fields["3.4M"] | {"training.deterministic": deterministic}
@@ -166,7 +165,7 @@ class Programme:
         return {"same_bits": torch.equal(*ends), "largest": (ends[0] - ends[1]).abs().max().item()}
 
     def run(self):
-        """Do all rows, the most important first; on a CPU a few of each kind."""
+        """Run all rows, the most important first; on a CPU a few of each kind."""
         self.out.mkdir(parents=True, exist_ok=True)
         for values in FIRST if self.cuda else FIRST[2:4]:
             self.row(self.train, **values)
@@ -175,7 +174,7 @@ class Programme:
             self.row(self.train, **values)
         training = self.training("15.7M", "bf16" if self.cuda else "fp32")
         self.updates(training, self.trained)
-        training.config.data.dataset = "CIFAR10"  # the scripts do not know that of this file
+        training.config.data.dataset = "CIFAR10"  # since scripts do not have the data set of train_step.py
         write_checkpoint(self.checkpoint, training.state(self.trained))
         for precision in ("tf32", "bf16", "fp32")[: 3 if self.cuda else 1]:
             for sampler in ("one_step", "euler-10", "rk45"):
@@ -189,7 +188,7 @@ class Programme:
 
 
 def main():
-    """Run the parts in the order of their worth until the seconds are over."""
+    """Read the command line and run the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=".")
     parser.add_argument("--seconds", type=float, default=400)

@@ -1,10 +1,10 @@
-"""Batches of training data, of images and of pairs, against torch's DataLoader: milliseconds a batch.
+"""Batches of images and of pairs, compared with torch's DataLoader: milliseconds per batch.
 
     OMP_NUM_THREADS=1 python -m benchmarks.loading | tee benchmarks/loading.txt
 
 An epoch of shuffled batches of 128 at CIFAR-10's size, opening included, on one thread. Images: flipped at random, ours
-from a memory-mapped array, torchvision's CIFAR10 and transforms as it documents them. Pairs: ours from disk (the page
-cache) and resident, the peer np.load with a TensorDataset. Rounds alternate; figures are medians of wall-clock time.
+from a memory-mapped array, the peer torchvision's CIFAR10 with its documented transforms. Pairs: ours from disk (page
+cache) and in memory, the peer np.load with a TensorDataset. Rounds alternate; figures are medians of wall-clock time.
 """
 
 import os
@@ -28,7 +28,7 @@ DATASETS["mapped"] = DataSet(lambda path, spec: array_set(np.load(path, mmap_mod
 
 
 class RandomCifar(torchvision.datasets.CIFAR10):
-    """torchvision's CIFAR10, `__getitem__` and all, with given images uint8 `(N, 32, 32, 3)` in place of a download."""
+    """torchvision's CIFAR10 with its `__getitem__`, on given images uint8 `(N, 32, 32, 3)` instead of a download."""
 
     def __init__(self, data):
         self.data, self.targets, self.target_transform = data, [0] * len(data), None
@@ -54,7 +54,7 @@ def loader(batches, dataset, workers=0):
 
 
 def main():
-    """Print milliseconds a batch of every reader, and their ratios to the first of its kind."""
+    """Print the milliseconds per batch of every reader."""
     images, times = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8), {}
     with tempfile.TemporaryDirectory() as root:
         np.save(f"{root}/images.npy", np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

@@ -1,13 +1,13 @@
-"""Both U-Nets at every configuration of the paper: ours against the released way of computing them, on the CPU.
+"""Both U-Nets at all configurations of the paper: our implementation and that of the released code, on the CPU.
 
     OMP_NUM_THREADS=2 python -m benchmarks.networks | tee benchmarks/networks.txt
 
-The peer has the same weights and gives the same velocity, computed as the released networks do it: attention by
-einsum with its pixels × pixels matrix, 1×1 projections between permutations, resampling by reshaping or by filters,
-the embedding projected block by block. Its operations in an eval forward pass of the CIFAR 3.4M network are printed:
-the released network dispatches 587. Runs alternate (ours, peer and, forward only, ours in channels_last, the layout in
-which `load_model` returns a network on a CPU); figures are medians, ratio is the peer's time over ours. GFLOP/s counts
-two for each multiply-accumulate of our forward pass; the peak is this machine's torch.mm in the same run.
+The peer has the same weights and velocity, computed as in the released networks: attention by einsum with its
+pixels × pixels matrix, 1×1 projections between permutations, resampling by reshaping or filters, the embedding
+projected in each block. The released CIFAR 3.4M network dispatches 587 operations in a forward pass; the peer's
+are printed. Runs alternate (ours, peer and, forward only, ours in channels_last, the layout in which `load_model`
+returns a network on a CPU); figures are medians, ratio is the peer's time over ours. GFLOP/s counts two operations
+per multiply-accumulate of our forward pass; torch.mm, in the same run, shows the peak of the machine.
 """
 
 import copy
@@ -28,15 +28,15 @@ from models.dhariwal_unet import DhariwalUNet
 from models.ncsnpp import NCSNpp
 from models.released import PUBLISHED
 
-GMACS_PER_RUN = 5.0  # small networks get a batch that makes at least about this much work
+GMACS_PER_RUN = 5.0  # the batch of small networks is chosen for about this much work
 ROUNDS = 5
 
 
-# The peer: methods of our modules, the released way. First NCSN++'s.
+# The peer: methods for our modules, as in the released code. First those of NCSN++.
 
 
 def nin_attention(self, x):
-    """Three projections and an output, each a tensordot between permutations; einsum attention."""
+    """Three input projections and one of the output, each a tensordot between permutations; einsum attention."""
     n, c, height, width = x.shape
 
     def project(x, rows, layer):
@@ -51,7 +51,7 @@ def nin_attention(self, x):
 
 
 def reshape_resampling(self, x, shifts=None):
-    """Every pixel repeated by expanding and copying, or the mean over two dimensions of a reshaped image."""
+    """Up: repeat every pixel; down: mean over two dimensions of the reshaped image."""
     n, c, height, width = x.shape
     if self.up:
         return x.view(n, c, height, 1, width, 1).repeat(1, 1, 1, 2, 1, 2).view(n, c, 2 * height, 2 * width)
@@ -64,7 +64,7 @@ def time_shifts(self, t999, label):
     return (linear(F.silu(emb)) for linear in self.time_linears)
 
 
-# And DhariwalUNet's.
+# Those of DhariwalUNet.
 
 
 def einsum_attention(self, x):
@@ -78,7 +78,7 @@ def einsum_attention(self, x):
 
 
 def filter_resampling(self, x, shifts=None):
-    """A transposed convolution of each channel with ones, or a convolution with a quarter."""
+    """Up: transposed convolution of each channel with ones; down: convolution with 1/4."""
     convolve, value = (F.conv_transpose2d, 1.0) if self.up else (F.conv2d, 0.25)
     return convolve(x, x.new_full((x.shape[1], 1, 2, 2), value), stride=2, groups=x.shape[1])
 
@@ -97,17 +97,17 @@ RELEASED_WAY = {
 
 
 def released_way(net):
-    """Return a copy of a network that computes the released way."""
+    """Return a copy of a network that computes as in the released code."""
     peer = copy.deepcopy(net)
-    ways = RELEASED_WAY[net.config_fields["model.name"]]
+    methods = RELEASED_WAY[net.config_fields["model.name"]]
     for module in peer.modules():
-        if way := ways.get(type(module)):
-            setattr(module, way.__name__ if module is peer else "forward", types.MethodType(way, module))
+        if method := methods.get(type(module)):
+            setattr(module, method.__name__ if module is peer else "forward", types.MethodType(method, module))
     return peer
 
 
 class Count(TorchDispatchMode):
-    """Counts the aten operations that are dispatched."""
+    """Counts dispatched aten operations."""
 
     operations = 0
 
@@ -136,7 +136,7 @@ def compare(name, fields):
     """Print the line of one configuration; return the ratios (forward, forward and backward)."""
     torch.manual_seed(0)
     net = create_from_fields(fields)
-    for p in net.parameters():  # nothing is zero, so that the comparison of the velocities means something
+    for p in net.parameters():  # zeros would make the comparison of velocities trivial
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
     gmacs = describe(fields)[-1].gmacs
@@ -151,7 +151,7 @@ def compare(name, fields):
         torch.testing.assert_close(net(x, t999, label), arms["peer"][0](x, t999, label), rtol=1e-3, atol=1e-4)
     line, ratios, rates = f"{name:<17} {gmacs:>7.2f} {batch:>5}", [], []
     for work, names in ((forward, arms), (forward_backward, ("ours", "peer"))):
-        rounds = [{arm: seconds(work, *arms[arm]) for arm in names} for _ in range(ROUNDS + 1)][1:]  # one to warm up
+        rounds = [{arm: seconds(work, *arms[arm]) for arm in names} for _ in range(ROUNDS + 1)][1:]  # after a warm-up
         taken = {arm: statistics.median(times[arm] for times in rounds) for arm in names}
         ratios.append(taken["peer"] / taken["ours"])
         rates.append(2 * gmacs * batch / taken["ours"])
@@ -161,7 +161,7 @@ def compare(name, fields):
 
 
 def main():
-    """Print a line for each configuration and the ratios over all of them."""
+    """Print a line per configuration, and the mean ratios."""
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} "
           f"threads, float32, medians of {ROUNDS} rounds")
     net, inputs = create_from_fields(PUBLISHED["CIFAR32 3.4M"][1]), (torch.randn(1, 3, 32, 32), torch.rand(1))

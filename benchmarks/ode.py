@@ -1,12 +1,12 @@
-"""Work against precision of adaptive integration: ours per sample, scipy, torchdiffeq and torchode on a trained 1-flow.
+"""Work and precision of adaptive solvers on a trained 1-flow: ours per sample, scipy, torchdiffeq and torchode.
 
     python -m benchmarks.ode logs/demo/1_flow/checkpoints/checkpoint_1.pth | tee benchmarks/ode.txt
 
 All integrate the same float32 network (EMA weights) from the same noise, t = 0.001 to 1, with a float64 state and
 rtol = atol, a batch at a time: scipy and torchdiffeq with one step size for a batch, torchode and ours with one for
-each sample. Columns: evaluations of a sample by its solver's own count; rows, how often the network really saw it; the
-root mean square over a sample's pixels of the difference to a solution at tolerance 1e-6, as mean, median and worst of
-the samples; `over`, the mean error divided by that of ours at as many evaluations, interpolated on logarithms (nan
+each sample. Columns: evaluations per sample by the solver's own count; rows, evaluations per sample by the network; the
+root mean square over a sample's pixels of the difference from a solution at tolerance 1e-6, as mean, median and maximum
+over samples; `over`, the mean error divided by that of ours at as many evaluations, interpolated on logarithms (nan
 outside): above 1, ours is more accurate for the same work. docs/work_precision.png shows the curves.
 """
 
@@ -31,26 +31,26 @@ TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 
 
 def scipy_rk45(field, z, tol):
-    """Integrate dx/dt = field(t, x) from z by scipy; as all peers, return the ends and a sample's own evaluations."""
+    """Integrate dx/dt = field(t, x) from z by scipy; return x at t = 1 and evaluations per sample (None: as rows)."""
     found = solve_ivp(lambda t, x: field(t, torch.from_numpy(x)).cpu().numpy(), (EPS, 1.0),
                       z.double().flatten().cpu().numpy(), method="RK45", rtol=tol, atol=tol)
     return torch.from_numpy(found.y[:, -1]), None
 
 
 def torchdiffeq_dopri5(field, z, tol):
-    """torchdiffeq's dopri5, one step size for a batch."""
+    """The same by torchdiffeq's dopri5, with one step size for a batch."""
     times = torch.tensor([EPS, 1.0], dtype=torch.float64, device=z.device)
     return torchdiffeq.odeint(field, z.double(), times, rtol=tol, atol=tol, method="dopri5")[-1], None
 
 
 def torchode_dopri5(field, z, tol):
-    """torchode's dopri5, each sample with its own steps, with the PID controller its documentation names."""
+    """The same by torchode's dopri5, each sample with its own steps, with the PID controller of its documentation."""
     term = torchode.ODETerm(field)
     controller = torchode.PIDController(term=term, atol=tol, rtol=tol, pcoeff=0.2, icoeff=0.5, dcoeff=0.0)
     solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term), controller)
     start, end = (torch.full((len(z),), t, dtype=torch.float64, device=z.device) for t in (EPS, 1.0))
     found = solver.solve(torchode.InitialValueProblem(z.double().flatten(1), start, end, t_eval=end[:, None]))
-    # Its own n_f_evals is one number for the batch; a step of a sample is six evaluations, the start two.
+    # Its n_f_evals is one number for the batch; a sample takes two evaluations at the start and six per step.
     return found.ys[:, -1], 2 + 6 * found.stats["n_steps"]
 
 
@@ -58,7 +58,7 @@ PEERS = {"scipy RK45": scipy_rk45, "torchdiffeq dopri5": torchdiffeq_dopri5, "to
 
 
 def run(name, velocity, z, tol, batch):
-    """Return (x, evaluations, rows) of a solver on all samples, both per sample in the mean."""
+    """Return (x, evaluations, rows) of a solver on all samples, the last two as means over samples."""
     rows, shape = [], (-1, *z.shape[1:])
 
     def counted(x, t, label=None):
@@ -110,7 +110,7 @@ def main():
                   f"{error.max():10.2e}{over:7.2f}", flush=True)
         ours = ours or curve
         axes.loglog(*zip(*curve, strict=True), "o-", label=name)
-    axes.set(xlabel="evaluations a sample", ylabel="mean error (root mean square a pixel)", title=title)
+    axes.set(xlabel="evaluations per sample", ylabel="mean error (root mean square per pixel)", title=title)
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     figure.savefig("docs/work_precision.png", dpi=100)

@@ -1,9 +1,9 @@
-"""A whole training step: ours against the same step done the released way, in one run.
+"""A whole training step, ours and the same step as in the released code, in one run.
 
     OMP_NUM_THREADS=1 python -m benchmarks.train_step | tee benchmarks/train_step.txt
 
-Ours is the update of train.py. The peer has the same weights, batches and objective: the network computed the released
-way (benchmarks/networks.py), per-tensor gradient clipping, Adam and EMA loops, and a read of the loss at every step.
+Ours is the update of train.py. The peer has the same weights, batches and objective, the network as in the released
+code (benchmarks/networks.py), per-tensor gradient clipping, Adam and EMA loops, and a read of the loss at every step.
 Rounds alternate; figures are medians; operations are those that torch dispatches.
 """
 
@@ -29,7 +29,7 @@ BATCH, ROUNDS = 16, 9
 
 
 def random_images(root, spec):
-    """Return the data set `benchmark`: 2,000 random images of the size and channels asked for, two of each class."""
+    """Return the data set `benchmark`: 2,000 random images of the given size and channels, two per class."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (2000, spec.channels, spec.size, spec.size), dtype=np.uint8)
     return ImageSet(images, np.arange(2000) % 1000, None, "random images")
@@ -54,7 +54,7 @@ def ours(training):
 
 
 def released(training):
-    """Do one update at every `next` as the released code does, a loop over the tensors for everything."""
+    """Do one update at every `next` as in the released code, with a loop over the tensors for everything."""
     device, size = training.device, training.config.training.batch_size
     network = released_way(training.network).to(memory_format=torch.contiguous_format)
     parameters = list(network.parameters())
@@ -75,13 +75,13 @@ def released(training):
 
 
 def main():
-    """Print one line for each way, and the ratio."""
+    """Print a line for each, and the ratios."""
     training = create_training(SMALL, BATCH, torch.device("cpu"))
     steps = {"released way": released(training), "ours": ours(training)}
     print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, CIFAR 3.4M, float32, "
           f"batch {BATCH}, medians of {ROUNDS} rounds")
     times = {name: [] for name in steps}
-    for name in [*steps] * (1 + ROUNDS):  # the first is to warm up
+    for name in [*steps] * (1 + ROUNDS):  # the first is a warm-up
         started = time.perf_counter(), time.process_time()
         next(steps[name])
         times[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))

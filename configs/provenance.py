@@ -1,4 +1,4 @@
-"""Where a number comes from: the commit and packages that made it, and the config that its checkpoint holds."""
+"""The origin of a result: commit, packages, and the config in its checkpoint."""
 
 import contextlib
 import pathlib
@@ -11,7 +11,7 @@ from datasets.pairs import METADATA, open_folders
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "ml_collections", "absl-py", "lpips", "clean-fid")
 CHECKOUT = pathlib.Path(__file__).parent.parent
-# These decide nothing once a network is trained: where this machine keeps data, and what training drew.
+# Fields without effect once a network is trained: places of data on this machine, and augmentation.
 NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.use_aug", "data.reflow_data_root",
                   "data.real_pairs_root")
 RUN_FIELDS = ("flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale",
@@ -19,16 +19,16 @@ RUN_FIELDS = ("flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale",
 ROOTS = {"data.data_root", "data.custom_data_root"}
 
 
-def git(*words):
-    """Return what git prints about this checkout, as bytes; nothing outside of one."""
+def git(*arguments):
+    """Return what git prints about this checkout, as bytes; empty outside of one."""
     try:
-        return subprocess.run(["git", *words], cwd=CHECKOUT, capture_output=True, timeout=20, check=False).stdout
+        return subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return b""
 
 
 def git_commit():
-    """Return the commit of this checkout, with a + where tracked files differ from it; None outside git."""
+    """Return the commit of this checkout, with a + if tracked files differ from it; None outside git."""
     commit = git("rev-parse", "HEAD").decode().strip()
     return commit + "+" * bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
 
@@ -49,21 +49,21 @@ def versions():
 
 
 def take_pair_fields(config, given):
-    """Set the fields data.* to those of the run whose pairs data.reflow_data_root has, unless given; return remarks."""
+    """Set the fields data.*, unless given, to those of the run that made data.reflow_data_root; return remarks."""
     root, fields = config.data.reflow_data_root, [name for name in RUN_FIELDS if name.startswith("data.")]
     for folder in open_folders(root) if root else ():
-        if folder.metadata:  # pairs without pairs.json change nothing
+        if folder.metadata:  # not for pairs without pairs.json
             path, saved = folder.path / METADATA, folder.metadata.get("config", {})
             return [f"{path}: {remark}" for remark in take_run_fields(config, saved, given, path, fields)]
     return []
 
 
 def take_run_fields(config, saved, given, path, fields=RUN_FIELDS):
-    """Set the fields of `config` that say what the run of a checkpoint was trained on and with, unless given.
+    """Set `fields` of `config`, about data and noise of the training, to those of a checkpoint's run, unless given.
 
-    saved: the config in the checkpoint at `path` as a nested dict, perhaps with fields missing. given: dotted names of
-    the fields on the command line, which win. fields: those that are taken. Returns remarks where command line or
-    config file differ from the run.
+    saved: the config in the checkpoint at `path` as a nested dict; fields may be missing. given: dotted names of the
+    fields on the command line, which take precedence. Returns remarks about differences from command line and config
+    file.
     """
     run = {}
     for name in fields:
@@ -76,8 +76,8 @@ def take_run_fields(config, saved, given, path, fields=RUN_FIELDS):
     different = [name for name in run if run[name] != before[name]]
     kept = set(given)
     if kept & ROOTS or "data.dataset" in kept.intersection(different):
-        kept |= ROOTS  # the run's folder belongs to the run's data set
-    elif "data.dataset" not in different:  # of a usual data set without a root, the config knows the place here
+        kept |= ROOTS  # the run's folder is that of the run's data set
+    elif "data.dataset" not in different:  # without a root in the run, keep this config's
         kept |= {name for name in ROOTS if not run.get(name)}
     taken = [name for name in different if name not in kept]
     for name in taken:

@@ -1,1 +1,1 @@
-"""Studies: lists of runs of the four scripts on small real images, one table of their figures and one report."""
+"""Studies: lists of runs of the four scripts on small real images, one table of their results, and one report."""

@@ -16,13 +16,13 @@ from metrics.scores import frechet_distance, nearest_distances, neighbour_radii,
 from runtime.files import atomic_path
 from runtime.terminal import progress_bar
 
-DATE = (2000, 1, 1, 0, 0, 0)  # of files in the archives, so that the same images make the same bytes
+DATE = (2000, 1, 1, 0, 0, 0)  # of files in archives, so that equal images give equal bytes
 
 
 def split(images, cifar_root):
-    """Return (images uint8 (N, C, H, W), labels (N,)) to train on, and as many held out as are measured.
+    """Return (images uint8 (N, C, H, W), labels (N,)) for training, and the same of images.measured held-out images.
 
-    CIFAR-10 has its own split; elsewhere even places train and odd places are held out.
+    CIFAR-10 has its own split; of other sets, images at even indices train and those at odd indices are held out.
     """
     def load(dataset, root=""):
         config = get_default_config()
@@ -41,7 +41,7 @@ def split(images, cifar_root):
 
 
 def write_archive(path, images):
-    """Write an archive of PNGs, which the scripts read as custom images, unless it is there."""
+    """Write a zip of PNGs, which the scripts read as custom images, unless it exists."""
     if not path.exists():
         with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             for number, image in enumerate(images):
@@ -51,10 +51,10 @@ def write_archive(path, images):
 
 
 class Perceptron:
-    """The classifier of a grey set, kept in classifiers/, since figures in the features of two cannot be compared.
+    """The classifier of a grey set, stored in classifiers/: distances in features of different ones are not comparable.
 
-    scikit-learn's MLPClassifier((128, 64), early_stopping=True, random_state=0, max_iter=300), fitted to the pixels
-    / 255 of the training part; its arrays in float32.
+    scikit-learn's MLPClassifier((128, 64), early_stopping=True, random_state=0, max_iter=300), fitted to pixels / 255
+    of the training images; its arrays are float32.
     """
 
     def __init__(self, path):
@@ -98,7 +98,7 @@ class ConvolutionalClassifier(nn.Module):
             width = out
         self.body = nn.Sequential(*blocks, nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(width, classes)
-        self.register_buffer("accuracy", torch.zeros(()))  # on the images held out
+        self.register_buffer("accuracy", torch.zeros(()))  # on the held-out images
 
     @torch.no_grad()
     def features(self, images):
@@ -109,11 +109,11 @@ class ConvolutionalClassifier(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, features):
-        """Return the class probabilities of features."""
+        """Return the class probabilities (N, classes), float64, of features."""
         return self.head(torch.from_numpy(features).to(self.head.weight)).softmax(1).double().cpu().numpy()
 
     def fit(self, images, labels, epochs):
-        """Train on uint8 images, mirrored and shifted at random."""
+        """Train on uint8 images (N, C, H, W) and labels (N,), with random flips and shifts."""
         self.to(memory_format=torch.channels_last)
         batch, device = min(128, len(images) // 4), self.head.weight.device
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -139,10 +139,10 @@ class ConvolutionalClassifier(nn.Module):
 
 
 class Reference:
-    """The held-out images of an `Images`, with which samples are compared, and the classifier that does it."""
+    """The held-out images of an `Images`, and the classifier in whose features samples are compared with them."""
 
     def __init__(self, images, folder, cifar_root):
-        """Write train.zip and held_out.zip, which the scripts read, into `folder`, unless they are there."""
+        """Write train.zip and held_out.zip, which the scripts read, into `folder`, unless they exist."""
         (self.train, train_labels), (self.held_out, labels) = split(images, cifar_root)
         for name in ("train", "held_out"):
             write_archive(folder / f"{name}.zip", getattr(self, name))
@@ -165,11 +165,11 @@ class Reference:
         self.features = self.classifier.features(self.held_out)
 
     def measure(self, samples):
-        """Return the figures of uint8 samples (N, C, H, W), N a multiple of the number of images held out.
+        """Return the metrics of uint8 samples (N, C, H, W), N a multiple of the number of held-out images.
 
-        Distances are means over groups as large as the held-out set, since a Fréchet distance falls with the number
-        of samples. `nearest` is the median distance in [-1, 1] to the nearest training image, `recognised` the share
-        of samples of which the classifier is at least 80 % sure.
+        Distances are means over groups as large as the held-out set, since they depend on the number of samples.
+        `nearest` is the median distance in [-1, 1] to the nearest training image, `recognised` the share of samples
+        with a class probability of at least 0.8.
         """
         found = []
         for group in samples.reshape(-1, *self.held_out.shape):
@@ -184,17 +184,17 @@ class Reference:
         return figures | {"nearest": nearest_distances(torch.from_numpy(samples), self.train).median().item()}
 
     def real(self):
-        """Return the figures of as many training images, each once: no model should be expected below them."""
+        """Return the metrics of as many training images, the best that a model can be expected to reach."""
         places = np.random.default_rng(0).permutation(len(self.train))[: len(self.held_out)]
         nearest = nearest_distances(torch.from_numpy(self.held_out), self.train).median().item()
         return self.measure(self.train[np.sort(places)]) | {"nearest": nearest}
 
 
 def pixels(images):
-    """Return the pixels as rows of numbers in [-1, 1], float64."""
+    """Return uint8 images (N, C, H, W) as rows of pixels (N, C·H·W) in [-1, 1], float64."""
     return pixels_to_float(torch.from_numpy(images).flatten(1), torch.float64).numpy()
 
 
 def distance(a, b):
-    """Return the Fréchet distance of rows of features (N, D)."""
+    """Return the Fréchet distance of two arrays of features (N, D)."""
     return frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))

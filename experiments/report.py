@@ -4,7 +4,7 @@
     python -m experiments.report --compare A:B                       step A against step B, seed by seed
     python -m experiments.report --samples PNG --runs A,B            samples of runs from the same noise
 
-In names of steps {seed} stands for every seed. What a claim needs beyond a comparison: docs/miniature.md.
+In names of steps {seed} stands for all seeds. docs/miniature.md says when a difference counts as a finding.
 """
 
 import csv
@@ -35,15 +35,15 @@ COLUMNS = ("step", "kind", "seed", "digest", "commit", "processor", "seconds", "
 NUMBERS = COLUMNS[6:]
 SHOWN = (*COLUMNS[7:15], "parameters", "seconds")  # in tables
 CURVES = {"1_flow": "1-flow", "2_flow_annealed": "small 2-flow", "distilled_guided_student": "distilled, guided"}
-SOLVERS = {"euler": (4, 8, 16), "heun": (2, 4, 8), "rk45": (0.001, 0.0001)}  # of pairs, beside the main line's
+SOLVERS = {"euler": (4, 8, 16), "heun": (2, 4, 8), "rk45": (0.001, 0.0001)}  # of pairs, besides the main line's
 SAMPLERS = ("euler-1", "euler-2", "euler-4", "euler-8", "euler-16", "rk45")
 
-# What counts as success of the demo: pixel Fréchet distances, and the student's share of the teacher's parameters.
+# Success of the demo: largest pixel Fréchet distances, and largest share of the teacher's parameters in the student.
 THRESHOLDS, LARGEST_STUDENT = {"1_flow/rk45": 0.25, "2_flow/one_step": 0.42, "distilled/one_step": 0.31}, 0.26
 
 
 def read_table(path):
-    """Return {step name: row} of a results file, numbers as floats (None where a step has no such figure)."""
+    """Return {step name: row} of a results file, numbers as floats, or None where a step has none."""
     rows = list(csv.DictReader(pathlib.Path(path).read_text().splitlines())) if pathlib.Path(path).exists() else []
     if any(tuple(row) != COLUMNS or None in row.values() for row in rows):
         raise UserError(f"{path} is not a whole table of results of {len(COLUMNS)} columns: restore it with git")
@@ -51,7 +51,7 @@ def read_table(path):
 
 
 def write_table(path, rows):
-    """Write {step name: row} sorted by name, six digits a figure; the file appears whole."""
+    """Write {step name: row}, sorted by name, with six digits, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as opened:
         writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -61,21 +61,21 @@ def write_table(path, rows):
 
 
 def by_seed(rows, name, figure):
-    """Return {seed: figure} of the rows whose name is `name` with {seed} filled in."""
+    """Return {seed: value} of the column `figure` in the rows called `name`, with {seed} filled in."""
     names = {name.format(seed=row["seed"]) for row in rows.values()}
     found = {int(rows[name]["seed"]): rows[name].get(figure) for name in sorted(names & rows.keys())}
     return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
 
 def summary(values):
-    """Return `mean ± standard deviation` of the values, or the one value."""
+    """Return `mean ± standard deviation` of the values as text, or a single value."""
     values = list(values)
     mean = f"{statistics.mean(values):.4g}" if values else ""
     return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
 
 
 def table(rows):
-    """Return a markdown table, a line a step, its seeds together; figures that no step has are left out."""
+    """Return a markdown table, a line per step over its seeds, without empty columns."""
     names = dict.fromkeys(re.sub(r"seed\d+", "seed{seed}", name) for name in rows)
     found = {name: {column: by_seed(rows, name, column) for column in SHOWN} for name in names}
     shown = [column for column in SHOWN if any(cells[column] for cells in found.values())]
@@ -87,11 +87,11 @@ def table(rows):
 
 
 def compare(rows, first, second, figure="feature_distance"):
-    """Return one line: two steps' figures on the seeds that both have, and the differences, which share much."""
+    """Return one line: `figure` of two steps on their common seeds, and the paired differences."""
     a, b = (by_seed(rows, name, figure) for name in (first, second))
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
-        raise UserError(f"{first} and {second} have no seed in common; the names are those of the table, with {{seed}}")
+        raise UserError(f"--compare {first}:{second}: no seed in common; name steps as in the table, with {{seed}}")
     differences = [b[seed] - a[seed] for seed in seeds]
     agree = max(sum(d > 0 for d in differences), sum(d < 0 for d in differences))
     return (f"{first} {summary(a[s] for s in seeds)}, {second} {summary(b[s] for s in seeds)}, difference "
@@ -99,7 +99,7 @@ def compare(rows, first, second, figure="feature_distance"):
 
 
 def points(rows, images, pairs):
-    """Return arrays: evaluations of the first step of each pair, distance of the second, its spread over seeds."""
+    """Return arrays: NFE of the first step of each pair, distance of the second, its standard deviation over seeds."""
     found = [[list(by_seed(rows, f"{images}/seed{{seed}}/{step}", column).values())
               for step, column in zip(pair, ("nfe", "feature_distance"), strict=True)] for pair in pairs]
     return np.array(sorted((np.mean(nfe), np.mean(distance), np.std(distance, ddof=1) if len(distance) > 1 else 0.0)
@@ -107,7 +107,7 @@ def points(rows, images, pairs):
 
 
 def draw(path, x_label, panels):
-    """Draw the panels that have points, {title: {curve: points}}, side by side, both axes logarithmic."""
+    """Plot the panels that have points, {title: {curve: points}}, side by side, on logarithmic axes."""
     panels = {title: curves for title, curves in panels.items() if any(x.size for x in curves.values())}
     if not panels:
         return
@@ -128,29 +128,29 @@ def draw(path, x_label, panels):
 
 
 def draw_miniature(rows, folder):
-    """Write the plots of docs/miniature.md: distance against evaluations, and against what the pairs cost."""
-    draw(folder / "miniature_quality.png", "network evaluations a sample", {
+    """Write the plots of docs/miniature.md: distance against evaluations of a sample, and of a pair."""
+    draw(folder / "miniature_quality.png", "network evaluations per sample", {
         title: {label: points(rows, images, [(f"{run}/{sampler}",) * 2 for sampler in SAMPLERS])
                 for run, label in CURVES.items()}
         for images, title in (("digits", "Digits"), ("fashion", "Fashion-MNIST"))})
     pairs = {kind: [(f"ablation/pairs_{kind}_{n}", f"ablation/solver_{kind}_{n}/euler-1") for n in parameters]
              for kind, parameters in SOLVERS.items()}
     pairs["rk45"].append(("pairs", "2_flow_annealed/euler-1"))
-    draw(folder / "miniature_pairs.png", "network evaluations a pair", {
-        "Digits: the student by the solver of its pairs": {k: points(rows, "digits", v) for k, v in pairs.items()}})
+    draw(folder / "miniature_pairs.png", "network evaluations per pair", {
+        "Digits: student, by the solver of its pairs": {k: points(rows, "digits", v) for k, v in pairs.items()}})
 
 
 def write_demo(root, rows):
-    """Write report.md and demo.png of the demo into `root`; return whether all thresholds are met."""
-    checks = [(f"{name}: pixel Fréchet distance {rows[name]['pixel_distance']:.3f}, at most {limit} wanted",
+    """Write report.md and demo.png of the demo into `root`; return whether it meets all thresholds."""
+    checks = [(f"{name}: pixel Fréchet distance {rows[name]['pixel_distance']:.3f}, required: at most {limit}",
                rows[name]["pixel_distance"] <= limit) for name, limit in THRESHOLDS.items()]
     share = rows["distilled/one_step"]["parameters"] / rows["1_flow/rk45"]["parameters"]
-    checks.append((f"student's share of the teacher's parameters: {share:.1%}, at most {LARGEST_STUDENT:.0%} wanted",
+    checks.append((f"student's share of the teacher's parameters: {share:.1%}, required: at most {LARGEST_STUDENT:.0%}",
                    share <= LARGEST_STUDENT))
     text = "\n".join([
         "# SlimFlow on handwritten digits", "",
-        "Fréchet distance of the pixels themselves ([-1, 1]): not FID; two random halves of the data are about 0.3 "
-        "apart. `nearest` is the median distance to the nearest training image.", "", table(rows), "",
+        "Fréchet distance of pixels in [-1, 1], not FID; between two random halves of the data it is about 0.3. "
+        "`nearest` is the median distance to the nearest training image.", "", table(rows), "",
         f"{sum(row['seconds'] for row in rows.values()):.0f} seconds in all.", "",
         *(f"- {'met' if holds else 'MISSED'}: {sentence}" for sentence, holds in checks), "",
         "![data, 1-flow, 2-flow and distilled samples from the same noise](demo.png)", ""])
@@ -179,17 +179,17 @@ def draw_samples(path, runs, columns=16):
 
 FLAGS = {
     "table": Field("experiments/results.csv", "table of finished steps"),
-    "show": Field("", "only the steps whose names contain one of these texts, separated by commas"),
+    "show": Field("", "only steps whose names contain one of these strings, separated by commas"),
     "compare": Field("", "two steps, A:B, with {seed} for the seed"),
-    "figure": Field("feature_distance", "what is compared", choices=NUMBERS),
+    "figure": Field("feature_distance", "column to compare", choices=NUMBERS),
     "plots": Field("docs", "folder of the plots"),
-    "samples": Field("", "a picture to write instead: rows of samples of the runs named in --runs"),
-    "runs": Field("", "folders of runs for --samples, separated by commas, the 1-flow first"),
+    "samples": Field("", "image file to write instead: rows of samples of --runs"),
+    "runs": Field("", "folders of runs for --samples, the 1-flow first, separated by commas"),
 }
 
 
 def main(args):
-    """Print the tables and draw the plots."""
+    """Print tables and draw plots."""
     if args.samples:
         draw_samples(pathlib.Path(args.samples), [pathlib.Path(run) for run in args.runs.split(",")])
         return
@@ -198,7 +198,8 @@ def main(args):
     if not rows:
         raise UserError(f"{args.table} has no such rows: run python -m experiments.run first")
     if args.compare:
-        print(compare(rows, *args.compare.split(":", 1), args.figure))
+        first, _, second = args.compare.partition(":")
+        print(compare(rows, first, second, args.figure))
         return
     print(table(rows))
     if not args.show:  # plots are of the whole table

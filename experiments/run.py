@@ -1,11 +1,11 @@
-"""Run the steps of studies that the table of results lacks.
+"""Run the steps of studies that are missing in the table of results.
 
     python -m experiments.run --study demo                  make demo
     python -m experiments.run --study digits,ablations      two steps at a time, each with one thread
     python -m experiments.run --study cifar --size small    CIFAR-10 end to end on two CPU cores
 
-Every step is one of the four scripts in a process of its own; several at a time print to {root}/output/. The same
-command continues an interrupted study. `--again STEP` repeats a step, whose row it replaces.
+Every step runs one of the four scripts in its own process; with several at a time they print to {root}/output/. The
+same command continues an interrupted study. `--again STEP` repeats a step and replaces its row.
 """
 
 import concurrent.futures
@@ -43,24 +43,24 @@ FLAGS = {
     "root": Field("", "folder of the runs, pairs and images (empty: logs/demo for the demo, otherwise logs/study)"),
     "results": Field("", "table of finished steps (empty: experiments/results.csv, of the demo {root}/results.csv)"),
     "again": Field("", "name of a step to run again"),
-    "steps": Field("", "run only the steps whose names contain one of these texts, and what they need"),
+    "steps": Field("", "run only steps whose names contain one of these strings, and those they need"),
     "dry_run": Field(False, "print the commands and run nothing"),
-    "size": Field("small", "of the study cifar: a test, two CPU cores, one GPU", choices=("tiny", "small", "large")),
-    "minutes": Field(0.0, "scale the study cifar to about so many minutes (0: as planned, small 40, large 25)", low=0),
+    "size": Field("small", "cifar: for a test, two CPU cores, or one GPU", choices=("tiny", "small", "large")),
+    "minutes": Field(0.0, "cifar: scale updates and pairs to about so many minutes (0: small 40, large 25)", low=0),
     "cifar_root": Field("data/cifar10-jpeg", "folder with cifar10-jpeg-train.zip and cifar10-jpeg-test.zip"),
-    "scale": Field(1.0, "of the demo: share of its updates, pairs and samples (the thresholds are for 1)", low=0),
+    "scale": Field(1.0, "demo: fraction of its updates, pairs and samples (the thresholds are for 1)", low=0),
 }
 KINDS = {"train.py": "train", "generate_data.py": "pairs", "evaluation_fid.py": "evaluate", "image_sampling.py": "look"}
 
 
 def main(args):
-    """Run what the flags name and is missing; return the exit status."""
+    """Run the missing steps that the flags select; return the exit status."""
     names = args.study.split(",")
     unknown = [name for name in names if name not in STUDIES]
     if unknown:
-        raise UserError(f"--study {unknown[0]}: there is no such study; choose of {', '.join(STUDIES)}")
+        raise UserError(f"--study {unknown[0]}: there is no such study; choose from {', '.join(STUDIES)}")
     if "fashion" in names and not pathlib.Path("data/FashionMNIST").exists():
-        print("study: there is no data/FashionMNIST; its steps are left out", flush=True)
+        print("study: data/FashionMNIST is missing; skipping its steps", flush=True)
         names.remove("fashion")
     if "cifar" in names and not pathlib.Path(args.cifar_root, "cifar10-jpeg-train.zip").exists():
         raise UserError(f"--cifar_root {args.cifar_root} has no cifar10-jpeg-train.zip: name the folder that has it")
@@ -74,14 +74,14 @@ def main(args):
     wanted = [step for step in steps if any(text in step.name for text in args.steps.split(","))
               and args.again in ("", step.name)]
     if not wanted:
-        raise UserError(f"no step is called {args.again or args.steps or args.study}; results.csv and --dry_run have "
-                        "their names")
+        raise UserError(f"no step is called {args.again or args.steps or args.study}; their names are in results.csv "
+                        "and shown by --dry_run")
 
     is_demo = names == ["demo"]
     root = args.root or ("logs/demo" if is_demo else "logs/study")
     results = args.results or (f"{root}/results.csv" if is_demo else "experiments/results.csv")
     study = Study(root, results, args.jobs or (1 if {"demo", "cifar"} & set(names) else 2), args.cifar_root, args.again)
-    with file_lock(study.root / "study.lock", "running a study") as lock:  # then all that it finished counts
+    with file_lock(study.root / "study.lock", "running a study") as lock:  # another's finished steps count
         todo = study.missing(wanted)
         if args.dry_run:
             for step in todo:
@@ -94,23 +94,23 @@ def main(args):
 
 
 class Study:
-    """The folder of a study on this machine: which steps are finished there, their processes and their rows."""
+    """The folder of a study: which steps are finished there; runs steps and writes their rows."""
 
     def __init__(self, root, results, jobs, cifar_root="data/cifar10-jpeg", again=""):
         self.root, self.results, self.jobs = pathlib.Path(root).absolute(), pathlib.Path(results), jobs
         self.cifar_root, self.again, self.references = cifar_root, again, {}
 
     def marker(self, step):
-        """Return the file that says which step ended well here, and in how many seconds."""
+        """Return the file with the state of a step (see `state`)."""
         return self.root / "finished" / f"{step.name}.json"
 
     def state(self, step):
-        """Return {"digest", "finished", "seconds"} of a step; digest None where it was not started in this form."""
+        """Return {"digest", "finished", "seconds"} of a step; digest None if it was never started so."""
         found = read_json(self.marker(step)) if self.marker(step).exists() else {}
         return found if found.get("digest") == step.digest else {"digest": None, "finished": False, "seconds": 0.0}
 
     def missing(self, steps):
-        """Return the steps to run, in order: those without a row of their digest, and what they need and is absent."""
+        """Return the steps to run, in order: those without a row of their digest, and missing ones they need."""
         rows, found = read_table(self.results), {}
 
         def lacks_row(step):
@@ -128,9 +128,9 @@ class Study:
         return list(found)
 
     def run(self, steps, lock):
-        """Run all steps; `lock` is the descriptor of the study's lock, which the scripts hold, too.
+        """Run all steps; lock: descriptor of the study's lock, which the scripts inherit.
 
-        Raises the first `UserError`, after the steps that were running then have ended.
+        Raises the first `UserError`, once the steps that are running have ended.
         """
         for images in dict.fromkeys(step.images for step in steps if step.images):
             self.references[images] = Reference(images, self.root / "images" / images.name, self.cifar_root)
@@ -157,37 +157,37 @@ class Study:
             raise failures[0]
 
     def run_step(self, step, place, lock):
-        """Run the step's script, unless it is finished, and return its seconds, interrupted starts included."""
+        """Run the step's script, unless it is finished; return its seconds, those of interrupted starts included."""
         state = self.state(step)
         if state["digest"] is None or step.name == self.again:
             if step.script in ("train.py", "generate_data.py"):
-                shutil.rmtree(self.root / step.name, ignore_errors=True)  # what other words made
+                shutil.rmtree(self.root / step.name, ignore_errors=True)  # made with other arguments
             state = {"digest": step.digest, "finished": False, "seconds": 0.0}
-            write_json(self.marker(step), state)  # before the start: a killed command continues
+            write_json(self.marker(step), state)  # before the start, so that a killed command continues
         if state["finished"]:
             return state["seconds"]
-        words = [sys.executable, *step.command(self.root)] + ["--force"] * (step.script == "evaluation_fid.py")
-        output, environment = None, {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # spinning threads disturb others
+        arguments = [sys.executable, *step.command(self.root)] + ["--force"] * (step.script == "evaluation_fid.py")
+        output, environment = None, {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # spinning slows others
         if self.jobs > 1:
             output = self.root / "output" / f"{step.name}.txt"
             output.parent.mkdir(parents=True, exist_ok=True)
             environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        shown = f"prints to {output}" if output else f"\n    python {' '.join(words[1:])}"
+        shown = f"prints to {output}" if output else f"\n    python {' '.join(arguments[1:])}"
         print(f"{place} {step.name}: {shown}", flush=True)
-        status, seconds = self.launch(words, output, environment, lock)
+        status, seconds = self.launch(arguments, output, environment, lock)
         state |= {"finished": status == 0, "seconds": state["seconds"] + seconds}
         write_json(self.marker(step), state)
         if status:
-            tail = " | ".join(output.read_text().splitlines()[-3:]) if output else "its message stands above"
-            raise UserError(f"{step.name}: {words[1]} ended with status {status}: {tail}; the same command "
-                            f"continues from here (to start anew remove {self.root})")
+            tail = " | ".join(output.read_text().splitlines()[-3:]) if output else "see its message above"
+            raise UserError(f"{step.name}: {arguments[1]} ended with status {status}: {tail}; the same command "
+                            f"continues from here (to start over, remove {self.root})")
         return state["seconds"]
 
-    def launch(self, words, output, environment, lock):
-        """Run a command to its end; return its status and seconds: of the processor, or with one job of the clock."""
+    def launch(self, arguments, output, environment, lock):
+        """Run a command; return its status and its seconds, of CPU time, or with one job of wall-clock time."""
         started = time.perf_counter()
         with open(output, "a") if output else contextlib.nullcontext() as opened:
-            process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=opened,
+            process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=opened,
                                        stderr=opened and subprocess.STDOUT, pass_fds=[lock])
             _, status, used = os.wait4(process.pid, 0)
         seconds = used.ru_utime + used.ru_stime if self.jobs > 1 else time.perf_counter() - started
@@ -195,14 +195,14 @@ class Study:
         return process.returncode, seconds
 
     def write_row(self, name, kind, seed, **figures):
-        """Put a row into the table."""
+        """Add or replace a row of the table, and print its numbers."""
         row = {"step": name, "kind": kind, "seed": seed, "commit": (git_commit() or "")[:10], "processor": processor()}
         write_table(self.results, read_table(self.results) | {name: row | figures})
         shown = ", ".join(f"{column} {figures[column]:.4g}" for column in NUMBERS if figures.get(column) is not None)
         print(f"{name}: {shown}", flush=True)
 
     def figures(self, step):
-        """Return the figures of a finished step for its row of the table; write CIFAR-10's networks as slim files."""
+        """Return the results of a finished step for its row; write CIFAR-10's networks as slim files."""
         if step.script == "train.py":
             if step.images and step.images.name == "cifar":
                 path = FLOW.format(flow=self.root / step.name)
@@ -215,7 +215,7 @@ class Study:
         if step.script == "image_sampling.py":
             entries = json.loads((run / GRIDS / "checkpoint_1/samples.json").read_text())
             return {"straightness": entries[-1].get("straightness")}
-        fields = dict(zip(step.words, step.words[1:], strict=False))
+        fields = dict(zip(step.arguments, step.arguments[1:], strict=False))
         sampler, steps = (fields.get(f"--config.sampling.{name}") for name in ("use_ode_sampler", "sample_N"))
         result = [result for result in read_results(run / RESULTS) if result["sampler"] == sampler
                   and result["sample_N"] == (int(steps) if steps else None)][-1]
@@ -227,7 +227,7 @@ class Study:
 
 
 def processor():
-    """Return the name of the GPU, or of the CPU with the instruction set that torch uses."""
+    """Return the name of the GPU, or of the CPU and the instruction set that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     path = pathlib.Path("/proc/cpuinfo")

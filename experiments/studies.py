@@ -1,4 +1,4 @@
-"""The runs of every study, one list each. A step is one call of one of the four scripts; shared steps run once."""
+"""The studies, each a list of steps. A step is a call of one of the four scripts; shared steps run once."""
 
 import dataclasses
 import functools
@@ -15,14 +15,14 @@ FLOW, START = "{flow}/checkpoints/checkpoint_1.pth", "{start}/checkpoints/checkp
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """The images that a study trains on, and how its samples are measured."""
+    """The images of a study, and how its samples are measured."""
 
     name: str
     size: int
     channels: int
-    measured: int  # images held out, and samples in a group
-    groups: int  # groups of samples whose figures are averaged
-    classifier: int = 0  # channels of the convolutional classifier's first stage (0: the perceptron of the grey sets)
+    measured: int  # held-out images, and samples per group
+    groups: int  # groups of samples whose metrics are averaged
+    classifier: int = 0  # channels of the convolutional classifier's first stage (0: a perceptron)
     epochs: int = 0  # of its training
 
 
@@ -32,53 +32,53 @@ FASHION = Images("fashion", 16, 1, 1000, 2)
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A call of a script; `images` is None where the script's own figures are the result.
+    """A call of a script; `images` is None if the script's own metrics are the result.
 
-    In `words`, {root} is the folder of the study, {here} the step's name, which is its folder there, {images} the
-    folder of the images, and {key} the folder of the step that `needs` names so.
+    In `arguments`, {root} is the folder of the study, {here} the step's name, which is its folder there, {images} the
+    folder of the images, and {key} the folder of the step under that key in `needs`.
     """
 
     name: str
     script: str
-    words: tuple
+    arguments: tuple
     seed: int
     images: Images | None
     needs: tuple = ()  # of (key, Step)
 
     @property
     def digest(self):
-        """12 hexadecimal digits of all that the result depends on but the code: words, their config, steps needed."""
-        config = self.words[self.words.index("--config") + 1]
-        content = [self.script, self.images and dataclasses.astuple(self.images), self.words, config_changes(config),
-                   [(key, step.digest) for key, step in self.needs]]
+        """12 hexadecimal digits of all that the result depends on except the code: arguments, config, needed steps."""
+        config = self.arguments[self.arguments.index("--config") + 1]
+        content = [self.script, self.images and dataclasses.astuple(self.images), self.arguments,
+                   config_changes(config), [(key, step.digest) for key, step in self.needs]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
     def command(self, root):
-        """Return the words of the command, for the study's folder `root`."""
+        """Return the command, script and arguments, for the study's folder `root`."""
         places = {key: f"{root}/{step.name}" for key, step in self.needs}
         places |= {"root": str(root), "here": self.name, "images": f"{root}/images/{self.images and self.images.name}"}
-        return [self.script, *(word.format(**places) for word in self.words)]
+        return [self.script, *(argument.format(**places) for argument in self.arguments)]
 
 
 @functools.cache
 def config_changes(path):
-    """Return {field: value} of what the config file `path` in this repository changes of the defaults."""
+    """Return {field: value} of the fields that the config file `path` in this repository changes."""
     config = load_config(ROOT / path)
     return {name: value for name in FIELDS if (value := get_field(config, name)) != FIELDS[name].default}
 
 
 def euler(steps, rule="euler"):
-    """Return the sampling fields of Euler's rule, or Heun's, with so many steps."""
+    """Return the sampling fields of Euler's rule, or another, with that many steps."""
     return {"sampling__use_ode_sampler": rule, "sampling__sample_N": steps}
 
 
 def rk45(tol):
-    """Return the sampling fields of adaptive steps with this tolerance."""
+    """Return the sampling fields of rk45 with this tolerance."""
     return ADAPTIVE | {"sampling__ode_tol": tol}
 
 
 def annealed(updates, shape="warmup"):
-    """Return the field of annealing reflow over so many updates."""
+    """Return the field of annealing reflow over that many updates."""
     return {"training__x0_randomness": f"{shape}_{updates}"}
 
 
@@ -92,29 +92,29 @@ DISTILLATIONS = {"naive": {"flow__use_teacher": "false"}, "guided_student": GUID
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all steps of one seed of a study share; a config field optim.lr is written optim__lr."""
+    """What all steps of one seed of a study share. Keyword optim__lr is the config field optim.lr."""
 
-    prefix: str  # of the names of steps
+    prefix: str  # of step names
     images: Images | None
     seed: int
     fields: dict = dataclasses.field(default_factory=dict)
     config: str = "configs/rectified_flow/digits_rf_gaussian.py"
 
-    def step(self, name, script, *words, needs, **fields):
-        """Return the step `name`: config and fields that all steps have, then `words`, then `fields`."""
+    def step(self, name, script, *arguments, needs, **fields):
+        """Return the step `name`: config and fields that all steps have, then `arguments`, then `fields`."""
         def flags(fields):
-            return [word for field, value in fields.items()
-                    for word in (f"--config.{field.replace('__', '.')}", str(value))]
+            return [argument for field, value in fields.items()
+                    for argument in (f"--config.{field.replace('__', '.')}", str(value))]
 
         own = {"seed": self.seed}
         if self.images:
             own |= {"data__dataset": "custom", "data__data_root": "{images}/train.zip", "data__cache_dir":
                     "{root}/cache", "data__image_size": self.images.size, "data__num_channels": self.images.channels}
-        words = ("--config", self.config, *flags(own | self.fields), *words, *flags(fields))
-        return Step(name, script, words, self.seed, self.images, tuple(needs.items()))
+        arguments = ("--config", self.config, *flags(own | self.fields), *arguments, *flags(fields))
+        return Step(name, script, arguments, self.seed, self.images, tuple(needs.items()))
 
     def train(self, name, updates, pairs=None, start=None, **fields):
-        """Return a training step. pairs: the step that made its pairs; start: the step of its pre_train_model."""
+        """Return a training step. pairs: step that makes its pairs; start: step that trains its pre_train_model."""
         own = {"work_dir": "{root}", "expr": "{here}", "training__n_iters": updates, "training__snapshot_freq": updates,
                "training__snapshot_sampling": updates}
         own |= {"data__reflow_data_root": "{pairs}"} if pairs else {}
@@ -123,24 +123,24 @@ class Setting:
         return self.step(self.prefix + name, "train.py", needs=needs, **own | fields)
 
     def pairs(self, name, flow, count=None, **sampling):
-        """Return a step that makes `count` noise-image pairs (None: as the config says) with the trained step."""
+        """Return a step that makes `count` pairs (None: the config's number) with the training step `flow`."""
         fields = {"sampling__total_number_of_samples": count} if count else {}
         return self.step(self.prefix + name, "generate_data.py", "--ckpt_path", FLOW, "--data_root", "{root}/{here}",
                          needs={"flow": flow}, **fields, training__batch_size=250, **sampling)
 
     def evaluate(self, flows, *samplings, samples=None):
-        """Return a step for each trained step and sampling that measures its samples."""
-        words, fields = (), {"eval__num_samples": samples}
+        """Return a step for each training step and sampling that measures its samples."""
+        arguments, fields = (), {"eval__num_samples": samples}
         if self.images:
-            words = ("--target_path", "{images}/held_out.zip")
+            arguments = ("--target_path", "{images}/held_out.zip")
             fields = {"eval__num_samples": self.images.groups * self.images.measured, "eval__batch_size": 250,
                       "eval__nearest": 0, "eval__save_samples": "true", "eval__feature_extractor": "pixels"}
         return [self.step(f"{flow.name}/{'-'.join(map(str, sampling.values()))}", "evaluation_fid.py", "--ckpt_dir",
-                          FLOW, *words, needs={"flow": flow}, **sampling, **fields)
+                          FLOW, *arguments, needs={"flow": flow}, **sampling, **fields)
                 for flow in flows for sampling in samplings]
 
-    def look(self, flow, sampling=TWO_STEPS):  # in one evaluation no straightness is measured
-        """Return the step that draws samples of the trained step `flow` and measures the straightness of its paths."""
+    def look(self, flow, sampling=TWO_STEPS):  # one-step samples have no straightness
+        """Return the step that draws samples of the training step `flow` and measures their straightness."""
         return self.step(f"{flow.name}/straightness", "image_sampling.py", "--sampling_dir", FLOW,
                          needs={"flow": flow}, **sampling)
 
@@ -174,7 +174,7 @@ def miniature(images, seed, recipe="", **config):
 
 
 def main_line(images, seed):
-    """Return the steps of a seed: 1-flow, pairs, annealed small 2-flow first; on digits also wide 2-flows."""
+    """Return the steps of a seed, first 1-flow, pairs, annealed small 2-flow; on digits also wide 2-flows."""
     setting = miniature(images, seed)
     flow = setting.train("1_flow", FLOW_UPDATES, optim__lr=2e-3, model__nf=WIDE)
     made = setting.pairs("pairs", flow, PAIRS, **rk45(1e-2))
@@ -196,7 +196,7 @@ def main_line(images, seed):
 
 
 def ablations(seed):
-    """Return the steps that change one factor of the main line on digits, or a few, measured at one step."""
+    """Return the steps that change one or a few factors of the main line on digits, measured in one step."""
     setting = miniature(DIGITS, seed)
     flow, made, *_ = main_line(DIGITS, seed)
     linear, cosine, exponential = (annealed(ANNEALING, f"warmup{shape}") for shape in ("", "_cos", "_exp"))
@@ -221,7 +221,7 @@ def ablations(seed):
 
 
 def recipes(seed):
-    """Return the steps of two recipes on digits; what does not differ between their stages is in their configs."""
+    """Return the steps of two recipes on digits; their configs hold what all stages share."""
     found, small = [], {"model__nf": NARROW}
     for name, reflow, distillation in (
             ("recommended", annealed(ANNEALING) | HUBER | U_SHAPED, {"optim__lr": 1e-3} | HUBER | GUIDED),
@@ -237,7 +237,7 @@ def recipes(seed):
 
 
 # CIFAR-10 end to end (docs/cifar.md): `large` for one GPU in half an hour, `small` for two CPU cores in 40 minutes.
-# Images; updates of the three trainings; pairs; widths of teacher and student; learning rate of the flows; fields.
+# Images; updates of the three trainings; number of pairs; widths of teacher and student; learning rate; fields.
 CIFAR = {
     "large": (Images("cifar", 32, 3, 5000, 1, 64, 16), (9900, 11500, 3000), 50000, (96, 64), 8e-4, {
         "model__num_res_blocks": 2, "model__ch_mult": "(1,2,2)", "model__dropout": 0.0, "training__precision": "bf16",
@@ -252,7 +252,7 @@ CIFAR = {
 
 
 def cifar(size="small", scale=1.0):
-    """Return the chain: teacher, pairs, small 2-flow, its own pairs, distillation; `scale` is of updates and pairs."""
+    """Return teacher, pairs, small 2-flow, its own pairs, distillation; scale: of updates and number of pairs."""
     images, updates, count, (teacher, student), lr, fields = CIFAR[size]
     first, second, third = (max(1, round(n * scale)) for n in updates)
     count = max(fields["training__batch_size"], round(count * scale))

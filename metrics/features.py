@@ -1,4 +1,4 @@
-"""What images are turned into before they are compared: Inception features (FID), or their own pixels."""
+"""The features in which images are compared: those of Inception (FID), or the pixels themselves."""
 
 import contextlib
 import dataclasses
@@ -14,8 +14,8 @@ from runtime.terminal import UserError
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_DIMENSION = 2048
-INCEPTION_BATCH = 128  # images that go through it at a time: 1 GB of activations
-LARGEST_PIXEL_DIMENSION = 4096  # beyond it the covariance has more entries than samples can estimate
+INCEPTION_BATCH = 128  # images per forward pass: 1 GB of activations
+LARGEST_PIXEL_DIMENSION = 4096  # above it a covariance cannot be estimated from usual numbers of samples
 INCEPTION_NAMES = {"frechet": "fid", "kernel": "kid", "precision": "precision", "recall": "recall",
                    "inception": "inception_score", "inception_std": "inception_score_std"}
 PIXEL_NAMES = {"frechet": "pixel_frechet_distance", "kernel": "pixel_kernel_distance",
@@ -24,12 +24,11 @@ PIXEL_NAMES = {"frechet": "pixel_frechet_distance", "kernel": "pixel_kernel_dist
 
 @dataclasses.dataclass(frozen=True)
 class FeatureExtractor:
-    """One way of turning uint8 images into numbers that are compared.
+    """Features of uint8 images, and how metrics of them are named and described.
 
     features: uint8 (N, C, H, W) on the device → float32 (N, dimension). probabilities: features → class
-    probabilities (N, classes), or None where there are no classes (then there is no Inception score).
-    names: of the metrics in results, by what they are. protocol: what a reader must know beside the number.
-    digest: of the file with its weights, None where there are none.
+    probabilities (N, classes); None without classes (then there is no Inception score). names: {kind of metric: its
+    name in results}. protocol: description to quote beside a number. digest: of the weights file, None without one.
     """
 
     name: str
@@ -66,11 +65,11 @@ def pixel_extractor(dimension):
 def inception_extractor(path, device):
     """Return clean-fid's `legacy_tensorflow` Inception from the TorchScript file `path`, in full float32.
 
-    The network resizes images of any size itself. Raises UserError if the file is missing or is no such TorchScript.
+    The network resizes its images, of any size. Raises UserError if the file is missing or is another one.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch would rather have torch.export's files; there is none of this one
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but these weights exist in no other form
             network = torch.jit.load(str(path), map_location=device).eval()
         weights = [p.detach().float() for p in network.parameters() if p.shape[1:] == (INCEPTION_DIMENSION,)]
     except (RuntimeError, ValueError) as error:
@@ -86,8 +85,8 @@ def inception_extractor(path, device):
 
     @torch.no_grad()
     def probabilities(features):
-        # The last layer without its bias (`no_output_bias`), as the score's usual implementation: so the images need
-        # not go through the network twice.
+        # The last layer without its bias (`no_output_bias`), as in the usual implementation of the score, from the
+        # features: images need not pass through the network twice.
         with full_float32():
             return (features @ weights[0].T).softmax(1)
 
@@ -99,9 +98,9 @@ def inception_extractor(path, device):
 
 @contextlib.contextmanager
 def full_float32():
-    """Switch TF32 off inside: with it, features differ in the third digit from those of the literature.
+    """Switch TF32 off in the `with` block: it would change features in the third digit.
 
-    `torch.backends.cudnn.flags` would set its other flags to their defaults, too, and with them cuDNN itself off.
+    `torch.backends.cudnn.flags` would also reset its other flags, which switches cuDNN off.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32

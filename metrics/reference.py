@@ -19,9 +19,9 @@ CIFAR10_NAME = "CIFAR-10 train (clean-fid's statistics)"
 
 
 class Reference:
-    """What samples are compared with. `identity` is known at once; the rest is measured when first asked for.
+    """What samples are compared with. `identity` is available at once; the rest is computed at the first access.
 
-    Every process must ask for `statistics` at the same place of the program. Raises UserError where nothing is there.
+    `statistics` is collective: every process must access it at the same point. Raises UserError for missing files.
     """
 
     def __init__(self, config, target_path, processes):
@@ -44,10 +44,10 @@ class Reference:
             self.path, self.name = cached_file(CIFAR10_URL, "--target_path"), CIFAR10_NAME
         else:
             raise UserError(f"no published statistics are known for config.data.dataset {data.dataset} (train_subset "
-                            f"{data.train_subset}) at {data.num_channels}×{data.image_size}×{data.image_size}: name "
-                            "some with --target_path (make them with python -m tools.reference_statistics)")
+                            f"{data.train_subset}) at {data.num_channels}×{data.image_size}×{data.image_size}: make "
+                            "them with python -m tools.reference_statistics and name the file with --target_path")
         if not (own or self.path.is_file() or self.path.is_dir()):
-            raise UserError(f"--target_path {target_path} is no file or folder")
+            raise UserError(f"--target_path {target_path} is neither a file nor a folder")
         self.identity = {
             "features": self.extractor.name, "extractor_digest": self.extractor.digest, "target": self.name,
             "target_state": None if own else state_digest(self.path),
@@ -59,7 +59,7 @@ class Reference:
 
     @functools.cached_property
     def source(self):
-        """The `ImageSource` of the reference's images, or None where the reference is a file of statistics."""
+        """The `ImageSource` of the reference's images, or None if the reference is a file of statistics."""
         if self.path is None:
             return ArrayImages(self.training_images.images, self.training_images.source)
         statistics = self.path.suffix == ".npz" and {"mu", "sigma"} & load_arrays(self.path).keys()
@@ -87,7 +87,7 @@ class Reference:
 def read_statistics(path, extractor, name=""):
     """Return the `Statistics` in an npz with `mu` and `sigma` (EDM's form) and perhaps our `features`.
 
-    Raises UserError for other arrays and values, and for another dimension or extractor than `extractor`.
+    Raises UserError for other arrays, invalid values, or features of another extractor or dimension.
     """
     found = load_arrays(pathlib.Path(path))
     arrays = [found.get("mu"), found.get("sigma"), found.get("features", np.zeros((0, extractor.dimension)))]
@@ -96,17 +96,17 @@ def read_statistics(path, extractor, name=""):
     mu, sigma = (torch.from_numpy(array.astype(np.float64)) for array in arrays[:2])
     features = torch.from_numpy(arrays[2].astype(np.float32))
     check_gaussian(mu, sigma, path)
-    maker = str(found.get("extractor", ""))  # only our own files name it
-    if maker not in ("", extractor.name) or len(mu) != extractor.dimension:
-        raise UserError(f"{path} holds statistics of {len(mu)} numbers{maker and f' by {maker}'}, but "
-                        f"config.eval.feature_extractor {extractor.name} gives {extractor.dimension}: name others")
+    recorded = str(found.get("extractor", ""))  # in our own files only
+    if recorded not in ("", extractor.name) or len(mu) != extractor.dimension:
+        raise UserError(f"{path} holds statistics of {len(mu)} features{recorded and f' of {recorded}'}, but "
+                        f"config.eval.feature_extractor {extractor.name} has {extractor.dimension}: name another file")
     if features.shape[1:] != mu.shape or not features.isfinite().all():
         raise UserError(f"{path}: features, of shape {tuple(features.shape)}, must be (M, {len(mu)}) finite numbers")
     return Statistics(mu, sigma, features if len(features) > 1 else None, None, name or str(path))
 
 
 def write_statistics(path, statistics, extractor):
-    """Write `statistics` as an npz: mu, sigma (EDM's form), features, count, and which extractor made them."""
+    """Write `statistics` as an npz: mu, sigma (EDM's form), features, count, and the name of the extractor."""
     arrays = {name: getattr(statistics, name).cpu().numpy() for name in ("mu", "sigma", "features")}
     with atomic_path(path) as temporary:
         np.savez(temporary, **arrays, count=statistics.count, extractor=extractor.name, source=statistics.name)

@@ -1,4 +1,4 @@
-"""Results of evaluations: one JSON object a line in eval/results.jsonl, a table, a line to quote, a figure."""
+"""Results of evaluations: lines of eval/results.jsonl (JSON), a table, a line to quote, a plot."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from configs.provenance import git_commit
 from flows.samplers import sampler_fields, sampler_title
 from runtime.files import atomic_path, read_json_lines
 
-# What two results must share to be compared with each other, and with what else they are the same evaluation, which
-# is not computed again: the checkpoint and how it was sampled.
+# Results that agree in COMPARABLE can be compared; those that agree in IDENTITY, hence also in checkpoint and sampling,
+# are the same evaluation, which is not repeated.
 COMPARABLE = ("features", "extractor_digest", "target", "target_state", "image_shape", "num_samples")
 IDENTITY = (*COMPARABLE, "checkpoint", "digest", "weights", "sampler", *sampler_fields(), "eps", "arithmetic",
             "init_noise_scale", "class_label", "num_classes", "batch_size", "seeds", "dataset", "training_images",
@@ -25,8 +25,8 @@ TITLES = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recal
           "inception_score": "Inception score", "pixel_frechet_distance": "pixel Fréchet distance",
           "pixel_kernel_distance": "pixel kernel distance", "pixel_precision": "pixel precision",
           "pixel_recall": "pixel recall"}
-AXES = {"step": "training step", "nfe": "function evaluations (NFE)"}  # that the figure draws them against
-FURTHER = ("weights", "arithmetic", "eps", "init_noise_scale", "class_label")  # in its labels, where they differ
+AXES = {"step": "training step", "nfe": "function evaluations (NFE)"}  # x-axes of the plot
+FURTHER = ("weights", "arithmetic", "eps", "init_noise_scale", "class_label")  # added to its labels where they differ
 NUMBER, NONE = (int, float), type(None)
 TYPES = {"checkpoint": str, "sampler": (str, NONE), "num_samples": int, "step": (int, NONE), "nfe": (*NUMBER, NONE),
          "seconds": NUMBER, "reference": str, "protocol": str, "versions": dict, "seeds": dict,
@@ -34,33 +34,33 @@ TYPES = {"checkpoint": str, "sampler": (str, NONE), "num_samples": int, "step": 
 
 
 def read_results(path):
-    """Return the finished evaluations, [] without the file. What is no result is left out, which stderr says."""
+    """Return the evaluations in a file, [] without it; invalid lines are skipped with a message on stderr."""
     entries = read_json_lines(path)
     found = [entry for entry in entries if entry.get(main_metric(entry)) is not None
              and all(isinstance(entry.get(key), kind) for key, kind in TYPES.items())]
     if len(found) < len(entries):
-        print(f"{path}: {len(entries) - len(found)} of {len(entries)} lines are no results: left out", file=sys.stderr)
+        print(f"{path}: {len(entries) - len(found)} of {len(entries)} lines are not results: skipped", file=sys.stderr)
     return found
 
 
 def append_result(path, result):
-    """Append `result` as one line, on disk when this returns."""
+    """Append `result` as one line and flush it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as opened:
         opened.seek(max(0, opened.tell() - 1))
-        torn = opened.read() not in (b"", b"\n")  # a crash cut the last line
+        torn = opened.read() not in (b"", b"\n")  # the last line was cut by a crash
         opened.write(("\n" * torn + json.dumps(result, ensure_ascii=False) + "\n").encode())
         opened.flush()
         os.fsync(opened.fileno())
 
 
 def key_of(result, fields=IDENTITY):
-    """Return a text that is the same for results with the same `fields`."""
+    """Return a string that is equal for results with equal `fields`."""
     return json.dumps([result.get(name) for name in fields])
 
 
 def newest_of_each(results):
-    """Return {identity: result}, in order, without results that a later one of the same identity replaced."""
+    """Return {identity: result}, in order, with the last result of each identity."""
     return {key_of(result): result for result in results}
 
 
@@ -70,7 +70,7 @@ def main_metric(result):
 
 
 def protocol_line(result):
-    """Return the one line to quote beside the number."""
+    """Return the line to quote with the number: metric, samples, sampler, checkpoint, features, reference, versions."""
     name = main_metric(result)
     parts = [f"{TITLES[name]} {result[name]:.4g}: {result['num_samples']} samples"]
     if result["sampler"] is not None:
@@ -82,16 +82,16 @@ def protocol_line(result):
 
 
 def sampler_name(result):
-    """Return the sampler of a result with what matters for it: `euler-2`, `rk45 (ode_tol 1e-05, …)`."""
+    """Return the sampler of a result with its options: `euler-2`, `rk45 (ode_tol 1e-05, …)`."""
     return "files" if result["sampler"] is None else sampler_title(result["sampler"], result)
 
 
 def table(results):
-    """Return the results as lines of text: one row each, one column a metric."""
+    """Return the results as a text table, a row per result and a column per metric."""
     metrics = [name for name in TITLES if any(name in r for r in results)]
     heads = [head.split() for head in ("checkpoint", "step", "sampler", "NFE", "samples", *(TITLES[m] for m in metrics),
                                        "nearest image", "(real)", "seconds")]
-    rows = list(zip(*([""] * (3 - len(words)) + words for words in heads), strict=True))  # a word a line
+    rows = list(zip(*([""] * (3 - len(words)) + words for words in heads), strict=True))  # one word per line
     for r in results:
         values = [r["step"], sampler_name(r), r["nfe"], r["num_samples"], *map(r.get, metrics), r.get("nn_distance"),
                   r.get("nn_distance_real")]
@@ -103,9 +103,9 @@ def table(results):
 
 
 def draw_figure(path, results):
-    """Write `results` of checkpoints as a PNG: the Fréchet distance against training step and NFE, where they vary.
+    """Plot the Fréchet distance of checkpoints against training step and NFE, where they vary, as a PNG.
 
-    Results that can be compared with each other share a row, whose title names what they are compared with.
+    Results that can be compared share a row of panels, whose title names their reference.
     """
     rows = {}
     for result in newest_of_each(results).values():
@@ -113,10 +113,10 @@ def draw_figure(path, results):
             rows.setdefault(key_of(result, COMPARABLE), []).append(result)
     if not rows:
         return
-    places = [place for place in AXES if any(
-        len(points) > 1 for row in rows.values() for points in _lines(row, place).values())] or ["step"]
-    figure = Figure(figsize=(3 + 4 * len(places), 4 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), len(places), sharey="row", squeeze=False)
+    names = [name for name in AXES if any(
+        len(points) > 1 for row in rows.values() for points in _lines(row, name).values())] or ["step"]
+    figure = Figure(figsize=(3 + 4 * len(names), 4 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(names), sharey="row", squeeze=False)
     for row_of_panels, row in zip(panels, rows.values(), strict=True):
         values = [r[main_metric(r)] for r in row]
         if max(values) > 4 * min(values) > 0:
@@ -126,36 +126,36 @@ def draw_figure(path, results):
         row_of_panels[0].set_ylabel(TITLES[main_metric(row[-1])])
         row_of_panels[0].set_title(f"compared with {row[-1]['reference']}\n{row[-1]['num_samples']:,} samples",
                                    loc="left", fontsize=9, wrap=True)
-        for axes, place in zip(row_of_panels, places, strict=True):
-            lines = _lines(row, place)
+        for axes, name in zip(row_of_panels, names, strict=True):
+            lines = _lines(row, name)
             for label, points in lines.items():
                 axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
             axes.set_visible(bool(lines))
-            if 0 < len(lines) <= 12:  # more lines than colours to tell them by need no legend
+            if 0 < len(lines) <= 12:  # with more lines than distinct colours a legend is of no use
                 axes.legend(fontsize=7)
             axes.grid(alpha=0.3)
-            axes.set_xlabel(AXES[place])
-            if place == "step":
+            axes.set_xlabel(AXES[name])
+            if name == "step":
                 axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter="{x:,.0f}")
             else:
                 axes.set_xscale("log")
                 axes.set_xticks([], minor=True)
                 nfes = sorted((nfe for points in lines.values() for nfe, _ in points), reverse=True)
-                axes.set_xticks(list({f"{nfe:.1g}": nfe for nfe in nfes}.values()))  # none so close that labels meet
+                axes.set_xticks(list({f"{nfe:.1g}": nfe for nfe in nfes}.values()))  # without overlap
                 axes.xaxis.set_major_formatter("{x:.3g}")
     with atomic_path(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
 
 
-def _lines(row, place):
-    """Return {label: [(place, distance), …]}: a line a sampler over the steps; a line a checkpoint over its NFEs."""
-    told = [{"seed": r["seeds"].get("samples"), **{name: r.get(name) for name in FURTHER}} for r in row]
+def _lines(row, axis):
+    """Return {label: [(x, distance), …]} for the axis: one line per sampler over steps, or per checkpoint over NFEs."""
+    options = [{"seed": r["seeds"].get("samples"), **{name: r.get(name) for name in FURTHER}} for r in row]
     lines = {}
-    for r, further in zip(row, told, strict=True):
-        name = sampler_name(r) if place == "step" else f"{r['sampler']}, step {r['step']:,}"
-        differing = [f"{field} {value}" for field, value in further.items() if any(o[field] != value for o in told)]
-        lines.setdefault(", ".join([name, *differing]), []).append((r[place], r[main_metric(r)]))
-    return lines if place == "step" else {label: points for label, points in lines.items() if len(points) > 1}
+    for r, further in zip(row, options, strict=True):
+        name = sampler_name(r) if axis == "step" else f"{r['sampler']}, step {r['step']:,}"
+        differing = [f"{field} {value}" for field, value in further.items() if any(o[field] != value for o in options)]
+        lines.setdefault(", ".join([name, *differing]), []).append((r[axis], r[main_metric(r)]))
+    return lines if axis == "step" else {label: points for label, points in lines.items() if len(points) > 1}
 
 
 def versions(device):

@@ -1,4 +1,4 @@
-"""The numbers: Fréchet and kernel distance, precision and recall, Inception score, nearest images."""
+"""Metrics: Fréchet and kernel distance, precision and recall, Inception score, nearest images."""
 
 import contextlib
 import hashlib
@@ -12,18 +12,18 @@ from metrics.features import full_float32, pixel_features
 from runtime.files import atomic_path
 from runtime.terminal import UserError, progress_bar
 
-SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as clean-fid and its predecessors
+SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as in clean-fid
 NEIGHBOURS = 3  # of precision and recall
 SPLITS = 10  # of the Inception score
-INDEFINITE = 1e-4  # share of its largest variance by which a covariance may miss being positive, by float32's rounding
+INDEFINITE = 1e-4  # allowed negative eigenvalues of a covariance relative to its largest entry: float32 rounding
 
 
 def compare(samples, reference, extractor, device, seed, folder=None, progress="auto"):
     """Return {metric name: value}, names as in `extractor.names`, of two `Statistics`.
 
-    None stands for what the reference does not allow: kernel distance, precision and recall need its features,
-    the Inception score an extractor with classes. `seed` draws the subsets of the kernel distance and the splits of
-    the score. folder: where the radii of the reference are kept; None leaves precision and recall out.
+    None stands for metrics that are not available: kernel distance, precision and recall need features of the
+    reference, the Inception score an extractor with classes. seed: of the subsets of the kernel distance and the splits
+    of the score. folder: cache of the radii of the reference; None leaves precision and recall out.
     """
     if samples.count <= extractor.dimension:
         print(f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is singular and "
@@ -46,10 +46,10 @@ def compare(samples, reference, extractor, device, seed, folder=None, progress="
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Return ‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½), a float, never negative.
 
-    `mu*` (D,) and `sigma*` (D, D): tensors or arrays, taken in float64 on the device of `mu1`. With Σ₁ = AAᵀ the
+    `mu*` (D,) and `sigma*` (D, D): tensors or arrays, converted to float64 on the device of `mu1`. With Σ₁ = AAᵀ the
     eigenvalues of Σ₁Σ₂, other than 0, are those of the symmetric AᵀΣ₂A, and the trace of the root is the sum of
     their roots: real and non-negative whatever the rank, where `scipy.linalg.sqrtm` of the non-symmetric Σ₁Σ₂ can
-    come out complex. Raises UserError as `check_gaussian`.
+    be complex. Raises UserError as `check_gaussian`.
     Source: Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
     """
     device = mu1.device if torch.is_tensor(mu1) else "cpu"
@@ -60,7 +60,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     factor, singular = torch.linalg.cholesky_ex((sigma1 + sigma1.T) / 2)
     if singular:  # A (D, rank) of scaled eigenvectors
         eigenvalues, vectors = torch.linalg.eigh((sigma1 + sigma1.T) / 2)
-        kept = eigenvalues > len(sigma1) * torch.finfo(torch.float64).eps * eigenvalues[-1]  # the others are rounding
+        kept = eigenvalues > len(sigma1) * torch.finfo(torch.float64).eps * eigenvalues[-1]  # others are rounding
         factor = vectors[:, kept] * eigenvalues[kept].sqrt()
     eigenvalues = torch.linalg.eigvalsh(factor.T @ sigma2 @ factor)
     root_trace = eigenvalues.clamp(min=0).sqrt().sum()
@@ -78,7 +78,7 @@ def check_gaussian(mu, sigma, name="statistics for the Fréchet distance"):
     allowed = INDEFINITE * sigma.abs().max()
     indefinite = sigma.any() and torch.linalg.cholesky_ex(sigma + allowed * torch.eye(len(mu)).to(sigma)).info
     if indefinite or (sigma - sigma.T).abs().max() > allowed:
-        raise UserError(f"{name}: sigma is not symmetric or has negative eigenvalues, so it is no covariance")
+        raise UserError(f"{name}: sigma is not symmetric or has negative eigenvalues, so it is not a covariance")
 
 
 @full_float32()
@@ -94,7 +94,7 @@ def kernel_distance(features1, features2, generator, subsets=SUBSETS, subset_siz
     total = torch.zeros((), dtype=torch.float64, device=features1.device)
     for _ in range(subsets):
         x, y = (f[torch.randperm(len(f), generator=generator)[:size].to(f.device)] for f in scaled)
-        own = [(rows.square().sum(1).double() ** 3).sum() for rows in (x, y)]  # each row with itself
+        own = [(rows.square().sum(1).double() ** 3).sum() for rows in (x, y)]  # products of each row with itself
         within = _sum_of_cubes(x, x) + _sum_of_cubes(y, y) - own[0] - own[1]
         total += within / (size * (size - 1)) - 2 * _sum_of_cubes(x, y) / size**2
     return (total / subsets).item()
@@ -130,26 +130,26 @@ def neighbour_radii(points, progress="auto", chunk=2048):
 
 
 def _reach(part, points):
-    """Return the distances of some of `points` to their k-th nearest other point (itself is the nearest of all)."""
+    """Return the distances of some of `points` to their k-th nearest other point (the nearest is the point itself)."""
     return torch.cdist(part, points).kthvalue(min(NEIGHBOURS + 1, len(points))).values
 
 
 def kept_radii(features, folder, progress="auto"):
-    """Return `neighbour_radii` of features (M, D), kept in a file of `folder` whose name has the features' digest."""
+    """Return `neighbour_radii` of features (M, D), cached in `folder` under the digest of the features."""
     digest = hashlib.sha256(np.ascontiguousarray(features.cpu().numpy())).hexdigest()[:16]
     path = pathlib.Path(folder) / f"neighbour_radii_{NEIGHBOURS}_{digest}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # absent or damaged
+    with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged
         return torch.from_numpy(np.load(path, allow_pickle=False))
     radii = neighbour_radii(features, progress).cpu()
-    with contextlib.suppress(OSError), atomic_path(path) as temporary:  # of a folder that others own: not kept
+    with contextlib.suppress(OSError), atomic_path(path) as temporary:  # without write permission: not cached
         np.save(temporary, radii.numpy())
     return radii
 
 
 def inception_score(probabilities, splits=SPLITS):
-    """Return (mean, standard deviation) over `splits` stretches of exp(E KL(p(y|x) ‖ p(y))).
+    """Return (mean, standard deviation) over `splits` parts of exp(E KL(p(y|x) ‖ p(y))).
 
-    `probabilities` (N, classes), shuffled: stretches of one class each would score 1.
+    `probabilities` (N, classes), shuffled: parts of one class each would score 1.
     Source: Salimans et al. 2016 (arXiv 1606.03498).
     """
     parts = probabilities.double().tensor_split(min(splits, len(probabilities)))

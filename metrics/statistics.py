@@ -1,4 +1,4 @@
-"""Images to be measured, read a batch at a time as training decodes them, and their mean, covariance and features."""
+"""Images to be measured, read in batches and decoded as for training; their mean, covariance and features."""
 
 import collections
 import dataclasses
@@ -15,7 +15,7 @@ from datasets.sources import DATASETS, load_arrays
 from runtime.devices import gather
 from runtime.terminal import UserError, progress_bar
 
-LARGEST_FLOAT = 20.0  # samples leave [-1, 1] a little; what goes beyond this was meant for 0 to 255
+LARGEST_FLOAT = 20.0  # samples exceed [-1, 1] a little; larger values were meant for 0 to 255
 LOSSY = "JPEG or WebP: distances to images that were not compressed so include the compression"
 MAX_FEATURES = 50000  # features kept of one set, evenly spread: 400 MB at 2048 numbers
 
@@ -26,10 +26,10 @@ def quantise(images):
 
 
 class ImageSource:
-    """Images that are read a batch at a time.
+    """Images that are read in batches.
 
-    path: where they are. name: of them, in results. shape: (C, H, W) of each. notes: {conversion, or what else a reader
-    must know: number of the images read so far}.
+    path: of the images. name: in results. shape: (C, H, W) of each image. notes: {remark, such as a conversion: number
+    of images read so far that it applies to}.
     """
 
     def __init__(self, path, count):
@@ -41,14 +41,14 @@ class ImageSource:
         return self.count
 
     def read(self, places):
-        """Return the images at `places`, uint8 tensor (len(places), C, H, W). Raises UserError, naming bad ones."""
+        """Return the images at `places`, uint8 tensor (len(places), C, H, W). Raises UserError for invalid ones."""
         images, notes = self._load(places)
         self.notes.update(notes)
         return torch.from_numpy(images)
 
 
 class ArrayImages(ImageSource):
-    """Images of an array (N, C, H, W), uint8, or floats in [-1, 1], which are quantised; UserError for others."""
+    """Images of an array (N, C, H, W), uint8, or floats in [-1, 1], which are quantised; else a UserError."""
 
     def __init__(self, images, name, spec=None):
         floats = np.issubdtype(images.dtype, np.floating)
@@ -95,21 +95,21 @@ class FileImages(ImageSource):
 def open_images(path, config):
     """Return the `ImageSource` of an npy (NCHW in [-1, 1], or uint8), an npz of images, a folder or a zip.
 
-    They get config.data.num_channels, and for the extractor `pixels` config.data.image_size, as in training. Raises
-    UserError if there is nothing to read.
+    Images are converted to config.data.num_channels, and for the extractor `pixels` to config.data.image_size, as in
+    training. Raises UserError for other paths.
     """
     path, data = pathlib.Path(path), config.data
     spec = ImageSpec(data.image_size if config.eval.feature_extractor == "pixels" else None, data.num_channels,
                      DATASETS[data.dataset].resample)
     if path.is_dir() or (path.is_file() and path.suffix == ".zip"):
         return FileImages(path, spec)
-    if path.is_file() and path.suffix in (".npy", ".npz"):  # a named pipe would never end
+    if path.is_file() and path.suffix in (".npy", ".npz"):  # not a named pipe, which would never end
         return ArrayImages(_load_array(path), path, spec)
     raise UserError(f"{path} {'is no npy, npz, folder or zip of images' if path.exists() else 'does not exist'}")
 
 
 def _load_array(path):
-    """Return the array in an npy, or in an npz under `images`, `samples` or `arr_0`; (N, H, W, C) is turned."""
+    """Return the array in an npy, or in an npz under `images`, `samples` or `arr_0`; (N, H, W, C) is transposed."""
     if path.suffix == ".npz":
         arrays = load_arrays(path)
         names = [name for name in ("images", "samples", "arr_0") if name in arrays]
@@ -125,17 +125,17 @@ def _load_array(path):
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """A set of images as Gaussian and as points: mu (D,), sigma (D, D) float64, features (M, D) float32 or None."""
+    """Mean mu (D,) and covariance sigma (D, D), float64, of image features, and features (M, D) float32."""
 
     mu: torch.Tensor
     sigma: torch.Tensor
     features: torch.Tensor | None
-    count: int | None  # images they come from, where known
+    count: int | None  # number of images, if known
     name: str
 
 
 def measure(batches, extractor, first, count, device, name, observers=(), max_features=MAX_FEATURES):
-    """Return the `Statistics` of `count` images, of which this process sees a stretch from number `first` on.
+    """Return the `Statistics` of `count` images, of which this process sees a contiguous range from `first` on.
 
     `batches` yields uint8 (N, C, H, W) on `device`. Each image goes through the extractor once; sums are taken in
     float64 on the device, and Σ divides by count - 1, as `np.cov`. At most `max_features` features, evenly spread
@@ -163,7 +163,7 @@ def measure(batches, extractor, first, count, device, name, observers=(), max_fe
     except UserError as caught:
         error = caught
     errors, totals, parts, features = zip(*gather((error, total.cpu(), products.cpu(), torch.cat(kept))), strict=True)
-    for error in filter(None, errors):  # in every process: one that stopped alone would leave the others to wait
+    for error in filter(None, errors):  # in every process, since the others would wait for one that stopped alone
         raise error
     mean, products = sum(totals).to(device) / count, sum(parts).to(device)
     sigma = (products - count * torch.outer(mean, mean)) / (count - 1)
@@ -186,11 +186,11 @@ def measure_source(source, extractor, batch_size, processes, count=None, observe
 
 
 def evenly_spread(chosen, count):
-    """Return `chosen` places out of `count`, int64, ascending and evenly spread."""
+    """Return `chosen` indices of `count`, int64, ascending and evenly spread."""
     return np.arange(chosen) * count // max(1, chosen)
 
 
 def share_of(processes, count):
-    """Return the range of this process's samples among `count`: each process takes one stretch."""
+    """Return the range of this process's samples among `count`: each process takes a contiguous part."""
     rank, size = processes.rank, processes.world_size
     return range(rank * count // size, (rank + 1) * count // size)

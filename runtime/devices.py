@@ -20,16 +20,16 @@ class Processes:
 
     @property
     def is_main(self):
-        """Whether this process writes what is written once: logs, pictures, reports."""
+        """Whether this process writes the files of which there is one: logs, plots, reports."""
         return self.rank == 0
 
     def say(self, message):
-        """Print a line once, not once a process."""
+        """Print a line in process 0 only."""
         if self.is_main:
             print(message, flush=True)
 
     def from_main(self, work):
-        """Return in every process what `work()` returns in process 0, or raise its UserError or OSError there."""
+        """Call `work()` in process 0; return its result, or raise its UserError or OSError, in every process."""
         result = error = None
         if self.is_main:
             try:
@@ -43,7 +43,7 @@ class Processes:
 
 
 def gather(value):
-    """Return the list of every process's picklable `value`, in the order of rank. Every process must call it."""
+    """Return the list of every process's picklable `value`, in the order of ranks. Every process must call it."""
     if not dist.is_initialized():
         return [value]
     found = [None] * dist.get_world_size()
@@ -53,26 +53,26 @@ def gather(value):
 
 @contextlib.contextmanager
 def start_processes(patience=None):
-    """Yield this process (`Processes`) among those that torchrun started, if it did, on its device.
+    """Yield the `Processes` of this process, started by torchrun or alone, with its device.
 
-    Each takes the GPU of its local rank with NCCL; without GPUs all take the CPU with gloo.
-    patience: the longest that one waits for another, a `datetime.timedelta` (None: torch's 10 or 30 minutes).
+    Each uses the GPU of its local rank with NCCL; without GPUs all use the CPU with gloo. UserError for too few GPUs.
+    patience: how long a process waits for another, a `datetime.timedelta` (None: torch's 10 or 30 minutes).
     """
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, backend, own = torch.device("cpu"), "gloo", {}
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError("there are more processes than GPUs of this machine: start torchrun with --nproc_per_node="
+            raise UserError("this machine has fewer GPUs than processes: start torchrun with --nproc_per_node="
                             f"{torch.cuda.device_count()} or fewer")
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
-        own = {"device_id": device}  # NCCL need not guess which GPU is whose
+        own = {"device_id": device}  # otherwise NCCL guesses it
     if world_size == 1:
         yield Processes(0, 1, device)
         return
     dist.init_process_group(backend, timeout=patience, **own)
     try:
-        dist.barrier()  # one that fails at once must not be gone while others still join
+        dist.barrier()  # a process that fails at once must not exit while others are joining
         yield Processes(dist.get_rank(), world_size, device)
     finally:
         dist.destroy_process_group()
@@ -80,7 +80,7 @@ def start_processes(patience=None):
 
 @contextlib.contextmanager
 def memory_errors(advice):
-    """Raise a UserError with `advice` (which field to lower) where memory runs out in the `with` block."""
+    """Raise a UserError with `advice` (which field to lower) if memory runs out in the `with` block."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -90,20 +90,20 @@ def memory_errors(advice):
 
 
 def set_precision(precision):
-    """Let float32 products of the network use TF32 for "tf32", and nothing but float32 for the others."""
+    """Allow TF32 in float32 matrix products and convolutions for "tf32", and forbid it otherwise."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def set_deterministic(deterministic):
-    """Choose between operations with the same bits every time on one GPU and the fastest that cuDNN finds."""
+    """Use deterministic algorithms, with equal bits in every run on one GPU, or the fastest that cuDNN finds."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic  # a run has one shape: time cuDNN's algorithms once
+    torch.backends.cudnn.benchmark = not deterministic  # all batches of a run have one shape
 
 
 def autocast(precision, device):
-    """Return the context in which the network computes: bfloat16, float16 (CUDA only) or as it is."""
+    """Return the autocast context of a precision: bfloat16, float16 (CUDA only), or none."""
     kind = torch.device(device).type
     if precision == "bf16" or (precision == "fp16" and kind == "cuda"):
         return torch.autocast(kind, torch.bfloat16 if precision == "bf16" else torch.float16)
@@ -111,7 +111,7 @@ def autocast(precision, device):
 
 
 def in_precision(network, precision, device):
-    """Return `network(x, t, label)` computing in `precision`, its output in float32."""
+    """Return `network(x, t, label)` computed in `precision`, with float32 output."""
 
     def call(x, t, label=None):
         with autocast(precision, device):

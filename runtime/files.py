@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, fetched once, locked between processes, and told apart by digests."""
+"""Files: atomic writes, locks between processes, downloads, JSON and digests."""
 
 import contextlib
 import fcntl
@@ -18,16 +18,16 @@ from tqdm.utils import CallbackIOWrapper
 
 from runtime.terminal import CANNOT_WRITE, UserError, progress_bar
 
-STALE_AFTER = 86400.0  # seconds; a temporary file that nobody has written to for so long was left by a killed process
-TIMEOUT = 30  # seconds without an answer from another machine
+STALE_AFTER = 86400.0  # seconds since the last write after which a temporary file counts as left by a killed process
+TIMEOUT = 30  # seconds without an answer of a server
 
 
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
 
-    After an exception `path` is as it was before; what a killed process left is removed by a later one. The suffix is
-    kept, since savers look at it. An OSError of a full or read-only disk names `path`.
+    After an exception `path` is unchanged; temporary files of killed processes are removed later. The suffix is that of
+    `path`, since writers depend on it. An OSError of a full or read-only disk names `path`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def atomic_path(path):
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the system's word
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the system's error
         if (not isinstance(cause, OSError) or cause.errno not in CANNOT_WRITE
                 or cause.filename not in (None, str(temporary))):
             raise
@@ -54,11 +54,11 @@ def atomic_path(path):
 
 @contextlib.contextmanager
 def file_lock(path, doing, refusal=None):
-    """Hold the lock file `path` inside the `with` block and yield its descriptor; wait while another process holds it.
+    """Hold the lock file `path` in the `with` block and yield its descriptor; wait while another process holds it.
 
-    `doing` says what the other process is doing, for a waiting user; with `refusal` a UserError says that instead.
-    The system frees the lock when its process and the children that got the descriptor end, however they end. The
-    empty file stays: removing it would let two in.
+    doing: what the other process does, for the message while waiting. refusal: raise a UserError with this text instead
+    of waiting. The system frees the lock when the process, and children that inherited the descriptor, have ended. The
+    empty file is kept: without it two processes could hold the lock.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Return the JSON object in the file `path`; raise UserError, naming it, where it holds none."""
+    """Return the JSON object in the file `path`; raise UserError, naming it, if there is none."""
     value = None
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(pathlib.Path(path).read_text())
@@ -95,7 +95,7 @@ def read_json(path):
 
 
 def read_json_lines(path):
-    """Return the JSON objects of a file with one a line, [] without the file; a line cut off by a crash is left out."""
+    """Return the JSON objects of a file with one per line, [] without the file; damaged lines are skipped."""
     path, found = pathlib.Path(path), []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
@@ -104,7 +104,7 @@ def read_json_lines(path):
 
 
 def state_digest(path):
-    """Return 16 hexadecimal digits of the names, sizes and times of a file or of all in a folder, not the content."""
+    """Return 16 hexadecimal digits of name, size and time (not content) of a file, or of all files in a folder."""
     path = pathlib.Path(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     states = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -118,10 +118,10 @@ def file_digest(path):
 
 
 def cached_file(url, setting, name=None):
-    """Return the path of the copy of `url` in torch.hub's cache, fetching it the first time and printing its digest.
+    """Return the path of the copy of `url` in torch.hub's cache; download it the first time and print its digest.
 
-    setting: the flag or field with which the user can name a file of his own, told by the UserError of a failure.
-    name: the copy's, by default the last part of the address.
+    setting: flag or field that names a local file instead, for the UserError of a failed download. name: of the copy,
+    by default the last part of the address.
     """
     path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rpartition("/")[2])
     if path.is_file():
@@ -133,8 +133,8 @@ def cached_file(url, setting, name=None):
             with progress_bar(total=size, desc=f"fetching {path.name}", unit="B") as bar:
                 shutil.copyfileobj(answer, CallbackIOWrapper(bar.update, written, "write"), 1 << 20)
             if size is not None and written.tell() < size:
-                raise OSError(f"only {written.tell()} of {size} bytes came")
-    except OSError as error:  # URLError and timeouts are kinds of it
+                raise OSError(f"only {written.tell()} of {size} bytes arrived")
+    except OSError as error:  # among them URLError and timeouts
         raise UserError(f"{path.name} could not be fetched ({getattr(error, 'reason', error)}): download {url} on "
                         f"another machine and put it at {path}, or name it with {setting}") from None
     print(f"fetched {url} to {path}; digest {file_digest(path)} (SHA-256, 16 digits)", flush=True)

@@ -1,4 +1,4 @@
-"""Pictures of samples: grids with labelled rows, and lines of pixels over time."""
+"""Image files: grids of samples with labelled rows, and line plots."""
 
 import numpy as np
 import torch
@@ -10,22 +10,22 @@ from torchvision.utils import make_grid
 from runtime.files import atomic_path
 from runtime.terminal import UserError
 
-SMALLEST_CELL = 64  # pixels; smaller images are enlarged by a whole factor, each pixel to a square
+SMALLEST_CELL = 64  # pixels; smaller images are enlarged by an integer factor, without interpolation
 GAP = 4  # pixels between images
 FONT_SIZE = 16
-MANY_POINTS = 50  # of a curve, whose dots would hide the line
+MANY_POINTS = 50  # of a curve that is drawn without markers
 
 
 def to_uint8(images):
-    """Return images `(N, C, H, W)` in [-1, 1] as uint8 `(N, H, W, C)` numpy array; values outside are clipped."""
+    """Return images `(N, C, H, W)` in [-1, 1] as a uint8 numpy array `(N, H, W, C)`; values outside are clipped."""
     scaled = (images.detach().float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_grid(path, images, columns, labels=None):
-    """Write images `(N, C, H, W)` in [-1, 1], grey (C = 1) or colour (C = 3), as one picture, `columns` in a row.
+    """Write images `(N, C, H, W)` in [-1, 1], grey (C = 1) or colour (C = 3), as one image file, `columns` per row.
 
-    labels: a text for each row, written left of it. Small images are enlarged to at least 64 pixels.
+    labels: a text for each row, written left of it. Small images are enlarged. UserError for other shapes.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise UserError(f"{path}: a grid needs images of shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
@@ -45,7 +45,7 @@ def save_grid(path, images, columns, labels=None):
 
 
 def save_lines(path, curves, title, x_label, y_label, y_scale="linear"):
-    """Write a plot of `curves`, a list of `(x, y, label)`; those of one label (or None) have one colour."""
+    """Write a plot of `curves`, a list of `(x, y, label)`; curves of one label (or None) share a colour."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, colours = figure.subplots(), {}
     for x, y, label in curves:

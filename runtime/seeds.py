@@ -1,13 +1,13 @@
-"""Randomness that belongs to (seed, index) and to nothing else."""
+"""Random numbers that depend on (seed, index) alone."""
 
 import concurrent.futures
 
 import numpy as np
 import torch
 
-# One stream per purpose, so that two draws for the same (seed, index) are independent.
+# One stream per purpose, so that draws for the same (seed, index) are independent.
 NOISE, LABEL, PATH_NOISE, SUBSET, ORDER, FLIP, AUGMENT, DRAWS, DROPOUT, EVALUATION = range(10)
-PARALLEL_VALUES = 1 << 20  # below that, threads cost more than they save
+PARALLEL_VALUES = 1 << 20  # below, threads cost more than they save
 
 
 def index_generator(seed, index, stream=NOISE):
@@ -23,12 +23,12 @@ def index_generator(seed, index, stream=NOISE):
 def index_noise(seed, indices, shape, stream=NOISE):
     """Return standard normal noise, float32 tensor `(len(indices), *shape)`, row k a function of (seed, indices[k]).
 
-    Large arrays are drawn by as many threads as torch has (at most 8): numpy lets go of the interpreter lock.
+    Large arrays are drawn by as many threads as torch has (at most 8): numpy releases the interpreter lock.
     """
     noise = np.empty((len(indices), *shape), dtype=np.float32)
 
     def fill(low, high):
-        generator = index_generator(seed, 0, stream)  # set anew for every row: making one costs as much as 100 draws
+        generator = index_generator(seed, 0, stream)  # reset for every row: creating one costs as much as 100 draws
         state = generator.bit_generator.state
         for row in range(low, high):
             state["state"]["counter"][:] = 0, 0, 0, indices[row]

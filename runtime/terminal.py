@@ -1,4 +1,4 @@
-"""What a user sees in the terminal: errors as one sentence and an exit status, and progress with the time left."""
+"""Terminal output: errors as one sentence with an exit status, and progress with the time left."""
 
 import contextlib
 import errno
@@ -8,21 +8,21 @@ import sys
 
 from tqdm import tqdm
 
-# A script imports this module first: Ctrl-C while torch is imported, which takes seconds, ends it without a traceback.
+# Scripts import this module first, so that Ctrl-C while torch is imported, which takes seconds, gives no traceback.
 if "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
-LINE_EVERY = 30.0  # seconds between the plain lines
+LINE_EVERY = 30.0  # seconds between plain lines
 
 
 class UserError(ValueError):
-    """A wrong flag, file, checkpoint or data set: one sentence that names it, what was found and what to do."""
+    """An invalid flag, file, checkpoint or data set: one sentence that names it, what was found and what to do."""
 
 
 @contextlib.contextmanager
 def one_sentence(name):
-    """End the program with one line on stderr for a UserError, a full disk, a place without permission, or Ctrl-C."""
+    """End the program with one line on stderr for a UserError, a full disk, missing permission, or Ctrl-C."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 2
@@ -35,8 +35,8 @@ def one_sentence(name):
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command goes on from what is finished", 130  # as in shells
-    except BrokenPipeError:  # `| head` has seen enough
+        message, status = "interrupted; the same command continues from what is finished", 130  # as in shells
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -49,7 +49,7 @@ def one_sentence(name):
 
 
 def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto", initial=0):
-    """Return tqdm's bar over `iterable`, or one that is moved on by `update(n)` when there is none.
+    """Return a tqdm bar over `iterable`, or without one a bar that `update(n)` advances.
 
     enabled: the config field training.progress; "auto" draws a bar where stderr is a terminal, and otherwise writes a
     plain line about every 30 seconds, so that a log file stays readable. initial: where a resumed task starts.
@@ -64,10 +64,10 @@ def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto
 class PlainProgress(tqdm):
     """Progress as plain lines: `pairs: 1024/4000 samples (25.6 %), 310.2 samples/s, 00:09 left`."""
 
-    monitor_interval = 0  # no thread that watches
+    monitor_interval = 0  # no monitor thread
 
     def display(self, msg=None, pos=None):
-        """Write a line; none before the task has moved on."""
+        """Write a line, once there is progress."""
         if self.n > self.initial:
             place = "{n}/{total} {unit} ({percentage:.1f} %)" if self.total else "{n} {unit}"
             left = ", {remaining} left" if self.total else ""
@@ -75,6 +75,6 @@ class PlainProgress(tqdm):
             print(self.format_meter(**self.format_dict | {"bar_format": line}), file=sys.stderr, flush=True)
 
     def close(self):
-        """End the task without another line."""
+        """Close the bar without another line."""
         self.disable = True
         self._decr_instances(self)

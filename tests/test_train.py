@@ -177,7 +177,7 @@ def test_corrupt_state_falls_back_to_the_one_before_and_says_so(tmp_path):
     run, _ = finish(tmp_path, training__n_iters=12)
     (run / STATE).write_bytes((run / STATE).read_bytes()[:1000])
     _, log = finish(tmp_path, training__n_iters=14)
-    assert "passed over a broken checkpoint" in log and "checkpoint_2.pth, 12 updates done" in log
+    assert "skipped a damaged checkpoint" in log and "checkpoint_2.pth, 12 updates done" in log
     for path in run.glob("checkpoints*/*.pth"):
         path.write_bytes(b"nothing")
     status, log = run_script(tmp_path, "train.py", *words(tmp_path, training__n_iters=16))

@@ -1,10 +1,10 @@
-"""Tell whether folders of noise-image pairs are right, ours or hand-made: one line a folder and one a finding.
+"""Check folders of noise-image pairs, of generate_data.py or others: prints a line per folder and per problem.
 
     python -m tools.check_pairs reflow_data/pairs           some pairs of every folder
     python -m tools.check_pairs reflow_data/pairs --check   all of them
 
-The exit status is 1 if anything is wrong: values that are not finite, z0 that is no unit noise, z1 outside [-1, 1] or
-in [0, 1], labels that are no classes, swapped files, or z0 and z1 without the correlation that a flow gives them.
+The exit status is 1 for any problem: values that are not finite, z0 that is not unit noise, z1 outside [-1, 1] or in
+[0, 1], labels that are not classes, swapped files, or z0 and z1 without the correlation that a flow gives them.
 """
 
 import numpy as np
@@ -15,16 +15,16 @@ from datasets.batches import some_of
 from datasets.pairs import QUICK_ROWS, check_origins, describe, findings, open_folders
 from runtime.terminal import UserError, progress_bar
 
-DESCRIBED = 4096  # pairs whose values are described where all are read
+DESCRIBED = 4096  # pairs whose statistics are printed with --check
 
 FLAGS = {
-    "root": Field("", "folder of pairs: {root}/{seed}/z0.npy …, or one such folder"),
+    "root": Field("", "folder of pairs: {root}/{seed}/z0.npy …, or {root}/{seed} itself"),
     "check": Field(False, "read every pair, not only some of each folder"),
 }
 
 
 def main(args):
-    """Print what was found in each folder; return the exit status."""
+    """Print statistics and problems of each folder; return the exit status."""
     wrong = []
     try:
         for folder in (folders := open_folders(args.root)):
@@ -36,7 +36,7 @@ def main(args):
             direction, nfe = folder.identity.get("sampling.direction"), (folder.metadata or {}).get("nfe_mean")
             print(f"{folder.path}: {len(folder)} pairs {folder.shape}, "
                   f"{'without' if folder.label is None else 'with'} labels, "
-                  f"{f'{direction}, {nfe} evaluations a pair' if folder.metadata else 'no pairs.json'}; looked at "
+                  f"{f'{direction}, {nfe} evaluations a pair' if folder.metadata else 'no pairs.json'}; checked: "
                   f"{', '.join(f'{name} {value:.4g}' for name, value in found.items())}")
             wrong += findings(folder, found)
         check_origins(folders)

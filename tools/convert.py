@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint: in the other layout, as a small file to share, or as a folder for Hugging Face.
+"""Convert a checkpoint: to the other layout, to a small file to share, or to a folder for Hugging Face.
 
     python -m tools.convert logs/1_rectified_flow/checkpoints/checkpoint_14.pth released_14.pth   ours to released
     python -m tools.convert released.pth ours.pth                                                and back
@@ -6,9 +6,9 @@
     python -m tools.convert CHECKPOINT model.safetensors            EMA weights alone, without pickle
     python -m tools.convert CHECKPOINT FOLDER --hub                 model.safetensors, config.json and a model card
 
-The first two keep weights, EMA, Adam's moments and step to the last bit. The others keep what sampling needs, the
-config, the step and the digest of the source; a slim file over 16 MiB is cut into FILE, FILE.part2, …, which belong
-side by side. Every script reads all of these wherever it takes a checkpoint.
+The first two keep all bits of weights, EMA, Adam's moments and step. The others keep what sampling needs, config, step
+and the digest of the source; a file over 16 MiB is split into FILE, FILE.part2, …, to be kept in one folder. Every
+script reads all of these as checkpoints.
 """
 
 import io
@@ -28,11 +28,11 @@ from runtime.run_folder import CONFIG, RESULTS, run_folder
 from runtime.terminal import UserError
 
 FLAGS = {
-    "source": Field("", "IN: checkpoint; hf://owner/repo/file or https://…/file, too"),
+    "source": Field("", "IN: checkpoint file, hf://owner/repo/file or https://…/file"),
     "target": Field("", "OUT: file to write (with --hub: folder)"),
-    "slim": Field(False, "the averaged weights alone, in float16"),
+    "slim": Field(False, "only the EMA weights, in float16"),
     "hub": Field(False, "a folder for Hugging Face"),
-    "config": Field("", "config file with the architecture, of a file that does not tell it"),
+    "config": Field("", "config file with the architecture, for a checkpoint without it"),
 }
 CARD = """---
 library_name: pytorch
@@ -50,7 +50,7 @@ Input: standard normal noise; output: about [-1, 1], channels first. config.json
 | file | first 16 digits of its SHA-256 |
 |---|---|
 | model.safetensors | {digest} |
-| checkpoint that it was made of | {source} |
+| checkpoint it was made from | {source} |
 
 ## Measured
 {results}
@@ -59,13 +59,13 @@ Input: standard normal noise; output: about [-1, 1], channels first. config.json
 
 def main(args):
     if not args.target:
-        raise UserError("name a checkpoint and what to write: python -m tools.convert IN OUT")
+        raise UserError("name a checkpoint and a file to write: python -m tools.convert IN OUT")
     checkpoint, target = read_checkpoint(args.source), pathlib.Path(args.target)
     fields = architecture(checkpoint, {}, model_fields(load_config(args.config)) if args.config else {})
     net = create_from_fields(fields)
     if args.hub:
         write_folder(target, averaged(checkpoint, net, args.slim), net, run_folder(checkpoint["path"]))
-        print(f"{target}: model.safetensors, config.json and README.md, to be read before it is shared")
+        print(f"{target}: model.safetensors, config.json and README.md; check the README before you share it")
     elif args.slim or target.suffix == ".safetensors":
         count = write_parts(target, averaged(checkpoint, net, args.slim))
         print(f"{target}: averaged weights{' in float16' if args.slim else ''}, {count} part(s)")
@@ -73,13 +73,13 @@ def main(args):
         to_ours = is_released(checkpoint["model"])
         converted = in_our_layout({"config": nested_config(fields)} | checkpoint, net) if to_ours else to_released(
             checkpoint, net)
-        read_only = ("fields", "digest", "path")  # entries of `read_checkpoint`, not of a file
+        read_only = ("fields", "digest", "path")  # added by `read_checkpoint`
         write_checkpoint(target, {key: value for key, value in converted.items() if key not in read_only})
         print(f"{target}: {'our' if to_ours else 'released'} layout")
 
 
 def averaged(checkpoint, net, half):
-    """Return the averaged weights of a checkpoint and what is known of it; `half`: parameters in float16."""
+    """Return the content of a file of the EMA weights alone; half: parameters in float16."""
     load_weights(net, checkpoint, use_ema=True)
     parameters = {name for name, _ in net.named_parameters()} if half else ()
     state = {name: tensor.half() if name in parameters else tensor for name, tensor in net.state_dict().items()}
@@ -91,7 +91,7 @@ def averaged(checkpoint, net, half):
 
 
 def write_parts(target, content):
-    """Write a checkpoint to `target`, `target`.part2, … of at most PART_BYTES each; return how many."""
+    """Write a checkpoint to `target`, `target`.part2, … of at most PART_BYTES each; return their number."""
     if target.suffix == ".safetensors":
         whole = safetensors_bytes(content)
     else:
@@ -100,14 +100,14 @@ def write_parts(target, content):
     count = max(1, -(-len(whole) // PART_BYTES))
     for left in target.parent.glob(f"{target.name}.part*"):
         left.unlink()
-    for number in range(count, 0, -1):  # the first comes last: until then there is no checkpoint of this name
+    for number in range(count, 0, -1):  # the first last: before that, no checkpoint of this name exists
         with atomic_path(f"{target}.part{number}" if number > 1 else target) as temporary:
             temporary.write_bytes(whole[(number - 1) * PART_BYTES : number * PART_BYTES])
     return count
 
 
 def write_folder(folder, content, net, run):
-    """Write what a model on Hugging Face consists of; run: the folder with the results of its checkpoint."""
+    """Write weights, config and model card for Hugging Face; run: the folder with the results of the checkpoint."""
     with atomic_path(folder / "model.safetensors") as temporary:
         temporary.write_bytes(safetensors_bytes(content))
     write_json(folder / CONFIG, content["config"])
@@ -123,7 +123,7 @@ def write_folder(folder, content, net, run):
 
 
 def nested_config(fields):
-    """Return dotted fields as the nested dict that a checkpoint holds; what is unknown, the data set too, is absent."""
+    """Return dotted fields as the nested dict of a checkpoint, with the groups model and data only."""
     return {group: {name.removeprefix(f"{group}."): value for name, value in fields.items()
                     if name.startswith(f"{group}.")} for group in ("model", "data")}
 

@@ -1,12 +1,12 @@
-"""Show what a network costs, level by level: parameters, GMACs, activation memory of one image, memory of training.
+"""Show the cost of a network per level: parameters, GMACs, activation memory of one image, memory of training.
 
     python -m tools.describe --config configs/rectified_flow/cifar10_rf_gaussian.py --config.model.nf 64
     python -m tools.describe --config configs/rectified_flow/cifar10_rf_gaussian.py \
         --ckpt_path logs/1_rectified_flow/checkpoints/checkpoint_14.pth --measure
 
 With --ckpt_path (any checkpoint file, or hf://owner/repo/file) the architecture is the checkpoint's.
-GMACs: 10⁹ multiply-accumulates of a forward pass; the paper's tables give those without attention. activations: what a
-float32 forward pass keeps for the backward pass for each image, with the config's dropout.
+GMACs: 10⁹ multiply-accumulates of a forward pass; the paper's tables leave those of attention out. activations: memory
+per image that a float32 forward pass keeps for the backward pass, with the config's dropout.
 """
 
 import torch
@@ -24,7 +24,7 @@ BATCHES = (16, 32, 64, 128, 256, 512)
 
 FLAGS = {
     "ckpt_path": Field("", "checkpoint to describe"),
-    "measure": Field(False, "measure the seconds of an update on this machine, at config.training.batch_size"),
+    "measure": Field(False, "measure the seconds of an update of config.training.batch_size images on this machine"),
 }
 
 
@@ -33,20 +33,20 @@ def main(config, args, given):
         config = apply_architecture(config, read_checkpoint(args.ckpt_path), given)
     rows = describe(model_fields(config))
     print(table(rows))
-    # Weights, gradients, EMA and Adam's two moments, and what backward needs; convolutions' workspace is extra.
+    # Weights, gradients, EMA and Adam's two moments, and activations; the workspace of convolutions comes on top.
     fixed, image = 5 * 4 * rows[-1].parameters, rows[-1].activation_bytes
     memory = (f"{batch}: {(fixed + batch * image) / 2**30:.1f}" for batch in BATCHES)
-    print(f"GiB to train in float32, by images a pass: {', '.join(memory)}")
+    print(f"GiB to train in float32, by images per pass: {', '.join(memory)}")
     if args.measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        print(f"{seconds_of_update(config, device):.3f} s an update of {config.training.batch_size} images, without "
+        print(f"{seconds_of_update(config, device):.3f} s per update of {config.training.batch_size} images, without "
               f"reading data or LPIPS, on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}")
 
 
 def seconds_of_update(config, device):
-    """Return the median seconds of network, Adam and EMA for one batch, in config.training.precision.
+    """Return the median seconds of an update (network, Adam, EMA) of one batch, in config.training.precision.
 
-    The loss is the squared error to random targets. Raises UserError as `create_model` does.
+    The loss is a squared error. Raises UserError as `create_model` does.
     """
     set_precision(config.training.precision)
     data, steps = config.data, config.training.accumulation_steps

@@ -32,23 +32,23 @@ from runtime.run_folder import run_folder
 from runtime.seeds import EVALUATION, index_labels, index_noise
 from runtime.terminal import UserError
 
-TOLERANCE = 1e-4  # of the float32 file, largest difference of a pixel in [-1, 1]
+TOLERANCE = 1e-4  # largest difference of a pixel in [-1, 1] of the float32 file
 CHECKED, CALIBRATED = 16, 64  # images
 
 FLAGS = {
-    "checkpoint": Field("", "a checkpoint file; hf://owner/repo/file or https://…/file, too"),
-    "out": Field("", "folder of the files (empty: {run}/export)"),
-    "sampler": Field("one_step", "sampler of the model", choices=("one_step", "euler")),
+    "checkpoint": Field("", "checkpoint file, hf://owner/repo/file or https://…/file"),
+    "out": Field("", "output folder (empty: {run}/export)"),
+    "sampler": Field("one_step", "sampler that is built in", choices=("one_step", "euler")),
     "steps": Field(1, "number of Euler steps", low=1),
-    "config": Field("", "config file with the architecture, of a file that does not tell it"),
-    "raw": Field(False, "the raw weights, not their moving average"),
+    "config": Field("", "config file with the architecture, for a checkpoint without it"),
+    "raw": Field(False, "use the raw weights, not their EMA"),
 }
 
 
 class Generator(torch.nn.Module):
-    """noise (N, C, H, W), and class numbers (N,) int64 for a conditional network → images (N, C, H, W).
+    """Maps noise (N, C, H, W), and class numbers (N,) int64 of a conditional network, to images (N, C, H, W).
 
-    steps: of Euler, None for the sampler `one_step`. eps (flow.eps) and noise_scale are those of the training.
+    steps: of Euler, None for the sampler `one_step`. eps and noise_scale: flow.eps and sampling.init_noise_scale.
     """
 
     def __init__(self, net, steps, eps=1e-3, noise_scale=1.0):
@@ -60,7 +60,7 @@ class Generator(torch.nn.Module):
     def forward(self, noise, label=None):
         """Return the images, about [-1, 1], not clipped."""
         if label is not None:
-            # Indexing, which onnxruntime checks, refuses a number that is no class: all zeros mean the unknown class.
+            # onnxruntime checks indices, so indexing refuses invalid numbers; all zeros would mean the unknown class.
             index = torch.where(label < 0, torch.full_like(label, self.classes), label)
             known = torch.ones(self.classes).index_select(0, index)
             label = (label[:, None] == torch.arange(self.classes)).float() * known[:, None]
@@ -113,7 +113,7 @@ def draw_inputs(model, count, first=0):
 
 
 def write_onnx(model, path, settings):
-    """Write the float32 file; what the model is stands in its metadata."""
+    """Write the float32 file, with `settings` in its metadata."""
     import onnx
 
     inputs = draw_inputs(model, 2)
@@ -122,7 +122,7 @@ def write_onnx(model, path, settings):
         program = torch.onnx.export(model, tuple(inputs.values()), dynamo=True, input_names=list(inputs),
                                     output_names=["image"], dynamic_shapes=[{0: batch} for _ in inputs])
         proto = program.model_proto
-        for part in (*proto.graph.node, *proto.graph.value_info):  # where in our code each came from: half the file
+        for part in (*proto.graph.node, *proto.graph.value_info):  # places in our code: half of the file
             part.ClearField("metadata_props")
         onnx.helper.set_model_props(proto, {name: str(value) for name, value in settings.items()} | {
             "values": "noise is standard normal; the image is about [-1, 1], channels first"})
@@ -130,16 +130,16 @@ def write_onnx(model, path, settings):
 
 
 def write_int8(model, path, small):
-    """Write the 8-bit file, its activations' ranges measured on samples of noise, as in use.
+    """Write the 8-bit file, with ranges of activations measured on samples of noise, as in use.
 
-    The first and the last convolution stay in float32, as is usual: they are small, and see noise and image. Weights
-    and activations are both unsigned: with signed weights, processors without VNNI instructions overflow.
+    The first and the last convolution stay in float32, as usual: they are small, at noise and image. Weights and
+    activations are unsigned: with signed weights, sums overflow on processors without VNNI instructions.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Noise(CalibrationDataReader):  # not the samples that the result is checked with
+    class Noise(CalibrationDataReader):  # other samples than those of the check
         batches = (draw_inputs(model, 8, first) for first in range(CHECKED, CHECKED + CALIBRATED, 8))
 
         def get_next(self):
@@ -157,7 +157,7 @@ def write_int8(model, path, small):
 
 @contextlib.contextmanager
 def quiet():
-    """Keep the exporters' own reports off the terminal: they speak of their own workings, not of the user's."""
+    """Suppress the exporters' messages, which concern their internals."""
     with contextlib.ExitStack() as stack:
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)
@@ -178,9 +178,9 @@ def runner(path):
 
 @torch.inference_mode()
 def measure(model, name, run, file=None):
-    """Return a row of the report about `run`: {input name: tensor} → images of `file`, or of PyTorch's weights alone.
+    """Return a row of the report on `run`, {input name: tensor} → images, of an ONNX `file` or of PyTorch (None).
 
-    Its bytes, the median latency of one image, and the largest and the mean difference from PyTorch.
+    It has the size in bytes, the median latency of one image, and the largest and mean difference from PyTorch.
     """
     checked, one = draw_inputs(model, CHECKED), draw_inputs(model, 1)
     parts = [{key: value[part] for key, value in checked.items()} for part in (slice(-1), slice(-1, None))]

@@ -1,7 +1,7 @@
 """Look at the data before training: python -m tools.look --config configs/rectified_flow/cifar10_rf_gaussian.py
 
-Prints where the images are cached, their shape, conversions, classes, mean and standard deviation, and writes a picture
-of those that the loader yields first, with their flips.
+Prints where the images are cached, their shape, conversions, classes, mean and standard deviation, and writes a grid of
+the first images of training, flips included.
 """
 
 import numpy as np
@@ -14,25 +14,25 @@ from datasets.sources import count_classes
 from runtime.pictures import save_grid
 
 FLAGS = {
-    "out": Field("look.png", "the picture to write"),
-    "images": Field(100, "images in the picture, ten in a row", low=1),
+    "out": Field("look.png", "image file to write"),
+    "images": Field(100, "images in the grid, ten per row", low=1),
 }
 
-CHUNK = 4096  # images whose pixels are read at a time
+CHUNK = 4096  # images read at a time
 
 
 def main(config, args, given):
-    """Print what the config's data are and write the picture."""
+    """Describe the data of the config and write the grid."""
     source, size = create_batches(config, torch.device("cpu")), config.training.batch_size
     if config.data.reflow_data_root:
         print(f"pairs: {len(source)} of shape {tuple(source.shape)} (C, H, W) in {config.data.reflow_data_root}; "
-              "tools.check_pairs looks at all of them")
+              "tools.check_pairs checks them")
     else:
         print("\n".join(describe_images(source.samples)))
     updates = range(-(-args.images // size))
     images = torch.cat([source.batch(update, 0, size).z1 for update in updates])[:args.images]
     save_grid(args.out, images, 10)
-    print(f"picture: {args.out} (what the loader yields first, flips included)")
+    print(f"grid: {args.out} (the first images of training, flips included)")
 
 
 def describe_images(image_set):

@@ -2,9 +2,9 @@
 
     python -m tools.reference_statistics --config configs/rectified_flow/ffhq64_rf_gaussian.py --output ffhq64.npz
 
-The images are those of config.data, all of them and unflipped, or of --data_dir (npy, npz, folder, zip). The file is
-what evaluation_fid.py takes as --target_path; its mu and sigma have the form of EDM's reference files, and its
-features let KID, precision and recall be computed, too. torchrun splits the images over its processes.
+The images are all those of config.data, not flipped, or those of --data_dir (npy, npz, folder, zip). The file is for
+--target_path of evaluation_fid.py; mu and sigma have the form of EDM's reference files, and the features are for KID,
+precision and recall. torchrun splits the images over its processes.
 """
 
 from configs.command_line import run_script
@@ -19,7 +19,7 @@ from runtime.terminal import UserError
 FLAGS = {
     "output": Field("", "npz file to write"),
     "data_dir": Field("", "images to measure instead of the data set: npy, npz, folder or zip"),
-    "max_features": Field(MAX_FEATURES, "features kept in the file, evenly spread over the images", low=0),
+    "max_features": Field(MAX_FEATURES, "largest number of features in the file, evenly spread over the images", low=0),
 }
 
 

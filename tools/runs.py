@@ -1,4 +1,4 @@
-"""List the runs of a folder: updates done, loss, newest checkpoint and the last figure measured.
+"""List the runs in a folder: updates, loss, newest checkpoint and last result of evaluation_fid.py.
 
     python -m tools.runs --work_dir logs
 """
@@ -13,7 +13,7 @@ from runtime.files import read_json_lines
 from runtime.run_folder import CHECKPOINTS, CONFIG, LOG, RESULTS, numbered_checkpoints
 from runtime.terminal import UserError
 
-FLAGS = {"work_dir": Field("logs", "folder of the runs, searched with its sub-folders")}
+FLAGS = {"work_dir": Field("logs", "folder of the runs, searched recursively")}
 
 
 def describe_run(path, root):
@@ -21,7 +21,7 @@ def describe_run(path, root):
     last, figure = (read_json_lines(path / LOG) or [{}])[-1], "-"
     try:
         updates = load_config(path / CONFIG).training.n_iters
-    except UserError:  # of another program, or damaged: the rest of the table is of use all the same
+    except UserError:  # another program's, or damaged: the other columns are still of use
         updates = "?"
     for result in read_results(path / RESULTS)[-1:]:
         metric, checkpoint = main_metric(result), pathlib.Path(result["checkpoint"]).stem
@@ -35,7 +35,7 @@ def describe_run(path, root):
 
 
 def main(args):
-    """Print the table, the run whose config was written last at the end."""
+    """Print the table, in the order in which the configs were written."""
     root = pathlib.Path(args.work_dir)
     configs = sorted((p for p in root.rglob(CONFIG) if (p.parent / CHECKPOINTS).is_dir()),
                      key=lambda p: p.stat().st_mtime)

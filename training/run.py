@@ -31,7 +31,7 @@ from runtime.run_folder import CHECKPOINTS, CONFIG, LOG, SAMPLES, run_path
 from runtime.seeds import index_labels, index_noise
 from runtime.terminal import UserError, progress_bar
 
-# What may change when a run is continued: how long, how often it reports, and how it uses the machine.
+# Fields that may change when a run continues: its length, its reports, and how it uses the machine.
 FREE_FIELDS = {
     "expr", "work_dir", "training.n_iters", "training.snapshot_sampling", "training.snapshot_freq_for_preemption",
     "training.record_iters", "training.progress", "training.keep_checkpoints", "training.max_skipped",
@@ -39,13 +39,13 @@ FREE_FIELDS = {
     "training.deterministic", "training.wandb", "data.on_device", "data.cache_dir", "data.skip_corrupt",
     "data.data_root", "data.custom_data_root", *(name for name in FIELDS if name.startswith(("sampling.", "eval."))),
 }
-SAID_FIELDS = ("training.precision", "optim.lr")  # may change, too, and the log says so
+SAID_FIELDS = ("training.precision", "optim.lr")  # may change, too, with a message
 COLUMNS = 10  # of a sample grid
 EULER_STEPS = (2, 10)  # below the one-step row
 
 
 def check_training(config, world_size=1):
-    """Raise UserError for what cannot be trained: a bad name, fields that make no network or contradict each other."""
+    """Raise UserError for an invalid name of the run, and for fields that contradict each other."""
     if not config.expr.strip() or config.expr.startswith("/") or ".." in config.expr.split("/"):
         raise UserError(f"config.expr is {config.expr!r}: name the run, a folder inside config.work_dir, for instance "
                         "--config.expr 1_rectified_flow")
@@ -64,7 +64,7 @@ def check_training(config, world_size=1):
 
 
 def describe_changes(before, config):
-    """Return a phrase for each field that decides what is learnt and differs between two configs."""
+    """Return a phrase for each field that differs between two configs and affects the result of training."""
     values = {name: (get_field(before, name), get_field(config, name)) for name in FIELDS if name not in FREE_FIELDS}
     return [f"{name} ({there!r} there, {here!r} here)" for name, (there, here) in values.items()
             if os.path.normpath(str(there)) != os.path.normpath(str(here))]  # a/ and ./a are one path
@@ -79,21 +79,21 @@ def check_same_run(config, path):
     if said != changed:
         refused = ", ".join(phrase for phrase in changed if phrase not in said)
         raise UserError(f"{path} holds a run with another config: {refused}; choose another --config.expr (with "
-                        f"--config.training.resume_from {path} it goes on from this run's last state), or remove it")
+                        f"--config.training.resume_from {path} it continues from this run's last state), or remove it")
     return said
 
 
 def open_run(config, held):
-    """Create the run folder with all that says how the run was made; return what to tell about its data.
+    """Create the run folder and the files that say how the run was made; return messages about changed data.
 
-    held: an ExitStack, which keeps the run locked. command.txt gains a line at each start; versions.json has the
-    commit, packages and names of untracked files (which may hold secrets); uncommitted.patch the changes of tracked
-    ones; data.json tells whether the files of data are still those of the last start.
+    held: an ExitStack, which keeps the run locked. command.txt gets a line per start; versions.json has the commit,
+    packages and names of untracked files (whose content may be secret); uncommitted.patch the changes of tracked ones;
+    data.json a digest of the data, to be compared at the next start.
     """
     path, data = run_path(config), config.data
     held.enter_context(file_lock(path / ".lock", "training", refusal=(
         f"another process is training in {path}: wait for it, or choose another --config.expr")))
-    check_same_run(config, path)  # which may have begun since it was first asked
+    check_same_run(config, path)  # the run may have been started since the first check
     for name in (CHECKPOINTS, SAMPLES):
         (path / name).mkdir(exist_ok=True)
     write_json(path / CONFIG, config_to_dict(config))
@@ -107,12 +107,12 @@ def open_run(config, held):
     found = {root: state_digest(root) for root in roots if root and os.path.exists(root)}
     before = read_json(path / "data.json") if (path / "data.json").exists() else {}
     write_json(path / "data.json", found)
-    return [f"the files in {root} changed since this run was last started (names, sizes or times): it goes on with "
-            "what is there now" for root in found if before.get(root, found[root]) != found[root]]
+    return [f"the files in {root} changed since this run was last started (names, sizes or times): it continues "
+            "with the new ones" for root in found if before.get(root, found[root]) != found[root]]
 
 
 def endless_schedules(config):
-    """Return a sentence for a warm-up or an annealing that is longer than the run."""
+    """Return a sentence for each of warm-up and annealing that is longer than the run."""
     lengths = {"optim.warmup": 0 if config.flow.pre_train_model else config.optim.warmup}
     if config.data.reflow_data_root and config.training.x0_randomness.startswith("warmup_"):
         lengths["training.x0_randomness"] = int(config.training.x0_randomness.rpartition("_")[2])
@@ -121,9 +121,9 @@ def endless_schedules(config):
 
 
 class RunLogger:
-    """The log of a run, written by the main process only (`active`); the others hold one that is silent.
+    """The log of a run, written by the main process only (`active`); in the others it does nothing.
 
-    log.jsonl has an object per record, log.txt what was said, tensorboard/ the curves and grids.
+    log.jsonl has an entry per training.record_iters updates, log.txt the messages, tensorboard/ curves and grids.
     """
 
     def __init__(self, config, *, start, active):
@@ -132,10 +132,10 @@ class RunLogger:
         self.bar = progress_bar(total=config.training.n_iters, initial=start, desc="training", unit="updates",
                                 enabled=config.training.progress if active else "false")
         if active:
-            from torch.utils.tensorboard import SummaryWriter  # a second of import time, only where it is used
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             kept = [entry for entry in read_json_lines(self.path / LOG) if entry.get("step", start) <= start]
-            write_text(self.path / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))  # the rest comes again
+            write_text(self.path / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))  # later ones come again
             if config.training.wandb:
                 import wandb  # optional
 
@@ -147,7 +147,7 @@ class RunLogger:
             self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=start + 1)
 
     def write(self, step, stats, *, lr, beta, device):
-        """Write the means of the finite updates since the last record; `stats` is what `UpdateStats` read."""
+        """Log the means over the finite updates since the last call; stats: what `UpdateStats.read` returned."""
         if not self.active:
             return
         now = time.perf_counter()
@@ -155,7 +155,7 @@ class RunLogger:
         self._since, self._step = now, step
         count = stats["finite"]
         memory = (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)  # on a CPU, the resident set's peak
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)  # peak resident memory
         entry = {
             "step": step, "loss": stats["loss_sum"] / count if count else None, "lr": lr,
             "grad_norm": stats["norm_sum"] / count if count else None, "beta": beta,
@@ -189,7 +189,7 @@ class RunLogger:
                 opened.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def close(self):
-        """End the progress bar, draw loss.png for the last time and flush TensorBoard."""
+        """Close the progress bar, draw loss.png and flush TensorBoard."""
         self.bar.close()
         self.draw()
         if self.active:
@@ -200,7 +200,7 @@ class RunLogger:
 def sample_grid(network, ema, config, shape, step):
     """Write the grid of one-step and few-step samples of the averaged weights, a row per sampler; return its path.
 
-    All rows and steps start at the same noise, of (config.seed, 0, 1, …); training goes on as if nothing had happened.
+    Rows, and grids of other steps, share the noise of (config.seed, 0, 1, …). Training is not affected.
     """
     device, classes = next(network.parameters()).device, config.data.num_classes
     velocity, path = velocity_from_network(network), run_path(config) / SAMPLES / f"step_{step}.png"
@@ -217,10 +217,10 @@ def sample_grid(network, ema, config, shape, step):
 
 @contextlib.contextmanager
 def stop_requests(world_size):
-    """Remember SIGINT and SIGTERM in the `with` block; yield the function that returns the signal to stop on, or 0.
+    """Catch SIGINT and SIGTERM in the `with` block; yield a function that returns the signal to stop on, or 0.
 
-    A second Ctrl-C interrupts a single process at once. Several processes never are: torchrun passes a Ctrl-C on that
-    the terminal has sent them already. They agree on the signal on the host, at each call: the device is not read.
+    A second Ctrl-C interrupts a single process at once, but not one of several: torchrun forwards the Ctrl-C that the
+    terminal has already sent to each. These agree on a signal at each call, on the host, without reading the device.
     """
     received, group = [], dist.new_group(backend="gloo") if world_size > 1 else None
 

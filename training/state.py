@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint holds, written beside the training thread; where a run's weights come from."""
+"""The state of a run: written in a background thread, found and restored; its initial weights and teacher."""
 
 import concurrent.futures
 import pathlib
@@ -22,19 +22,19 @@ from training.run import describe_changes
 
 
 class Writer:
-    """Writes checkpoints on a thread of its own, one after the other; a failed write is raised at the next call."""
+    """Writes checkpoints in a background thread, one at a time; an error is raised at the next call."""
 
     def __init__(self):
         self._thread, self._pending = concurrent.futures.ThreadPoolExecutor(1), None
 
     def submit(self, state, paths, keep=0):
-        """Write `state` as it is now to every path; then delete all but the `keep` newest checkpoints (0: none)."""
+        """Write a copy of `state` to every path; then delete all but the `keep` newest checkpoints (0: none)."""
         self.wait()
         state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
         self._pending = self._thread.submit(_write, state, paths, keep)
 
     def wait(self):
-        """Wait until everything submitted is on disk; raise what went wrong."""
+        """Wait until everything submitted is on disk; raise its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -52,7 +52,7 @@ def due_paths(folder, step, ended, stopped, options):
     """Return the files that the state after `step` updates of the run in `folder` is due to be written to.
 
     checkpoint_k is due after update k·snapshot_freq, the first being update 0 (its state says k·snapshot_freq + 1
-    updates); the last state of a run gets the next number. STATE, which is never older, comes last.
+    updates); the last state of a run gets the next number. STATE, never older than the others, comes last.
     """
     frequency, meta = options.snapshot_freq, options.snapshot_freq_for_preemption
     number, rest = divmod(step - 1, frequency)
@@ -66,7 +66,7 @@ def due_paths(folder, step, ended, stopped, options):
 def find_state(config, say):
     """Return the newest state of this run, else of training.resume_from (of the same optimizer); None for a new run.
 
-    `say` is told what was passed over, and what another run had otherwise.
+    say: receives messages about unreadable files, and about fields that differ in the other run.
     """
     state, other = read_newest_state(run_path(config), say), config.training.resume_from
     if state is not None or not other:
@@ -79,18 +79,18 @@ def find_state(config, say):
         before = config_from_dict(state["config"], state["path"])
         if before.optim.optimizer != config.optim.optimizer:
             raise UserError(f"config.training.resume_from {other} was trained with config.optim.optimizer "
-                            f"{before.optim.optimizer}, whose moments {config.optim.optimizer} cannot go on with: "
+                            f"{before.optim.optimizer}, whose moments {config.optim.optimizer} cannot use: "
                             "use that optimizer, or start from its weights with config.flow.pre_train_model")
         changed = describe_changes(before, config)
         if changed:
-            say(f"this run goes on otherwise than {other}: {', '.join(changed)}")
+            say(f"fields that differ from {other}: {', '.join(changed)}")
     return state
 
 
 def read_newest_state(folder, say=print):
-    """Return the state of a run's folder or its newest checkpoint, of those that can be read the one with more updates.
+    """Return the newest readable state in a run's folder, None if there are no files at all.
 
-    None if there is none at all: one may be missing, or older because the run was killed between writing the two.
+    It is STATE or the newest numbered checkpoint: either may be missing, or older if the run was killed in between.
     """
     folder = pathlib.Path(folder)
     numbered = list(numbered_checkpoints(folder / CHECKPOINTS).values())[::-1]
@@ -108,12 +108,12 @@ def read_newest_state(folder, say=print):
     if broken and newest is None:
         raise UserError(f"no checkpoint of {folder} can be read: {broken[0]}")
     for reason in broken:
-        say(f"passed over a broken checkpoint: {reason}; continuing from {newest['path']}")
+        say(f"skipped a damaged checkpoint: {reason}; continuing from {newest['path']}")
     return newest
 
 
 def read_state(path):
-    """Return the checkpoint at `path`; raise UserError where its entries cannot belong to one training."""
+    """Return the checkpoint at `path`; raise UserError unless a training can be continued from it."""
     state = in_our_layout(read_checkpoint(path))
     optimizer = state.get("optimizer")
     moments_of = optimizer.get("state", {}) if isinstance(optimizer, dict) else None
@@ -122,7 +122,7 @@ def read_state(path):
     shadow = state["ema"]["shadow_params"]
     for number, moments in moments_of.items():
         expected = shadow[number].shape if number in range(len(shadow)) else None
-        for name in ("exp_avg", "exp_avg_sq"):  # fused kernels would read beyond shorter ones
+        for name in ("exp_avg", "exp_avg_sq"):  # fused kernels would read beyond the end of shorter ones
             if not isinstance(moments.get(name), torch.Tensor) or moments[name].shape != expected:
                 raise UserError(f"{path} is damaged: its optimizer's {name} of parameter {number} has another shape")
     return state
@@ -144,7 +144,7 @@ def restore(state, network, ema, optimizer, stats):
                     moments[name] = torch.as_tensor(value, dtype=torch.float32).to(parameter.device)
                 else:
                     moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        if "stats" in state:  # the released layout has none
+        if "stats" in state:  # not in the released layout
             stats.load_state(state["stats"]["values"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
@@ -152,9 +152,9 @@ def restore(state, network, ema, optimizer, stats):
 
 
 def take_architecture(config, given):
-    """Return (config, messages): with the architecture of flow.pre_train_model, unless that is to fit in part only.
+    """Return (config, messages), the config with flow.pre_train_model's architecture, unless with pre_train_partial.
 
-    A run that is there keeps its own. Raises UserError, naming the fields, where a flag of `given` contradicts it.
+    An existing run keeps its own. Raises UserError, naming the fields, where a flag of `given` contradicts it.
     """
     path, saved = config.flow.pre_train_model, run_path(config) / CONFIG
     if not path or config.flow.pre_train_partial:
@@ -166,14 +166,14 @@ def take_architecture(config, given):
     try:
         adapted = apply_architecture(config, source, given)
     except UserError as error:
-        raise UserError(f"config.flow.pre_train_model {error}; to start from the tensors that fit all the same, set "
+        raise UserError(f"config.flow.pre_train_model {error}; to start from the tensors that fit, set "
                         "config.flow.pre_train_partial") from None
     changed = describe_changes(config, adapted)
     return adapted, [f"the architecture is that of {path}: {', '.join(changed)}"] if changed else []
 
 
 def load_pretrained(network, config):
-    """Copy flow.pre_train_model's raw weights, with pre_train_partial those that fit; return what to tell about it."""
+    """Copy flow.pre_train_model's raw weights, with pre_train_partial those that fit; return messages about it."""
     path = config.flow.pre_train_model
     if not path:
         return []
@@ -186,7 +186,7 @@ def load_pretrained(network, config):
 
 
 def load_teacher(config, device):
-    """Return the frozen teacher (EMA weights, eval mode), of this run's images and classes; None without one."""
+    """Return the frozen teacher (EMA weights, eval mode) for this run's images and classes; None without one."""
     if not config.flow.use_teacher:
         return None
     path = config.flow.teacher_model or config.flow.pre_train_model

@@ -1,4 +1,4 @@
-"""One update of the weights: clipping, the optimizer, the EMA and its statistics, without a host read."""
+"""One update of the weights: clipping, the optimizer, the EMA and its statistics, without reading from the device."""
 
 import torch
 
@@ -8,7 +8,7 @@ GROWTH_INTERVAL = 2000  # finite updates after which the fp16 loss scale doubles
 
 
 class RAdam(torch.optim.Optimizer):
-    """Rectified Adam (arXiv 1908.03265) with the state of torch.optim.RAdam; steps are left out on the device."""
+    """Rectified Adam (arXiv 1908.03265) with the state of torch.optim.RAdam; steps are skipped on the device."""
 
     @torch.no_grad()
     def step(self):
@@ -33,7 +33,7 @@ class RAdam(torch.optim.Optimizer):
             rho_inf = 2 / (1 - beta2) - 1
             rho = rho_inf - 2 * n * beta2**n / unbias2
             rectify = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).clamp(min=0).sqrt()
-            rectified = (rho > 5).double()  # then divided by sqrt(v), as Adam's is
+            rectified = (rho > 5).double()  # then divided by sqrt(v), as in Adam
             rate = -group["lr"] * keep / unbias1
             adaptive = torch._foreach_div(m, torch._foreach_add(torch._foreach_sqrt(v), group["eps"]))
             torch._foreach_mul_(adaptive, (rate * rectified * rectify * unbias2.sqrt()).float())
@@ -42,7 +42,7 @@ class RAdam(torch.optim.Optimizer):
 
 
 def create_optimizer(parameters, *, name, lr, beta1, eps, weight_decay):
-    """Return Adam, AdamW (torch's fused kernels) or RAdam, which leave a step out where their `found_inf` is 1."""
+    """Return Adam, AdamW (torch's fused kernels) or RAdam, which skip a step if their `found_inf` is 1."""
     options = {"lr": lr, "betas": (beta1, 0.999), "eps": eps, "weight_decay": weight_decay}
     if name == "RAdam":
         return RAdam(parameters, options)
@@ -55,11 +55,11 @@ def warmup_factor(update, warmup):
 
 
 class UpdateStats:
-    """What the updates came to, counted on the device: nothing is read back until `read`.
+    """Sums and counts over updates, kept on the device until `read`.
 
-    loss_sum, norm_sum, finite: over the finite updates since `restart`; nonfinite: updates left out in all;
-    consecutive, most_consecutive: left out one after the other now, and at most since `restart`; scale, since_overflow:
-    the fp16 loss scale and the finite updates since it last changed (1 and unused without fp16).
+    loss_sum, norm_sum, finite: over the finite updates since `restart`. nonfinite: skipped updates of the run;
+    consecutive, most_consecutive: skipped in a row up to now, and at most since `restart`. scale, since_overflow: the
+    fp16 loss scale and the finite updates since it last changed (1 and unused without fp16).
     """
 
     NAMES = ("loss_sum", "norm_sum", "finite", "nonfinite", "consecutive", "most_consecutive", "scale",
@@ -76,7 +76,7 @@ class UpdateStats:
         return self.values[6]
 
     def count(self, loss, norm, nonfinite):
-        """Add an update: its loss and gradient norm, and whether it is left out (`nonfinite` 0 or 1), 0-dimensional."""
+        """Add an update: loss, gradient norm, and whether it is skipped (`nonfinite` 0 or 1), all 0-dimensional."""
         nonfinite = nonfinite.to(torch.float64)
         sums = torch.stack([loss.to(torch.float64), norm.to(torch.float64), torch.ones_like(nonfinite)])
         self.values[:3] += torch.where(nonfinite > 0, torch.zeros_like(sums), sums)
@@ -95,12 +95,12 @@ class UpdateStats:
         return dict(zip(self.NAMES, self.values.tolist(), strict=True))
 
     def restart(self):
-        """Start the sums anew, after a record."""
+        """Reset the sums, after they were logged."""
         self.values[:3] = 0.0
         self.values[5] = self.values[4]
 
     def load_state(self, values):
-        """Continue from the `values` of a checkpoint; from its fp16 scale only where one is used there and here."""
+        """Continue from the `values` of a checkpoint, and from its fp16 scale if both runs use one."""
         self.values[:6] = values[:6]
         if self.scaled and values[6] != 1.0:
             self.values[6:] = values[6:]
@@ -110,14 +110,14 @@ def check_finite(stats, limit):
     """Raise UserError if more than `limit` updates in a row were non-finite (`stats` is what `UpdateStats` read)."""
     if stats["most_consecutive"] > limit:
         raise UserError(f"the loss or its gradient was not finite for {stats['most_consecutive']:.0f} updates in a "
-                        "row, more than config.training.max_skipped; checkpoints of before are intact: start the same "
+                        "row, more than config.training.max_skipped; earlier checkpoints are intact: start the same "
                         "run again with a lower config.optim.lr or config.training.precision fp32, or a new "
                         "config.expr with this run's folder as config.training.resume_from")
 
 
 @torch.no_grad()
 def apply_update(optimizer, ema, stats, loss, *, grad_clip):
-    """Clip the gradients, step the optimizer and the EMA, and count; leave all as it was if anything is not finite.
+    """Clip the gradients, step the optimizer and the EMA, and count; change no weights if anything is not finite.
 
     loss: 0-dimensional, like the gradients averaged over all processes. grad_clip: largest norm (negative: off).
     """

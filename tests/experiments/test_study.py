@@ -87,13 +87,13 @@ def test_a_step_run_again_gives_the_same_figures(finished):
 
 def test_a_step_of_other_words_does_not_continue_the_old_one(finished):
     _, study, steps = finished
-    other = dataclasses.replace(steps[0], words=(*steps[0].words, "--config.optim.lr", "1e-3"))
+    other = dataclasses.replace(steps[0], arguments=(*steps[0].arguments, "--config.optim.lr", "1e-3"))
     assert study.state(steps[0])["finished"] and study.state(other)["digest"] is None
 
 
 def test_a_failing_step_is_named_with_what_its_script_printed(finished, tmp_path):
     _, _, steps = finished
-    wrong = dataclasses.replace(steps[0], words=(*steps[0].words, "--config.optim.lr", "fast"))
+    wrong = dataclasses.replace(steps[0], arguments=(*steps[0].arguments, "--config.optim.lr", "fast"))
     study = Study(tmp_path, tmp_path / "results.csv", jobs=2)
     with pytest.raises(UserError, match=r"1_flow: train\.py ended with status 2.*optim\.lr"):
         run(study, [wrong])
@@ -145,7 +145,7 @@ def test_the_committed_table_is_whole_and_a_table_that_was_cut_is_refused(reposi
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--study", "digit"], "there is no such study; choose of demo, digits"),
+    (["--study", "digit"], "there is no such study; choose from demo, digits"),
     (["--again", "digits/seed9"], "no step is called digits/seed9"),
     (["--study", "cifar", "--cifar_root", "nowhere"], "--cifar_root nowhere has no cifar10-jpeg-train.zip"),
     (["--wrok_dir", "x"], "wrok_dir"),

@@ -112,8 +112,8 @@ def test_a_reference_to_other_data_is_another_reference(monkeypatch, change):
 def test_statistics_of_another_dimension_or_extractor_are_refused(tmp_path):
     np.savez(tmp_path / "large.npz", mu=np.zeros(20), sigma=np.eye(20))
     np.savez(tmp_path / "other.npz", mu=np.zeros(16), sigma=np.eye(16), extractor="inception")
-    for name, holds in (("large.npz", "20 numbers, but"), ("other.npz", "16 numbers by inception, but")):
-        with pytest.raises(UserError, match=f"{name} holds statistics of {holds} .* pixels gives 16"):
+    for name, holds in (("large.npz", "20 features, but"), ("other.npz", "16 features of inception, but")):
+        with pytest.raises(UserError, match=f"{name} holds statistics of {holds} .* pixels has 16"):
             read_statistics(tmp_path / name, EXTRACTOR)
 
 
@@ -159,7 +159,7 @@ def test_what_is_only_written_otherwise_is_read(tmp_path):
 
 def test_a_named_pipe_is_no_reference(tmp_path):
     os.mkfifo(tmp_path / "x.npz")
-    with pytest.raises(UserError, match=r"x\.npz is no file"):
+    with pytest.raises(UserError, match=r"x\.npz is neither a file"):
         reference(tmp_path / "x.npz")
-    with pytest.raises(UserError, match=r"absent\.npz is no file"):
+    with pytest.raises(UserError, match=r"absent\.npz is neither a file"):
         reference(tmp_path / "absent.npz")

@@ -121,4 +121,4 @@ def test_the_figure_has_a_line_a_sampler_over_steps_and_a_line_a_checkpoint_over
 def test_a_line_that_is_no_result_is_left_out_and_counted(tmp_path, capsys, line):
     (tmp_path / "r.jsonl").write_text("\n".join([json.dumps(result()), line, json.dumps(result(fid=2.0))]))
     assert [r["fid"] for r in read_results(tmp_path / "r.jsonl")] == [4.5321, 2.0]
-    assert "r.jsonl: 1 of 3 lines are no results" in capsys.readouterr().err
+    assert "r.jsonl: 1 of 3 lines are not results" in capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_configuration_is_described_in_a_table(told):
     assert not status and lines[-2].split()[:3] == ["total", "3,437,123", "0.7356"]
     total = describe({"model.nf": 64, "model.num_res_blocks": 1, "model.ch_mult": (1, 1, 2)})[-1]
     bytes_of_16 = 20 * total.parameters + 16 * total.activation_bytes  # five numbers of four bytes a parameter
-    assert lines[-1].startswith(f"GiB to train in float32, by images a pass: 16: {bytes_of_16 / 2**30:.1f}, 32: ")
+    assert lines[-1].startswith(f"GiB to train in float32, by images per pass: 16: {bytes_of_16 / 2**30:.1f}, 32: ")
 
 
 def test_seconds_of_an_update_are_measured_on_request(told):
@@ -119,7 +119,7 @@ def test_seconds_of_an_update_are_measured_on_request(told):
     status, lines, _ = told("--measure", training__batch_size=4, training__accumulation_steps=2, model__nf=8,
                             model__ch_mult=(1, 2), model__num_res_blocks=1, data__num_classes=3)
     assert not status and float(lines[-1].split()[0]) > 0
-    assert "s an update of 4 images" in lines[-1] and "on the CPU" in lines[-1]
+    assert "s per update of 4 images" in lines[-1] and "on the CPU" in lines[-1]
 
 
 def test_checkpoint_is_described_without_its_architecture_and_a_contradiction_is_one_sentence(told, tmp_path):

@@ -132,5 +132,5 @@ def test_the_folder_shared_on_hugging_face_is_read_back_by_its_address(tmp_path,
 
 
 def test_nothing_to_write_is_one_sentence(ours):
-    with pytest.raises(UserError, match="name a checkpoint and what to write"):
+    with pytest.raises(UserError, match="name a checkpoint and a file to write"):
         main(ours)
