@@ -12,6 +12,8 @@ DIGITS = str(ROOT / "configs/rectified_flow/digits_rf_gaussian.py")
 CIFAR10 = str(ROOT / "configs/rectified_flow/cifar10_rf_gaussian.py")
 SMALL = {"model__nf": 8, "model__ch_mult": (1,), "model__num_res_blocks": 1, "model__attn_resolutions": (),
          "model__dropout": 0.0}
+TINY = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
+        "model.attn_resolutions": (4,)}  # of three channels
 
 
 def config_of(path="", /, **fields):

@@ -14,14 +14,7 @@ import pytest
 from PIL import Image
 
 from datasets import image_files
-from datasets.image_files import (
-    COLOUR_TO_GREY,
-    GREY_TO_COLOUR,
-    FileTree,
-    ImageSpec,
-    fit_image,
-    fit_images,
-)
+from datasets.image_files import COLOUR_TO_GREY, GREY_TO_COLOUR, FileTree, ImageSpec, fit_image, fit_images
 from runtime.terminal import UserError
 from tests.datasets.image_files import encode, png, random_images, write_folder, write_zip
 
@@ -186,8 +179,9 @@ def to_picture(image):
     return Image.fromarray(image.transpose(1, 2, 0))
 
 
-def test_a_png_of_the_right_size_comes_through_unchanged():
-    pixels, notes = decode_image(png(COLOUR), ImageSpec(6, 3))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_png_of_the_right_size_comes_through_unchanged_with_an_alpha_channel_without_holes_too(mode):
+    pixels, notes = decode_image(encode(to_picture(COLOUR).convert(mode), "PNG"), ImageSpec(6, 3))
     np.testing.assert_array_equal(pixels, COLOUR)
     assert pixels.dtype == np.uint8 and notes == []
 
@@ -256,22 +250,11 @@ def test_transparent_palette_colour_is_white():
     assert notes == ["transparent, composited on white"]
 
 
-def test_an_alpha_channel_without_holes_changes_nothing():
-    pixels, notes = decode_image(encode(to_picture(COLOUR).convert("RGBA"), "PNG"), ImageSpec(6, 3))
-    np.testing.assert_array_equal(pixels, COLOUR)
-    assert notes == []
-
-
-def test_cmyk_jpeg_is_not_inverted():
-    picture = Image.new("RGB", (8, 8), (200, 60, 30))
-    pixels, _ = decode_image(encode(picture.convert("CMYK"), "JPEG", quality=95), ImageSpec(8, 3))
-    assert np.abs(pixels[:, 4, 4].astype(int) - [200, 60, 30]).max() <= 4
-
-
-def test_cmyk_jpeg_becomes_grey():
-    picture = Image.new("RGB", (8, 8), (100, 100, 100))
-    pixels, notes = decode_image(encode(picture.convert("CMYK"), "JPEG", quality=95), ImageSpec(8, 1))
-    assert abs(int(pixels[0, 4, 4]) - 100) <= 4 and notes == [COLOUR_TO_GREY]
+@pytest.mark.parametrize(("channels", "colour", "noted"), [(3, (200, 60, 30), []), (1, (100,) * 3, [COLOUR_TO_GREY])])
+def test_cmyk_jpeg_is_not_inverted_and_becomes_grey(channels, colour, noted):
+    picture = Image.new("RGB", (8, 8), colour).convert("CMYK")
+    pixels, notes = decode_image(encode(picture, "JPEG", quality=95), ImageSpec(8, channels))
+    assert np.abs(pixels[:, 4, 4].astype(int) - colour[:channels]).max() <= 4 and notes == noted
 
 
 def test_a_photo_is_turned_upright():

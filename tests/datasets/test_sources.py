@@ -8,6 +8,7 @@ from datasets import ImageSet, create_batches, load_images, sources, subset
 from datasets.image_files import FileTree, find_labels
 from runtime.terminal import UserError
 from tests.datasets.image_files import label_file, make_config, png, random_images, write_folder, write_mnist, write_zip
+from tests.helpers import CIFAR10, overrides
 
 IMAGES = random_images(5, 3, 64)
 FFHQ = {f"00000/img{number:08}.png": png(image) for number, image in enumerate(IMAGES)}
@@ -232,9 +233,8 @@ def test_batches_follow_the_config(tmp_path):
     ([], False, "not mirrored"), (["--config.data.random_flip", "true"], True, "are mirrored")])
 def test_mnist_on_the_cifar10_config_is_mirrored_only_when_told_and_says_so(tmp_path, capsys, words, mirrored, said):
     write_mnist(tmp_path / "data", random_images(200, 1, 28), np.arange(200) % 10, packed=False)
-    config, _, _ = parse_command_line([
-        "train.py", "--config", "configs/rectified_flow/cifar10_rf_gaussian.py", "--config.data.dataset", "MNIST",
-        "--config.data.data_root", str(tmp_path / "data"), "--config.data.num_channels", "1",
-        "--config.data.cache_dir", str(tmp_path / "cache"), *words])
+    fields = overrides(data__dataset="MNIST", data__data_root=tmp_path / "data", data__num_channels=1,
+                       data__cache_dir=tmp_path / "cache")
+    config, _, _ = parse_command_line(["train.py", "--config", CIFAR10, *fields, *words])
     assert len(create_batches(config, "cpu").flips) == mirrored
     assert said in capsys.readouterr().err

@@ -6,10 +6,9 @@ from configs.default import FIELDS, get_default_config
 from models import create_model
 from models.create import NETWORKS, argument_fields, create_from_fields
 from runtime.terminal import UserError
+from tests.helpers import TINY
 
-SMALL = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
-         "model.attn_resolutions": (4,)}
-WIDE = SMALL | {"model.name": "DhariwalUNet"}
+WIDE = TINY | {"model.name": "DhariwalUNet"}
 
 
 def test_config_makes_the_network_and_its_fields_make_the_config():
@@ -31,30 +30,30 @@ def test_arguments_have_the_configs_defaults(name):
 
 
 @pytest.mark.parametrize("base, changes, sentence", [
-    (SMALL, {"model.name": "unet"}, "model.name must be one of ncsnpp, DhariwalUNet, not 'unet'"),
-    (SMALL, {"data.num_classes": 10, "model.conditional": False}, "data.num_classes is 10, but with model.conditional"),
-    (SMALL, {"model.preconditioning": "iddpm"}, "model.preconditioning must be one of none, edm, vp, ve, not 'iddpm'"),
-    (SMALL, {"model.preconditioning": "edm", "model.scale_by_sigma": True}, "set model.scale_by_sigma to false"),
-    (SMALL, {"data.image_size": 9}, "data.image_size is 9, but the 2 levels of model.ch_mult halve it 1 times"),
-    (SMALL, {"model.ch_mult": ()}, "model.ch_mult is"),
-    (SMALL, {"model.ch_mult": (1, 0)}, "model.ch_mult must be at least 1"),
-    (SMALL, {"model.ch_mult": (1, 1.5)}, "model.ch_mult is"),
-    (SMALL, {"model.nf": 2}, "model.nf must be at least 4"),
-    (SMALL, {"model.nf": 9}, "model.nf is 9"),
-    (SMALL, {"model.nf": 90}, "make a layer of 90 channels"),
-    (SMALL, {"model.attn_resolutions": (16,)}, "model.attn_resolutions has 16, but the levels have sizes 8, 4"),
-    (SMALL, {"model.resblock_type": "resnet"}, "model.resblock_type must be one of biggan, ddpm, not 'resnet'"),
-    (SMALL, {"model.progressive_combine": "cat"}, "model.progressive_combine is cat"),
-    (SMALL, {"model.ch_mult": (1,), "model.attn_resolutions": (), "model.progressive": "residual"},
+    (TINY, {"model.name": "unet"}, "model.name must be one of ncsnpp, DhariwalUNet, not 'unet'"),
+    (TINY, {"data.num_classes": 10, "model.conditional": False}, "data.num_classes is 10, but with model.conditional"),
+    (TINY, {"model.preconditioning": "iddpm"}, "model.preconditioning must be one of none, edm, vp, ve, not 'iddpm'"),
+    (TINY, {"model.preconditioning": "edm", "model.scale_by_sigma": True}, "set model.scale_by_sigma to false"),
+    (TINY, {"data.image_size": 9}, "data.image_size is 9, but the 2 levels of model.ch_mult halve it 1 times"),
+    (TINY, {"model.ch_mult": ()}, "model.ch_mult is"),
+    (TINY, {"model.ch_mult": (1, 0)}, "model.ch_mult must be at least 1"),
+    (TINY, {"model.ch_mult": (1, 1.5)}, "model.ch_mult is"),
+    (TINY, {"model.nf": 2}, "model.nf must be at least 4"),
+    (TINY, {"model.nf": 9}, "model.nf is 9"),
+    (TINY, {"model.nf": 90}, "make a layer of 90 channels"),
+    (TINY, {"model.attn_resolutions": (16,)}, "model.attn_resolutions has 16, but the levels have sizes 8, 4"),
+    (TINY, {"model.resblock_type": "resnet"}, "model.resblock_type must be one of biggan, ddpm, not 'resnet'"),
+    (TINY, {"model.progressive_combine": "cat"}, "model.progressive_combine is cat"),
+    (TINY, {"model.ch_mult": (1,), "model.attn_resolutions": (), "model.progressive": "residual"},
      "model.progressive residual and model.progressive_input join levels, but model.ch_mult has only one level"),
-    (SMALL, {"model.fir": True, "model.fir_kernel": (1,)}, "model.fir_kernel is"),
-    (SMALL, {"model.scale_by_sigma": True, "model.num_scales": 10}, "model.num_scales is 10"),
-    (SMALL, {"model.sigma_min": 0.0}, "model.sigma_min must be at least"),
-    (SMALL, {"model.num_res_blocks": 10**9}, "model.num_res_blocks must be at most 64"),
-    (SMALL, {"model.num_scales": 10**12}, "model.num_scales must be at most 1e+06"),
-    (SMALL, {"data.image_size": 2**40, "model.ch_mult": (1,) * 40}, "data.image_size must be at most 4096"),
-    (SMALL, {"model.ch_mult": (1, 10**9)}, "model.ch_mult must be at most 64"),
-    (SMALL, {"model.fir": True, "model.fir_kernel": (1,) * 10**5}, "a filter needs two to sixteen taps"),
+    (TINY, {"model.fir": True, "model.fir_kernel": (1,)}, "model.fir_kernel is"),
+    (TINY, {"model.scale_by_sigma": True, "model.num_scales": 10}, "model.num_scales is 10"),
+    (TINY, {"model.sigma_min": 0.0}, "model.sigma_min must be at least"),
+    (TINY, {"model.num_res_blocks": 10**9}, "model.num_res_blocks must be at most 64"),
+    (TINY, {"model.num_scales": 10**12}, "model.num_scales must be at most 1e+06"),
+    (TINY, {"data.image_size": 2**40, "model.ch_mult": (1,) * 40}, "data.image_size must be at most 4096"),
+    (TINY, {"model.ch_mult": (1, 10**9)}, "model.ch_mult must be at most 64"),
+    (TINY, {"model.fir": True, "model.fir_kernel": (1,) * 10**5}, "a filter needs two to sixteen taps"),
     (WIDE, {"model.fir": True}, "model.fir is True, but DhariwalUNet has no such option"),
     (WIDE, {"model.progressive": "residual"}, "model.progressive is residual, but DhariwalUNet"),
     (WIDE, {"model.label_dropout": 0.1}, "model.label_dropout hides class labels, but data.num_classes is 0"),

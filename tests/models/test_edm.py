@@ -14,12 +14,9 @@ from models.create import create_from_fields
 from models.describe import describe
 from models.released import to_released
 from runtime.terminal import UserError
-from tests.helpers import config_of
+from tests.helpers import TINY, config_of
 from tests.models.edm_networks import OWN, READABLE, golden_file, golden_numbers
 from tests.models.released_numbers import fields_of
-
-TINY = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
-        "model.attn_resolutions": (4,)}
 
 
 def labels(net, numbers, name="label"):

@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from models.create import create_from_fields
-from tests.helpers import Operations
+from tests.helpers import TINY, Operations
 
-NCSNPP = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
-          "model.attn_resolutions": (4,), "model.init_scale": 1.0}
-DHARIWAL = {"model.name": "DhariwalUNet", "model.nf": 32, "model.ch_mult": (1, 2), "model.num_res_blocks": 1,
-            "data.image_size": 8, "model.attn_resolutions": (4,), "data.num_classes": 3}
+NCSNPP = TINY | {"model.init_scale": 1.0}
+DHARIWAL = TINY | {"model.name": "DhariwalUNet", "model.nf": 32, "data.num_classes": 3}
 BOTH = pytest.mark.parametrize("fields", [NCSNPP, DHARIWAL], ids=["ncsnpp", "DhariwalUNet"])
 
 

@@ -8,16 +8,15 @@ from PIL import Image
 
 from configs.rectified_flow.digits_rf_gaussian import get_config
 from datasets import ImageSet, create_batches
-from tests.processes import run_script
+from tests.helpers import DIGITS, overrides
+from tests.processes import output_of
 from tools import look
 from tools.look import describe_images, main, moments
 
 
 def test_one_command_describes_the_digits_and_writes_a_picture(tmp_path):
-    words = ["--config", "configs/rectified_flow/digits_rf_gaussian.py", "--config.data.use_aug", "true",
-             "--out", str(tmp_path / "look.png"), "--images", "20"]
-    status, log = run_script(tmp_path, "tools.look", *words)
-    assert status == 0, log
+    log = output_of(tmp_path, "tools.look", "--config", DIGITS, *overrides(data__use_aug=True), "--out",
+                    tmp_path / "look.png", "--images", 20)
     assert "images: 1797 of shape (1, 8, 8)" in log and "classes: 10 (0: 178, 1: 182, " in log
     assert "mean per channel: 0.3053 " in log and "standard deviation: 0.3759" in log
     with Image.open(tmp_path / "look.png") as picture:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from configs.command_line import config_to_dict, load_config
+from configs.command_line import config_to_dict
 from datasets import load_images
 from models import create_model
 from models.checkpoint import write_checkpoint
 from runtime.devices import Processes
+from tests.helpers import DIGITS, config_of
 from train import Training
 
 UPDATES, BATCH, PAIRS, SEED = 6, 8, 20, 7  # the second epoch of the pairs begins within the third batch
@@ -124,13 +125,10 @@ def data(tmp_path):
 
 def tiny_config():
     """The config that all three trainings share."""
-    config = load_config("configs/rectified_flow/digits_rf_gaussian.py")
-    config.seed, config.expr = SEED, "reference"
-    config.model.nf, config.model.ch_mult, config.model.num_res_blocks, config.model.dropout = 8, (1, 2), 1, 0.3
-    config.model.attn_resolutions, config.model.ema_rate, config.model.init_scale = (4,), RATE, 1.0
-    config.optim.lr, config.optim.warmup, config.optim.grad_clip = LEARNING_RATE, WARMUP, CLIP
-    config.training.batch_size, config.training.n_iters = BATCH, UPDATES
-    return config
+    return config_of(DIGITS, seed=SEED, expr="reference", model__nf=8, model__ch_mult=(1, 2), model__num_res_blocks=1,
+                     model__dropout=0.3, model__attn_resolutions=(4,), model__ema_rate=RATE, model__init_scale=1.0,
+                     optim__lr=LEARNING_RATE, optim__warmup=WARMUP, optim__grad_clip=CLIP, training__batch_size=BATCH,
+                     training__n_iters=UPDATES)
 
 
 def write_teacher(config, path):
