@@ -78,7 +78,7 @@ GROUPS = {
         "snapshot_sampling": Field(10000, "updates between sample grids in samples/ (0: never)", low=0),
         "record_iters": Field(500, "updates between entries of log.jsonl", low=1),
         "accumulation_steps": Field(1, "passes that the batch of an update is split into, to save memory", low=1),
-        "loss_type": Field("l2", "distance of velocities, or of images (lpips); see the README", choices=DISTANCES),
+        "loss_type": Field("l2", "distance of velocities or images (docs/objectives.md)", choices=DISTANCES),
         "reduce_mean": Field(True, "l1 and l2 as mean over C·H·W (false: half the sum)"),
         "weight_schedule": Field("uniform", "weight of the loss as a function of t", choices=WEIGHTS),
         "x0_randomness": Field("fix_0", "pairs: β(update) in z0' = sqrt(1-β²)·z0 + β·ξ", choices=ANNEALING_SCHEDULES),

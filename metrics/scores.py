@@ -29,14 +29,17 @@ def compare(samples, reference, extractor, device, seed, folder=None, progress="
         print(f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is singular and "
               "the Fréchet distance comes out too large (its bias falls as 1 / samples); compare it only with "
               "distances of equally many samples, and quote none below 50,000", file=sys.stderr)
-    values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
-    features = samples.features.to(device)
-    if reference.features is not None:
-        real = reference.features.to(device)
-        values["kernel"] = kernel_distance(features, real, torch.Generator().manual_seed(seed))
-        if folder is not None:
-            radii = kept_radii(real, folder, progress).to(device)
-            values["precision"], values["recall"] = precision_recall(features, real, radii, progress)
+    features, given = samples.features.to(device), reference.features is not None
+    with progress_bar(total=1 + given, desc="distances", unit="metrics", enabled=progress) as bar:
+        values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
+        bar.update()
+        if given:
+            real = reference.features.to(device)
+            values["kernel"] = kernel_distance(features, real, torch.Generator().manual_seed(seed))
+            bar.update()
+    if given and folder is not None:
+        radii = kept_radii(real, folder, progress).to(device)
+        values["precision"], values["recall"] = precision_recall(features, real, radii, progress)
     if extractor.probabilities is not None:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(device)
         values["inception"], values["inception_std"] = inception_score(extractor.probabilities(features)[order])

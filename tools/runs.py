@@ -1,6 +1,6 @@
 """List the runs in a folder: updates, loss, newest checkpoint and last result of evaluation_fid.py.
 
-    python -m tools.runs --work_dir logs
+    python -m tools.runs logs
 """
 
 import pathlib
@@ -48,4 +48,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_program(main, __doc__, FLAGS)
+    run_program(main, __doc__, FLAGS, places=("work_dir",))
