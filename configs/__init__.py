@@ -1,1 +1,1 @@
-"""The configuration: every field once (default.py), and the command line that overrides it (command_line.py)."""
+"""The configuration: all fields (default.py), the command line that overrides them, the origin of a result."""

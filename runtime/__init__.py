@@ -1,1 +1,1 @@
-"""What every script shares and no method needs: errors, files, devices, seeds, run directories, pictures."""
+"""Shared by all scripts: terminal, files, devices, seeds, run folders, image files."""

@@ -36,7 +36,7 @@ def main(args):
             direction, nfe = folder.identity.get("sampling.direction"), (folder.metadata or {}).get("nfe_mean")
             print(f"{folder.path}: {len(folder)} pairs {folder.shape}, "
                   f"{'without' if folder.label is None else 'with'} labels, "
-                  f"{f'{direction}, {nfe} evaluations a pair' if folder.metadata else 'no pairs.json'}; checked: "
+                  f"{f'{direction}, {nfe} evaluations per pair' if folder.metadata else 'no pairs.json'}; checked: "
                   f"{', '.join(f'{name} {value:.4g}' for name, value in found.items())}")
             wrong += findings(folder, found)
         check_origins(folders)

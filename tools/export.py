@@ -71,6 +71,8 @@ class Generator(torch.nn.Module):
 
 
 def main(args):
+    if not args.checkpoint:
+        raise UserError("name a checkpoint: python -m tools.export CHECKPOINT")
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401

@@ -1,1 +1,1 @@
-"""What train.py calls: one update, the state that it goes on from, and the folder of the run."""
+"""The parts of train.py: one update, the state to continue from, and the folder of the run."""

@@ -155,7 +155,8 @@ def test_the_process_of_these_tests_cannot_import_torch(tmp_path):
 
 def test_missing_packages_and_wrong_words_are_one_sentence(recorded, monkeypatch):
     for words, sentence in (([recorded / "dhariwal_cond.pth", "--steps", 0], "--steps must be at least 1"),
-                            ([recorded / "absent.pth"], "absent.pth cannot be opened")):
+                            ([recorded / "absent.pth"], "absent.pth cannot be opened"),
+                            ([], "name a checkpoint: python -m tools.export CHECKPOINT")):
         with pytest.raises(UserError, match=sentence):
             run(*words)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
