@@ -77,7 +77,8 @@ def measure_checkpoints(config, args, given, processes):
             reference = Reference(own, args.target_path, processes)
         identity = {"checkpoint": pathlib.Path(checkpoint["path"]).name, "digest": checkpoint["digest"],
                     "weights": "EMA" if args.use_ema else "raw", **sampling_identity(own), **reference.identity}
-        result = earlier_result(path, identity, args.force, processes)
+        needed = samples_path(path, identity) if own.eval.save_samples else path
+        result = earlier_result(path, identity, args.force, processes, needed)
         if result is None:
             net = network_of(model_fields(own), checkpoint, args.use_ema, processes.device)
             if not cost:
@@ -126,7 +127,7 @@ def measure_files(config, args, given, processes):
                       "Inception resizes both, which the distance includes")
     identity = {"checkpoint": source.path.name, "digest": state_digest(source.path), "sampler": None,
                 "num_samples": count, "seeds": {"subsets": config.seed}, **reference.identity}
-    result = earlier_result(path, identity, args.force, processes)
+    result = earlier_result(path, identity, args.force, processes, path)
     if result is None:
         measured = functools.partial(measure_source, source, reference.extractor, config.eval.batch_size, processes,
                                      count)
@@ -223,10 +224,16 @@ def measure_images(measured, reference, observers=()):
     })
 
 
-def earlier_result(path, identity, force, processes):
-    """Return to all processes the result in the file `path` with this identity, or None, always with --force."""
-    found = None if force else processes.from_main(
-        lambda: results.newest_of_each(results.read_results(path)).get(results.key_of(identity)))
+def samples_path(path, identity):
+    """Return the file of the samples of a result in the file `path`."""
+    stem, sampler = pathlib.Path(identity["checkpoint"]).stem, results.sampler_name(identity).split()[0]
+    return path.with_name(f"{stem}_{sampler}.npy")
+
+
+def earlier_result(path, identity, force, processes, needed):
+    """Return to all processes the result in the file `path` with this identity; None without `needed` or by --force."""
+    found = None if force else processes.from_main(lambda: results.newest_of_each(
+        results.read_results(path) if needed.exists() else []).get(results.key_of(identity)))
     if found is not None:
         processes.say(f"{identity['checkpoint']}: already measured ({path}); --force measures it again")
     return found
@@ -245,8 +252,7 @@ def publish(result, path, processes, samples=None):
             print(json.dumps(result, ensure_ascii=False), flush=True)
             raise
         if samples:
-            stem, sampler = pathlib.Path(result["checkpoint"]).stem, results.sampler_name(result).split()[0]
-            with atomic_path(path.with_name(f"{stem}_{sampler}.npy")) as temporary:
+            with atomic_path(samples_path(path, result)) as temporary:
                 np.save(temporary, images)
 
     processes.from_main(write)

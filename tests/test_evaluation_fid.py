@@ -91,8 +91,8 @@ def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measur
     words = ("--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, "--config.eval.save_samples=true")
     evaluate(run, *words)
     alone = np.load(run / "eval" / "checkpoint_1_one_step.npy")
-    ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", DIGITS, *words, "--config.eval.batch_size=7",
-                        "--force")
+    (run / "eval" / "checkpoint_1_one_step.npy").unlink()  # samples that are asked for and missing are drawn again
+    ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", DIGITS, *words, "--config.eval.batch_size=7")
     assert [rank.wait() for rank in ranks] == [0, 0], "\n".join(rank.log for rank in ranks)
     assert ["best: " in rank.log for rank in ranks] == [True, False]
     together = np.load(run / "eval" / "checkpoint_1_one_step.npy")
