@@ -1,5 +1,6 @@
 """Every command of the README runs, in its order, with overrides that only make it tiny."""
 
+import inspect
 import pathlib
 import re
 import shlex
@@ -7,11 +8,15 @@ import shlex
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import example
 from experiments.report import read_table
 from models import create_model
+from runtime.pictures import GAP, SMALLEST_CELL
 from tests.datasets.image_files import random_images, write_cifar
 from tests.processes import ROOT, run_script
+from tests.test_image_sampling import write_run
 from tests.test_reproduce import ROWS, parse
 
 SETUP = ("make demo", "make test")
@@ -103,20 +108,35 @@ def test_every_path_that_the_readme_links_exists():
 
 def test_the_networks_of_the_table_have_the_sizes_that_it_says():
     rows = [line.strip("|").split("|") for line in (ROOT / "README.md").read_text().splitlines()
-            if re.match(r"\| (CIFAR32|FFHQ64|ImageNet64) ", line)]
-    assert len(rows) == 8
+            if line.startswith("| CIFAR32 ")]
+    assert len(rows) == 4
     for name, options, parameters, gmacs, _ in rows:
-        if name.startswith(" FFHQ64"):
-            sizes = [ROWS[f"FFHQ 64×64 {size}"] for size in ("27.9M", "15.7M", "7.0M", "3.4M")]
-            assert f"{sizes[3][0]:,}" in parameters and gmacs.strip() == " / ".join(f"{size[1]:.2f}" for size in sizes)
-            continue
-        kind = "imagenet64" if name.startswith(" ImageNet64") else "cifar10"
-        words = ["train.py", "--config", f"configs/rectified_flow/{kind}_rf_gaussian.py"]
+        words = ["train.py", "--config", "configs/rectified_flow/cifar10_rf_gaussian.py"]
         for option in re.findall("`([^`]+)`", options):
-            words += shlex.split(option if option.startswith("--") else f"--config.model.{option}")
+            words += shlex.split(f"--config.model.{option}")
         with torch.device("meta"):
             found = sum(p.numel() for p in create_model(parse(words)[1]).parameters())
         assert f"{found:,}" == parameters.strip() and (found, float(gmacs)) in ROWS.values(), name
+
+
+def python_blocks():
+    """Return the README's Python blocks: the body of example.py, and a cell of a notebook."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_shows_what_example_py_does():
+    assert python_blocks()[0] == inspect.getsource(example.main)
+
+
+def test_the_notebook_cell_of_the_readme_ends_with_a_picture(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    cell = python_blocks()[1].replace("logs/demo/distilled", str(tmp_path))
+    assert cell.count("\n") == 6
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(cell, names)
+    assert names["nfe"] == 1 and names["images"].numpy().shape == (16, 1, 8, 8)
+    assert Image.open(tmp_path / "samples.png").size == (4 * (SMALLEST_CELL + GAP) + GAP,) * 2
 
 
 def test_figures_of_the_results_are_recorded():
