@@ -23,9 +23,8 @@ from datasets.batches import check_finite
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler, sampler_values
 from metrics import results
-from metrics.reference import Reference
 from metrics.scores import compare, nearest_distances
-from metrics.statistics import measure, measure_source, open_images, quantise, share_of
+from metrics.statistics import Reference, measure, measure_source, open_images, quantise, share_of
 from models.checkpoint import config_of_run, is_remote, network_of, read_checkpoint
 from models.create import model_fields
 from models.describe import cost_line, cost_of

@@ -106,7 +106,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("evaluation_fid.py", "index_noise(config.seed, part, shape, EVALUATION)", "index_noise(config.seed, part, shape)",
      SAMPLING),
     ("evaluation_fid.py", '"eps": config.flow.eps', '"eps": 0', MEASURED),
-    ("metrics/reference.py", '"nearest": config.eval.nearest', '"nearest": 0', MEASURED),
+    ("metrics/statistics.py", '"nearest": config.eval.nearest', '"nearest": 0', MEASURED),
     ("metrics/scores.py", "allowed = INDEFINITE * sigma.abs().max()", "allowed = 2 * sigma.abs().max()", SCORES),
     ("metrics/scores.py", "extractor.probabilities(features)[order]", "extractor.probabilities(features)", SCORES),
     ("metrics/scores.py", "min(NEIGHBOURS + 1, len(points))", "min(NEIGHBOURS, len(points))", SCORES),

@@ -18,9 +18,8 @@ import evaluation_fid
 from configs.command_line import load_config, parse_command_line
 from datasets import load_images
 from metrics.features import inception_extractor
-from metrics.reference import write_statistics
 from metrics.results import read_results
-from metrics.statistics import ArrayImages, measure_source
+from metrics.statistics import ArrayImages, measure_source, write_statistics
 from models.checkpoint import write_checkpoint
 from runtime.devices import Processes
 from runtime.terminal import UserError

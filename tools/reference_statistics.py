@@ -11,8 +11,7 @@ from configs.command_line import run_script
 from configs.default import Field
 from datasets import load_images
 from metrics.features import create_extractor
-from metrics.reference import write_statistics
-from metrics.statistics import MAX_FEATURES, ArrayImages, measure_source, open_images
+from metrics.statistics import MAX_FEATURES, ArrayImages, measure_source, open_images, write_statistics
 from runtime.devices import start_processes
 from runtime.terminal import UserError
 

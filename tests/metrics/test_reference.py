@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import reference as reference_module
+from metrics import statistics
 from metrics.features import pixel_extractor
-from metrics.reference import CIFAR10_NAME, Reference, read_statistics, write_statistics
-from metrics.statistics import ArrayImages, measure_source
+from metrics.statistics import CIFAR10_NAME, ArrayImages, Reference, measure_source, read_statistics, write_statistics
 from runtime.devices import Processes
 from runtime.terminal import UserError
 from tests.datasets.image_files import png, write_folder
@@ -38,7 +37,7 @@ def inception(tmp_path, monkeypatch):
     """An Inception of 16 numbers, and an empty cache of the user."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     extractor = types.SimpleNamespace(name="inception", dimension=16, digest="12")
-    monkeypatch.setattr(reference_module, "create_extractor", lambda config, device: extractor)
+    monkeypatch.setattr(statistics, "create_extractor", lambda config, device: extractor)
     return config_of(eval__nearest=0)
 
 
@@ -74,7 +73,7 @@ def test_images_as_target_are_measured(tmp_path, form):
 
 def test_without_a_target_pixels_are_compared_with_the_training_images(monkeypatch):
     training = types.SimpleNamespace(images=images(), source="training images", cache=None)
-    monkeypatch.setattr(reference_module, "load_images", lambda config: training)
+    monkeypatch.setattr(statistics, "load_images", lambda config: training)
     found = reference("")
     np.testing.assert_allclose(found.statistics.mu, features_of(images()).mean(0), atol=1e-6)
     assert found.identity["target"] == "training images"
@@ -100,7 +99,7 @@ def test_data_sets_without_published_statistics_and_other_forms_of_cifar10_need_
 @pytest.mark.parametrize("change", [{"image_size": 2, "num_channels": 4}, {"dataset": "digits"}])
 def test_a_reference_to_other_data_is_another_reference(monkeypatch, change):
     """Its identity decides whether a result is computed again."""
-    monkeypatch.setattr(reference_module, "load_images", lambda config: types.SimpleNamespace(
+    monkeypatch.setattr(statistics, "load_images", lambda config: types.SimpleNamespace(
         images=images(), source=config.data.dataset, cache=None))
     config, other = small_config(), small_config()
     config.eval.nearest = other.eval.nearest = 3
