@@ -179,7 +179,7 @@ def main_line(images, seed):
     flow = setting.train("1_flow", FLOW_UPDATES, optim__lr=2e-3, model__nf=WIDE)
     made = setting.pairs("pairs", flow, PAIRS, **rk45(1e-2))
     small = setting.train("2_flow_annealed", REFLOW_UPDATES, made, **REFLOW | annealed(ANNEALING))
-    scratch = setting.train("2_flow_from_nothing", REFLOW_UPDATES, made, **REFLOW)
+    scratch = setting.train("2_flow_from_scratch", REFLOW_UPDATES, made, **REFLOW)
     distilled = {kind: setting.train(f"distilled_{kind}", DISTIL_UPDATES, made, small, **DISTIL | fields)
                  for kind, fields in DISTILLATIONS.items()}
     found = [flow, made, small, scratch, *distilled.values()]
@@ -188,7 +188,7 @@ def main_line(images, seed):
     found += setting.evaluate([scratch, *distilled.values()], ONE_STEP)
     found += setting.evaluate([distilled["guided_student"]], euler(2), euler(4))
     if images == DIGITS:
-        starts = {"annealed": annealed(ANNEALING), "from_nothing": {}, "from_1_flow": {"start": flow}}
+        starts = {"annealed": annealed(ANNEALING), "from_scratch": {}, "from_1_flow": {"start": flow}}
         wide = [setting.train(f"2_flow_wide_{start}", REFLOW_UPDATES, made, **REFLOW | {"model__nf": WIDE} | fields)
                 for start, fields in starts.items()]
         found += [*wide, *setting.evaluate(wide, ONE_STEP), *map(setting.look, wide)]

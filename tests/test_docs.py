@@ -15,8 +15,8 @@ from tests.test_readme import TINY, run_commands
 
 RUNS = {  # of docs/miniature.md: steps of the table
     "1-flow": "1_flow", "small 2-flow, annealed": "2_flow_annealed",
-    "small 2-flow, not annealed": "2_flow_from_nothing",
-    "2-flow of the 1-flow's width, not annealed": "2_flow_wide_from_nothing",
+    "small 2-flow, not annealed": "2_flow_from_scratch",
+    "2-flow of the 1-flow's width, not annealed": "2_flow_wide_from_scratch",
     "2-flow of the 1-flow's width, annealed": "2_flow_wide_annealed",
     "2-flow of the 1-flow's width, from the 1-flow": "2_flow_wide_from_1_flow", "distilled, naive": "distilled_naive",
     "distilled, guided, student's first step": "distilled_guided_student",
@@ -25,8 +25,8 @@ RUNS = {  # of docs/miniature.md: steps of the table
 COLUMNS = ("nfe", "feature_distance", "pixel_distance", "nearest")  # of the page's main lines
 SMALL = "2_flow_annealed"
 CLAIMS = [  # the steps of each finding of docs/miniature.md, in its order
-    (f"{SMALL}/straightness", "1_flow/straightness"), (SMALL, "1_flow"), (SMALL, "2_flow_from_nothing"),
-    ("2_flow_wide_annealed", "2_flow_wide_from_nothing"), ("2_flow_wide_from_1_flow", "2_flow_wide_annealed"),
+    (f"{SMALL}/straightness", "1_flow/straightness"), (SMALL, "1_flow"), (SMALL, "2_flow_from_scratch"),
+    ("2_flow_wide_annealed", "2_flow_wide_from_scratch"), ("2_flow_wide_from_1_flow", "2_flow_wide_annealed"),
     ("distilled_naive", SMALL), ("distilled_guided_student", "distilled_naive"),
     ("distilled_guided_teacher", "distilled_naive"), ("distilled_guided_student", "distilled_guided_teacher"),
     ("distilled_guided_student", "1_flow/rk45"), ("ablation/annealing_1000", SMALL), ("ablation/shape_cos", SMALL),
@@ -35,7 +35,7 @@ CLAIMS = [  # the steps of each finding of docs/miniature.md, in its order
 ]
 GUIDED = "distilled_guided_student"
 ABLATIONS = {  # of the page: the step of each line
-    "none": "2_flow_from_nothing", "250, linear": SMALL, "500, linear": "ablation/annealing_500",
+    "none": "2_flow_from_scratch", "250, linear": SMALL, "500, linear": "ablation/annealing_500",
     "1,000, linear": "ablation/annealing_1000", "250, cosine": "ablation/shape_cos",
     "250, exponential": "ablation/shape_exp", "500": "ablation/count_500", "1,000": "ablation/count_1000",
     "2,000": "ablation/count_2000", "4,000": SMALL, "8,000": "ablation/count_8000", "uniform, squared error": SMALL,
