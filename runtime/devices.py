@@ -90,8 +90,8 @@ def memory_errors(advice):
 
 
 def set_precision(precision):
-    """Allow TF32 in float32 matrix products and convolutions for "tf32", and forbid it otherwise."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    """Allow TF32 in float32 matrix products and convolutions, except for "fp32"; autocast leaves some in float32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def set_deterministic(deterministic):
