@@ -275,8 +275,6 @@ def config_of_run(config, checkpoint, given):
     """
     from configs.provenance import take_run_fields  # here, since configs imports the networks
 
-    if "training.compile" in given and config.training.compile:
-        raise UserError("config.training.compile is for training; leave it out here")
     config = apply_architecture(config, checkpoint, given)
     return config, take_run_fields(config, checkpoint.get("config", {}), given, checkpoint["path"])
 

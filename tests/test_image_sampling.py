@@ -189,7 +189,6 @@ def test_a_one_step_model_has_no_straightness_and_no_trajectories(tmp_path, caps
     ([*overrides(sampling__class_label=3)], "class_label is 3, but the model has 3 classes"),
     (["--classes", "1,5"], "'5' is no class; the classes are 0 to 2"),
     (["--classes", "1,bat"], "'bat' is no class; the classes are 0 to 2, or all, or names: cat, dog, eel"),
-    ([*overrides(training__compile=True)], "config.training.compile is for training; leave it out here"),
     (["--classes", "1", *overrides(sampling__class_label=0)], "both given"),
 ])
 def test_a_class_that_does_not_exist_is_refused(conditional_folder, words, message):

@@ -21,6 +21,7 @@ from configs.command_line import (
     help_text,
     load_config,
     parse_command_line,
+    run_script,
 )
 from configs.default import FIELDS, Field, check_fields, get_field
 from flows.samplers import sampler_fields
@@ -198,6 +199,19 @@ TINY_RUNS = {
                      {"eval.begin_ckpt", "eval.end_ckpt", "sampling.train_subset", "data.dataset", "data.data_root",
                       "data.custom_data_root", "data.train_subset", "data.cache_dir", "data.skip_corrupt"}),
 }
+
+
+@pytest.mark.parametrize("script", TINY_RUNS, ids=lambda script: script.__name__)
+def test_scripts_that_sample_refuse_a_config_that_compiles(script, tmp_path, monkeypatch, capsys):
+    write_json(tmp_path / "config.json", {"training": {"compile": True}})
+    called, argv = [], ["script.py", "--config", str(tmp_path / "config.json")]
+    for words in ([], ["--config.training.compile", "false"]):
+        monkeypatch.setattr(sys, "argv", argv + words)
+        with pytest.raises(SystemExit):
+            run_script(lambda config, *_: called.append(config.training.compile), "", getattr(script, "FLAGS", None),
+                       script.READS)
+    refused = "config.training.compile is for training; give --config.training.compile false" in capsys.readouterr().err
+    assert (refused, called) == ((False, [True, False]) if script is train else (True, [False]))
 
 
 @pytest.mark.parametrize("script", TINY_RUNS, ids=lambda script: script.__name__)
