@@ -47,6 +47,7 @@ def main(config, args, given):
 def train(config, processes, messages, held):
     """Update until training.n_iters or a signal; log, sample and write checkpoints; return the exit status."""
     path, options = run_path(config), config.training
+    processes.from_main(lambda: held.enter_context(run.locked(path)))  # before its state is read
     changed = run.check_same_run(config, path)
     found = state.find_state(config, messages.append)
     step = first = found["step"] if found else 0
@@ -59,7 +60,7 @@ def train(config, processes, messages, held):
 
     with explained_failures(options):
         training = Training(config, processes, found)
-    data_changed = processes.from_main(lambda: run.open_run(config, held))
+    data_changed = processes.from_main(lambda: run.open_run(config))
     logger = run.RunLogger(config, start=step, active=processes.is_main)
     messages += [f"continuing from {found['path']}, {step} updates done"] if found else []
     messages += [f"from update {step} on: {phrase}" for phrase in changed] + training.messages + data_changed

@@ -25,7 +25,7 @@ from runtime.files import read_json_lines
 from runtime.terminal import UserError
 from tests.helpers import DIGITS, overrides, same
 from tests.processes import output_of, run_ranks, run_script, start_ranks
-from training import state
+from training import run, state
 
 KILLS = int(os.environ.get("SLIMFLOW_KILLS", 2))  # of each killed run; more for a long form of the test
 TINY = {"model__nf": 8, "model__ch_mult": (1, 2), "training__batch_size": 16, "training__record_iters": 4,
@@ -338,7 +338,27 @@ def digits(tmp_path, repository, monkeypatch):
     """Parse and run a tiny training in this process: `digits(**fields)` returns train.main's status."""
     monkeypatch.chdir(repository)
     return lambda **fields: train.main(*parse_command_line(
-        ["train.py", *words(tmp_path, training__n_iters=2, **fields)]))
+        ["train.py", *words(tmp_path, **{"training__n_iters": 2} | fields)]))
+
+
+def test_start_while_another_process_trains_is_refused_before_it_reads_a_state(digits, monkeypatch, tmp_path):
+    monkeypatch.setattr(state, "find_state", lambda *arguments: pytest.fail("a state is read"))
+    with run.locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training"):
+        digits()
+
+
+def test_start_continues_from_the_state_that_is_there_once_it_has_the_lock(digits, monkeypatch, tmp_path):
+    locked = run.locked
+
+    def locked_after_another(path):
+        monkeypatch.setattr(run, "locked", locked)
+        assert digits(training__n_iters=3) == 0
+        return locked(path)
+
+    monkeypatch.setattr(run, "locked", locked_after_another)
+    assert digits(training__n_iters=5, training__record_iters=1) == 0
+    assert "3 updates done" in (tmp_path / "run" / "log.txt").read_text()
+    assert [entry["step"] for entry in read_json_lines(tmp_path / "run" / "log.jsonl")] == [3, 4, 5]
 
 
 def test_wandb_starts_before_tensorboard_and_a_missing_package_or_key_is_one_sentence(digits, monkeypatch, tmp_path):

@@ -75,36 +75,37 @@ def check_same_run(config, path):
     if not (path / CONFIG).exists():
         return []
     changed = describe_changes(load_config(path / CONFIG), config)
-    said = [phrase for phrase in changed if phrase.startswith(SAID_FIELDS)]
-    if said != changed:
-        refused = ", ".join(phrase for phrase in changed if phrase not in said)
+    refused = ", ".join(phrase for phrase in changed if not phrase.startswith(SAID_FIELDS))
+    if refused:
         raise UserError(f"{path} holds a run with another config: {refused}; choose another --config.expr (with "
                         f"--config.training.resume_from {path} it continues from this run's last state), or remove it")
-    return said
+    return changed
 
 
-def open_run(config, held):
+def locked(path):
+    """Lock the run in `path` inside a `with` block; UserError if another process trains in it."""
+    folder = path.resolve()  # the lock file is beside it: a start that fails later must not create the folder
+    return file_lock(folder.with_name(f".{folder.name}.lock"), "training", f"another process is training in {path}: "
+                     "wait for it, or choose another --config.expr")
+
+
+def open_run(config):
     """Create the run folder and the files that say how the run was made; return messages about changed data.
 
-    held: an ExitStack, which keeps the run locked. command.txt gets a line per start; versions.json has the commit,
-    packages and names of untracked files (whose content may be secret); uncommitted.patch the changes of tracked ones;
-    data.json a digest of the data, to be compared at the next start.
+    command.txt gets a line per start; versions.json has the commit, packages and names of untracked files (whose
+    content may be secret); uncommitted.patch the changes of tracked ones; data.json a digest of the data.
     """
     path, data = run_path(config), config.data
-    held.enter_context(file_lock(path / ".lock", "training", refusal=(
-        f"another process is training in {path}: wait for it, or choose another --config.expr")))
-    check_same_run(config, path)  # the run may have been started since the first check
     for name in (CHECKPOINTS, SAMPLES):
-        (path / name).mkdir(exist_ok=True)
+        (path / name).mkdir(parents=True, exist_ok=True)
     write_json(path / CONFIG, config_to_dict(config))
     with open(path / "command.txt", "a") as opened:
         opened.write(shlex.join([sys.executable, *sys.argv]) + "\n")
     patch, untracked = uncommitted_changes()
     write_json(path / "versions.json", {"commit": git_commit(), "untracked": untracked, **versions()})
     (path / "uncommitted.patch").write_bytes(patch)
-    images = [] if data.reflow_data_root else [data.data_root or data.custom_data_root or f"data/{data.dataset}"]
-    roots = [data.reflow_data_root, data.real_pairs_root, *images]
-    found = {root: state_digest(root) for root in roots if root and os.path.exists(root)}
+    trained_on = data.reflow_data_root or data.data_root or data.custom_data_root or f"data/{data.dataset}"
+    found = {root: state_digest(root) for root in (trained_on, data.real_pairs_root) if root and os.path.exists(root)}
     before = read_json(path / "data.json") if (path / "data.json").exists() else {}
     write_json(path / "data.json", found)
     return [f"the files in {root} changed since this run was last started (names, sizes or times): it continues "

@@ -81,8 +81,7 @@ def find_state(config, say):
             raise UserError(f"config.training.resume_from {other} was trained with config.optim.optimizer "
                             f"{before.optim.optimizer}, whose moments {config.optim.optimizer} cannot use: "
                             "use that optimizer, or start from its weights with config.flow.pre_train_model")
-        changed = describe_changes(before, config)
-        if changed:
+        if changed := describe_changes(before, config):
             say(f"fields that differ from {other}: {', '.join(changed)}")
     return state
 
@@ -159,10 +158,8 @@ def take_architecture(config, given):
     path, saved = config.flow.pre_train_model, run_path(config) / CONFIG
     if not path or config.flow.pre_train_partial:
         return config, []
-    if saved.exists():
-        source = {"model": {}, "fields": saved_fields(config_to_dict(load_config(saved)), saved), "path": saved}
-    else:
-        source = read_checkpoint(path)
+    source = ({"model": {}, "fields": saved_fields(config_to_dict(load_config(saved)), saved), "path": saved}
+              if saved.exists() else read_checkpoint(path))
     try:
         adapted = apply_architecture(config, source, given)
     except UserError as error:

@@ -1,6 +1,5 @@
 """Who may go on in a run's folder, on which data, and how a signal ends it."""
 
-import contextlib
 import signal
 
 import pytest
@@ -18,11 +17,13 @@ def config_in(folder, **fields):
 
 
 def test_a_second_start_of_a_run_is_refused(tmp_path):
-    config = config_in(tmp_path)
-    with contextlib.ExitStack() as held, contextlib.ExitStack() as second:
-        run.open_run(config, held)
-        with pytest.raises(UserError, match="another process is training in"):
-            run.open_run(config, second)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for again in (tmp_path / "run", tmp_path / "link"):
+        with (run.locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training in"),
+              run.locked(again)):
+            pass
+    with run.locked(tmp_path / "run"), run.locked(tmp_path / "other"):
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_slash_at_the_end_of_a_path_is_no_other_run(tmp_path):
@@ -37,21 +38,15 @@ def test_a_slash_at_the_end_of_a_path_is_no_other_run(tmp_path):
         run.check_same_run(other, tmp_path / "run")
 
 
-def open_run(config):
-    """Open a run and let it go again."""
-    with contextlib.ExitStack() as held:
-        return run.open_run(config, held)
-
-
 def test_data_that_changed_between_two_starts_are_named(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"one")
     config = config_in(tmp_path, data__dataset="custom", data__data_root=str(tmp_path / "images"))
-    assert open_run(config) == [] and open_run(config) == []
+    assert run.open_run(config) == [] and run.open_run(config) == []
     (tmp_path / "images" / "a.png").write_bytes(b"another")
-    (said,) = open_run(config)
+    (said,) = run.open_run(config)
     assert str(tmp_path / "images") in said and "changed" in said
-    assert open_run(config) == []  # said once
+    assert run.open_run(config) == []  # said once
 
 
 def test_schedules_that_are_longer_than_the_run_are_said(tmp_path):
