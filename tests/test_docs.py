@@ -1,14 +1,20 @@
 """The Python blocks of docs/ run as the pages print them, and figures of the studies are those of the results table."""
 
+import functools
+import json
 import re
 import statistics
 
 import pytest
 from PIL import Image
 
+from configs.default import get_default_config
 from experiments.images import Reference
 from experiments.report import by_seed, read_table
 from experiments.studies import DIGITS
+from models.create import model_fields
+from models.describe import describe
+from models.released import PUBLISHED
 from tests.datasets.image_files import random_images
 from tests.processes import ROOT, run_script
 from tests.test_readme import TINY, run_commands
@@ -68,6 +74,44 @@ def test_the_chain_of_the_page_on_own_images_runs(tmp_path):
         "train.py": TINY["train.py"].replace("n_iters 17", "n_iters 11") + " --config.training.loss_type huber",
         "evaluation_fid.py": TINY["evaluation_fid.py"].replace("begin_ckpt 16", "begin_ckpt 1")})
     assert (tmp_path / "logs/my_one_step/eval/results.jsonl").exists()
+
+
+def test_a_config_file_imports_another_beside_it_as_the_page_shows(tmp_path):
+    for name, code in zip(("my_images", "my_large_images"), blocks("own-images.md"), strict=True):
+        (tmp_path / f"{name}.py").write_text(code)
+    status, printed = run_script(tmp_path, "train.py", "--config", tmp_path / "my_large_images.py", "--print_config")
+    data = json.loads(printed)["data"]
+    assert status == 0 and data["data_root"] == "images/train" and data["image_size"] == 64
+
+
+@functools.cache
+def cost(name, size):
+    """Return the `Cost` of training a network of own-images.md, named by its parameters, for images of a size."""
+    config = get_default_config()
+    config.data.image_size = size
+    _, fields = PUBLISHED[f"CIFAR32 {name}"]
+    return describe(model_fields(config) | {f"model.{key}": fields[f"model.{key}"] for key in (
+        "nf", "num_res_blocks", "ch_mult")})[-1]
+
+
+def test_memory_of_training_on_own_images_is_that_of_describe():
+    found = [cells for cells in sections("own-images.md")["2. Choices"] if len(cells) == 4]
+    batches = [int(cell.removeprefix("batch ")) for cell in found[0][1:]]
+    assert len(found) == 5 and batches == [32, 128, 256]
+    for name, *cells in found[1:]:
+        costs = [cost(name, size) for size in (32, 64)]
+        assert cells == [" / ".join(f"{(20 * c.parameters + batch * c.activation_bytes) / 2**30:.1f}" for c in costs)
+                         for batch in batches], name
+
+
+def test_hours_of_training_on_own_images_follow_from_their_basis():
+    found = sections("own-images.md")["4. How long"][1:]
+    assert [cells[0] for cells in found] == ["A100", "H100 SXM", "RTX 4090"]
+    gmacs = [cost(name, 32).gmacs for name in ("61.8M", "15.7M", "7.0M")]
+    operations = [6 * 128 * macs for macs in gmacs] + [2 * 40 * gmacs[0]]  # 10⁹ of an update, of a pair
+    for gpu, peak, share, *hours in found:
+        speed = 1000 * float(peak) * float(share.removesuffix(" %")) / 100  # 10⁹ operations per second
+        assert hours == [f"{100_000 * count / speed / 3600:.1f}" for count in operations], gpu
 
 
 def test_the_recommended_chain_of_the_miniature_runs(tmp_path):
