@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import statistics
+import subprocess
 
 import pytest
 from PIL import Image
@@ -102,6 +103,15 @@ def test_memory_of_training_on_own_images_is_that_of_describe():
         costs = [cost(name, size) for size in (32, 64)]
         assert cells == [" / ".join(f"{(20 * c.parameters + batch * c.activation_bytes) / 2**30:.1f}" for c in costs)
                          for batch in batches], name
+
+
+def test_activations_of_the_page_on_scale_are_those_of_describe():
+    found = [cells for cells in sections("scale.md")["Memory and disk"] if cells[0].startswith("activations")]
+    costs = [describe(PUBLISHED["ImageNet64 80.7M"][1] | {"model.dropout": 0.13})[-1], cost("61.8M", 32)]
+    for (_, text, _), one in zip(found, costs, strict=True):
+        size, many, few = re.findall(r"[\d.]+(?= [MG]iB)", text)
+        assert same(size, [one.activation_bytes / 2**20])
+        assert same(many, [128 * one.activation_bytes / 2**30]) and same(few, [16 * one.activation_bytes / 2**30])
 
 
 def test_hours_of_training_on_own_images_follow_from_their_basis():
@@ -209,6 +219,30 @@ def test_real_digits_are_as_far_apart_as_the_miniature_says(tmp_path):
     real = Reference(DIGITS, tmp_path, "").real()
     cells = next(cells for cells in sections("miniature.md")["Main line, digits"] if cells[0] == "real against real")
     assert all(same(cell, [real[column]]) for cell, column in zip(cells[3:6], COLUMNS[1:], strict=True))
+
+
+def test_the_planned_minutes_of_the_cifar_page_follow_from_its_first_column():
+    head, *stages, total = sections("cifar.md")["Running it"][-9:]
+    assert "planned, not run" in head[1] and all("estimate" in cell for cell in head[2:])
+    columns = {1: [float(cells[1]) for cells in stages]}
+    for place, gpus in enumerate((2, 4, 8), start=2):
+        faster = [1 if "classifier" in name else gpus if re.match("pairs|evaluation", name) else 0.9 * gpus
+                  for name, *_ in stages]
+        columns[gpus] = [planned / f for planned, f in zip(columns[1], faster, strict=True)]
+        assert all(same(cells[place], [minutes]) for cells, minutes in zip(stages, columns[gpus], strict=True))
+    assert all(same(cell, [sum(minutes)]) for cell, minutes in zip(total[1:], columns.values(), strict=True))
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or (ROOT / ".git/shallow").exists(), reason="needs the history")
+def test_the_page_on_benchmarks_names_the_commit_of_each_record():
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    commits = dict(re.findall(r"`(\w+\.txt)`, commit (\w{7})", page))
+    records = {path.name: path.read_text() for path in (ROOT / "benchmarks").glob("*.txt")}
+    del records["requirements.txt"]
+    assert commits.keys() == records.keys()
+    for name, commit in commits.items():
+        shown = subprocess.run(["git", "show", f"{commit}:benchmarks/{name}"], cwd=ROOT, capture_output=True, text=True)
+        assert shown.stdout == records[name], shown.stderr
 
 
 def test_the_figures_of_the_cifar_page_are_those_of_the_table(rows):
