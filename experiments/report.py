@@ -25,7 +25,7 @@ from flows.rectified_flow import velocity_from_network
 from models import load_model
 from runtime.files import atomic_path, write_text
 from runtime.pictures import save_grid
-from runtime.run_folder import CHECKPOINTS, CONFIG
+from runtime.run_folder import CONFIG, checkpoint_path
 from runtime.seeds import index_noise
 from runtime.terminal import UserError
 
@@ -169,7 +169,7 @@ def draw_samples(path, runs, columns=16):
     z0 = index_noise(config.seed, range(columns), real.shape[1:])
     rows = {"data": pixels_to_float(torch.from_numpy(np.array(real)))}
     for run in runs:
-        velocity = velocity_from_network(load_model(run / CHECKPOINTS / "checkpoint_1.pth"))
+        velocity = velocity_from_network(load_model(checkpoint_path(run, 1)))
         label = run.name.replace("_", "-")
         if run == runs[0]:
             rows[f"{label}, rk45"] = samplers.create_sampler(config)(velocity, z0)[0]

@@ -28,12 +28,12 @@ from configs.default import Field
 from configs.provenance import git_commit
 from experiments.images import Reference
 from experiments.report import NUMBERS, read_table, write_demo, write_table
-from experiments.studies import FLOW, ROOT, STUDIES
+from experiments.studies import ROOT, STUDIES
 from metrics.results import read_results
 from models import load_model
 from models.checkpoint import read_checkpoint
 from runtime.files import file_lock, read_json, write_json
-from runtime.run_folder import GRIDS, LOG, RESULTS
+from runtime.run_folder import GRIDS, LOG, RESULTS, checkpoint_path
 from runtime.terminal import UserError
 from tools import convert
 
@@ -56,8 +56,7 @@ KINDS = {"train.py": "train", "generate_data.py": "pairs", "evaluation_fid.py": 
 def main(args):
     """Run the missing steps that the flags select; return the exit status."""
     names = args.study.split(",")
-    unknown = [name for name in names if name not in STUDIES]
-    if unknown:
+    if unknown := [name for name in names if name not in STUDIES]:
         raise UserError(f"--study {unknown[0]}: there is no such study; choose from {', '.join(STUDIES)}")
     if "fashion" in names and not pathlib.Path("data/FashionMNIST").exists():
         print("study: data/FashionMNIST is missing; skipping its steps", flush=True)
@@ -67,8 +66,7 @@ def main(args):
     planned = {"tiny": 1, "small": 40, "large": 25}[args.size]
     scale = args.minutes / planned if args.minutes else 1.0
     if "cifar" in names and args.minutes:
-        print(f"study: updates and pairs scaled by {scale:.2g} for {args.minutes:g} minutes instead of {planned}",
-              flush=True)
+        print(f"study: {args.minutes:g} minutes instead of {planned}, updates and pairs times {scale:.2g}", flush=True)
     options = {"demo": {"scale": args.scale}, "cifar": {"size": args.size, "scale": scale}}
     steps = dict.fromkeys(step for name in names for step in STUDIES[name](**options.get(name, {})))
     wanted = [step for step in steps if any(text in step.name for text in args.steps.split(","))
@@ -205,7 +203,7 @@ class Study:
         """Return the results of a finished step for its row; write CIFAR-10's networks as slim files."""
         if step.script == "train.py":
             if step.images and step.images.name == "cifar":
-                path = FLOW.format(flow=self.root / step.name)
+                path = checkpoint_path(self.root / step.name, 1)
                 slim = convert.averaged(read_checkpoint(path), load_model(path), half=True)
                 convert.write_parts(self.root / "slim" / f"{step.name}.pth", slim)
             return {"loss": json.loads((self.root / step.name / LOG).read_text().splitlines()[-1])["loss"]}

@@ -8,9 +8,10 @@ import pathlib
 
 from configs.command_line import load_config
 from configs.default import FIELDS, get_field
+from runtime.run_folder import checkpoint_path
 
 ROOT = pathlib.Path(__file__).parent.parent
-FLOW, START = "{flow}/checkpoints/checkpoint_1.pth", "{start}/checkpoints/checkpoint_1.pth"
+FLOW, START = (str(checkpoint_path(folder, 1)) for folder in ("{flow}", "{start}"))
 
 
 @dataclasses.dataclass(frozen=True)

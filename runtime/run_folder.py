@@ -8,7 +8,7 @@ import time
 
 from runtime.terminal import UserError
 
-CONFIG, LOG, SAMPLES, CHECKPOINTS = "config.json", "log.jsonl", "samples", "checkpoints"
+CONFIG, DATA, LOG, SAMPLES, CHECKPOINTS = "config.json", "data.json", "log.jsonl", "samples", "checkpoints"
 STATE = "checkpoints-meta/checkpoint.pth"  # from which an interrupted run continues
 RESULTS, GRIDS = "eval/results.jsonl", "eval_sample"  # of evaluation_fid.py and image_sampling.py
 POLL = 5.0  # longest time between two checks of the folder, in seconds
@@ -27,6 +27,11 @@ def run_folder(path):
     return parent.parent if parent.name in (CHECKPOINTS, pathlib.Path(STATE).parent.name) else parent
 
 
+def checkpoint_path(folder, k):
+    """Return the file of checkpoint k of the run in `folder`."""
+    return pathlib.Path(folder) / CHECKPOINTS / f"checkpoint_{k}.pth"
+
+
 def numbered_checkpoints(folder):
     """Return {k: path} of the files checkpoint_{k}.pth in `folder`, in the order of k."""
     found = ((re.fullmatch(r"checkpoint_(0|[1-9][0-9]*)\.pth", path.name), path)
@@ -36,9 +41,8 @@ def numbered_checkpoints(folder):
 
 def checkpoint_folder(ckpt_dir):
     """Return the folder with the numbered checkpoints of a run folder (or of a folder that holds them itself)."""
-    ckpt_dir = pathlib.Path(ckpt_dir)
-    inner = ckpt_dir / CHECKPOINTS
-    return ckpt_dir if not inner.is_dir() and numbered_checkpoints(ckpt_dir) else inner
+    inner = pathlib.Path(ckpt_dir) / CHECKPOINTS
+    return inner.parent if not inner.is_dir() and numbered_checkpoints(inner.parent) else inner
 
 
 def last_number(updates, frequency):

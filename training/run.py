@@ -27,7 +27,7 @@ from flows.rectified_flow import velocity_from_network
 from models import create_model
 from runtime.files import file_lock, read_json, read_json_lines, state_digest, write_json, write_text
 from runtime.pictures import save_grid, save_lines
-from runtime.run_folder import CHECKPOINTS, CONFIG, LOG, SAMPLES, run_path
+from runtime.run_folder import CHECKPOINTS, CONFIG, DATA, LOG, SAMPLES, run_path
 from runtime.seeds import index_labels, index_noise
 from runtime.terminal import UserError, progress_bar
 
@@ -75,8 +75,7 @@ def check_same_run(config, path):
     if not (path / CONFIG).exists():
         return []
     changed = describe_changes(load_config(path / CONFIG), config)
-    refused = ", ".join(phrase for phrase in changed if not phrase.startswith(SAID_FIELDS))
-    if refused:
+    if refused := ", ".join(phrase for phrase in changed if not phrase.startswith(SAID_FIELDS)):
         raise UserError(f"{path} holds a run with another config: {refused}; choose another --config.expr (with "
                         f"--config.training.resume_from {path} it continues from this run's last state), or remove it")
     return changed
@@ -106,8 +105,8 @@ def open_run(config):
     (path / "uncommitted.patch").write_bytes(patch)
     trained_on = data.reflow_data_root or data.data_root or data.custom_data_root or f"data/{data.dataset}"
     found = {root: state_digest(root) for root in (trained_on, data.real_pairs_root) if root and os.path.exists(root)}
-    before = read_json(path / "data.json") if (path / "data.json").exists() else {}
-    write_json(path / "data.json", found)
+    before = read_json(path / DATA) if (path / DATA).exists() else {}
+    write_json(path / DATA, found)
     return [f"the files in {root} changed since this run was last started (names, sizes or times): it continues "
             "with the new ones" for root in found if before.get(root, found[root]) != found[root]]
 

@@ -16,7 +16,7 @@ from models.checkpoint import (
     saved_fields,
     write_checkpoint,
 )
-from runtime.run_folder import CHECKPOINTS, CONFIG, STATE, last_number, numbered_checkpoints, run_path
+from runtime.run_folder import CHECKPOINTS, CONFIG, STATE, checkpoint_path, last_number, numbered_checkpoints, run_path
 from runtime.terminal import UserError
 from training.run import describe_changes
 
@@ -56,10 +56,9 @@ def due_paths(folder, step, ended, stopped, options):
     """
     frequency, meta = options.snapshot_freq, options.snapshot_freq_for_preemption
     number, rest = divmod(step - 1, frequency)
-    numbers = [number] if rest == 0 and number else []
-    if ended and (last := last_number(step, frequency)) not in numbers:
-        numbers.append(last)
-    paths = [folder / CHECKPOINTS / f"checkpoint_{k}.pth" for k in numbers]
+    numbers = {number} if rest == 0 and number else set()
+    numbers |= {last_number(step, frequency)} if ended else set()
+    paths = [checkpoint_path(folder, k) for k in sorted(numbers)]
     return [*paths, folder / STATE] if paths or stopped or (step > 1 and (step - 1) % meta == 0) else []
 
 

@@ -66,8 +66,7 @@ class UpdateStats:
              "since_overflow")
 
     def __init__(self, device, scaled=False):
-        initial = 2.0**16 if scaled else 1.0
-        self.values = torch.tensor([0.0] * 6 + [initial, 0.0], dtype=torch.float64, device=device)
+        self.values = torch.tensor([0.0] * 6 + [2.0**16 if scaled else 1.0, 0.0], dtype=torch.float64, device=device)
         self.scaled = scaled
 
     @property

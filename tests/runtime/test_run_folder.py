@@ -7,7 +7,7 @@ import time
 import pytest
 
 import runtime.run_folder
-from runtime.run_folder import checkpoint_folder, numbered_checkpoints, run_folder, sweep
+from runtime.run_folder import checkpoint_folder, checkpoint_path, numbered_checkpoints, run_folder, sweep
 from runtime.terminal import UserError
 
 
@@ -39,6 +39,9 @@ def test_the_numbers_in_the_names_decide_and_other_files_do_not_count(tmp_path):
     assert list(found) == [2, 9, 10]
     assert found[9] == tmp_path / "checkpoint_9.pth"
     assert numbered_checkpoints(tmp_path / "absent") == {}
+    touch(tmp_path / "run" / "checkpoints", 0, 30)
+    assert numbered_checkpoints(checkpoint_folder(tmp_path / "run")) == {
+        k: checkpoint_path(tmp_path / "run", k) for k in (0, 30)}
 
 
 def test_an_open_sweep_goes_to_the_newest_and_tells_of_gaps(tmp_path, capsys):
