@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from configs.default import FIELDS
 from configs.provenance import git_commit
 from flows.samplers import sampler_fields, sampler_title
 from runtime.files import atomic_path, read_json_lines
@@ -27,6 +28,7 @@ TITLES = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recal
           "pixel_recall": "pixel recall"}
 AXES = {"step": "training step", "nfe": "function evaluations (NFE)"}  # x-axes of the plot
 FURTHER = ("weights", "arithmetic", "eps", "init_noise_scale", "class_label")  # added to its labels where they differ
+LINE = 120  # characters on a line of a table
 NUMBER, NONE = (int, float), type(None)
 TYPES = {"checkpoint": str, "sampler": (str, NONE), "num_samples": int, "step": (int, NONE), "nfe": (*NUMBER, NONE),
          "seconds": NUMBER, "reference": str, "protocol": str, "versions": dict, "seeds": dict,
@@ -81,9 +83,11 @@ def protocol_line(result):
     return ", ".join(parts) + "; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
 
 
-def sampler_name(result):
-    """Return the sampler of a result with its options: `euler-2`, `rk45 (ode_tol 1e-05, …)`."""
-    return "files" if result["sampler"] is None else sampler_title(result["sampler"], result)
+def sampler_name(result, brief=False):
+    """Return the sampler of a result with its options, `rk45 (ode_tol 1e-05, …)`; brief: without those at defaults."""
+    values = {name: result.get(name) for name in sampler_fields() if name == "sample_N" or not brief
+              or result.get(name) != FIELDS[f"sampling.{name}"].default}
+    return "files" if result["sampler"] is None else sampler_title(result["sampler"], values)
 
 
 def table(results):
@@ -93,12 +97,13 @@ def table(results):
                                        "nearest image", "(real)", "seconds")]
     rows = list(zip(*([""] * (3 - len(words)) + words for words in heads), strict=True))  # one word per line
     for r in results:
-        values = [r["step"], sampler_name(r), r["nfe"], r["num_samples"], *map(r.get, metrics), r.get("nn_distance"),
-                  r.get("nn_distance_real")]
+        values = [r["step"], sampler_name(r, brief=True), r["nfe"], r["num_samples"], *map(r.get, metrics),
+                  r.get("nn_distance"), r.get("nn_distance_real")]
         cells = ("n/a" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
-        rows.append([r["checkpoint"].removesuffix(".pth"), *cells, f"{r['seconds']:.1f}"])
+        rows.append([r["checkpoint"].removesuffix(".pth").removeprefix("checkpoint_"), *cells, f"{r['seconds']:.1f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    gap = "  " if sum(widths) + 2 * len(widths) <= LINE else " "
+    lines = [gap.join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([*filter(str.strip, lines[:3]), "-" * len(lines[0]), *lines[3:]])
 
 

@@ -8,7 +8,7 @@ import time
 
 from configs.command_line import load_config, run_program
 from configs.default import Field
-from metrics.results import TITLES, main_metric, read_results, sampler_name
+from metrics.results import LINE, TITLES, main_metric, read_results, sampler_name
 from runtime.files import read_json_lines
 from runtime.run_folder import CHECKPOINTS, CONFIG, LOG, RESULTS, numbered_checkpoints
 from runtime.terminal import UserError
@@ -25,13 +25,13 @@ def describe_run(path, root):
         updates = "?"
     for result in read_results(path / RESULTS)[-1:]:
         metric, checkpoint = main_metric(result), pathlib.Path(result["checkpoint"]).stem
-        figure = f"{TITLES[metric]} {result[metric]:.4g} ({checkpoint}, {sampler_name(result)})"
+        figure = f"{TITLES[metric]} {result[metric]:.4g} ({checkpoint}, {sampler_name(result).split()[0]})"
     written = max(p.stat().st_mtime for p in path.iterdir())
     return {"run": str(path.relative_to(root)), "step": f"{last.get('step', 0)} of {updates}",
             "loss": "-" if last.get("loss") is None else f"{last['loss']:.4f}",
             "images/s": "-" if last.get("images_per_second") is None else f"{last['images_per_second']:.0f}",
-            "newest": ["-", *(p.stem for p in numbered_checkpoints(path / CHECKPOINTS).values())][-1],
-            "last figure": figure, "last written": time.strftime("%Y-%m-%d %H:%M", time.localtime(written))}
+            "newest": ["-", *map(str, numbered_checkpoints(path / CHECKPOINTS))][-1],
+            "last figure": figure, "last written": time.strftime("%m-%d %H:%M", time.localtime(written))}
 
 
 def main(args):
@@ -43,7 +43,10 @@ def main(args):
         raise UserError(f"no runs in {root}; name their folder with --work_dir")
     rows = [describe_run(path.parent, root) for path in configs]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    room = widths["run"] = max(9, widths["run"] - max(0, sum(w + 2 for w in widths.values()) - 2 - LINE))
     for row in [dict(zip(widths, widths, strict=True)), *rows]:
+        if len(row["run"]) > room:
+            row["run"] = f"{row['run'][:room // 2]}…{row['run'][-((room - 1) // 2):]}"
         print("  ".join(text.ljust(widths[name]) for name, text in row.items()).rstrip())
 
 

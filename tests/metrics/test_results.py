@@ -74,6 +74,18 @@ def test_the_table_prints_na_for_what_the_reference_does_not_allow():
     assert row.split()[-8:] == ["4.532", "n/a", "n/a", "n/a", "9.1", "1.5", "2", "3.0"]
 
 
+def test_rows_of_rk45_with_every_metric_stay_under_120_characters_and_leave_out_default_options():
+    rk45 = result(checkpoint="checkpoint_26.pth", step=1300001, sampler="rk45", sample_N=None, ode_tol=0.01,
+                  step_control="sample", nfe=102.3456, num_samples=50000, fid=123.4567, kid=0.000123456,
+                  precision=0.61234, recall=0.51234, nn_distance=12.3456, nn_distance_real=12.3456, seconds=12345.67)
+    lines = table([rk45, rk45 | {"step_control": "batch", "ode_tol": 1e-5}]).splitlines()
+    assert all(len(line) < 120 for line in table([rk45]).splitlines())
+    assert "rk45 (ode_tol 0.01) " in lines[-2] and "rk45 (step_control batch) " in lines[-1]
+    assert "rk45 (ode_tol 0.01, step_control sample)" in protocol_line(rk45)
+    heun = table([result(sampler="heun", rho=1.0, sample_N=1000)])
+    assert "heun-1000 " in heun and "rho" not in heun
+
+
 def test_the_figure_is_drawn_for_checkpoints_and_left_out_for_files(tmp_path):
     draw_figure(tmp_path / "none.png", [result(sampler=None, nfe=None)])
     assert not (tmp_path / "none.png").exists()

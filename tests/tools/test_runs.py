@@ -37,9 +37,23 @@ def test_a_row_has_step_loss_newest_checkpoint_and_the_last_figure(tmp_path, cap
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["run", "step", "loss", "images/s", "newest", "last", "figure", "last", "written"]
     row = next(row for row in rows if row.startswith("a/distilled"))
-    for text in ("500 of 1300001", "0.2500", "100", "checkpoint_2 ", "FID 4.532 (checkpoint_2, euler-1)"):
+    for text in ("500 of 1300001", "0.2500", " 2    ", "FID 4.532 (checkpoint_2, euler-1)"):
         assert text in row
     assert len(rows) == 2 and all(len(row) < 120 for row in rows)
+
+
+def test_a_long_name_loses_its_middle_so_that_a_line_has_at_most_120_characters(tmp_path, capsys):
+    names = ["2_rectified_flow_500000bigflow_28m_distill_lpips_use_teacher", "short"]
+    last = result(26, 4.5321) | {"sampler": "rk45", "sample_N": None, "ode_tol": 0.01, "step_control": "sample"}
+    for name in names:
+        write_run(tmp_path / name, [{"step": 500000, "loss": 0.25, "images_per_second": 999.6}], [last])
+    runs.main(types.SimpleNamespace(work_dir=tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    assert all("FID 4.532 (checkpoint_26, rk45)" in line for line in lines[1:])
+    short, long = sorted((line.split()[0] for line in lines[1:]), key=len)
+    start, end = long.split("…")
+    assert short == "short" and names[0].startswith(start) and names[0].endswith(end) and len(long) > 20
 
 
 def test_a_damaged_config_hides_no_other_run(tmp_path, capsys):
