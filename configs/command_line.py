@@ -142,6 +142,9 @@ def parse_flags(arguments, fields, config=None, positional=()):
         leftover = values(["", *arguments])[1:]
         for name in positional[: len(leftover)]:
             values[name].parse(leftover.pop(0))
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, fields, 1)
+        raise UserError(f"--{error.flagname} is not a flag" + "".join(f"; did you mean --{n}?" for n in near)) from None
     except flags.Error as error:
         raise UserError(str(error)) from None
     if leftover:
@@ -172,10 +175,10 @@ def require_field(name, source="config"):
         raise UserError(f"{source}.{name} is a group of fields: set one of them, for instance "
                         f"--config.{name}.{next(iter(GROUPS[name]))}")
     if name not in FIELDS:
-        last = "." + name.rpartition(".")[2]  # prefer the same name in another group ("training.lr")
-        near = [other for other in FIELDS if f".{other}".endswith(last)] or difflib.get_close_matches(name, FIELDS, n=1)
-        hint = f"; did you mean config.{near[0]}?" if near else ""
-        raise UserError(f"{source}.{name} is not a field{hint}")
+        group, _, last = name.rpartition(".")
+        full = {field.rpartition(".")[2]: field for field in sorted(FIELDS, key=lambda f: f.startswith(f"{group}."))}
+        near = difflib.get_close_matches(last, [last] if last in full else GROUPS.get(group, full), 1)
+        raise UserError(f"{source}.{name} is not a field" + "".join(f"; did you mean config.{full[n]}?" for n in near))
 
 
 def load_config(path):

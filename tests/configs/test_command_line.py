@@ -83,6 +83,9 @@ def test_script_boolean_takes_the_space_form():
 @pytest.mark.parametrize("words, sentence", [
     (["--config.training.batchsize", "3"], "did you mean config.training.batch_size?"),
     (["--config.training.lr", "3"], "did you mean config.optim.lr?"),
+    (["--config.flow.epss", "3"], "did you mean config.flow.eps?"),
+    (["--config.traning.n_iter", "3"], "did you mean config.training.n_iters?"),
+    (["--config.sede", "3"], "did you mean config.seed?"),
     (["--config.optim", "3"], "config.optim is a group of fields"),
     (["--config.model.nf", "1.5"], "--config.model.nf=1.5: this takes a whole number"),
     (["--config.model.nf", "many"], "--config.model.nf=many: this takes a whole number"),
@@ -102,13 +105,20 @@ def test_script_boolean_takes_the_space_form():
     (["--config"], "argument --config: expected one argument"),
     (["--images", "0"], "--images must be at least 1, not 0"),
     (["--help", "modle"], "--help modle: the groups of fields are training, flow"),
-    (["--ckpt_dri", "x"], "ckpt_dri"),
+    (["--config.training.x0_randomness", "fix_-0.5"], "config.training.x0_randomness must be one of"),
+    (["--ckpt_dri", "x"], "--ckpt_dri is not a flag; did you mean --ckpt_dir?"),
     (["--use_ema", "maybe"], "--use_ema=maybe: this takes true or false"),
     (["stray"], "unexpected argument 'stray'"),
     (["--config.flow.h_flip=true", "false"], "unexpected argument 'false'"),
 ])
 def test_mistake_gets_one_sentence_that_names_it(words, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
+        parse(*words)
+
+
+@pytest.mark.parametrize("words", [["--config.flow.nosuch", "3"], ["--config.nosuch", "3"], ["--nosuch", "x"]])
+def test_where_no_name_is_near_none_is_suggested(words):
+    with pytest.raises(UserError, match="nosuch is not a (field|flag)$"):
         parse(*words)
 
 
