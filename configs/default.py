@@ -12,11 +12,10 @@ from datasets.sources import DATASETS
 from flows.couplings import COUPLINGS
 from flows.losses import DISTANCES, WEIGHTS
 from flows.samplers import SAMPLERS, sampler_fields
-from flows.schedules import ALPHA_SCHEDULES, ANNEALING_SCHEDULES, TIME_SCHEDULES
+from flows.schedules import ALPHA_SCHEDULES, ANNEALING_SCHEDULES, TIME_SCHEDULES, name_pattern
 from models.create import NETWORKS
 from runtime.terminal import UserError
 
-NUMBER, WHOLE = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", r"[1-9]\d*"
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
          tuple: "numbers such as '1, 2, 2'"}
 
@@ -51,8 +50,7 @@ class Field:
         if self.high is not None and any(number > self.high for number in numbers):
             raise UserError(f"{name} must be at most {self.high:g}, not {value!r}")
         choices = [str(c) for c in self.choices]
-        patterns = [re.escape(c).replace("<number>", NUMBER).replace("<int>", WHOLE) for c in choices]
-        if choices and not any(re.fullmatch(pattern, str(value)) for pattern in patterns):
+        if choices and not any(re.fullmatch(name_pattern(choice), str(value)) for choice in choices):
             near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}"
                             + (f"; did you mean {near[0]}?" if near else ""))

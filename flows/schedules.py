@@ -110,14 +110,18 @@ def create_annealing(name):
     return find_schedule(ANNEALING_SCHEDULES, "training.x0_randomness", name)
 
 
+def name_pattern(name):
+    """Return the regular expression of the names that `name`, with its <number> and <int>, stands for."""
+    return functools.reduce(lambda text, item: text.replace(*item), PLACEHOLDERS.items(), re.escape(name))
+
+
 def find_schedule(table, field, name):
     """Return the function of the row that `name` matches, with the numbers in `name` as its last arguments.
 
     Raises UserError for a name that is not in the table, or whose numbers are out of range.
     """
     for pattern, row in table.items():
-        expression = functools.reduce(lambda text, item: text.replace(*item), PLACEHOLDERS.items(), pattern)
-        if match := re.fullmatch(expression, name):
+        if match := re.fullmatch(name_pattern(pattern), name):
             numbers = [float(number) for number in match.groups()]
             if not row.valid(*numbers):
                 raise UserError(f"config.{field} is {name!r}, but {row.rule}")
