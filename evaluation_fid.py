@@ -173,10 +173,11 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
         while low < len(indices):
             part = indices[low : low + size * BATCHES_AT_ONCE]
             z = index_noise(config.seed, part, shape, EVALUATION).to(device) * config.sampling.init_noise_scale
+            numbers = index_labels(config.seed, part, config.data.num_classes, config.sampling.class_label)
+            label = None if numbers is None else one_hot(numbers.to(device), config.data.num_classes)
             try:
                 with torch.autocast(device.type, enabled=False):  # the outer context keeps in_precision's cast weights
-                    x, nfe = sample(velocity, z, draw_labels(config, part, device), indices=part, batch_size=size,
-                                    finished=bar.update)
+                    x, nfe = sample(velocity, z, label, indices=part, batch_size=size, finished=bar.update)
             except torch.OutOfMemoryError:
                 if size == 1 or sampling_identity(config)["batch_size"]:
                     raise
@@ -187,17 +188,6 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
             check_finite(x, part, f"{title}: sample", "the network diverged, or needs config.training.precision fp32")
             yield from quantise(x).split(size)
             low += len(part)
-
-
-def draw_labels(config, indices, device):
-    """Return the classes of the samples `indices`, one-hot (N, classes): random, or config.sampling.class_label."""
-    classes, chosen = config.data.num_classes, config.sampling.class_label
-    if chosen >= classes and chosen >= 0:
-        raise UserError(f"config.sampling.class_label is {chosen}, but the model has {classes} classes, counted from 0")
-    if not classes:
-        return None
-    labels = index_labels(config.seed, indices, classes) if chosen < 0 else torch.full((len(indices),), chosen)
-    return one_hot(labels.to(device), classes)
 
 
 def measure_images(measured, reference, observers=()):

@@ -119,9 +119,7 @@ def sample_checkpoint(path, config, args, given, device):
 
 def class_rows(asked, config, given):
     """Return the class numbers of --classes and their names; ([], None) without the flag."""
-    count, chosen = config.data.num_classes, config.sampling.class_label
-    if not asked and chosen >= count and (count or "sampling.class_label" in given):
-        raise UserError(f"config.sampling.class_label is {chosen}, but the model has {count} classes, counted from 0")
+    count = config.data.num_classes
     if not asked:
         return [], None
     if not count or "sampling.class_label" in given:
@@ -144,16 +142,13 @@ def class_rows(asked, config, given):
 
 def initial_points(classes, config, given, device):
     """Return noise z `(N, C, H, W)` and one-hot label `(N, K)` or None; `classes`: those of the rows of ten, or []."""
-    data, chosen = config.data, config.sampling.class_label
+    data = config.data
     count = ROW * len(classes) or (config.eval.batch_size if "eval.batch_size" in given else IMAGES)
     z = index_noise(config.seed, range(count), (data.num_channels, data.image_size, data.image_size))
     z = (z * config.sampling.init_noise_scale).to(device)
-    if not data.num_classes:
-        return z, None
-    numbers = torch.tensor(classes or [chosen]).repeat_interleave(ROW if classes else count)
-    if not classes and chosen < 0:
-        numbers = index_labels(config.seed, range(count), data.num_classes)
-    return z, one_hot(numbers.to(device), data.num_classes)
+    numbers = (torch.tensor(classes).repeat_interleave(ROW) if classes else
+               index_labels(config.seed, range(count), data.num_classes, config.sampling.class_label))
+    return z, None if numbers is None else one_hot(numbers.to(device), data.num_classes)
 
 
 def sample_grid(velocity, z, label, config, finished):

@@ -181,8 +181,7 @@ class InitialPoints:
         settings, shape = config.sampling, image_shape(config)
         self.direction, self.seed, self.num_classes = settings.direction, config.seed, config.data.num_classes
         self.class_label, self.random_flip = settings.class_label, settings.random_flip
-        if self.class_label >= self.num_classes:
-            raise UserError(f"sampling.class_label {self.class_label} is not below data.num_classes {self.num_classes}")
+        seeds.index_labels(self.seed, [], self.num_classes, self.class_label)  # refuses a class that does not exist
         if self.num_classes and self.class_label < 0 and self.direction.startswith("gt_v"):
             raise UserError("the closed-form velocity of all images has no classes: set config.sampling.class_label, "
                             "or config.data.num_classes 0")
@@ -238,12 +237,10 @@ class InitialPoints:
             return None
         if "label_path" in self.rows:
             label = self.rows["label_path"][np.array(indices)]
-        elif self.class_label >= 0:
-            label = np.full(len(indices), self.class_label)
-        elif self.image_set is not None:
+        elif self.image_set is not None and self.class_label < 0:
             label = self.image_set.labels[np.array(indices) % len(self.image_set)]
         else:
-            label = seeds.index_labels(self.seed, indices, self.num_classes).numpy()
+            label = seeds.index_labels(self.seed, indices, self.num_classes, self.class_label).numpy()
         return as_one_hot(label, self.num_classes)
 
 

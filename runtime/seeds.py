@@ -5,6 +5,8 @@ import concurrent.futures
 import numpy as np
 import torch
 
+from runtime.terminal import UserError
+
 # One stream per purpose, so that draws for the same (seed, index) are independent.
 NOISE, LABEL, PATH_NOISE, SUBSET, ORDER, FLIP, AUGMENT, DRAWS, DROPOUT, EVALUATION = range(10)
 PARALLEL_VALUES = 1 << 20  # below, threads cost more than they save
@@ -42,9 +44,16 @@ def index_noise(seed, indices, shape, stream=NOISE):
     return torch.from_numpy(noise)
 
 
-def index_labels(seed, indices, num_classes):
-    """Return uniform class numbers, int64 tensor `(len(indices),)`, entry k a function of (seed, indices[k])."""
-    draws = [index_generator(seed, int(i), LABEL).integers(num_classes) for i in indices]
+def index_labels(seed, indices, num_classes, chosen=-1):
+    """Return class numbers, int64 tensor `(len(indices),)`: `chosen`, or for -1 uniform ones; None without classes.
+
+    Entry k is a function of (seed, indices[k]). Raises UserError if the model does not have the class `chosen`.
+    """
+    if chosen >= num_classes:
+        raise UserError(f"config.sampling.class_label is {chosen}, but the model has {num_classes} classes, from 0")
+    if not num_classes:
+        return None
+    draws = [index_generator(seed, int(i), LABEL).integers(num_classes) if chosen < 0 else chosen for i in indices]
     return torch.tensor(draws, dtype=torch.int64)
 
 

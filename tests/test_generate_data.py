@@ -295,7 +295,7 @@ def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, ne
     ({}, {"z0_path": "absent.npy"}, "absent.npy does not exist"),
     ({"sampling__direction": "gt_v_from_z1", "sampling__pair_storage": "compact"}, {},
      "compact does not store z0 but draws it again"),
-    ({"sampling__class_label": 4}, {}, "class_label 4 is not below data.num_classes 0"),
+    ({"sampling__class_label": 4}, {}, "class_label is 4, but the model has 0 classes"),
     ({"sampling__direction": "random_paired", "data__num_classes": 3, "sampling__class_label": 1},
      {"z1_path": "x.npy", "label_path": "y.npy"}, "--label_path and config.sampling.class_label both set the classes"),
     ({"sampling__direction": "gt_v_from_z1", "sampling__random_flip": True}, {}, "random_flip does not apply to"),
