@@ -137,7 +137,7 @@ def draw_miniature(rows, folder):
              for kind, parameters in SOLVERS.items()}
     pairs["rk45"].append(("pairs", "2_flow_annealed/euler-1"))
     draw(folder / "miniature_pairs.png", "network evaluations per pair", {
-        "Digits: student, by the solver of its pairs": {k: points(rows, "digits", v) for k, v in pairs.items()}})
+        "Digits: small 2-flow, one step, by solver of its pairs": {k: points(rows, "digits", pairs[k]) for k in pairs}})
 
 
 def write_demo(root, rows):

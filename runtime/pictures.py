@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import pad
 from torchvision.utils import make_grid
@@ -54,6 +55,8 @@ def save_lines(path, curves, title, x_label, y_label, y_scale="linear"):
         axes.plot(x, y, color=colour, linewidth=1, marker="." if len(x) < MANY_POINTS else "", markersize=3,
                   label=label if new else None)
     axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale=y_scale)
+    if y_scale == "log":
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
     axes.grid(which="both", alpha=0.3)
     if set(colours) - {None}:
         axes.legend(loc="best", fontsize="small")

@@ -179,7 +179,7 @@ class RunLogger:
             entries = [e for e in read_json_lines(self.path / LOG) if e.get("loss") is not None]
             curves = [([e["step"] for e in entries], [e[name] for e in entries], name.replace("_", " "))
                       for name in ("loss", "grad_norm")]
-            save_lines(self.path / "loss.png", curves, str(self.path), "update", "", "log")
+            save_lines(self.path / "loss.png", curves, str(self.path), "update", "loss; gradient norm", "log")
 
     def say(self, text):
         """Write one line above the progress bar and into log.txt."""

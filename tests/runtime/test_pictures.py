@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from runtime.pictures import GAP, SMALLEST_CELL, save_grid, save_lines, to_uint8
@@ -61,6 +62,17 @@ def test_what_is_no_grid_is_refused_and_nothing_written(tmp_path, images):
     with pytest.raises(UserError, match="needs images of shape"):
         save_grid(tmp_path / "grid.png", images, columns=2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("values, ticks", [([0.1, 9.0], {"0.1", "0.2", "0.5", "1", "2", "5"}), ([1.82, 1.98], {"1.9"})])
+def test_a_log_axis_has_plain_numbers(tmp_path, monkeypatch, values, ticks):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: (drawn.append(figure), path.write_bytes(b"")))
+    save_lines(tmp_path / "loss.png", [([0, 1], values, "loss")], "title", "update", "loss", "log")
+    drawn[0].draw_without_rendering()
+    axis = drawn[0].axes[0].yaxis
+    labels = {label.get_text() for label in axis.get_ticklabels(which="both")}
+    assert ticks <= labels and not any("$" in label for label in labels)
 
 
 def test_plot_is_written_with_a_line_per_curve(tmp_path):
