@@ -20,6 +20,7 @@ import torch
 
 from configs.command_line import run_program
 from configs.default import Field, get_default_config
+from configs.provenance import git_commit
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
 from models import load_model
@@ -94,7 +95,8 @@ def measure(path):
 
 def main(args):
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread; processor seconds\nmixture of 20 Gaussians, images (3, 8, 8)")
+    print(f"torch {torch.__version__}, one thread, commit {git_commit()}; processor seconds")
+    print("mixture of 20 Gaussians, images (3, 8, 8)")
     compare(mixture_velocity, index_noise(0, range(256), (3, 8, 8)), tolerance=1e-7)
     if args.snapshot:
         measure(pathlib.Path(args.snapshot))

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Resize, ToTensor
 
 from configs.default import get_default_config
+from configs.provenance import git_commit
 from datasets import DATASETS, DataSet, array_set, create_batches
 from runtime.seeds import index_noise
 
@@ -75,7 +76,8 @@ def main():
                 started = time.perf_counter()
                 read(batches)
                 times.setdefault(name, []).append(1000 * (time.perf_counter() - started) / batches)
-    print(f"{DEVICE}, torch {torch.__version__}, torchvision {torchvision.__version__}, batches of {BATCH}")
+    print(f"{DEVICE}, torch {torch.__version__}, torchvision {torchvision.__version__}, batches of {BATCH}, "
+          f"commit {git_commit()}")
     for name, values in times.items():
         print(f"{name:32}{statistics.median(values):8.3f} ms; rounds {' '.join(f'{value:.2f}' for value in values)}")
 

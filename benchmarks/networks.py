@@ -12,7 +12,6 @@ per multiply-accumulate of our forward pass; torch.mm, in the same run, shows th
 
 import copy
 import math
-import platform
 import statistics
 import time
 import types
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from configs.provenance import git_commit
 from models import layers
 from models.create import create_from_fields
 from models.describe import describe
@@ -162,8 +162,8 @@ def compare(name, fields):
 
 def main():
     """Print a line per configuration, and the mean ratios."""
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} "
-          f"threads, float32, medians of {ROUNDS} rounds")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} "
+          f"threads, float32, medians of {ROUNDS} rounds, commit {git_commit()}")
     net, inputs = create_from_fields(PUBLISHED["CIFAR32 3.4M"][1]), (torch.randn(1, 3, 32, 32), torch.rand(1))
     for name, arm in (("ours", net), ("peer", released_way(net))):
         for work in (forward, forward_backward):

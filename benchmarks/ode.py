@@ -11,7 +11,6 @@ outside): above 1, ours is more accurate for the same work. docs/work_precision.
 """
 
 import argparse
-import platform
 from importlib import metadata
 
 import numpy as np
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from scipy.integrate import solve_ivp
 
+from configs.provenance import git_commit
 from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
 from models import load_model
@@ -93,7 +93,7 @@ def main():
     shape = [net.config_fields[f"data.{name}"] for name in ("num_channels", "image_size", "image_size")]
     velocity, z = velocity_from_network(net), index_noise(0, range(options.samples), shape).to(device)
     title = f"{options.samples} samples {shape} of a 1-flow of {sum(p.numel() for p in net.parameters()):,} parameters"
-    print(f"{device.type}, {platform.machine()}, 1 thread",
+    print(f"{device.type}, 1 thread, commit {git_commit()}",
           *(f"{name} {metadata.version(name)}" for name in ("torch", "scipy", "torchdiffeq", "torchode")), sep=", ")
     print(f"{title}, batches (slots) of {options.batch}\n{'tolerance':>9}  {'solver':20}{'evaluations':>12}{'rows':>8}"
           f"{'mean error':>12}{'median':>10}{'worst':>10}{'over':>7}", flush=True)

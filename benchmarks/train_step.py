@@ -8,7 +8,6 @@ Rounds alternate; figures are medians; operations are those that torch dispatche
 """
 
 import itertools
-import platform
 import statistics
 import time
 
@@ -17,6 +16,7 @@ import torch
 
 from benchmarks.networks import Count, released_way
 from configs.default import get_default_config, set_field
+from configs.provenance import git_commit
 from datasets.sources import DATASETS, DataSet, ImageSet
 from flows.objective import Draws
 from flows.rectified_flow import velocity_from_network
@@ -78,8 +78,8 @@ def main():
     """Print a line for each, and the ratios."""
     training = create_training(SMALL, BATCH, torch.device("cpu"))
     steps = {"released way": released(training), "ours": ours(training)}
-    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, CIFAR 3.4M, float32, "
-          f"batch {BATCH}, medians of {ROUNDS} rounds")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CIFAR 3.4M, float32, "
+          f"batch {BATCH}, medians of {ROUNDS} rounds, commit {git_commit()}")
     times = {name: [] for name in steps}
     for name in [*steps] * (1 + ROUNDS):  # the first is a warm-up
         started = time.perf_counter(), time.process_time()
