@@ -12,7 +12,7 @@ from runtime.terminal import UserError
 
 
 def touch(folder, *numbers):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for k in numbers:
         (folder / f"checkpoint_{k}.pth").write_bytes(b"complete")
 
