@@ -70,6 +70,7 @@ def train(config, processes, messages, held):
         logger.say(message)
 
     writer, signal, grid, started = state.Writer(), 0, None, time.monotonic()
+    held.callback(writer.wait)  # the lock is kept until everything is on disk, however the training ends
     with run.stop_requests(processes.world_size) as agreed_signal, explained_failures(options):
         while step < options.n_iters and not signal:
             training.update(step)
