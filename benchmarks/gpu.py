@@ -1,4 +1,4 @@
-"""Speed at the paper's configurations on a GPU: training, sampling, pairs, features; and repeatability.
+"""Speed at the paper's configurations on a GPU: training, sampling, pairs, evaluation, features; and repeatability.
 
     python -m benchmarks.gpu --seconds 400 --out results     rows as JSON lines in results/gpu.jsonl, text on stdout
 
@@ -21,6 +21,7 @@ import torch
 from torchvision.models import inception_v3
 
 from benchmarks.train_step import SMALL, create_training, ours, released
+from configs.provenance import git_commit
 from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
 from flows.samplers import euler
@@ -36,7 +37,7 @@ SIZES = {
     "80.7M": {"model.name": "DhariwalUNet", "model.num_res_blocks": 2, "model.ch_mult": (1, 2, 2, 4),
               "model.attn_resolutions": (32, 16), "data.image_size": 64, "data.num_classes": 1000},
 }
-TINY = {"model.nf": 16, "model.num_res_blocks": 1, "model.ch_mult": (1, 2), "model.attn_resolutions": (16,)}
+TINY = {"model.nf": 8, "model.num_res_blocks": 1, "model.attn_resolutions": (16,), "data.image_size": 16}
 # Rows of training, the most important first: in the layout that train.py chooses, and not compiled, by default.
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 FIRST = [{"size": size, "precision": precision} for precision in ("tf32", "bf16") for size in SIZES]
@@ -59,7 +60,8 @@ class Programme:
         # networks, seconds per measurement, batch of training, samples, updates of the network to sample
         self.fields, self.seconds, self.batch, self.many, self.trained = SIZES, 1.0, 128, 512, 600
         if tiny:
-            self.fields, self.seconds, self.batch, self.many, self.trained = dict.fromkeys(SIZES, TINY), 0.05, 4, 8, 2
+            self.fields = {size: fields | TINY for size, fields in SIZES.items()}
+            self.seconds, self.batch, self.many, self.trained = 0.01, 2, 4, 2
 
     def row(self, part, **values):
         """Run a part, print and save its row, or its error; without time left, add it to `missed`."""
@@ -70,8 +72,7 @@ class Programme:
             found = part(**values)
         except Exception as error:  # such as no memory or a missing kernel: continue with the other rows
             found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
-        if self.cuda:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing on a CPU
         entry = {"part": part.__name__, **values, **found}
         with open(self.out / "gpu.jsonl", "a") as opened:
             opened.write(json.dumps(entry) + "\n")
@@ -132,20 +133,20 @@ class Programme:
             _, nfe = rk45(velocity, z, tol=1e-5, slots=self.many, shrink_slots=True)
             return {"nfe": nfe.double().mean().item(), "images_s": self.many / (time.perf_counter() - started)}
 
-    def pairs(self, tol):
-        """Pairs by generate_data.py, timed by the difference of two runs, so that the start does not count."""
-        seconds = []
-        for count in (self.many, 5 * self.many):
-            folder = pathlib.Path(self.work.name, str(count))
-            words = ["generate_data.py", "--config", "configs/rectified_flow/cifar10_rf_gaussian.py", "--ckpt_path",
-                     self.checkpoint, "--data_root", folder, "--config.sampling.ode_tol", tol,
-                     "--config.training.batch_size", self.many, "--config.training.progress", "false",
-                     "--config.sampling.pair_storage", "compact", "--config.sampling.total_number_of_samples", count]
-            started = time.perf_counter()
-            subprocess.run([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, check=True)
+    def script(self, name, tol):
+        """Pairs, or samples compared with them, timed by the difference of two runs, without the start."""
+        work, seconds = self.work.name, []
+        words = {"pairs": ["generate_data.py", f"--ckpt_path={self.checkpoint}", f"--data_root={work}"],
+                 "evaluate": ["evaluation_fid.py", f"--ckpt_dir={self.checkpoint}", f"--target_path={work}/5/z1.npy"]}
+        for seed, count in ((1, self.many), (5, 5 * self.many)):
+            fields = {"seed": seed, "sampling.ode_tol": tol, "training.progress": "false", "training.batch_size":
+                      self.many, "eval.batch_size": self.many, "eval.feature_extractor": "pixels", "eval.num_samples":
+                      count, "sampling.pair_storage": "compact", "sampling.total_number_of_samples": count}
+            started, own = time.perf_counter(), [f"--config.{field}={value}" for field, value in fields.items()]
+            subprocess.run([sys.executable, *words[name], "--config=configs/rectified_flow/cifar10_rf_gaussian.py",
+                            *own], stdout=subprocess.DEVNULL, check=True)
             seconds.append(time.perf_counter() - started)
-        about = json.loads((folder / "42" / "pairs.json").read_text())
-        return {"pairs_s": 4 * self.many / (seconds[1] - seconds[0]), "nfe": about["nfe_mean"], "start_s": seconds[0]}
+        return {"images_s": 4 * self.many / (seconds[1] - seconds[0]), "start_s": seconds[0]}
 
     def features(self):
         """torchvision's Inception (random weights) in full float32."""
@@ -165,25 +166,26 @@ class Programme:
         return {"same_bits": torch.equal(*ends), "largest": (ends[0] - ends[1]).abs().max().item()}
 
     def run(self):
-        """Run all rows, the most important first; on a CPU a few of each kind."""
+        """Run all rows, the most important first."""
         self.out.mkdir(parents=True, exist_ok=True)
-        for values in FIRST if self.cuda else FIRST[2:4]:
+        for values in FIRST:
             self.row(self.train, **values)
         self.row(self.released, size="15.7M")
-        for values in COMPILED if self.cuda else ():
+        for values in COMPILED:
             self.row(self.train, **values)
-        training = self.training("15.7M", "bf16" if self.cuda else "fp32")
+        training = self.training("15.7M", "bf16")
         self.updates(training, self.trained)
         training.config.data.dataset = "CIFAR10"  # since scripts do not have the data set of train_step.py
         write_checkpoint(self.checkpoint, training.state(self.trained))
-        for precision in ("tf32", "bf16", "fp32")[: 3 if self.cuda else 1]:
+        for precision in ("tf32", "bf16", "fp32"):
             for sampler in ("one_step", "euler-10", "rk45"):
                 self.row(self.sample, sampler=sampler, precision=precision)
-        self.row(self.pairs, tol=1e-3)
+        for name in ("pairs", "evaluate"):
+            self.row(self.script, name=name, tol=1e-3)
         self.row(self.features)
         for deterministic in (False, True):
             self.row(self.repeats, deterministic=deterministic)
-        for values in LAST if self.cuda else LAST[:1]:
+        for values in LAST:
             self.row(self.train, **values)
 
 
@@ -200,7 +202,7 @@ def main():
         _, seconds = programme.updates(programme.training(options.warm, "bf16", "default"), 1)
         print(f"{options.warm} compiled in {seconds:.1f} s")
         return
-    print(torch.cuda.get_device_name() if programme.cuda else "cpu", "torch", torch.__version__, flush=True)
+    print(torch.cuda.get_device_name() if programme.cuda else "cpu", f"torch {torch.__version__} commit {git_commit()}")
     programme.run()
     print("not reached:", "; ".join(programme.missed) or "nothing")
 
