@@ -100,10 +100,9 @@ def median_seconds(call, *arguments, seconds=0.5):
 
 
 def fastest_layout(net, velocity, batch):
-    """Return the memory format in which forward and backward passes of `velocity` of `net` are faster, by measurement.
+    """Return the memory format in which forward and backward of `velocity`, on `batch` images, take less time.
 
-    It depends on the GPU, the precision and torch's kernels for group normalisation. batch: the number of images. The
-    weights do not change, and no gradients are left.
+    It is measured, since it depends on GPU, precision and torch's kernels. `net` keeps its weights and no gradients.
     """
     def forward_backward():
         velocity(*_inputs(net, batch)).square().mean().backward()
