@@ -92,7 +92,7 @@ def test_a_data_set_has_its_classes_its_conversions_and_its_place_in_help(page):
     config = page.get_config()
     config.data.train_subset = "vertical"
     assert len(load_images(config)) == 32
-    assert "custom | stripes" in " ".join(help_text("", {}, ["data"]).split())
+    assert "| stripes" in " ".join(help_text("", {}, ["data"]).split())
     config.expr, config.data.num_channels = "run", 3
     with pytest.raises(UserError, match="num_channels is 3, but stripes has 1"):
         check_training(config)
