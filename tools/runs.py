@@ -51,4 +51,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_program(main, __doc__, FLAGS, places=("work_dir",))
+    run_program(main, __doc__, FLAGS, positional=("work_dir",))

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
@@ -252,6 +253,20 @@ def test_help_marks_the_fields_that_a_script_reads(script, tmp_path, repository,
     assert len(read) > 10 and read <= marked
     by_items = {f"sampling.{name}" for name in sampler_fields()}
     assert {name for name in marked - read - by_items if not name.startswith("model.")} == unread
+
+
+PROGRAMS = [path for place in ("*.py", "tools/*.py", "experiments/*.py", "benchmarks/*.py")
+            for path in sorted(FOLDER.parents[1].glob(place))
+            if re.search(r"^    run_(script|program)\(", path.read_text(), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_every_program_starts_and_explains_itself(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not ended.value.code
+    assert "\nflags:\n" in capsys.readouterr().out
 
 
 def test_help_into_a_closed_pipe_ends_without_a_traceback(repository):
