@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.command_line import config_to_dict, differences, run_script
-from configs.provenance import take_pair_fields
 from datasets import create_batches
 from flows.objective import Draws, create_objective
 from flows.rectified_flow import velocity_from_network
@@ -37,7 +36,7 @@ READS = ("seed", "work_dir", "expr", "training.", "flow.", "data.", "model.", "o
 
 def main(config, args, given):
     """Train the run that the config names; return the exit status."""
-    messages = take_pair_fields(config, given)
+    messages = state.take_pair_fields(config, given)
     config, adapted = state.take_architecture(config, given)
     with start_processes() as processes, contextlib.ExitStack() as held:
         run.check_training(config, processes.world_size)

@@ -20,11 +20,11 @@ import torch
 
 from configs.command_line import run_program
 from configs.default import Field, get_default_config
-from configs.provenance import git_commit
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
 from models import load_model
 from models.edm_pickle import Bytes, Reader
+from runtime.run_folder import git_commit
 from runtime.seeds import index_noise
 from tests.models.edm_networks import emit, widen
 

@@ -21,7 +21,6 @@ import torch
 from torchvision.models import inception_v3
 
 from benchmarks.train_step import SMALL, create_training, ours, released
-from configs.provenance import git_commit
 from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
 from flows.samplers import euler
@@ -30,6 +29,7 @@ from models import load_model
 from models.checkpoint import write_checkpoint
 from models.describe import describe, fastest_layout, median_seconds
 from runtime.devices import in_precision, set_precision
+from runtime.run_folder import git_commit
 
 PEAKS = {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4}  # dense TFLOP/s of an H100 SXM
 SIZES = {

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Resize, ToTensor
 
 from configs.default import get_default_config
-from configs.provenance import git_commit
 from datasets import DATASETS, DataSet, array_set, create_batches
+from runtime.run_folder import git_commit
 from runtime.seeds import index_noise
 
 COUNT, PAIRS, BATCH, ROUNDS, SHAPE = 50_000, 20_000, 128, 5, (3, 32, 32)

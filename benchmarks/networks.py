@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.provenance import git_commit
 from models import layers
 from models.create import create_from_fields
 from models.describe import describe
 from models.dhariwal_unet import DhariwalUNet
 from models.ncsnpp import NCSNpp
 from models.released import PUBLISHED
+from runtime.run_folder import git_commit
 
 GMACS_PER_RUN = 5.0  # the batch of small networks is chosen for about this much work
 ROUNDS = 5

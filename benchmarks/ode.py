@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from scipy.integrate import solve_ivp
 
-from configs.provenance import git_commit
 from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
 from models import load_model
+from runtime.run_folder import git_commit
 from runtime.seeds import index_noise
 
 EPS, TIGHT, OURS = 1e-3, 1e-6, "ours, per sample"

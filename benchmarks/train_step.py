@@ -16,11 +16,11 @@ import torch
 
 from benchmarks.networks import Count, released_way
 from configs.default import get_default_config, set_field
-from configs.provenance import git_commit
 from datasets.sources import DATASETS, DataSet, ImageSet
 from flows.objective import Draws
 from flows.rectified_flow import velocity_from_network
 from runtime.devices import Processes
+from runtime.run_folder import git_commit
 from runtime.seeds import DRAWS, step_generator
 from train import Training
 

@@ -25,7 +25,6 @@ import torch
 
 from configs.command_line import run_program
 from configs.default import Field
-from configs.provenance import git_commit
 from experiments.images import Reference
 from experiments.report import NUMBERS, read_table, write_demo, write_table
 from experiments.studies import ROOT, STUDIES
@@ -33,7 +32,7 @@ from metrics.results import read_results
 from models import load_model
 from models.checkpoint import read_checkpoint
 from runtime.files import file_lock, read_json, write_json
-from runtime.run_folder import GRIDS, LOG, RESULTS, checkpoint_path
+from runtime.run_folder import GRIDS, LOG, RESULTS, checkpoint_path, git_commit
 from runtime.terminal import UserError
 from tools import convert
 

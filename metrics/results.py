@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from configs.default import FIELDS
-from configs.provenance import git_commit
 from flows.samplers import sampler_fields, sampler_title
 from runtime.files import atomic_path, read_json_lines
+from runtime.run_folder import git_commit
 
 # Results that agree in COMPARABLE can be compared; those that agree in IDENTITY, hence also in checkpoint and sampling,
 # are the same evaluation, which is not repeated.

@@ -24,6 +24,11 @@ from models.safe_load import PART_BYTES, read_file
 from runtime.files import atomic_path, cached_file, file_digest
 from runtime.terminal import UserError
 
+# Fields without effect once a network is trained: places of data on this machine, and augmentation.
+NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.use_aug", "data.reflow_data_root",
+                  "data.real_pairs_root")
+RUN_FIELDS = ("data.", "flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale")  # beginnings of names
+ROOTS = {"data.data_root", "data.custom_data_root"}
 WRAPPERS = r"^(module\.|_orig_mod\.)+"  # prefixes of names by DataParallel and torch.compile
 
 
@@ -273,10 +278,42 @@ def config_of_run(config, checkpoint, given):
     released checkpoint only the architecture. given: the dotted fields on the command line. One that contradicts the
     architecture raises UserError with the difference; any other takes precedence, and a remark reports it.
     """
-    from configs.provenance import take_run_fields  # here, since configs imports the networks
-
     config = apply_architecture(config, checkpoint, given)
     return config, take_run_fields(config, checkpoint.get("config", {}), given, checkpoint["path"])
+
+
+def take_run_fields(config, saved, given, path, fields=RUN_FIELDS):
+    """Set the fields of `config` about data and noise of the training to those of a checkpoint's run, unless given.
+
+    saved: the config in the checkpoint at `path` as a nested dict; fields may be missing. given: dotted names of the
+    fields on the command line, which take precedence. Returns remarks about differences from command line and config
+    file. fields: the beginnings of the names of these fields.
+    """
+    from configs.default import FIELDS, get_field, set_field  # here, since that module imports the networks
+
+    run = {}
+    for name in (name for name in FIELDS if name.startswith(fields) and name not in NOT_OF_THE_RUN):
+        group, field = name.split(".")
+        members = saved.get(group)
+        if isinstance(members, dict) and field in members:
+            run[name] = members[field]
+            FIELDS[name].check(f"{path}: config.{name}", run[name])
+    before = {name: get_field(config, name) for name in run}
+    different = [name for name in run if run[name] != before[name]]
+    kept = set(given)
+    if kept & ROOTS or "data.dataset" in kept.intersection(different):
+        kept |= ROOTS  # the run's folder is that of the run's data set
+    elif "data.dataset" not in different:  # without a root in the run, keep this config's
+        kept |= {name for name in ROOTS if not run.get(name)}
+    taken = [name for name in different if name not in kept]
+    for name in taken:
+        set_field(config, name, run[name])
+    remarks = [f"trained with {name} {run[name]!r}, but {before[name]!r} of the command line is used"
+               for name in different if name in given]
+    if taken:
+        phrases = [f"{name} {run[name]!r} (not {before[name]!r})" for name in taken]
+        remarks.append(f"as in training, not as in the config file: {', '.join(phrases)}")
+    return remarks
 
 
 def apply_architecture(config, checkpoint, given):

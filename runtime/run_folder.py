@@ -1,16 +1,21 @@
-"""The folder of a run, {work_dir}/{expr}: the names of its files, and its checkpoints, also those still to come."""
+"""The folder of a run, {work_dir}/{expr}: its files, its checkpoints, also those still to come, and the code it ran."""
 
 import contextlib
 import itertools
 import pathlib
+import platform
 import re
+import subprocess
 import time
+from importlib import metadata
 
 from runtime.terminal import UserError
 
 CONFIG, DATA, LOG, SAMPLES, CHECKPOINTS = "config.json", "data.json", "log.jsonl", "samples", "checkpoints"
 STATE = "checkpoints-meta/checkpoint.pth"  # from which an interrupted run continues
 RESULTS, GRIDS = "eval/results.jsonl", "eval_sample"  # of evaluation_fid.py and image_sampling.py
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "ml_collections", "absl-py", "lpips", "clean-fid")
+CHECKOUT = pathlib.Path(__file__).parent.parent
 POLL = 5.0  # longest time between two checks of the folder, in seconds
 
 
@@ -100,3 +105,32 @@ def _next_checkpoint(folder, number, limit, read):
             raise error
         else:
             return None, None
+
+
+def git(*arguments):
+    """Return what git prints about this checkout, as bytes; empty outside of one."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return b""
+
+
+def git_commit():
+    """Return the commit of this checkout, with a + if tracked files differ from it; None outside git."""
+    commit = git("rev-parse", "HEAD").decode().strip()
+    return commit + "+" * bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
+
+
+def uncommitted_changes():
+    """Return (the patch of the tracked files, as bytes; the names of untracked files, which may be secret or large)."""
+    listed = git("ls-files", "--others", "--exclude-standard", "-z").decode(errors="replace")
+    return git("diff", "--binary", "--no-color", "--no-ext-diff", "HEAD"), listed.split("\0")[:-1]
+
+
+def versions():
+    """Return the versions of Python and of the packages that decide results; None for one that is not installed."""
+    found = {"python": platform.python_version()} | dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from configs.command_line import config_to_dict, load_config
 from configs.default import FIELDS, get_field
-from configs.provenance import git_commit, uncommitted_changes, versions
 from datasets import one_hot
 from datasets.sources import DATASETS
 from flows import samplers
 from flows.objective import check_config
 from flows.rectified_flow import velocity_from_network
 from models import create_model
+from runtime import run_folder
 from runtime.files import file_lock, read_json, read_json_lines, state_digest, write_json, write_text
 from runtime.pictures import save_grid, save_lines
 from runtime.run_folder import CHECKPOINTS, CONFIG, DATA, LOG, SAMPLES, run_path
@@ -100,8 +100,9 @@ def open_run(config):
     write_json(path / CONFIG, config_to_dict(config))
     with open(path / "command.txt", "a") as opened:
         opened.write(shlex.join([sys.executable, *sys.argv]) + "\n")
-    patch, untracked = uncommitted_changes()
-    write_json(path / "versions.json", {"commit": git_commit(), "untracked": untracked, **versions()})
+    patch, untracked = run_folder.uncommitted_changes()
+    write_json(path / "versions.json",
+               {"commit": run_folder.git_commit(), "untracked": untracked, **run_folder.versions()})
     (path / "uncommitted.patch").write_bytes(patch)
     trained_on = data.reflow_data_root or data.data_root or data.custom_data_root or f"data/{data.dataset}"
     found = {root: state_digest(root) for root in (trained_on, data.real_pairs_root) if root and os.path.exists(root)}

@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from configs.command_line import config_from_dict, config_to_dict, load_config
+from datasets.pairs import METADATA, open_folders
 from models import load_model
 from models.checkpoint import (
     apply_architecture,
@@ -14,6 +15,7 @@ from models.checkpoint import (
     load_matching,
     read_checkpoint,
     saved_fields,
+    take_run_fields,
     write_checkpoint,
 )
 from runtime.run_folder import CHECKPOINTS, CONFIG, STATE, checkpoint_path, last_number, numbered_checkpoints, run_path
@@ -147,6 +149,16 @@ def restore(state, network, ema, optimizer, stats):
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint does not fit config.model and config.optim: {reason}") from None
+
+
+def take_pair_fields(config, given):
+    """Set the fields data.*, unless given, to those of the run that made data.reflow_data_root; return remarks."""
+    root = config.data.reflow_data_root
+    for folder in open_folders(root) if root else ():
+        if folder.metadata:  # not for pairs without pairs.json
+            path, saved = folder.path / METADATA, folder.metadata.get("config", {})
+            return [f"{path}: {remark}" for remark in take_run_fields(config, saved, given, path, "data.")]
+    return []
 
 
 def take_architecture(config, given):
