@@ -8,6 +8,7 @@ from runtime.terminal import UserError  # isort: skip - first, so that Ctrl-C is
 
 import datetime
 import functools
+import hashlib
 import json
 import pathlib
 import sys
@@ -20,6 +21,7 @@ from configs.command_line import run_script
 from configs.default import SAMPLING_READS, Field
 from datasets import one_hot
 from datasets.batches import check_finite
+from datasets.pairs import image_shape
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler, sampler_values
 from metrics import results
@@ -83,9 +85,9 @@ def measure_checkpoints(config, args, given, processes):
             if not cost:
                 cost = cost_of(net)
                 processes.say(cost_line(cost))
-            found, samples = measure_network(net, pathlib.Path(identity["checkpoint"]).stem, own, reference)
+            found, images = measure_network(net, pathlib.Path(identity["checkpoint"]).stem, own, reference)
             result = identity | {"step": int(checkpoint.get("step", 0))} | cost | found
-            publish(result, path, processes, samples)
+            publish(result, path, processes, images)
         done.append(result)
     return path, done
 
@@ -128,9 +130,10 @@ def measure_files(config, args, given, processes):
                 "num_samples": count, "seeds": {"subsets": config.seed}, **reference.identity}
     result = earlier_result(path, identity, args.force, processes, path)
     if result is None:
-        measured = functools.partial(measure_source, source, reference.extractor, config.eval.batch_size, processes,
-                                     count)
-        result = identity | {"step": None, "nfe": None} | measure_images(measured, reference)
+        target, started = reference.statistics, time.monotonic()
+        samples = measure_source(source, reference.extractor, config.eval.batch_size, processes, count,
+                                 keep=config.eval.nearest)
+        result = identity | {"step": None, "nfe": None} | metrics_of(samples, target, reference, started)
         publish(result, path, processes)
     return path, [result]
 
@@ -149,18 +152,19 @@ def sampling_identity(config):
 
 
 def measure_network(net, title, config, reference):
-    """Sample from `net`; return its metrics, and with config.eval.save_samples this process's samples, else None."""
-    count, shape = config.eval.num_samples, (config.data.num_channels, config.data.image_size, config.data.image_size)
-    processes, nfes, samples = reference.processes, [], [torch.empty(0, *shape, dtype=torch.uint8)]
+    """Sample from `net`; return metrics, and with config.eval.save_samples the samples of this process, else None."""
+    count, processes, nfes = config.eval.num_samples, reference.processes, []
     mine = share_of(processes, count)
-    batches = sample_batches(net, config, shape, mine, processes, title, nfes.append)
-    keep = [lambda first, images: samples.append(images.cpu())] if config.eval.save_samples else []
-    measured = functools.partial(measure, batches, reference.extractor, mine.start, count, processes.device, title)
-    found = measure_images(measured, reference, keep)
-    return {"nfe": sum(gather(sum(nfe.sum().item() for nfe in nfes))) / count} | found, samples if keep else None
+    target, started = reference.statistics, time.monotonic()
+    batches = sample_batches(net, config, mine, processes, title, nfes.append)
+    samples = measure(batches, reference.extractor, mine.start, count, processes.device, title,
+                      keep=count if config.eval.save_samples else config.eval.nearest)
+    nfe = sum(gather(sum(nfe.sum().item() for nfe in nfes))) / count
+    found = {"nfe": nfe} | metrics_of(samples, target, reference, started)
+    return found, samples.images if config.eval.save_samples else None
 
 
-def sample_batches(net, config, shape, indices, processes, title, count_evaluations):
+def sample_batches(net, config, indices, processes, title, count_evaluations):
     """Yield the samples `indices` as uint8 (N, C, H, W) on the device, config.eval.batch_size at a time.
 
     Noise and class of sample i depend on (config.seed, i) alone, not on batch size and number of processes, so the
@@ -172,7 +176,8 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
                       enabled=config.training.progress if processes.is_main else "false") as bar:
         while low < len(indices):
             part = indices[low : low + size * BATCHES_AT_ONCE]
-            z = index_noise(config.seed, part, shape, EVALUATION).to(device) * config.sampling.init_noise_scale
+            z = index_noise(config.seed, part, image_shape(config), EVALUATION)
+            z = z.to(device) * config.sampling.init_noise_scale
             numbers = index_labels(config.seed, part, config.data.num_classes, config.sampling.class_label)
             label = None if numbers is None else one_hot(numbers.to(device), config.data.num_classes)
             try:
@@ -190,22 +195,17 @@ def sample_batches(net, config, shape, indices, processes, title, count_evaluati
             low += len(part)
 
 
-def measure_images(measured, reference, observers=()):
-    """Return {name: value} of the metrics of images, `measured(observers=observers)` being their `Statistics`."""
+def metrics_of(samples, target, reference, started):
+    """Return {name: value} of the metrics of two `Statistics`; `started`: when the samples' measurement started."""
     config, processes, training_images = reference.config, reference.processes, reference.training_images
-    target = reference.statistics  # computed by all processes together, once for all checkpoints
-    started, distances = time.monotonic(), [torch.zeros(0)]
-
-    def find_nearest(number, images):
-        asked = images[: max(0, config.eval.nearest - number)]
-        if training_images is not None and len(asked) and images.shape[1:] == training_images.images.shape[1:]:
-            distances.append(nearest_distances(asked, training_images.images).cpu())
-
-    samples = measured(observers=[find_nearest, *observers])
+    asked = samples.images[: max(0, config.eval.nearest - share_of(processes, samples.count).start)]
+    distances = [torch.zeros(0)]
+    if training_images is not None and asked.shape[1:] == training_images.images.shape[1:]:
+        distances += [nearest_distances(part.to(processes.device), training_images.images).cpu()
+                      for part in asked.split(config.eval.batch_size)]
     distances = torch.cat(gather(torch.cat(distances)))
     return processes.from_main(lambda: {
-        **compare(samples, target, reference.extractor, processes.device, config.seed,
-                  config.data.cache_dir if config.eval.precision_recall else None, config.training.progress),
+        **compare(samples, target, reference.extractor, config.seed, reference.radii, config.training.progress),
         "nn_distance": distances.median().item() if len(distances) else None,
         "nn_distance_real": reference.nn_distance_real, "reference": target.name,
         "protocol": reference.extractor.protocol, "seconds": round(time.monotonic() - started, 2),
@@ -214,9 +214,10 @@ def measure_images(measured, reference, observers=()):
 
 
 def samples_path(path, identity):
-    """Return the file of the samples of a result in the file `path`."""
+    """Return the file of the samples of a result in the file `path`; other options or weights give another name."""
     stem, sampler = pathlib.Path(identity["checkpoint"]).stem, results.sampler_name(identity).split()[0]
-    return path.with_name(f"{stem}_{sampler}.npy")
+    digest = hashlib.sha256(results.key_of(identity).encode()).hexdigest()[:8]
+    return path.with_name(f"{stem}_{sampler}_{digest}.npy")
 
 
 def earlier_result(path, identity, force, processes, needed):
@@ -228,10 +229,12 @@ def earlier_result(path, identity, force, processes, needed):
     return found
 
 
-def publish(result, path, processes, samples=None):
-    """Print a result, append it to its file (or print it whole if that fails), and save all processes' `samples`."""
+def publish(result, path, processes, images=None):
+    """Print a result, append it to its file (or print it whole if that fails), and save all processes' `images`."""
     processes.say(results.protocol_line(result))
-    images = samples and torch.cat(gather(torch.cat(samples))).numpy()
+    if images is not None:
+        images = torch.cat(gather(images)).numpy()
+        result["samples"] = samples_path(path, result).name
 
     def write():
         try:
@@ -240,8 +243,8 @@ def publish(result, path, processes, samples=None):
         except OSError:
             print(json.dumps(result, ensure_ascii=False), flush=True)
             raise
-        if samples:
-            with atomic_path(samples_path(path, result)) as temporary:
+        if images is not None:
+            with atomic_path(path.with_name(result["samples"])) as temporary:
                 np.save(temporary, images)
 
     processes.from_main(write)

@@ -10,6 +10,7 @@ same command continues an interrupted study. `--again STEP` repeats a step and r
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -212,14 +213,14 @@ class Study:
         if step.script == "image_sampling.py":
             entries = json.loads((run / GRIDS / "checkpoint_1/samples.json").read_text())
             return {"straightness": entries[-1].get("straightness")}
-        fields = dict(zip(step.arguments, step.arguments[1:], strict=False))
-        sampler, steps = (fields.get(f"--config.sampling.{name}") for name in ("use_ode_sampler", "sample_N"))
-        result = [result for result in read_results(run / RESULTS) if result["sampler"] == sampler
-                  and result["sample_N"] == (int(steps) if steps else None)][-1]
+        sampling = {name.removeprefix("--config.sampling."): value for name, value in itertools.pairwise(step.arguments)
+                    if name.startswith("--config.sampling.")}
+        results = [result | {"use_ode_sampler": result["sampler"]} for result in read_results(run / RESULTS)]
+        result = [result for result in results if all(str(result[name]) == sampling[name] for name in sampling)][-1]
         figures = {name: result[name] for name in ("nfe", "parameters", "gmacs", "latency_ms")}
         if step.images is None:
             return figures | {"pixel_distance": result["pixel_frechet_distance"], "nearest": result["nn_distance"]}
-        samples = np.load(run / f"eval/checkpoint_1_{sampler}{f'-{steps}' if steps else ''}.npy")
+        samples = np.load((run / RESULTS).with_name(result["samples"]))
         return figures | self.references[step.images].measure(samples)
 
 

@@ -1,15 +1,11 @@
 """Metrics: Fréchet and kernel distance, precision and recall, Inception score, nearest images."""
 
-import contextlib
-import hashlib
-import pathlib
 import sys
 
 import numpy as np
 import torch
 
 from metrics.features import full_float32, pixel_features
-from runtime.files import atomic_path
 from runtime.terminal import UserError, progress_bar
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as in clean-fid
@@ -18,30 +14,26 @@ SPLITS = 10  # of the Inception score
 INDEFINITE = 1e-4  # allowed negative eigenvalues of a covariance relative to its largest entry: float32 rounding
 
 
-def compare(samples, reference, extractor, device, seed, folder=None, progress="auto"):
+def compare(samples, reference, extractor, seed, radii=None, progress="auto"):
     """Return {metric name: value}, names as in `extractor.names`, of two `Statistics`.
 
     None stands for metrics that are not available: kernel distance, precision and recall need features of the
     reference, the Inception score an extractor with classes. seed: of the subsets of the kernel distance and the splits
-    of the score. folder: cache of the radii of the reference; None leaves precision and recall out.
+    of the score. radii: `neighbour_radii` of the reference; None leaves precision and recall out.
     """
     if samples.count <= extractor.dimension:
         print(f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is singular and "
               "the Fréchet distance comes out too large (its bias falls as 1 / samples); compare it only with "
               "distances of equally many samples, and quote none below 50,000", file=sys.stderr)
-    features, given = samples.features.to(device), reference.features is not None
-    with progress_bar(total=1 + given, desc="distances", unit="metrics", enabled=progress) as bar:
-        values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
-        bar.update()
-        if given:
-            real = reference.features.to(device)
-            values["kernel"] = kernel_distance(features, real, torch.Generator().manual_seed(seed))
-            bar.update()
-    if given and folder is not None:
-        radii = kept_radii(real, folder, progress).to(device)
-        values["precision"], values["recall"] = precision_recall(features, real, radii, progress)
+    features = samples.features.to(samples.mu.device)
+    values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
+    if reference.features is not None:
+        real = reference.features.to(features.device)
+        values["kernel"] = kernel_distance(features, real, torch.Generator().manual_seed(seed))
+        if radii is not None:
+            values["precision"], values["recall"] = precision_recall(features, real, radii, progress)
     if extractor.probabilities is not None:
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(device)
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
         values["inception"], values["inception_std"] = inception_score(extractor.probabilities(features)[order])
     return {name: values.get(key) for key, name in extractor.names.items()}
 
@@ -135,18 +127,6 @@ def neighbour_radii(points, progress="auto", chunk=2048):
 def _reach(part, points):
     """Return the distances of some of `points` to their k-th nearest other point (the nearest is the point itself)."""
     return torch.cdist(part, points).kthvalue(min(NEIGHBOURS + 1, len(points))).values
-
-
-def kept_radii(features, folder, progress="auto"):
-    """Return `neighbour_radii` of features (M, D), cached in `folder` under the digest of the features."""
-    digest = hashlib.sha256(np.ascontiguousarray(features.cpu().numpy())).hexdigest()[:16]
-    path = pathlib.Path(folder) / f"neighbour_radii_{NEIGHBOURS}_{digest}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    radii = neighbour_radii(features, progress).cpu()
-    with contextlib.suppress(OSError), atomic_path(path) as temporary:  # without write permission: not cached
-        np.save(temporary, radii.numpy())
-    return radii
 
 
 def inception_score(probabilities, splits=SPLITS):

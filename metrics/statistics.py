@@ -15,7 +15,7 @@ from datasets.image_files import FileTree, ImageSpec, fit_images
 from datasets.pairs import open_rows
 from datasets.sources import DATASETS, load_arrays
 from metrics.features import create_extractor
-from metrics.scores import check_gaussian, nearest_distances
+from metrics.scores import check_gaussian, nearest_distances, neighbour_radii
 from runtime.devices import gather
 from runtime.files import atomic_path, cached_file, state_digest
 from runtime.terminal import UserError, progress_bar
@@ -139,27 +139,27 @@ class Statistics:
     features: torch.Tensor | None
     count: int | None  # number of images, if known
     name: str
+    images: torch.Tensor | None = None  # uint8 (n, C, H, W) on the CPU: those of this process that `measure` keeps
 
 
-def measure(batches, extractor, first, count, device, name, observers=(), max_features=MAX_FEATURES):
+def measure(batches, extractor, first, count, device, name, max_features=MAX_FEATURES, keep=0):
     """Return the `Statistics` of `count` images, of which this process sees a contiguous range from `first` on.
 
     `batches` yields uint8 (N, C, H, W) on `device`. Each image goes through the extractor once; sums are taken in
     float64 on the device, and Σ divides by count - 1, as `np.cov`. At most `max_features` features, evenly spread
-    over the images, are kept. Each of `observers` is called with the number of a batch's first image and the batch.
-    Every process must call it; a UserError in one is raised in all. Raises UserError for fewer than two images.
+    over the images, are kept, and the first `keep` images. Every process must call it; a UserError in one is raised in
+    all. Raises UserError for fewer than two images.
     """
     if count < 2:
         raise UserError(f"{name}: there is {count} image to measure; a covariance needs at least two")
     total = torch.zeros(extractor.dimension, dtype=torch.float64, device=device)
     products = torch.zeros(extractor.dimension, extractor.dimension, dtype=torch.float64, device=device)
-    kept = [torch.empty(0, extractor.dimension)]
-    wanted = evenly_spread(min(max_features, count), count)
+    kept, kept_images = [torch.empty(0, extractor.dimension)], [torch.empty(0, dtype=torch.uint8)]
     error = None
+    wanted = evenly_spread(min(max_features, count), count)
     try:
         for images in batches:
-            for see in observers:
-                see(first, images)
+            kept_images.append(images[: max(0, keep - first)].cpu())
             features = extractor.features(images)
             wide = features.double()
             total += wide.sum(0)
@@ -174,10 +174,10 @@ def measure(batches, extractor, first, count, device, name, observers=(), max_fe
         raise error
     mean, products = sum(totals).to(device) / count, sum(parts).to(device)
     sigma = (products - count * torch.outer(mean, mean)) / (count - 1)
-    return Statistics(mean, sigma, torch.cat(features), count, name)
+    return Statistics(mean, sigma, torch.cat(features), count, name, torch.cat(kept_images))
 
 
-def measure_source(source, extractor, batch_size, processes, count=None, observers=(), max_features=MAX_FEATURES):
+def measure_source(source, extractor, batch_size, processes, count=None, max_features=MAX_FEATURES, keep=0):
     """Return the `Statistics` (`measure`) of `count` images of an `ImageSource`, evenly spread (None: all of them)."""
     count = len(source) if count is None else count
     mine = share_of(processes, count)
@@ -186,7 +186,7 @@ def measure_source(source, extractor, batch_size, processes, count=None, observe
                         enabled="auto" if processes.is_main else "false")
     batches = (source.read(chosen[low : low + batch_size]).to(processes.device) for low in lows)
     name = f"{source.name}, {'' if count == len(source) else f'{count} of '}{len(source)} images"
-    found = measure(batches, extractor, mine.start, count, processes.device, name, observers, max_features)
+    found = measure(batches, extractor, mine.start, count, processes.device, name, max_features, keep)
     for note, number in sum(gather(source.notes), collections.Counter()).items():
         processes.say(f"{source.name}: {number} images: {note}")
     return found
@@ -256,6 +256,14 @@ class Reference:
         if self.source is None:
             return read_statistics(self.path, self.extractor, self.name)
         return measure_source(self.source, self.extractor, self.config.eval.batch_size, self.processes)
+
+    @functools.cached_property
+    def radii(self):
+        """The `neighbour_radii` of the features of `statistics`, or None if precision and recall cannot be measured."""
+        features = self.statistics.features
+        if features is None or not self.config.eval.precision_recall:
+            return None
+        return neighbour_radii(features.to(self.processes.device), self.config.training.progress)
 
     @functools.cached_property
     def nn_distance_real(self):

@@ -103,8 +103,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("flows/schedules.py", "torch.randint(int(k),", "torch.randint(int(k) + 1,", SCHEDULES),
     ("flows/rectified_flow.py", "TIME_SCALE = 999.0", "TIME_SCALE = 1000.0", REFERENCE),
     # evaluation: its noise, what makes a result another, the metrics
-    ("evaluation_fid.py", "index_noise(config.seed, part, shape, EVALUATION)", "index_noise(config.seed, part, shape)",
-     SAMPLING),
+    ("evaluation_fid.py", "image_shape(config), EVALUATION)", "image_shape(config))", SAMPLING),
     ("evaluation_fid.py", '"eps": config.flow.eps', '"eps": 0', MEASURED),
     ("metrics/statistics.py", '"nearest": config.eval.nearest', '"nearest": 0', MEASURED),
     ("metrics/scores.py", "allowed = INDEFINITE * sigma.abs().max()", "allowed = 2 * sigma.abs().max()", SCORES),

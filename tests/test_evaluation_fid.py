@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import errno
+import itertools
 import json
 import subprocess
 import sys
@@ -89,12 +90,13 @@ def test_a_sweep_measures_every_checkpoint_and_names_the_best(run):
 def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measure_the_same(run):
     words = ("--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, "--config.eval.save_samples=true")
     evaluate(run, *words)
-    alone = np.load(run / "eval" / "checkpoint_1_one_step.npy")
-    (run / "eval" / "checkpoint_1_one_step.npy").unlink()  # samples that are asked for and missing are drawn again
+    (file,) = (run / "eval").glob("checkpoint_1_one_step_*.npy")
+    alone = np.load(file)
+    file.unlink()  # samples that are asked for and missing are drawn again
     ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", DIGITS, *words, "--config.eval.batch_size=7")
     assert [rank.wait() for rank in ranks] == [0, 0], "\n".join(rank.log for rank in ranks)
     assert ["best: " in rank.log for rank in ranks] == [True, False]
-    together = np.load(run / "eval" / "checkpoint_1_one_step.npy")
+    together = np.load(file)
     assert alone.shape == (100, 1, 8, 8)
     assert np.abs(alone.astype(int) - together).max() <= 1  # truncation turns the last bit of a float into a level
     assert (alone == together).mean() > 0.99
@@ -103,10 +105,25 @@ def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measur
     for name in ("pixel_frechet_distance", "pixel_kernel_distance", "pixel_precision", "pixel_recall", "nn_distance"):
         assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6)
 
-    evaluate(run, "--data_dir", run / "eval" / "checkpoint_1_one_step.npy", *QUICK)
+    evaluate(run, "--data_dir", file, *QUICK)
     of_files = results(run / "eval")[0]
     assert of_files["sampler"] is None
     assert of_files["pixel_frechet_distance"] == pytest.approx(two["pixel_frechet_distance"], rel=1e-9)
+
+
+def test_samples_of_another_tolerance_seed_or_checkpoint_of_the_same_name_have_their_own_file(run, monkeypatch):
+    monkeypatch.setattr(evaluation_fid.results, "draw_figure", lambda *arguments: None)
+    words = ("checkpoints/checkpoint_1.pth", "--config.sampling.use_ode_sampler=rk45", "--config.eval.num_samples=8",
+             "--config.eval.save_samples=true", "--config.eval.nearest=0", "--config.sampling.ode_tol=0.1")
+    monkeypatch.setattr(evaluation_fid, "cost_of", lambda net: {})
+    monkeypatch.setattr(evaluation_fid, "cost_line", lambda cost: "cost not measured")
+    for more in ((), ("--config.sampling.ode_tol=0.01",), ("--config.seed=1",), ("--use_ema=false",)):
+        run_main(run / words[0], *words[1:], *more)
+    write_checkpoint(run / words[0], tiny_checkpoint(2))
+    run_main(run / words[0], *words[1:])
+    assert len({r["samples"] for r in results(run)}) == 5
+    arrays = [np.load(run / "eval" / r["samples"]) for r in results(run)]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(arrays, 2) if a is not arrays[3])
 
 
 def test_what_one_process_finds_wrong_is_one_sentence_in_both(run):
@@ -212,7 +229,7 @@ def small_config(**fields):
 def samples(net, config):
     """All samples of a network, as the script makes them, and the evaluations that they took."""
     nfes = []
-    batches = evaluation_fid.sample_batches(net, config, (1, 8, 8), range(12), ALONE, "net", nfes.append)
+    batches = evaluation_fid.sample_batches(net, config, range(12), ALONE, "net", nfes.append)
     return torch.cat(list(batches)), torch.cat(nfes)
 
 

@@ -16,7 +16,6 @@ from metrics.scores import (
     compare,
     frechet_distance,
     inception_score,
-    kept_radii,
     kernel_distance,
     nearest_distances,
     neighbour_radii,
@@ -137,29 +136,6 @@ def test_precision_and_recall_are_shares_inside_balls_to_the_third_neighbour(see
     assert recall == pytest.approx(brute_force_share(reference.numpy(), samples.numpy(), 3))
 
 
-def test_radii_of_a_reference_are_computed_once_and_belong_to_its_features(tmp_path, monkeypatch):
-    first, other = features(0, 30), features(1, 30)
-    radii = kept_radii(first, tmp_path / "cache")
-    assert torch.equal(radii, neighbour_radii(first))
-    assert torch.equal(kept_radii(other, tmp_path / "cache"), neighbour_radii(other))
-    monkeypatch.setattr(scores, "neighbour_radii", None)
-    assert torch.equal(kept_radii(first, tmp_path / "cache"), radii)
-
-
-@pytest.mark.parametrize("content", [b"", b"no array"])
-def test_radii_in_a_damaged_file_are_computed_again(tmp_path, content):
-    radii = kept_radii(features(0, 30), tmp_path)
-    path = next(tmp_path.iterdir())
-    path.write_bytes(content)
-    assert torch.equal(kept_radii(features(0, 30), tmp_path), radii)
-    assert torch.equal(torch.from_numpy(np.load(path)), radii)
-
-
-def test_radii_that_cannot_be_kept_are_used(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert len(kept_radii(features(0, 30), tmp_path / "file")) == 30
-
-
 def test_the_inception_score_is_one_for_equal_predictions_and_the_class_count_for_certain_ones():
     equal = torch.full((100, 8), 1 / 8)
     certain = torch.eye(8).repeat(20, 1)
@@ -225,28 +201,29 @@ def inception_like():
                             INCEPTION_NAMES, "a stand-in")
 
 
-def test_every_metric_has_its_value_when_the_reference_has_features(tmp_path):
-    found = compare(statistics_of(0, 50), statistics_of(1, 40), inception_like(), "cpu", 1, tmp_path)
+def test_every_metric_has_its_value_when_the_reference_has_features():
+    reference = statistics_of(1, 40)
+    found = compare(statistics_of(0, 50), reference, inception_like(), 1, neighbour_radii(reference.features))
     assert set(found) == {"fid", "kid", "precision", "recall", "inception_score", "inception_score_std"}
     assert all(value is not None for value in found.values())
 
 
 def test_metrics_that_need_reference_features_are_none_without_them():
-    found = compare(statistics_of(0, 50), statistics_of(1, 40, with_features=False), inception_like(), "cpu", seed=1)
+    found = compare(statistics_of(0, 50), statistics_of(1, 40, with_features=False), inception_like(), seed=1)
     assert found["kid"] is found["precision"] is found["recall"] is None
     assert found["fid"] > 0
     assert found["inception_score"] > 1
 
 
-def test_pixel_metrics_carry_pixel_names_and_no_inception_score(tmp_path):
-    found = compare(statistics_of(0, 50), statistics_of(1, 40), pixel_extractor(DIMENSION), "cpu", 1, tmp_path)
+def test_pixel_metrics_carry_pixel_names_and_no_inception_score():
+    found = compare(statistics_of(0, 50), statistics_of(1, 40), pixel_extractor(DIMENSION), seed=1)
     assert all(name.startswith("pixel_") for name in found)
     assert len(found) == 4
 
 
 @pytest.mark.parametrize(("count", "warned"), [(DIMENSION, True), (DIMENSION + 1, False)])
 def test_fewer_samples_than_the_covariance_needs_are_warned_of_with_the_bias(capsys, count, warned):
-    compare(statistics_of(0, count), statistics_of(1, 40), pixel_extractor(DIMENSION), "cpu", seed=1)
+    compare(statistics_of(0, count), statistics_of(1, 40), pixel_extractor(DIMENSION), seed=1)
     assert ("comes out too large" in capsys.readouterr().err) is warned
 
 
@@ -256,7 +233,7 @@ def test_the_inception_score_does_not_depend_on_the_order_of_the_samples():
     given = Statistics(torch.zeros(DIMENSION, dtype=torch.float64), torch.eye(DIMENSION, dtype=torch.float64),
                        certain, 200, "by class")
     extractor = FeatureExtractor("inception", DIMENSION, None, lambda f: f[:, :4].softmax(1), INCEPTION_NAMES, "")
-    assert compare(given, given, extractor, "cpu", seed=1)["inception_score"] > 3.5
+    assert compare(given, given, extractor, seed=1)["inception_score"] > 3.5
 
 
 def test_nearest_images_are_searched_in_float32_also_where_the_network_uses_tf32(monkeypatch):

@@ -222,12 +222,12 @@ def test_measuring_does_not_depend_on_the_batch_size_and_keeps_evenly_spread_fea
     assert torch.equal(parts.features, expected)
 
 
-def test_observers_see_every_image_once_with_its_number():
+def test_the_first_images_are_kept_by_the_processes_that_see_them():
     images = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
-    seen = {}
-    measure(images.split(3), pixel_extractor(1), 100, 10, "cpu", "seen",
-            observers=[lambda first, part: seen.update({first + i: int(v) for i, v in enumerate(part.flatten())})])
-    assert seen == {100 + i: i for i in range(10)}
+    for first, kept in ((0, 10), (100, 5), (105, 0)):
+        found = measure(images.split(3), pixel_extractor(1), first, 10, "cpu", "seen", keep=first + kept)
+        assert torch.equal(found.images, images[:kept])
+    assert len(measure([], pixel_extractor(1), 105, 10, "cpu", "nothing", keep=105).images) == 0
 
 
 @given(count=st.integers(1, 1000), share=st.floats(0, 1))
