@@ -1,7 +1,5 @@
 """Exponential moving average (EMA) of a network's weights."""
 
-import contextlib
-
 import torch
 
 from runtime.terminal import UserError
@@ -18,7 +16,6 @@ class ExponentialMovingAverage:
         self.decay, self.num_updates = decay, 0
         self.parameters = [p for p in parameters if p.requires_grad]
         self.shadow_params = [p.detach().clone() for p in self.parameters]
-        self._swapped = False
 
     @torch.no_grad()
     def update(self, keep=1.0):
@@ -27,35 +24,20 @@ class ExponentialMovingAverage:
         keep: 1, or a 0-dimensional float tensor on the device that is 0 to leave the averages unchanged, so that a
         skipped update is skipped here, too, without reading from the device.
         """
-        if self._swapped:
-            raise RuntimeError("the network holds its averaged weights: update the EMA outside average_parameters")
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         change = torch._foreach_sub(self.parameters, self.shadow_params)
         torch._foreach_mul_(change, keep * (1 - decay))
         torch._foreach_add_(self.shadow_params, change)
 
-    @contextlib.contextmanager
-    def average_parameters(self):
-        """Let the network compute with the averaged weights inside the `with` block.
-
-        Weights and averages are swapped, so nothing is copied. `state_dict` and `update` raise RuntimeError meanwhile.
-        """
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self):
-        for i, parameter in enumerate(self.parameters):
-            self.shadow_params[i], parameter.data = parameter.data, self.shadow_params[i]
-        self._swapped = not self._swapped
+    def averaged(self, network):
+        """Return a function that calls `network` with the averages in place of its own parameters, without copies."""
+        names = {parameter: name for name, parameter in network.named_parameters()}
+        weights = {names[p]: shadow for p, shadow in zip(self.parameters, self.shadow_params, strict=True)}
+        return lambda *inputs: torch.func.functional_call(network, weights, inputs)
 
     def state_dict(self):
         """Return {decay, num_updates, shadow_params}; the tensors are the averages themselves, not copies."""
-        if self._swapped:
-            raise RuntimeError("the network holds its averaged weights: save the EMA outside average_parameters")
         return {"decay": self.decay, "num_updates": self.num_updates, "shadow_params": list(self.shadow_params)}
 
     @torch.no_grad()

@@ -204,13 +204,12 @@ def sample_grid(network, ema, config, shape, step):
     Rows, and grids of other steps, share the noise of (config.seed, 0, 1, …). Training is not affected.
     """
     device, classes = next(network.parameters()).device, config.data.num_classes
-    velocity, path = velocity_from_network(network), run_path(config) / SAMPLES / f"step_{step}.png"
+    velocity, path = velocity_from_network(ema.averaged(network)), run_path(config) / SAMPLES / f"step_{step}.png"
     z0 = index_noise(config.seed, range(COLUMNS), shape).to(device) * config.sampling.init_noise_scale
     label = one_hot(index_labels(config.seed, range(COLUMNS), classes).to(device), classes) if classes else None
     network.eval()
-    with ema.average_parameters():
-        rows = [samplers.one_step(velocity, z0, label, t_start=config.flow.eps)[0]]
-        rows += [samplers.euler(velocity, z0, label, steps=n, t_start=config.flow.eps)[0] for n in EULER_STEPS]
+    rows = [samplers.one_step(velocity, z0, label, t_start=config.flow.eps)[0]]
+    rows += [samplers.euler(velocity, z0, label, steps=n, t_start=config.flow.eps)[0] for n in EULER_STEPS]
     network.train()
     save_grid(path, torch.cat(rows), columns=COLUMNS, labels=["one step", *(f"Euler {n}" for n in EULER_STEPS)])
     return path
