@@ -47,7 +47,7 @@ def train(config, processes, messages, held):
     """Update until training.n_iters or a signal; log, sample and write checkpoints; return the exit status."""
     path, options = run_path(config), config.training
     processes.from_main(lambda: held.enter_context(run.locked(path)))  # before its state is read
-    changed = run.check_same_run(config, path)
+    changed = state.check_same_run(config, path)
     found = state.find_state(config, messages.append)
     step = first = found["step"] if found else 0
     if len(set(steps := gather(step))) > 1:
@@ -162,7 +162,8 @@ class Training:
             local = self.processes.world_size > 1 and part is not parts[-1]
             with self.parallel.no_sync() if local else contextlib.nullcontext():
                 batch = self.source.batch(update, part.start, part.stop)
-                draws = Draws(step_generator(config.seed, update, DRAWS, self.device), size, part, self.device)
+                draws = Draws(step_generator(config.seed, update, DRAWS, self.device), size, part, self.device,
+                              config.sampling.init_noise_scale)
                 mean = self.objective(self.velocity, batch, draws, update).mean() / len(parts)
                 (mean * self.stats.scale.float()).backward()
             loss += mean.detach()

@@ -113,7 +113,7 @@ GROUPS = {
         "sigma_min": Field(0.002, "edm: last noise level before 0", low=1e-5),
         "batch_size": Field(64, "images sampled at a time; with rk45 per sample, the number of slots", low=1),
         "init_type": Field("gaussian", "distribution of z0", choices=("gaussian",)),
-        "init_noise_scale": Field(1.0, "standard deviation of z0", low=0.0),
+        "init_noise_scale": Field(1.0, "standard deviation of z0, in training, too", low=0.0),
         "direction": Field("from_z0", "generate_data.py: how pairs are made", choices=COUPLINGS),
         "total_number_of_samples": Field(50000, "generate_data.py: number of pairs", low=1),
         "train_subset": Field("all", "older name of data.train_subset"),

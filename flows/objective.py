@@ -22,14 +22,16 @@ class Draws:
 
     So a sample's numbers depend only on its index in the batch, not on how that is split over processes and
     accumulation steps. Each call draws from `generator` on `device`, so all processes must make the same calls.
+    `scale`: the standard deviation of the noise.
     """
 
-    def __init__(self, generator, count, rows=slice(None), device="cpu"):
-        self.generator, self.count, self.rows, self.device = generator, count, rows, device
+    def __init__(self, generator, count, rows=slice(None), device="cpu", scale=1.0):
+        self.generator, self.count, self.rows, self.device, self.scale = generator, count, rows, device, scale
 
     def noise(self, shape):
-        """Return standard normal noise, (rows, *shape)."""
-        return torch.randn(self.count, *shape, generator=self.generator, device=self.device)[self.rows]
+        """Return normal noise, (rows, *shape)."""
+        size = self.count, *shape
+        return torch.normal(0.0, self.scale, size, generator=self.generator, device=self.device)[self.rows]
 
     def times(self, schedule, low, high):
         """Return times (rows,) in [low, high] drawn by a time schedule, see flows/schedules.py."""

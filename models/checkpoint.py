@@ -27,7 +27,8 @@ from runtime.terminal import UserError
 # Fields without effect once a network is trained: places of data on this machine, and augmentation.
 NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.use_aug", "data.reflow_data_root",
                   "data.real_pairs_root")
-RUN_FIELDS = ("data.", "flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale")  # beginnings of names
+# Beginnings of names.
+RUN_FIELDS = ("data.", "flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale", "sampling.train_subset")
 ROOTS = {"data.data_root", "data.custom_data_root"}
 WRAPPERS = r"^(module\.|_orig_mod\.)+"  # prefixes of names by DataParallel and torch.compile
 

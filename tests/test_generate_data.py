@@ -243,19 +243,21 @@ def test_the_record_and_the_picture_tell_what_the_pairs_are(tmp_path, network):
 
 
 def test_what_the_teacher_was_trained_on_is_recorded_for_the_student_unless_given(tmp_path, capsys):
-    """Pairs of own images: config.json of a run on them, started by a config of digits, has the own images."""
+    """Pairs of own images: config.json of a run on them, started by a config of digits, has their images and noise."""
     write_folder(tmp_path / "own", {f"{k}.png": png(image) for k, image in enumerate(random_images(10, 1, 8))})
     make(tmp_path / "pairs", sampling__direction="random_paired", sampling__train_subset="all", data__dataset="custom",
-         data__data_root=tmp_path / "own")
+         data__data_root=tmp_path / "own", sampling__init_noise_scale=0.9)
     common = ["--config", DIGITS, *overrides(data__reflow_data_root=tmp_path / "pairs", work_dir=tmp_path,
               training__n_iters=1, training__batch_size=8, training__snapshot_sampling=0, **SMALL)]
     for expr, given, dataset, said in (
-            ("taken", [], "custom", "pairs.json: as in training, not as in the config file: data.dataset 'custom'"),
+            ("taken", [], "custom", "pairs.json: as in training, not as in the config file: sampling.init_noise_scale "
+             "0.9 (not 1.0), data.dataset 'custom'"),
             ("given", ["--config.data.dataset", "digits"], "digits",
              "pairs.json: trained with data.dataset 'custom', but 'digits' of the command line is used")):
         assert train.main(*parse_command_line(["train.py", *common, "--config.expr", expr, *given])) == 0
-        recorded = load_config(tmp_path / expr / "config.json").data
-        assert (recorded.dataset, recorded.data_root) == (dataset, "" if given else str(tmp_path / "own"))
+        recorded = load_config(tmp_path / expr / "config.json")
+        assert (recorded.data.dataset, recorded.data.data_root) == (dataset, "" if given else str(tmp_path / "own"))
+        assert recorded.sampling.init_noise_scale == 0.9  # of the pairs, and so of annealing and guidance
         assert said in capsys.readouterr().err
 
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from configs.command_line import config_to_dict, load_config
-from configs.default import FIELDS, get_field
+from configs.command_line import config_to_dict
+from configs.default import get_field
 from datasets import one_hot
 from datasets.sources import DATASETS
 from flows import samplers
@@ -31,15 +31,6 @@ from runtime.run_folder import CHECKPOINTS, CONFIG, DATA, LOG, SAMPLES, run_path
 from runtime.seeds import index_labels, index_noise
 from runtime.terminal import UserError, progress_bar
 
-# Fields that may change when a run continues: its length, its reports, and how it uses the machine.
-FREE_FIELDS = {
-    "expr", "work_dir", "training.n_iters", "training.snapshot_sampling", "training.snapshot_freq_for_preemption",
-    "training.record_iters", "training.progress", "training.keep_checkpoints", "training.max_skipped",
-    "training.resume_from", "training.accumulation_steps", "training.compile", "training.compile_mode",
-    "training.deterministic", "training.wandb", "data.on_device", "data.cache_dir", "data.skip_corrupt",
-    "data.data_root", "data.custom_data_root", *(name for name in FIELDS if name.startswith(("sampling.", "eval."))),
-}
-SAID_FIELDS = ("training.precision", "optim.lr")  # may change, too, with a message
 COLUMNS = 10  # of a sample grid
 EULER_STEPS = (2, 10)  # below the one-step row
 
@@ -61,24 +52,6 @@ def check_training(config, world_size=1):
     with torch.device("meta"):
         create_model(config)
     check_config(config)
-
-
-def describe_changes(before, config):
-    """Return a phrase for each field that differs between two configs and affects the result of training."""
-    values = {name: (get_field(before, name), get_field(config, name)) for name in FIELDS if name not in FREE_FIELDS}
-    return [f"{name} ({there!r} there, {here!r} here)" for name, (there, here) in values.items()
-            if os.path.normpath(str(there)) != os.path.normpath(str(here))]  # a/ and ./a are one path
-
-
-def check_same_run(config, path):
-    """Return a phrase for each field that changed since the last start in `path`, or UserError if it must not."""
-    if not (path / CONFIG).exists():
-        return []
-    changed = describe_changes(load_config(path / CONFIG), config)
-    if refused := ", ".join(phrase for phrase in changed if not phrase.startswith(SAID_FIELDS)):
-        raise UserError(f"{path} holds a run with another config: {refused}; choose another --config.expr (with "
-                        f"--config.training.resume_from {path} it continues from this run's last state), or remove it")
-    return changed
 
 
 def locked(path):

@@ -1,12 +1,14 @@
 """The state of a run: written in a background thread, found and restored; its initial weights and teacher."""
 
 import concurrent.futures
+import os
 import pathlib
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from configs.command_line import config_from_dict, config_to_dict, load_config
+from configs.default import FIELDS, get_field
 from datasets.pairs import METADATA, open_folders
 from models import load_model
 from models.checkpoint import (
@@ -20,7 +22,17 @@ from models.checkpoint import (
 )
 from runtime.run_folder import CHECKPOINTS, CONFIG, STATE, checkpoint_path, last_number, numbered_checkpoints, run_path
 from runtime.terminal import UserError
-from training.run import describe_changes
+
+# Fields that may change when a run continues: its length, its reports, and how it uses the machine. Of sampling.*, two
+# are about the training.
+FREE_FIELDS = {
+    "expr", "work_dir", "training.n_iters", "training.snapshot_sampling", "training.snapshot_freq_for_preemption",
+    "training.record_iters", "training.progress", "training.keep_checkpoints", "training.max_skipped",
+    "training.resume_from", "training.accumulation_steps", "training.compile", "training.compile_mode",
+    "training.deterministic", "training.wandb", "data.on_device", "data.cache_dir", "data.skip_corrupt",
+    "data.data_root", "data.custom_data_root", *(name for name in FIELDS if name.startswith(("sampling.", "eval."))),
+} - {"sampling.init_noise_scale", "sampling.train_subset"}
+SAID_FIELDS = ("training.precision", "optim.lr")  # may change, too, with a message
 
 
 class Writer:
@@ -62,6 +74,24 @@ def due_paths(folder, step, ended, stopped, options):
     numbers |= {last_number(step, frequency)} if ended else set()
     paths = [checkpoint_path(folder, k) for k in sorted(numbers)]
     return [*paths, folder / STATE] if paths or stopped or (step > 1 and (step - 1) % meta == 0) else []
+
+
+def describe_changes(before, config):
+    """Return a phrase for each field that differs between two configs and affects the result of training."""
+    values = {name: (get_field(before, name), get_field(config, name)) for name in FIELDS if name not in FREE_FIELDS}
+    return [f"{name} ({there!r} there, {here!r} here)" for name, (there, here) in values.items()
+            if os.path.normpath(str(there)) != os.path.normpath(str(here))]  # a/ and ./a are one path
+
+
+def check_same_run(config, path):
+    """Return a phrase for each field that changed since the last start in `path`, or UserError if it must not."""
+    if not (path / CONFIG).exists():
+        return []
+    changed = describe_changes(load_config(path / CONFIG), config)
+    if refused := ", ".join(phrase for phrase in changed if not phrase.startswith(SAID_FIELDS)):
+        raise UserError(f"{path} holds a run with another config: {refused}; choose another --config.expr (with "
+                        f"--config.training.resume_from {path} it continues from this run's last state), or remove it")
+    return changed
 
 
 def find_state(config, say):
@@ -152,12 +182,12 @@ def restore(state, network, ema, optimizer, stats):
 
 
 def take_pair_fields(config, given):
-    """Set the fields data.*, unless given, to those of the run that made data.reflow_data_root; return remarks."""
-    root = config.data.reflow_data_root
+    """Set data.* and the noise scale, unless given, to those of data.reflow_data_root's pairs; return remarks."""
+    root, fields = config.data.reflow_data_root, ("data.", "sampling.init_noise_scale")
     for folder in open_folders(root) if root else ():
         if folder.metadata:  # not for pairs without pairs.json
             path, saved = folder.path / METADATA, folder.metadata.get("config", {})
-            return [f"{path}: {remark}" for remark in take_run_fields(config, saved, given, path, "data.")]
+            return [f"{path}: {remark}" for remark in take_run_fields(config, saved, given, path, fields)]
     return []
 
 

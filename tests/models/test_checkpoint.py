@@ -401,8 +401,10 @@ RUN = {"data__dataset": "custom", "data__data_root": "/own", "flow__eps": 0.1, "
 
 
 def test_data_set_eps_and_noise_scale_are_the_runs_and_the_config_files_are_named():
-    remarks, own = taken(config_of(data__cache_dir="/here"), config_of(**RUN))
+    config = config_of(data__cache_dir="/here")
+    remarks, own = taken(config, config_of(**RUN, sampling__train_subset="random_9"))
     assert own == {"data.dataset", "data.data_root", "flow.eps", "sampling.init_noise_scale"}
+    assert config.sampling.train_subset == "random_9"
     assert len(remarks) == 1
     assert "data.dataset 'custom' (not 'CIFAR10')" in remarks[0] and "flow.eps 0.1 (not 0.001)" in remarks[0]
     assert taken(config_of(**RUN), config_of(**RUN)) == ([], own)

@@ -20,6 +20,7 @@ from train import Training
 UPDATES, BATCH, PAIRS, SEED = 6, 8, 20, 7  # the second epoch of the pairs begins within the third batch
 ORDER, FLIP, DRAWS, DROPOUT = 4, 5, 7, 8  # the streams of runtime/seeds.py
 LEARNING_RATE, WARMUP, RATE, EPS, CLIP = 0.01, 4, 0.5, 1e-3, 2.5
+SCALE = 1.25  # standard deviation of the noise
 
 
 def seed_of(*numbers):
@@ -53,7 +54,7 @@ def images_loss(network, data, teacher, update):
     """E ‖v(x_t, t) - (z1 - z0)‖², t and z0 drawn."""
     z1 = mirrored(data.z1[indices(update, len(data.z1))], update)
     draws = generator(update, DRAWS)
-    t, z0 = EPS + torch.rand(BATCH, generator=draws) * (1 - EPS), torch.randn(z1.shape, generator=draws)
+    t, z0 = EPS + torch.rand(BATCH, generator=draws) * (1 - EPS), SCALE * torch.randn(z1.shape, generator=draws)
     return path_loss(network, z0, z1, t)
 
 
@@ -62,7 +63,7 @@ def annealed_loss(network, data, teacher, update):
     chosen = indices(update, PAIRS)
     z0, z1 = mirrored(data.z0[chosen], update), mirrored(data.z1[chosen], update)
     draws = generator(update, DRAWS)
-    t, xi = EPS + torch.rand(BATCH, generator=draws) * (1 - EPS), torch.randn(z1.shape, generator=draws)
+    t, xi = EPS + torch.rand(BATCH, generator=draws) * (1 - EPS), SCALE * torch.randn(z1.shape, generator=draws)
     beta = max(0.0, 1 - update / 4)
     return path_loss(network, (1 - beta**2) ** 0.5 * z0 + beta * xi, z1, t)
 
@@ -72,7 +73,7 @@ def guided_loss(network, data, teacher, update):
     chosen = indices(update, PAIRS)
     z0, z1 = data.z0[chosen], data.z1[chosen]
     draws = generator(update, DRAWS)
-    xi = torch.randn(z1.shape, generator=draws)
+    xi = SCALE * torch.randn(z1.shape, generator=draws)
     t = 0.2 + 0.6 * torch.rand(BATCH, generator=draws)
     start = torch.full((2 * BATCH,), EPS)
     v, v_xi = network(torch.cat([(1 - EPS) * z0 + EPS * z1, xi]), 999 * start).chunk(2)
@@ -128,7 +129,7 @@ def tiny_config():
     return config_of(DIGITS, seed=SEED, expr="reference", model__nf=8, model__ch_mult=(1, 2), model__num_res_blocks=1,
                      model__dropout=0.3, model__attn_resolutions=(4,), model__ema_rate=RATE, model__init_scale=1.0,
                      optim__lr=LEARNING_RATE, optim__warmup=WARMUP, optim__grad_clip=CLIP, training__batch_size=BATCH,
-                     training__n_iters=UPDATES)
+                     training__n_iters=UPDATES, sampling__init_noise_scale=SCALE)
 
 
 def write_teacher(config, path):

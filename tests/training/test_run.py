@@ -1,5 +1,6 @@
 """Who may go on in a run's folder, on which data, and how a signal ends it."""
 
+import contextlib
 import signal
 
 import pytest
@@ -8,7 +9,7 @@ from configs.command_line import config_to_dict
 from runtime.files import write_json
 from runtime.terminal import UserError
 from tests.helpers import DIGITS, config_of
-from training import run
+from training import run, state
 
 
 def config_in(folder, **fields):
@@ -32,10 +33,20 @@ def test_a_slash_at_the_end_of_a_path_is_no_other_run(tmp_path):
     write_json(tmp_path / "run" / "config.json", config_to_dict(config))
     other = config_in(tmp_path, data__reflow_data_root="pairs/", flow__pre_train_model="./a/b.pth",
                       training__compile=True, training__precision="bf16")
-    assert run.check_same_run(other, tmp_path / "run") == ["training.precision ('tf32' there, 'bf16' here)"]
+    assert state.check_same_run(other, tmp_path / "run") == ["training.precision ('tf32' there, 'bf16' here)"]
     other.flow.pre_train_model = "a/c.pth"
     with pytest.raises(UserError, match="a/c.pth.*training.resume_from"):
-        run.check_same_run(other, tmp_path / "run")
+        state.check_same_run(other, tmp_path / "run")
+
+
+@pytest.mark.parametrize("field, value, free", [("sampling.sample_N", 3, True), ("sampling.train_subset", "3", False),
+                                                ("sampling.init_noise_scale", 0.9, False)])
+def test_a_field_of_sampling_may_change_unless_it_is_about_the_training(field, value, free, tmp_path):
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "config.json", config_to_dict(config_in(tmp_path)))
+    other = config_in(tmp_path, **{field: value})
+    with contextlib.nullcontext() if free else pytest.raises(UserError, match=field):
+        assert state.check_same_run(other, tmp_path / "run") == []
 
 
 def test_data_that_changed_between_two_starts_are_named(tmp_path):
