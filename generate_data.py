@@ -80,6 +80,8 @@ def check_arguments(config, args):
         raise UserError(f"sampling.direction {direction} does not start at images of a file: leave out --z1_path")
     if args.label_path and not args.z1_path:
         raise UserError("--label_path holds the classes of --z1_path: give both")
+    if (args.z0_path or direction == "gt_v_from_z1") and config.sampling.init_noise_scale != 1:
+        raise UserError("sampling.init_noise_scale does not apply to --z0_path and to gt_v_from_z1: leave it out")
 
 
 def load_teacher(config, args, given, processes):

@@ -195,6 +195,9 @@ class InitialPoints:
         self.rows = {flag: open_rows(path) for flag, path in paths.items() if path}
         self.identity = {flag: file_digest(paths[flag]) for flag in self.rows}
         self.available = min(map(len, self.rows.values()), default=None)
+        if label_path and len(self.rows["label_path"]) != len(self.rows["z1_path"]):
+            raise UserError(f"{label_path} has {len(self.rows['label_path'])} labels, but {z1_path} has "
+                            f"{len(self.rows['z1_path'])} images: give a label for each image")
         for flag, rows in self.rows.items():
             if flag == "label_path":
                 check_labels(rows, label_path, self.num_classes)

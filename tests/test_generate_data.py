@@ -222,6 +222,10 @@ def test_images_from_a_file_bring_their_classes_from_another(tmp_path, network):
     flags, fields = {"z1_path": tmp_path / "images.npy"}, {"sampling__total_number_of_samples": 10}
     assert "give --label_path" in refused(tmp_path / "pairs", flags | {"ckpt_path": network},
                                           sampling__direction="from_z1", **fields)
+    np.save(tmp_path / "fewer.npy", np.arange(9) % 3)
+    assert "fewer.npy has 9 labels, but" in refused(
+        tmp_path / "pairs", flags | {"ckpt_path": network, "label_path": tmp_path / "fewer.npy"},
+        sampling__direction="from_z1", sampling__total_number_of_samples=5)
     folder = make_by_network(tmp_path / "pairs", network, flags | {"label_path": tmp_path / "classes.npy"},
                              sampling__direction="from_z1", **fields)
     assert np.load(folder / "label.npy").argmax(1).tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
@@ -303,6 +307,9 @@ def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, ne
     ({"sampling__direction": "gt_v_from_z1", "sampling__random_flip": True}, {}, "random_flip does not apply to"),
     ({"sampling__direction": "random_paired", "sampling__random_flip": True}, {"z1_path": "x.npy"},
      "random_flip does not apply to --z1_path"),
+    ({"sampling__init_noise_scale": 2.0, "sampling__direction": "from_z0"}, {"z0_path": "x.npy", "ckpt_path": "y.pth"},
+     "init_noise_scale does not apply to --z0_path"),
+    ({"sampling__init_noise_scale": 2.0, "sampling__direction": "gt_v_from_z1"}, {}, "init_noise_scale does not apply"),
     ({"data__num_classes": 10}, {}, "has no classes: set config.sampling.class_label"),
     ({"data__num_classes": 10, "sampling__direction": "gt_v_from_z1"}, {}, "has no classes: set config.sampling"),
     ({"data__num_classes": 5, "sampling__direction": "random_paired", "sampling__train_subset": "all"}, {},
