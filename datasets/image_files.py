@@ -19,6 +19,7 @@ import zipfile
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from runtime.files import is_hidden, walk_files
 from runtime.terminal import UserError
 
 # The formats that Pillow may open; others can be unsafe: an EPS file named x.png would start Ghostscript.
@@ -78,8 +79,8 @@ class FileTree:
     @functools.cached_property
     def files(self):
         """The paths of all files, sorted, with forward slashes. Raises UserError for a folder that cannot be listed."""
-        names = self.archive.namelist() if self.archive else _walk(self.root)
-        return sorted(name for name in names if not _is_hidden(name))
+        names = self.archive.namelist() if self.archive else walk_files(self.root)
+        return sorted({name for name in names if not is_hidden(name)})  # an archive may hold a name twice
 
     @functools.cached_property
     def names(self):
@@ -228,23 +229,3 @@ def _to_channels(image, channels):
     if channels == 3:
         return image, notes + [GREY_TO_COLOUR] * grey
     return image.convert("L"), notes + [COLOUR_TO_GREY] * (not grey)
-
-
-def _walk(root):
-    """Yield the paths of the files under `root`, with forward slashes; each folder once, even if links lead to it."""
-    visited = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse):
-        real, inner = os.path.realpath(folder), pathlib.Path(folder).relative_to(root)
-        subfolders[:] = [name for name in subfolders if not _is_hidden(name) and real not in visited]
-        if real not in visited:
-            yield from ((inner / name).as_posix() for name in files)
-        visited.add(real)
-
-
-def _refuse(error):
-    """Raise UserError for a folder that cannot be listed: without it the classes after it would be renumbered."""
-    raise UserError(f"{error.filename} cannot be listed: {error.strerror}")
-
-
-def _is_hidden(name):
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))

@@ -97,17 +97,40 @@ def read_json(path):
 def read_json_lines(path):
     """Return the JSON objects of a file with one per line, [] without the file; damaged lines are skipped."""
     path, found = pathlib.Path(path), []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [entry for entry in found if isinstance(entry, dict)]
 
 
+def is_hidden(name):
+    """Whether a path with forward slashes leads to a hidden file or one that macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def walk_files(root):
+    """Yield the paths of the files under `root`, with forward slashes; each folder once, even if links lead to it.
+
+    Hidden folders are left out. Raises UserError for a folder that cannot be listed.
+    """
+    def refuse(error):
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}")
+
+    visited = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
+        real, inner = os.path.realpath(folder), pathlib.Path(folder).relative_to(root)
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name) and real not in visited)
+        if real not in visited:
+            yield from ((inner / name).as_posix() for name in files)
+        visited.add(real)
+
+
 def state_digest(path):
     """Return 16 hexadecimal digits of name, size and time (not content) of a file, or of all files in a folder."""
     path = pathlib.Path(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    states = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    files = sorted(path / name for name in walk_files(path)) if path.is_dir() else [path]
+    states = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+              for file in files if file.is_file()]
     return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 

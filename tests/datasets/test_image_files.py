@@ -39,6 +39,15 @@ def test_folder_and_zip_give_the_same_images_sorted_and_nothing_hidden(tmp_path)
         assert tree.read("b/2.PNG") == b"two"
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_name_that_an_archive_holds_twice_is_one_image_the_last_as_when_it_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for content in (b"one", b"two"):
+            archive.writestr("a.png", content)
+    tree = FileTree(tmp_path / "x.zip")
+    assert tree.names == ["a.png"] and tree.read("a.png") == b"two"
+
+
 def test_no_image_is_one_sentence(tmp_path):
     write_folder(tmp_path / "folder", {"readme.txt": b"-"})
     write_zip(tmp_path / "images.zip", {"readme.txt": b"-"})

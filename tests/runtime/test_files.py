@@ -44,6 +44,15 @@ def test_the_state_of_a_folder_changes_with_any_file_in_it(folder, change):
     assert state_digest(folder) != before
 
 
+def test_the_state_of_a_folder_includes_what_links_lead_to_and_ends_where_they_lead_back(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "inner" / "back").symlink_to(folder)
+    before = state_digest(folder)
+    write(tmp_path / "elsewhere" / "d.png", "four", 10)
+    assert state_digest(folder) != before
+
+
 def test_the_state_of_a_file_is_its_size_and_time(folder):
     before = state_digest(folder / "a.png")
     assert state_digest(folder / "a.png") == before
