@@ -221,15 +221,16 @@ class Reference:
                 raise
             processes.say(f"no distance to the nearest training image: {error}")
         data, trained = config.data, self.training_images
+        subset = data.train_subset if data.train_subset != "all" else config.sampling.train_subset
         if own:
             self.path, self.name = None, trained.source
         elif target_path:
             self.path, self.name = pathlib.Path(target_path), str(target_path)
-        elif (data.dataset, data.image_size, data.num_channels, data.train_subset) == ("CIFAR10", 32, 3, "all"):
+        elif (data.dataset, data.image_size, data.num_channels, subset) == ("CIFAR10", 32, 3, "all"):
             self.path, self.name = cached_file(CIFAR10_URL, "--target_path"), CIFAR10_NAME
         else:
             raise UserError(f"no published statistics are known for config.data.dataset {data.dataset} (train_subset "
-                            f"{data.train_subset}) at {data.num_channels}×{data.image_size}×{data.image_size}: make "
+                            f"{subset}) at {data.num_channels}×{data.image_size}×{data.image_size}: make "
                             "them with python -m tools.reference_statistics and name the file with --target_path")
         if not (own or self.path.is_file() or self.path.is_dir()):
             raise UserError(f"--target_path {target_path} is neither a file nor a folder")

@@ -96,6 +96,12 @@ def test_data_sets_without_published_statistics_and_other_forms_of_cifar10_need_
         reference("", inception)
 
 
+def test_the_older_name_of_train_subset_needs_a_target_too(inception):
+    inception.sampling.train_subset = "cat"
+    with pytest.raises(UserError, match=r"train_subset cat.*--target_path"):
+        reference("", inception)
+
+
 @pytest.mark.parametrize("change", [{"image_size": 2, "num_channels": 4}, {"dataset": "digits"}])
 def test_a_reference_to_other_data_is_another_reference(monkeypatch, change):
     """Its identity decides whether a result is computed again."""
