@@ -18,7 +18,7 @@ import time
 import torch
 
 from configs.command_line import run_script
-from configs.default import FIELDS, SAMPLING_READS, Field, get_field
+from configs.default import SAMPLING_READS, Field, get_field
 from datasets import load_images, one_hot
 from datasets.batches import check_finite
 from flows.rectified_flow import velocity_from_network
@@ -176,9 +176,8 @@ def trace(velocity, z, label, config):
 
 
 def file_suffix(labels, config, given):
-    """Return `_seed7_scale2`, for file names: the given fields of `labels` that differ from their defaults."""
-    values = {name: get_field(config, name) for name in labels if name in given}
-    return "".join(f"_{labels[name]}{value}" for name, value in values.items() if value != FIELDS[name].default)
+    """Return `_seed7_scale2`, for file names: the fields of `labels` that were given."""
+    return "".join(f"_{labels[name]}{get_field(config, name)}" for name in labels if name in given)
 
 
 def write_entries(path, entries):

@@ -174,6 +174,7 @@ def test_what_makes_an_image_another_is_in_its_name(run_folder):
     assert (picture_of("1_seed7", seed=7) != first).any()
     assert (picture_of("1_scale0.5", init_noise_scale=0.5) != first).any()
     assert picture_of("1_9images", eval__batch_size=9).shape[0] == 3 * CELL + GAP
+    assert (picture_of("1_seed42", seed=42) == first).all()  # the default, but a config file may have another seed
     picture_of("3_rho2.0", rho=2, sample_N=2)
     assert (pixels(folder / "heun_sample_1.png") == first).all()
 
