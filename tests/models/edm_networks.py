@@ -80,28 +80,3 @@ def legacy_storage(count=64, stated=None, numbers=64, about=b"}", kind="FloatSto
     pickles = (pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), b"\x80\x02" + about + b".",
                b"\x80\x02" + reference + b"NtQ.", pickle.dumps(["0"], 2))
     return b"".join(pickles) + struct.pack("<q", count if stated is None else stated) + bytes(4 * numbers)
-
-
-def widen(module, factor):
-    """Give a module as `Reader` reads it, and those in it, `factor` times the channels and random weights."""
-    state = state_of(module)
-    kwargs = state.get("_init_kwargs", {})
-    if "model_channels" in kwargs:
-        kwargs["model_channels"] *= factor
-    for name, value in state["_parameters"].items.items():
-        if value is not None:
-            tensor = value.args[0]
-            size = [n * factor if n % 8 == 0 and place < 2 else n for place, n in enumerate(tensor.args[2])]
-            numbers = torch.zeros(size) if name == "bias" else torch.ones(size) if len(size) == 1 else (
-                torch.randn(size) / np.prod(size[1:]) ** 0.5)
-            storage = Call("torch.storage._load_from_bytes", (
-                legacy_storage(count=numbers.numel(), numbers=0) + numbers.numpy().tobytes(),))
-            tensor.args = (storage, 0, tuple(size), numbers.stride(), False)
-    for name, value in state["_buffers"].items.items():
-        if name == "freqs":
-            count = value.args[2][0] * factor
-            value.args = (Call("torch.storage._load_from_bytes", (
-                legacy_storage(count=count, numbers=0) + (16 * torch.randn(count)).numpy().tobytes(),)), 0, (count,),
-                (1,), False)
-    for child in state["_modules"].items.values():
-        widen(child, factor)
