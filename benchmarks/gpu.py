@@ -9,6 +9,7 @@ most important rows come first; those for which there is no time are listed. --t
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import subprocess
@@ -37,7 +38,8 @@ SIZES = {
     "80.7M": {"model.name": "DhariwalUNet", "model.num_res_blocks": 2, "model.ch_mult": (1, 2, 2, 4),
               "model.attn_resolutions": (32, 16), "data.image_size": 64, "data.num_classes": 1000},
 }
-TINY = {"model.nf": 8, "model.num_res_blocks": 1, "model.attn_resolutions": (16,), "data.image_size": 16}
+TINY = {"model.nf": 8, "model.num_res_blocks": 1, "model.ch_mult": (1, 2), "model.attn_resolutions": (4,),
+        "data.image_size": 8}
 # Rows of training, the most important first: in the layout that train.py chooses, and not compiled, by default.
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 FIRST = [{"size": size, "precision": precision} for precision in ("tf32", "bf16") for size in SIZES]
@@ -62,6 +64,7 @@ class Programme:
         if tiny:
             self.fields = {size: fields | TINY for size, fields in SIZES.items()}
             self.seconds, self.batch, self.many, self.trained = 0.01, 2, 4, 2
+        self.gmacs = functools.cache(lambda size: describe(self.fields[size])[-1].gmacs)
 
     def row(self, part, **values):
         """Run a part, print and save its row, or its error; without time left, add it to `missed`."""
@@ -110,7 +113,7 @@ class Programme:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         speed = self.rate(step.__next__)
-        tflops = 6 * describe(self.fields[size])[-1].gmacs * self.batch * speed / 1e3
+        tflops = 6 * self.gmacs(size) * self.batch * speed / 1e3
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
         return {"images_s": self.batch * speed, "ms": 1e3 / speed, "tflops": tflops, "percent_of_peak": 100 * tflops /
                 PEAKS[precision], "peak_gib": peak, "first_s": first, "nonfinite": training.stats.read()["nonfinite"],
@@ -125,7 +128,8 @@ class Programme:
         set_precision(precision)
         net = load_model(self.checkpoint, device=self.device).requires_grad_(False)
         velocity = velocity_from_network(in_precision(net, precision, self.device))
-        z, nfe = torch.randn(self.many, 3, 32, 32, device=self.device), {"one_step": 1, "euler-10": 10}.get(sampler)
+        size, nfe = net.config_fields["data.image_size"], {"one_step": 1, "euler-10": 10}.get(sampler)
+        z = torch.randn(self.many, 3, size, size, device=self.device)
         with torch.no_grad():
             if nfe:
                 return {"images_s": self.many * self.rate(lambda: euler(velocity, z, steps=nfe)), "nfe": nfe}

@@ -1,19 +1,16 @@
 """The programme for one stay on a GPU runs every part on a CPU in its tiny form."""
 
+import functools
 import json
 import math
 import subprocess
 import sys
 
-from benchmarks.gpu import COMPILED, FIRST, LAST
+import torch
 
-# The compiler's own back end takes half a minute for a network on a CPU.
-QUICK_COMPILER = """
-import functools, torch
-from benchmarks import gpu
-torch.compile = functools.partial(torch.compile, backend="eager")
-gpu.main()
-"""
+from benchmarks.gpu import COMPILED, FIRST, LAST
+from tests.processes import HANGING, output_of
+
 ROWS = [{"part": "train", **values} for values in (*FIRST, *COMPILED, *LAST)]
 ROWS += [{"part": "sample", "sampler": sampler, "precision": precision}
          for sampler in ("one_step", "euler-10", "rk45") for precision in ("tf32", "bf16", "fp32")]
@@ -22,11 +19,18 @@ ROWS += [{"part": "released", "size": "15.7M"}, {"part": "features"},
          *({"part": "repeats", "deterministic": value} for value in (False, True))]
 
 
-def test_every_row_of_the_gpu_programme_has_figures(repository, tmp_path):
-    words = [sys.executable, "-c", QUICK_COMPILER, "--tiny", "--out", tmp_path]
-    done = subprocess.run(words, cwd=repository, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0 and "not reached: nothing" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.splitlines()[0].count("commit ") == 1
+def quickly(folder):
+    """Replace the compiler's own back end, which is slow on a CPU; start scripts without their imports."""
+    start = subprocess.run
+    torch.compile = functools.partial(torch.compile, backend="eager")
+    subprocess.run = lambda words, **options: (output_of(folder, *words[1:]) if words[0] == sys.executable
+                                               else start(words, **options))
+
+
+def test_every_row_of_the_gpu_programme_has_figures(tmp_path):
+    printed = output_of(tmp_path, "benchmarks.gpu", "--tiny", "--seconds", HANGING, "--out", tmp_path,
+                        prepare=functools.partial(quickly, tmp_path))
+    assert "not reached: nothing" in printed and printed.count(" commit ") == 1
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert not [row for row in rows if "error" in row]
     for wanted in ROWS:
