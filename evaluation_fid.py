@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import sys
 import time
 
 import numpy as np
@@ -34,7 +33,7 @@ from runtime.devices import gather, in_precision, memory_errors, set_precision, 
 from runtime.files import atomic_path, state_digest
 from runtime.run_folder import RESULTS, checkpoint_folder, run_folder, sweep
 from runtime.seeds import EVALUATION, index_labels, index_noise
-from runtime.terminal import progress_bar
+from runtime.terminal import print_message, progress_bar
 
 FLAGS = {
     "ckpt_dir": Field("", "run folder (or one checkpoint, .pth or .pkl) whose checkpoints are sampled and measured"),
@@ -187,7 +186,7 @@ def sample_batches(net, config, indices, processes, title, count_evaluations):
                 if size == 1 or sampling_identity(config)["batch_size"]:
                     raise
                 size, bar.n = size // 2, low
-                print(f"config.eval.batch_size {2 * size} does not fit the GPU: trying {size}", file=sys.stderr)
+                print_message(f"config.eval.batch_size {2 * size} does not fit the GPU: trying {size}", stderr=True)
                 continue
             count_evaluations(nfe)
             check_finite(x, part, f"{title}: sample", "the network diverged, or needs config.training.precision fp32")

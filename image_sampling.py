@@ -29,7 +29,7 @@ from runtime.files import write_json
 from runtime.pictures import save_grid, save_lines
 from runtime.run_folder import GRIDS, checkpoint_folder, numbered_checkpoints, run_folder
 from runtime.seeds import index_labels, index_noise
-from runtime.terminal import progress_bar
+from runtime.terminal import print_message, progress_bar
 
 FLAGS = {
     "sampling_dir": Field("", "run folder whose checkpoints are sampled, or one .pth or .pkl (also hf://, https://)"),
@@ -114,7 +114,7 @@ def sample_checkpoint(path, config, args, given, device):
                    f"{name}: {TRACED_PIXELS} pixels a sample, {STRAIGHTNESS_STEPS} Euler steps",
                    "time t (0: noise, 1: image)", "pixel value (images: -1 to 1)")
     write_entries(folder / "samples.json", [entry for _, entry in grids])
-    print(f"{folder}: {', '.join(titles)}" + ("" if straight is None else f"; straightness {straight:.4g}"), flush=True)
+    print_message(f"{folder}: {', '.join(titles)}{'' if straight is None else f'; straightness {straight:.4g}'}")
 
 
 def class_rows(asked, config, given):
@@ -187,7 +187,7 @@ def write_entries(path, entries):
         old = json.loads(path.read_text(errors="replace")) if path.is_file() else []
         kept = [entry for entry in old if entry["file"] not in new and (path.parent / entry["file"]).exists()]
     except (ValueError, TypeError, KeyError):
-        print(f"{path} is damaged: its entries for earlier images are dropped", flush=True)
+        print_message(f"{path} is damaged: its entries for earlier images are dropped")
         kept = []
     write_json(path, kept + entries)
 

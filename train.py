@@ -53,8 +53,8 @@ def train(config, processes, messages, held):
     if len(set(steps := gather(step))) > 1:
         raise UserError(f"the processes find states after {steps} updates: config.work_dir must be one shared folder")
     if step >= options.n_iters:
-        print(f"{found['path']} has {step} of config.training.n_iters {options.n_iters} updates: the run is finished; "
-              "raise config.training.n_iters to train on")
+        processes.say(f"{found['path']} has {step} of config.training.n_iters {options.n_iters} updates: the run is "
+                      "finished; raise config.training.n_iters to train on")
         return 0
 
     with explained_failures(options):

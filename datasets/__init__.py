@@ -1,12 +1,11 @@
 """Data sets: from files to uint8 arrays, and from those to batches on the device."""
 
 import os
-import sys
 
 from datasets.batches import Batch, Batches, EndlessOrder, one_hot, pixels_to_float
 from datasets.pairs import create_pair_batches
 from datasets.sources import DATASETS, DataSet, ImageSet, array_set, load_images, subset
-from runtime.terminal import UserError
+from runtime.terminal import UserError, print_message
 
 __all__ = ["DATASETS", "Batch", "DataSet", "ImageSet", "array_set", "create_batches", "load_images", "one_hot",
            "pixels_to_float", "subset"]
@@ -22,5 +21,5 @@ def create_batches(config, device):
         raise UserError(f"{image_set.source} has {len(image_set)} images, fewer than training.batch_size {size}")
     if not DATASETS[data.dataset].mirror and os.environ.get("RANK", "0") == "0":
         flips = "mirrored at random" if data.random_flip or data.use_aug else "not mirrored (data.random_flip is false)"
-        print(f"images of {image_set.source} are {flips}", file=sys.stderr, flush=True)
+        print_message(f"images of {image_set.source} are {flips}", stderr=True)
     return Batches(image_set, EndlessOrder(len(image_set), size, config.seed), config, device, data.random_flip)

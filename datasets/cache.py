@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from runtime.files import file_lock, read_json, write_json
-from runtime.terminal import UserError, progress_bar
+from runtime.terminal import UserError, print_message, progress_bar
 
 VERSION = 2  # of the decoding; older entries are not used
 
@@ -115,7 +114,7 @@ def _open_entry(entry, spec):
         return ImageSet(images, labels, about["class_names"] and tuple(about["class_names"]), about["source"],
                         dict(about["notes"]), str(entry), tuple(about["skipped"]))
     except Exception as error:  # numpy raises many kinds of error for damaged headers
-        print(f"the cache entry {entry} is damaged ({error}): decoding again", file=sys.stderr, flush=True)
+        print_message(f"the cache entry {entry} is damaged ({error}): decoding again", stderr=True)
         return None
 
 
@@ -137,8 +136,8 @@ def _write_entry(source, spec, entry, progress):
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     notes = about["notes"] | {f"skipped, the first: {first}": len(about["skipped"]) for first in about["skipped"][:1]}
-    print(f"cached {source.title}: {about['count']} images in {entry}",
-          *(f"  {count} images: {note}" for note, count in notes.items()), sep="\n", file=sys.stderr, flush=True)
+    print_message("\n".join([f"cached {source.title}: {about['count']} images in {entry}",
+                             *(f"  {count} images: {note}" for note, count in notes.items())]), stderr=True)
 
 
 def _write_arrays(chunks, spec, folder, bar):

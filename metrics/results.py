@@ -3,18 +3,15 @@
 import json
 import os
 import platform
-import sys
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from configs.default import FIELDS
 from flows.samplers import sampler_fields, sampler_title
 from runtime.files import atomic_path, read_json_lines
 from runtime.run_folder import git_commit
+from runtime.terminal import print_message
 
 # Results that agree in COMPARABLE can be compared; those that agree in IDENTITY, hence also in checkpoint and sampling,
 # are the same evaluation, which is not repeated.
@@ -41,7 +38,8 @@ def read_results(path):
     found = [entry for entry in entries if entry.get(main_metric(entry)) is not None
              and all(isinstance(entry.get(key), kind) for key, kind in TYPES.items())]
     if len(found) < len(entries):
-        print(f"{path}: {len(entries) - len(found)} of {len(entries)} lines are not results: skipped", file=sys.stderr)
+        print_message(f"{path}: {len(entries) - len(found)} of {len(entries)} lines are not results: skipped",
+                      stderr=True)
     return found
 
 
@@ -112,6 +110,10 @@ def draw_figure(path, results):
 
     Results that can be compared share a row of panels, whose title names their reference.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since importing it takes a second
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, MaxNLocator
+
     rows = {}
     for result in newest_of_each(results).values():
         if result["sampler"] is not None:

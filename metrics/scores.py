@@ -1,12 +1,10 @@
 """Metrics: Fréchet and kernel distance, precision and recall, Inception score, nearest images."""
 
-import sys
-
 import numpy as np
 import torch
 
 from metrics.features import full_float32, pixel_features
-from runtime.terminal import UserError, progress_bar
+from runtime.terminal import UserError, print_message, progress_bar
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as in clean-fid
 NEIGHBOURS = 3  # of precision and recall
@@ -22,9 +20,9 @@ def compare(samples, reference, extractor, seed, radii=None, progress="auto"):
     of the score. radii: `neighbour_radii` of the reference; None leaves precision and recall out.
     """
     if samples.count <= extractor.dimension:
-        print(f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is singular and "
-              "the Fréchet distance comes out too large (its bias falls as 1 / samples); compare it only with "
-              "distances of equally many samples, and quote none below 50,000", file=sys.stderr)
+        print_message(f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is "
+                      "singular and the Fréchet distance comes out too large (its bias falls as 1 / samples); compare "
+                      "it only with distances of equally many samples, and quote none below 50,000", stderr=True)
     features = samples.features.to(samples.mu.device)
     values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
     if reference.features is not None:

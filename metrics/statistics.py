@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 import pathlib
-import sys
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from metrics.features import create_extractor
 from metrics.scores import check_gaussian, nearest_distances, neighbour_radii
 from runtime.devices import gather
 from runtime.files import atomic_path, cached_file, state_digest
-from runtime.terminal import UserError, progress_bar
+from runtime.terminal import UserError, print_message, progress_bar
 
 LARGEST_FLOAT = 20.0  # samples exceed [-1, 1] a little; larger values were meant for 0 to 255
 LOSSY = "JPEG or WebP: distances to images that were not compressed so include the compression"
@@ -66,8 +65,8 @@ class ArrayImages(ImageSource):
         super().__init__(name, len(images))
         some = images[some_of(len(images), 64)]
         if floats and some.min() >= 0 and some.max() <= 1:
-            print(f"{name}: its values lie in [{some.min():.3g}, {some.max():.3g}], but floats are read as pixels in "
-                  "[-1, 1]: bring them there if they were meant for [0, 1]", file=sys.stderr, flush=True)
+            print_message(f"{name}: its values lie in [{some.min():.3g}, {some.max():.3g}], but floats are read as "
+                          "pixels in [-1, 1]: bring them there if they were meant for [0, 1]", stderr=True)
 
     def _load(self, places):
         part = np.array(self.images[np.array(places)])

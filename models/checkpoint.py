@@ -22,7 +22,7 @@ from models import edm, edm_pickle, released
 from models.create import create_from_fields, model_fields, tuple_of
 from models.safe_load import PART_BYTES, read_file
 from runtime.files import atomic_path, cached_file, file_digest
-from runtime.terminal import UserError
+from runtime.terminal import UserError, print_message
 
 # Fields without effect once a network is trained: places of data on this machine, and augmentation.
 NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.use_aug", "data.reflow_data_root",
@@ -133,7 +133,7 @@ def load_model(path, use_ema=True, device="cpu", fields=None):
     return network_of(architecture(checkpoint, fields, fields), checkpoint, use_ema, device)
 
 
-def load_with_config(path, config, given, use_ema=True, device="cpu", say=print):
+def load_with_config(path, config, given, use_ema=True, device="cpu", say=print_message):
     """Return (config, net, digest) of the checkpoint at `path`; config: see `config_of_run`, net: see `load_model`.
 
     given: the dotted fields on the command line. say: called with a sentence for each difference of the configs.

@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from runtime.terminal import UserError
+from runtime.terminal import UserError, print_message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Processes:
     def say(self, message):
         """Print a line in process 0 only."""
         if self.is_main:
-            print(message, flush=True)
+            print_message(message)
 
     def from_main(self, work):
         """Call `work()` in process 0; return its result, or raise its UserError or OSError, in every process."""

@@ -9,14 +9,13 @@ import os
 import pathlib
 import secrets
 import shutil
-import sys
 import time
 import urllib.request
 
 import torch
 from tqdm.utils import CallbackIOWrapper
 
-from runtime.terminal import CANNOT_WRITE, UserError, progress_bar
+from runtime.terminal import CANNOT_WRITE, UserError, print_message, progress_bar
 
 STALE_AFTER = 86400.0  # seconds since the last write after which a temporary file counts as left by a killed process
 TIMEOUT = 30  # seconds without an answer of a server
@@ -68,7 +67,7 @@ def file_lock(path, doing, refusal=None):
         except BlockingIOError:
             if refusal:
                 raise UserError(refusal) from None
-            print(f"waiting for another process that is {doing} ({path})", file=sys.stderr, flush=True)
+            print_message(f"waiting for another process that is {doing} ({path})", stderr=True)
             fcntl.flock(opened, fcntl.LOCK_EX)
         yield opened.fileno()
 
@@ -160,5 +159,5 @@ def cached_file(url, setting, name=None):
     except OSError as error:  # among them URLError and timeouts
         raise UserError(f"{path.name} could not be fetched ({getattr(error, 'reason', error)}): download {url} on "
                         f"another machine and put it at {path}, or name it with {setting}") from None
-    print(f"fetched {url} to {path}; digest {file_digest(path)} (SHA-256, 16 digits)", flush=True)
+    print_message(f"fetched {url} to {path}; digest {file_digest(path)} (SHA-256, 16 digits)")
     return path

@@ -2,11 +2,8 @@
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import pad
-from torchvision.utils import make_grid
 
 from runtime.files import atomic_path
 from runtime.terminal import UserError
@@ -28,6 +25,8 @@ def save_grid(path, images, columns, labels=None):
 
     labels: a text for each row, written left of it. Small images are enlarged. UserError for other shapes.
     """
+    from torchvision.utils import make_grid  # here, since importing it takes seconds
+
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise UserError(f"{path}: a grid needs images of shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
     labels = labels or []
@@ -47,6 +46,9 @@ def save_grid(path, images, columns, labels=None):
 
 def save_lines(path, curves, title, x_label, y_label, y_scale="linear"):
     """Write a plot of `curves`, a list of `(x, y, label)`; curves of one label (or None) share a colour."""
+    from matplotlib.figure import Figure  # here, since importing it takes a second
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, colours = figure.subplots(), {}
     for x, y, label in curves:

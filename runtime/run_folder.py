@@ -9,7 +9,7 @@ import subprocess
 import time
 from importlib import metadata
 
-from runtime.terminal import UserError
+from runtime.terminal import UserError, print_message
 
 CONFIG, DATA, LOG, SAMPLES, CHECKPOINTS = "config.json", "data.json", "log.jsonl", "samples", "checkpoints"
 STATE = "checkpoints-meta/checkpoint.pth"  # from which an interrupted run continues
@@ -69,7 +69,7 @@ def sweep(folder, begin, end, limit, read):
         if k is None or last and k > last:
             break
         if k > awaited:
-            print(f"checkpoints {awaited} to {k - 1} are not in {folder}: skipped", flush=True)
+            print_message(f"checkpoints {awaited} to {k - 1} are not in {folder}: skipped")
         yield content
         awaited = k + 1
         if limit and not end:
@@ -83,7 +83,7 @@ def sweep(folder, begin, end, limit, read):
                         f"{there}): choose others with config.eval.begin_ckpt and end_ckpt, or wait for training to "
                         "write them, with --config.eval.wait true")
     if end >= awaited:
-        print(f"checkpoints {awaited} to {end} are not in {folder}: skipped", flush=True)
+        print_message(f"checkpoints {awaited} to {end} are not in {folder}: skipped")
 
 
 def _next_checkpoint(folder, number, limit, read):

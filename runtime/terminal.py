@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import sys
+import textwrap
 
 from tqdm import tqdm
 
@@ -45,8 +47,19 @@ def one_sentence(name):
             raise
         message = (f"cannot write {error.filename or ''}: {error.strerror}; make room or choose another folder, then "
                    "run the same command again")
-    print(" ".join(f"{name}: {message}".split()), file=sys.stderr)
+    print_message(" ".join(f"{name}: {message}".split()), stderr=True)
     sys.exit(status)
+
+
+def print_message(text, stderr=False):
+    """Print lines of text above the progress bars: wrapped between words in a terminal, as they are elsewhere."""
+    file = sys.stderr if stderr else sys.stdout
+    if file.isatty():
+        wrap = textwrap.TextWrapper(shutil.get_terminal_size().columns, subsequent_indent="    ",
+                                    break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(map(wrap.fill, text.splitlines()))
+    tqdm.write(text, file)
+    file.flush()
 
 
 def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto", initial=0):
@@ -57,8 +70,10 @@ def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto
     """
     options = {"total": total, "desc": desc, "unit": unit, "initial": initial, "file": sys.stderr}
     if enabled == "auto" and not sys.stderr.isatty():
-        return PlainProgress(iterable, mininterval=LINE_EVERY, maxinterval=LINE_EVERY, miniters=1, smoothing=0,
-                             **options)
+        bar = PlainProgress(iterable, mininterval=LINE_EVERY, maxinterval=LINE_EVERY, miniters=1, smoothing=0,
+                            **options)
+        bar._decr_instances(bar)  # otherwise every message would be followed by another line
+        return bar
     return tqdm(iterable, disable=enabled == "false", dynamic_ncols=True, **options)
 
 
@@ -78,4 +93,3 @@ class PlainProgress(tqdm):
     def close(self):
         """Close the bar without another line."""
         self.disable = True
-        self._decr_instances(self)

@@ -13,7 +13,7 @@ from configs.command_line import run_program
 from configs.default import Field
 from datasets.batches import some_of
 from datasets.pairs import QUICK_ROWS, check_origins, describe, findings, open_folders
-from runtime.terminal import UserError, progress_bar
+from runtime.terminal import UserError, print_message, progress_bar
 
 DESCRIBED = 4096  # pairs whose statistics are printed with --check
 
@@ -34,16 +34,16 @@ def main(args):
                     folder.check(part)
             found = describe(*folder.check(some_of(len(folder), DESCRIBED if args.check else QUICK_ROWS)))
             direction, nfe = folder.identity.get("sampling.direction"), (folder.metadata or {}).get("nfe_mean")
-            print(f"{folder.path}: {len(folder)} pairs {folder.shape}, "
-                  f"{'without' if folder.label is None else 'with'} labels, "
-                  f"{f'{direction}, {nfe} evaluations per pair' if folder.metadata else 'no pairs.json'}; checked: "
-                  f"{', '.join(f'{name} {value:.4g}' for name, value in found.items())}")
+            print_message(f"{folder.path}: {len(folder)} pairs {folder.shape}, "
+                          f"{'without' if folder.label is None else 'with'} labels, "
+                          f"{f'{direction}, {nfe} evaluations per pair' if folder.metadata else 'no pairs.json'}; "
+                          f"checked: {', '.join(f'{name} {value:.4g}' for name, value in found.items())}")
             wrong += findings(folder, found)
         check_origins(folders)
     except UserError as error:
         wrong.append(str(error))
     for text in wrong:
-        print(f"wrong: {text}")
+        print_message(f"wrong: {text}")
     return int(bool(wrong))
 
 

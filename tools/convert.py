@@ -25,7 +25,7 @@ from models.released import is_released, to_released
 from models.safe_load import PART_BYTES, safetensors_bytes
 from runtime.files import atomic_path, file_digest, write_json, write_text
 from runtime.run_folder import CONFIG, RESULTS, run_folder
-from runtime.terminal import UserError
+from runtime.terminal import UserError, print_message
 
 FLAGS = {
     "source": Field("", "IN: checkpoint file, hf://owner/repo/file or https://…/file"),
@@ -65,17 +65,17 @@ def main(args):
     net = create_from_fields(fields)
     if args.hub:
         write_folder(target, averaged(checkpoint, net, args.slim), net, run_folder(checkpoint["path"]))
-        print(f"{target}: model.safetensors, config.json and README.md; check the README before you share it")
+        print_message(f"{target}: model.safetensors, config.json and README.md; check the README before you share it")
     elif args.slim or target.suffix == ".safetensors":
         count = write_parts(target, averaged(checkpoint, net, args.slim))
-        print(f"{target}: averaged weights{' in float16' if args.slim else ''}, {count} part(s)")
+        print_message(f"{target}: averaged weights{' in float16' if args.slim else ''}, {count} part(s)")
     else:
         to_ours = is_released(checkpoint["model"])
         converted = in_our_layout({"config": nested_config(fields)} | checkpoint, net) if to_ours else to_released(
             checkpoint, net)
         read_only = ("fields", "digest", "path")  # added by `read_checkpoint`
         write_checkpoint(target, {key: value for key, value in converted.items() if key not in read_only})
-        print(f"{target}: {'our' if to_ours else 'released'} layout")
+        print_message(f"{target}: {'our' if to_ours else 'released'} layout")
 
 
 def averaged(checkpoint, net, half):

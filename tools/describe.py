@@ -18,6 +18,7 @@ from models.create import create_model, model_fields
 from models.describe import describe, median_seconds, table
 from models.ema import ExponentialMovingAverage
 from runtime.devices import autocast, set_precision
+from runtime.terminal import print_message
 from training.update import UpdateStats, apply_update, create_optimizer
 
 BATCHES = (16, 32, 64, 128, 256, 512)
@@ -36,11 +37,12 @@ def main(config, args, given):
     # Weights, gradients, EMA and Adam's two moments, and activations; the workspace of convolutions comes on top.
     fixed, image = 5 * 4 * rows[-1].parameters, rows[-1].activation_bytes
     memory = (f"{batch}: {(fixed + batch * image) / 2**30:.1f}" for batch in BATCHES)
-    print(f"GiB to train in float32, by images per pass: {', '.join(memory)}")
+    print_message(f"GiB to train in float32, by images per pass: {', '.join(memory)}")
     if args.measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        print(f"{seconds_of_update(config, device):.3f} s per update of {config.training.batch_size} images, without "
-              f"reading data or LPIPS, on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}")
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
+        print_message(f"{seconds_of_update(config, device):.3f} s per update of {config.training.batch_size} images, "
+                      f"without reading data or LPIPS, on {name}")
 
 
 def seconds_of_update(config, device):

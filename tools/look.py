@@ -12,6 +12,7 @@ from configs.default import Field
 from datasets import create_batches
 from datasets.sources import count_classes
 from runtime.pictures import save_grid
+from runtime.terminal import print_message
 
 FLAGS = {
     "out": Field("look.png", "image file to write"),
@@ -25,14 +26,14 @@ def main(config, args, given):
     """Describe the data of the config and write the grid."""
     source, size = create_batches(config, torch.device("cpu")), config.training.batch_size
     if config.data.reflow_data_root:
-        print(f"pairs: {len(source)} of shape {tuple(source.shape)} (C, H, W) in {config.data.reflow_data_root}; "
-              "tools.check_pairs checks them")
+        print_message(f"pairs: {len(source)} of shape {tuple(source.shape)} (C, H, W) in "
+                      f"{config.data.reflow_data_root}; tools.check_pairs checks them")
     else:
-        print("\n".join(describe_images(source.samples)))
+        print_message("\n".join(describe_images(source.samples)))
     updates = range(-(-args.images // size))
     images = torch.cat([source.batch(update, 0, size).z1 for update in updates])[:args.images]
     save_grid(args.out, images, 10)
-    print(f"grid: {args.out} (the first images of training, flips included)")
+    print_message(f"grid: {args.out} (the first images of training, flips included)")
 
 
 def describe_images(image_set):

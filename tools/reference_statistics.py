@@ -13,7 +13,7 @@ from datasets import load_images
 from metrics.features import create_extractor
 from metrics.statistics import MAX_FEATURES, ArrayImages, measure_source, open_images, write_statistics
 from runtime.devices import start_processes
-from runtime.terminal import UserError
+from runtime.terminal import UserError, print_message
 
 FLAGS = {
     "output": Field("", "npz file to write"),
@@ -36,7 +36,7 @@ def main(config, args, given):
         found = measure_source(source, extractor, config.eval.batch_size, processes, max_features=args.max_features)
         if processes.is_main:
             write_statistics(args.output, found, extractor)
-            print(f"{args.output}: {extractor.name} of {found.name}, {len(found.features)} features kept")
+            print_message(f"{args.output}: {extractor.name} of {found.name}, {len(found.features)} features kept")
 
 
 if __name__ == "__main__":

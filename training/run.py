@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 from configs.command_line import config_to_dict
 from configs.default import get_field
@@ -29,7 +28,7 @@ from runtime.files import file_lock, read_json, read_json_lines, state_digest, w
 from runtime.pictures import save_grid, save_lines
 from runtime.run_folder import CHECKPOINTS, CONFIG, DATA, LOG, SAMPLES, run_path
 from runtime.seeds import index_labels, index_noise
-from runtime.terminal import UserError, progress_bar
+from runtime.terminal import UserError, print_message, progress_bar
 
 COLUMNS = 10  # of a sample grid
 EULER_STEPS = (2, 10)  # below the one-step row
@@ -158,7 +157,7 @@ class RunLogger:
     def say(self, text):
         """Write one line above the progress bar and into log.txt."""
         if self.active:
-            tqdm.write(text, file=sys.stderr)
+            print_message(text, stderr=True)
             with open(self.path / "log.txt", "a") as opened:
                 opened.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 

@@ -5,7 +5,6 @@ import types
 
 import pytest
 
-from metrics import results as results_module
 from metrics.results import append_result, draw_figure, key_of, newest_of_each, protocol_line, read_results, table
 
 
@@ -98,7 +97,7 @@ def panels(monkeypatch, tmp_path):
     """A function that returns the panels of the figure of some results."""
     def draw(results):
         drawn = []
-        monkeypatch.setattr(results_module, "FigureCanvasAgg", lambda figure: (
+        monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg", lambda figure: (
             drawn.append(figure), types.SimpleNamespace(print_png=lambda path: path.write_bytes(b"")))[1])
         draw_figure(tmp_path / "fid.png", results)
         return drawn[0].axes
