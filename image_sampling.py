@@ -21,6 +21,7 @@ from configs.command_line import run_script
 from configs.default import SAMPLING_READS, Field, get_field
 from datasets import load_images, one_hot
 from datasets.batches import check_finite
+from datasets.pairs import image_shape
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import SAMPLERS, create_sampler, sampler_values, straightness
 from models.checkpoint import is_remote, load_with_config
@@ -142,13 +143,11 @@ def class_rows(asked, config, given):
 
 def initial_points(classes, config, given, device):
     """Return noise z `(N, C, H, W)` and one-hot label `(N, K)` or None; `classes`: those of the rows of ten, or []."""
-    data = config.data
     count = ROW * len(classes) or (config.eval.batch_size if "eval.batch_size" in given else IMAGES)
-    z = index_noise(config.seed, range(count), (data.num_channels, data.image_size, data.image_size))
-    z = (z * config.sampling.init_noise_scale).to(device)
+    z = index_noise(config.seed, range(count), image_shape(config)) * config.sampling.init_noise_scale
     numbers = (torch.tensor(classes).repeat_interleave(ROW) if classes else
-               index_labels(config.seed, range(count), data.num_classes, config.sampling.class_label))
-    return z, None if numbers is None else one_hot(numbers.to(device), data.num_classes)
+               index_labels(config.seed, range(count), config.data.num_classes, config.sampling.class_label))
+    return z.to(device), None if numbers is None else one_hot(numbers.to(device), config.data.num_classes)
 
 
 def sample_grid(velocity, z, label, config, finished):

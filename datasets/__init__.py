@@ -22,4 +22,4 @@ def create_batches(config, device):
     if not DATASETS[data.dataset].mirror and os.environ.get("RANK", "0") == "0":
         flips = "mirrored at random" if data.random_flip or data.use_aug else "not mirrored (data.random_flip is false)"
         print_message(f"images of {image_set.source} are {flips}", stderr=True)
-    return Batches(image_set, EndlessOrder(len(image_set), size, config.seed), config, device, data.random_flip)
+    return Batches(image_set, EndlessOrder(len(image_set), config.seed), config, device, data.random_flip)

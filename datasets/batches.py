@@ -65,18 +65,10 @@ def pixels_to_float(pixels, dtype=torch.float32):
 
 
 class EndlessOrder:
-    """An endless sequence of the indices 0..count-1: epoch e is a permutation drawn from (seed, e).
+    """An endless sequence of the indices 0..count-1: epoch e is a permutation drawn from (seed, e)."""
 
-    Sample k of the global batch of an update is at position `update * batch_size + k`: any update can be looked up
-    directly, batches cross the ends of epochs, and processes that take disjoint places get disjoint samples.
-    """
-
-    def __init__(self, count, batch_size, seed):
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-
-    def indices(self, update, low, high):
-        """Return the indices of the samples [low, high) of the batch of `update`: int64 array `(high - low,)`."""
-        return self.at(update * self.batch_size + np.arange(low, high))
+    def __init__(self, count, seed):
+        self.count, self.seed = count, seed
 
     def at(self, positions):
         """Return the indices at `positions` of the sequence, both int64 arrays `(n,)`."""
@@ -101,6 +93,8 @@ def _permutation(count, seed, epoch):
 class Batches:
     """Batches of an `ImageSet` or `PairSet`: `batch(update, low, high)` depends on its arguments and the seed alone.
 
+    Sample k of the global batch of an update is at position `update * batch_size + k` of `order`: batches cross the
+    ends of epochs, and processes that take disjoint places get disjoint samples.
     mirror: flip left-right with probability 1/2; data.use_aug: that, and upside down with probability 0.06. Raises
     UserError if data.on_device is true and the samples do not fit the device.
     """
@@ -124,7 +118,7 @@ class Batches:
 
     def batch(self, update, low, high):
         """Return the samples [low, high) of the batch of `update`, on the device, without waiting for the copy."""
-        indices = self.order.indices(update, low, high)
+        indices = self.order.at(update * self.batch_size + np.arange(low, high))
         if self.resident:
             places = self._send(torch.from_numpy(indices))
             found = {name: rows[places] for name, rows in self.resident.items()}

@@ -211,7 +211,10 @@ class InitialPoints:
             self.identity["noise"] = self.noise.digest()
         from_images = not z1_path and self.direction in ("from_z1", "gt_v_from_z1", "random_paired")
         if from_images or self.direction.startswith("gt_v"):
-            self.image_set = chosen_images(config)
+            self.image_set = load_images(config)
+            if self.class_label >= 0:
+                self.image_set = self.image_set.choose(np.flatnonzero(self.image_set.labels == self.class_label),
+                                                       f"{self.image_set.source} (class_label {self.class_label})")
             self.identity["images"] = images_digest(self.image_set)
         if from_images:
             self.identity["sampling.random_flip"] = self.random_flip
@@ -245,14 +248,6 @@ class InitialPoints:
         else:
             label = seeds.index_labels(self.seed, indices, self.num_classes, self.class_label).numpy()
         return as_one_hot(label, self.num_classes)
-
-
-def chosen_images(config):
-    """Return the `ImageSet` of the config, or of its class sampling.class_label; UserError as `load_images`."""
-    image_set, label = load_images(config), config.sampling.class_label
-    if label < 0:
-        return image_set
-    return image_set.choose(np.flatnonzero(image_set.labels == label), f"{image_set.source} (class_label {label})")
 
 
 def images_digest(image_set):

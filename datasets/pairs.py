@@ -250,9 +250,9 @@ class MixedOrder(EndlessOrder):
     Position s is real if floor((s+1)·share) > floor(s·share), so that every part of the sequence has that share.
     """
 
-    def __init__(self, count, real_count, share, batch_size, seed):
-        super().__init__(count, batch_size, seed)
-        self.share, self.real = fractions.Fraction(share).limit_denominator(10**6), EndlessOrder(real_count, 1, seed)
+    def __init__(self, count, real_count, share, seed):
+        super().__init__(count, seed)
+        self.share, self.real = fractions.Fraction(share).limit_denominator(10**6), EndlessOrder(real_count, seed)
 
     def at(self, positions):
         """Return the pairs at `positions` of the sequence, both int64 arrays `(n,)`."""
@@ -275,9 +275,9 @@ def create_pair_batches(config, device):
     count = sum(map(len, folders))
     if count < size:
         raise UserError(f"{data.reflow_data_root} holds {count} pairs, fewer than training.batch_size {size}")
-    order = EndlessOrder(count, size, config.seed)
+    order = EndlessOrder(count, config.seed)
     if share > 0:
         folders += open_pairs(data.real_pairs_root, config)
         check_origins(folders, SAME_ORIGIN[1:])
-        order = MixedOrder(count, sum(map(len, folders)) - count, share, size, config.seed)
+        order = MixedOrder(count, sum(map(len, folders)) - count, share, config.seed)
     return Batches(PairSet(folders, data.num_classes), order, config, device, config.flow.h_flip)

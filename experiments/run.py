@@ -58,9 +58,6 @@ def main(args):
     names = args.study.split(",")
     if unknown := [name for name in names if name not in STUDIES]:
         raise UserError(f"--study {unknown[0]}: there is no such study; choose from {', '.join(STUDIES)}")
-    if "fashion" in names and not pathlib.Path("data/FashionMNIST").exists():
-        print("study: data/FashionMNIST is missing; skipping its steps", flush=True)
-        names.remove("fashion")
     if "cifar" in names and not pathlib.Path(args.cifar_root, "cifar10-jpeg-train.zip").exists():
         raise UserError(f"--cifar_root {args.cifar_root} has no cifar10-jpeg-train.zip: name the folder that has it")
     planned = {"tiny": 1, "small": 40, "large": 25}[args.size]

@@ -19,7 +19,6 @@ import generate_data
 import train
 from configs.command_line import load_config, parse_command_line
 from datasets import load_images, pair_writer
-from datasets.pair_writer import chosen_images
 from datasets.pairs import PairFolder, read_metadata
 from models.checkpoint import write_checkpoint
 from runtime.files import file_digest
@@ -195,7 +194,7 @@ def test_flips_that_are_asked_for_mirror_some_images_and_the_others_the_second_t
 
 def test_the_closed_form_from_noise_ends_at_the_images_and_from_images_at_white_noise(tmp_path):
     fields = {"sampling__total_number_of_samples": 200, "sampling__ode_tol": 1e-3, "training__batch_size": 50}
-    chosen = chosen_images(config_of(DIGITS, **CLOSED_FORM)).images / 127.5 - 1
+    chosen = load_images(config_of(DIGITS, **CLOSED_FORM)).images / 127.5 - 1
     forward = make(tmp_path / "forward", **fields)
     distances = np.abs(np.load(forward / "z1.npy")[:, None] - chosen[None]).max((2, 3, 4)).min(1)
     assert np.median(distances) < 0.02

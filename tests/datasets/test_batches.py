@@ -19,12 +19,12 @@ SET = ImageSet(random_images(50, 3, 8), np.arange(50) % 10, None, "fifty images"
 def make_batches(on_device="auto", mirror=True, use_aug=False):
     config = config_of(training__batch_size=16, seed=7, data__on_device=on_device, data__use_aug=use_aug,
                        data__num_classes=10)
-    return Batches(SET, EndlessOrder(50, 16, 7), config, CPU, mirror)
+    return Batches(SET, EndlessOrder(50, 7), config, CPU, mirror)
 
 
 def test_an_unflipped_batch_is_the_images_of_its_order_with_their_labels():
     source = make_batches(mirror=False)
-    batch, indices = source.batch(5, 0, 16), source.order.indices(5, 0, 16)
+    batch, indices = source.batch(5, 0, 16), source.order.at(np.arange(80, 96))
     np.testing.assert_allclose(batch.z1.numpy(), SET.images[indices] / 127.5 - 1, atol=1e-6)
     assert torch.equal(batch.label, torch.eye(10)[SET.labels[indices]])
     assert batch.z0 is None
@@ -99,35 +99,35 @@ counts, sizes = st.integers(1, 40), st.integers(1, 50)
 
 @given(counts, sizes, st.integers(0, 2**63))
 def test_every_epoch_shows_each_sample_once(count, batch_size, seed):
-    endless = EndlessOrder(count, batch_size, seed)
-    updates = -(-3 * count // batch_size)
-    stream = np.concatenate([endless.indices(update, 0, batch_size) for update in range(updates)])
+    parts = np.split(np.arange(3 * count), range(batch_size, 3 * count, batch_size))
+    stream = np.concatenate([EndlessOrder(count, seed).at(part) for part in parts])
     for epoch in range(3):
         assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
 @given(counts, sizes, st.data())
 def test_any_division_of_a_batch_gives_the_same_samples(count, batch_size, data):
-    endless, update = EndlessOrder(count, batch_size, 3), data.draw(st.integers(0, 10**6))
+    endless, update = EndlessOrder(count, 3), data.draw(st.integers(0, 10**6))
+    positions = update * batch_size + np.arange(batch_size)
     cuts = sorted(data.draw(st.lists(st.integers(0, batch_size), max_size=4)))
-    parts = [endless.indices(update, low, high) for low, high in zip([0, *cuts], [*cuts, batch_size], strict=True)]
-    np.testing.assert_array_equal(np.concatenate(parts), endless.indices(update, 0, batch_size))
+    parts = [endless.at(part) for part in np.split(positions, cuts)]
+    np.testing.assert_array_equal(np.concatenate(parts), endless.at(positions))
 
 
 def test_position_of_a_long_run_is_found_without_walking_there(monkeypatch):
     drawn, draw = [], batches._permutation.__wrapped__
     monkeypatch.setattr(batches, "_permutation", lambda *words: drawn.append(words) or draw(*words))
-    EndlessOrder(1000, 128, 0).indices(10**9, 0, 128)
+    EndlessOrder(1000, 0).at(128 * 10**9 + np.arange(128))
     assert len(drawn) <= 2  # at most the epochs that this batch touches
 
 
 def test_epochs_and_seeds_have_different_orders():
-    orders = [EndlessOrder(50, 50, seed).indices(epoch, 0, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    orders = [EndlessOrder(50, seed).at(50 * epoch + np.arange(50)).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(map(tuple, orders))) == 4
 
 
 def test_order_stays_the_same_across_versions():
     """A run that is resumed after an upgrade must go on with the same samples."""
-    endless = EndlessOrder(10, 10, 42)
-    assert endless.indices(0, 0, 10).tolist() == [3, 1, 7, 8, 6, 5, 9, 4, 0, 2]
-    assert endless.indices(7, 0, 10).tolist() == [6, 2, 8, 7, 9, 1, 0, 5, 4, 3]
+    endless = EndlessOrder(10, 42)
+    assert endless.at(np.arange(10)).tolist() == [3, 1, 7, 8, 6, 5, 9, 4, 0, 2]
+    assert endless.at(np.arange(70, 80)).tolist() == [6, 2, 8, 7, 9, 1, 0, 5, 4, 3]

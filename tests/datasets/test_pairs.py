@@ -112,7 +112,7 @@ def test_use_aug_flips_z0_and_z1_of_a_pair_alike(tmp_path):
 @given(share=st.fractions(0, 1, max_denominator=50), first=st.integers(0, 10**9), count=st.integers(1, 300))
 def test_every_stretch_of_samples_has_its_share_of_real_pairs_and_uses_each_in_turn(share, first, count):
     positions = np.arange(first, first + count)
-    is_real, places = MixedOrder(1, 1, share, 1, 0).split(positions)
+    is_real, places = MixedOrder(1, 1, share, 0).split(positions)
     assert abs(int(is_real.sum()) - count * share) < 1
     for kind in (is_real, ~is_real):
         assert (np.diff(places[kind]) == 1).all()
