@@ -153,23 +153,23 @@ def sampling_identity(config):
 def measure_network(net, title, config, reference):
     """Sample from `net`; return metrics, and with config.eval.save_samples the samples of this process, else None."""
     count, processes, nfes = config.eval.num_samples, reference.processes, []
-    mine = share_of(processes, count)
     target, started = reference.statistics, time.monotonic()
-    batches = sample_batches(net, config, mine, processes, title, nfes.append)
-    samples = measure(batches, reference.extractor, mine.start, count, processes.device, title,
+    batches = sample_batches(net, config, processes, title, nfes.append)
+    samples = measure(batches, reference.extractor, count, processes, title,
                       keep=count if config.eval.save_samples else config.eval.nearest)
     nfe = sum(gather(sum(nfe.sum().item() for nfe in nfes))) / count
     found = {"nfe": nfe} | metrics_of(samples, target, reference, started)
     return found, samples.images if config.eval.save_samples else None
 
 
-def sample_batches(net, config, indices, processes, title, count_evaluations):
-    """Yield the samples `indices` as uint8 (N, C, H, W) on the device, config.eval.batch_size at a time.
+def sample_batches(net, config, processes, title, count_evaluations):
+    """Yield this process's samples as uint8 (N, C, H, W) on the device, config.eval.batch_size at a time.
 
     Noise and class of sample i depend on (config.seed, i) alone, not on batch size and number of processes, so the
     batch size is halved where the memory of the GPU is too small for it.
     """
     sample, size, device, low = create_sampler(config), config.eval.batch_size, processes.device, 0
+    indices = share_of(processes, config.eval.num_samples)
     velocity = velocity_from_network(in_precision(net, config.training.precision, device))
     with progress_bar(total=len(indices), desc=f"sampling {title}", unit="images",
                       enabled=config.training.progress if processes.is_main else "false") as bar:

@@ -123,42 +123,37 @@ def _write_entry(source, spec, entry, progress):
     partial = entry.with_name(f".{entry.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     chunks, expected, class_names = source.open()
+    count, labels, skipped, notes = 0, [], [], collections.Counter()
+    layout = np.dtype(("|u1", (spec.channels, spec.size, spec.size)))
     partial.mkdir()
     try:
-        with progress_bar(total=expected, desc=f"decoding {source.name}", unit="images", enabled=progress) as bar:
-            about = {"source": source.title, "class_names": class_names} | _write_arrays(chunks, spec, partial, bar)
-        if not about["count"]:
-            raise UserError(f"{source.title} has no usable image: {', '.join(about['skipped'][:1]) or 'it is empty'}")
-        write_json(partial / "about.json", about)
+        with (open(partial / "images.npy", "wb") as written,  # on a full disk a memory map would kill the process
+              progress_bar(total=expected, desc=f"decoding {source.name}", unit="images", enabled=progress) as bar):
+            written.write(npy_header(layout, 0))
+            for chunk in chunks:
+                written.write(np.ascontiguousarray(chunk.images))
+                if chunk.labels is not None:
+                    labels.append(chunk.labels)
+                count += len(chunk.images)
+                skipped += chunk.skipped
+                notes.update(chunk.notes)
+                bar.update(len(chunk.images) + len(chunk.skipped))
+            written.seek(0)
+            written.write(npy_header(layout, count))
+        if not count:
+            raise UserError(f"{source.title} has no usable image: {', '.join(skipped[:1]) or 'it is empty'}")
+        if labels:
+            np.save(partial / "labels.npy", np.concatenate(labels))
+        write_json(partial / "about.json", {"source": source.title, "class_names": class_names, "count": count,
+                                            "labelled": bool(labels), "skipped": skipped, "notes": notes})
         os.sync()  # before the entry gets its name
         shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         partial.rename(entry)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    notes = about["notes"] | {f"skipped, the first: {first}": len(about["skipped"]) for first in about["skipped"][:1]}
-    print_message("\n".join([f"cached {source.title}: {about['count']} images in {entry}",
-                             *(f"  {count} images: {note}" for note, count in notes.items())]), stderr=True)
-
-
-def _write_arrays(chunks, spec, folder, bar):
-    """Write `images.npy` chunk by chunk, and `labels.npy`; return their entries of `about.json`."""
-    count, labels, skipped, notes = 0, [], [], collections.Counter()
-    layout = np.dtype(("|u1", (spec.channels, spec.size, spec.size)))
-    with open(folder / "images.npy", "wb") as written:  # a full disk would kill a process that writes a memory map
-        written.write(npy_header(layout, 0))
-        for chunk in chunks:
-            written.write(np.ascontiguousarray(chunk.images))
-            if chunk.labels is not None:
-                labels.append(chunk.labels)
-            count += len(chunk.images)
-            skipped += chunk.skipped
-            notes.update(chunk.notes)
-            bar.update(len(chunk.images) + len(chunk.skipped))
-        written.seek(0)
-        written.write(npy_header(layout, count))
-    if labels:
-        np.save(folder / "labels.npy", np.concatenate(labels))
-    return {"count": count, "labelled": bool(labels), "skipped": skipped, "notes": notes}
+    notes |= {f"skipped, the first: {first}": len(skipped) for first in skipped[:1]}
+    print_message("\n".join([f"cached {source.title}: {count} images in {entry}",
+                             *(f"  {number} images: {note}" for note, number in notes.items())]), stderr=True)
 
 
 def npy_header(layout, count):

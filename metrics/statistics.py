@@ -141,16 +141,17 @@ class Statistics:
     images: torch.Tensor | None = None  # uint8 (n, C, H, W) on the CPU: those of this process that `measure` keeps
 
 
-def measure(batches, extractor, first, count, device, name, max_features=MAX_FEATURES, keep=0):
-    """Return the `Statistics` of `count` images, of which this process sees a contiguous range from `first` on.
+def measure(batches, extractor, count, processes, name, max_features=MAX_FEATURES, keep=0):
+    """Return the `Statistics` of `count` images, of which each process sees its `share_of`.
 
-    `batches` yields uint8 (N, C, H, W) on `device`. Each image goes through the extractor once; sums are taken in
+    `batches` yields uint8 (N, C, H, W) on the device. Each image goes through the extractor once; sums are taken in
     float64 on the device, and Σ divides by count - 1, as `np.cov`. At most `max_features` features, evenly spread
     over the images, are kept, and the first `keep` images. Every process must call it; a UserError in one is raised in
     all. Raises UserError for fewer than two images.
     """
     if count < 2:
         raise UserError(f"{name}: there is {count} image to measure; a covariance needs at least two")
+    first, device = share_of(processes, count).start, processes.device
     total = torch.zeros(extractor.dimension, dtype=torch.float64, device=device)
     products = torch.zeros(extractor.dimension, extractor.dimension, dtype=torch.float64, device=device)
     kept, kept_images = [torch.empty(0, extractor.dimension)], [torch.empty(0, dtype=torch.uint8)]
@@ -185,7 +186,7 @@ def measure_source(source, extractor, batch_size, processes, count=None, max_fea
                         enabled="auto" if processes.is_main else "false")
     batches = (source.read(chosen[low : low + batch_size]).to(processes.device) for low in lows)
     name = f"{source.name}, {'' if count == len(source) else f'{count} of '}{len(source)} images"
-    found = measure(batches, extractor, mine.start, count, processes.device, name, max_features, keep)
+    found = measure(batches, extractor, count, processes, name, max_features, keep)
     for note, number in sum(gather(source.notes), collections.Counter()).items():
         processes.say(f"{source.name}: {number} images: {note}")
     return found

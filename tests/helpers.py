@@ -6,8 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs.command_line import config_to_dict, load_config
 from configs.default import get_default_config, set_field
 from models import create_model
+from runtime.devices import Processes
 from tests.processes import ROOT
 
+ALONE = Processes(0, 1, torch.device("cpu"))
 DIGITS = str(ROOT / "configs/rectified_flow/digits_rf_gaussian.py")
 CIFAR10 = str(ROOT / "configs/rectified_flow/cifar10_rf_gaussian.py")
 SMALL = {"model__nf": 8, "model__ch_mult": (1,), "model__num_res_blocks": 1, "model__attn_resolutions": (),

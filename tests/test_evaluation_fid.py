@@ -22,9 +22,8 @@ from metrics.features import inception_extractor
 from metrics.results import read_results
 from metrics.statistics import ArrayImages, measure_source, write_statistics
 from models.checkpoint import write_checkpoint
-from runtime.devices import Processes
 from runtime.terminal import UserError
-from tests.helpers import DIGITS, config_of, small_checkpoint
+from tests.helpers import ALONE, DIGITS, config_of, small_checkpoint
 from tests.metrics.inception_stand_in import FILE_NAME, write_stand_in
 from tests.processes import HANGING, Script, output_of, start_ranks
 
@@ -174,7 +173,7 @@ def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(
                  "--config.eval.feature_extractor=inception")
     extractor = inception_extractor(tmp_path / FILE_NAME, "cpu")
     images = ArrayImages(load_images(load_config(DIGITS)).images[:90], "90 digits")
-    reference = measure_source(images, extractor, 30, Processes(0, 1, torch.device("cpu")), max_features=60)
+    reference = measure_source(images, extractor, 30, ALONE, max_features=60)
     reference.sigma.diagonal().add_(1e-3)  # of full rank, which is quicker
     write_statistics(tmp_path / "reference.npz", reference, extractor)
     out = evaluate(run, "--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, *inception,
@@ -217,8 +216,6 @@ def test_the_reference_of_a_data_set_holds_all_its_images_in_their_order(reposit
 
 # What one sampling of a network does, in this process.
 
-ALONE = Processes(0, 1, torch.device("cpu"))
-
 
 def small_config(**fields):
     return config_of(DIGITS, **({"eval__num_samples": 12, "eval__batch_size": 4, "training__progress": "false",
@@ -229,7 +226,7 @@ def small_config(**fields):
 def samples(net, config):
     """All samples of a network, as the script makes them, and the evaluations that they took."""
     nfes = []
-    batches = evaluation_fid.sample_batches(net, config, range(12), ALONE, "net", nfes.append)
+    batches = evaluation_fid.sample_batches(net, config, ALONE, "net", nfes.append)
     return torch.cat(list(batches)), torch.cat(nfes)
 
 

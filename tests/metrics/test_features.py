@@ -16,6 +16,7 @@ from metrics.features import create_extractor, full_float32, inception_extractor
 from metrics.scores import frechet_distance, inception_score
 from metrics.statistics import measure, open_images, quantise
 from runtime.terminal import UserError
+from tests.helpers import ALONE
 from tests.metrics.inception_stand_in import CLASSES, write_stand_in
 
 
@@ -69,7 +70,7 @@ def test_the_fid_of_two_folders_is_that_of_clean_fids_features(tmp_path, incepti
     statistics, theirs = [], []
     for seed in (0, 1):
         images = pictures(tmp_path / str(seed), seed)
-        statistics.append(measure(images.split(7), extractor, 0, 24, "cpu", "folder"))
+        statistics.append(measure(images.split(7), extractor, 24, ALONE, "folder"))
         theirs.append(clean_fid_features(tmp_path / str(seed), inception_path)[:, :256].astype(np.float64))
     ours = frechet_distance(*(part for s in statistics for part in (s.mu[:256], s.sigma[:256, :256])))
     centred = [features - features.mean(0) for features in theirs]

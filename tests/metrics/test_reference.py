@@ -10,12 +10,10 @@ import torch
 from metrics import statistics
 from metrics.features import pixel_extractor
 from metrics.statistics import CIFAR10_NAME, ArrayImages, Reference, measure_source, read_statistics, write_statistics
-from runtime.devices import Processes
 from runtime.terminal import UserError
 from tests.datasets.image_files import png, write_folder
-from tests.helpers import config_of
+from tests.helpers import ALONE, config_of
 
-ALONE = Processes(0, 1, torch.device("cpu"))
 EXTRACTOR = pixel_extractor(16)
 
 

@@ -23,6 +23,7 @@ from metrics.scores import (
 )
 from metrics.statistics import Statistics, measure
 from runtime.terminal import UserError
+from tests.helpers import ALONE
 
 
 def gaussian(generator, dimension, samples, scale=1.0):
@@ -191,7 +192,7 @@ DIMENSION = 6
 
 def statistics_of(seed, count, with_features=True):
     images = torch.randint(0, 256, (count, 1, 2, 3), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    found = measure([images], pixel_extractor(DIMENSION), 0, count, "cpu", "random")
+    found = measure([images], pixel_extractor(DIMENSION), count, ALONE, "random")
     return found if with_features else Statistics(found.mu, found.sigma, None, None, "mu and sigma")
 
 
