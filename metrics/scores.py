@@ -27,7 +27,7 @@ def compare(samples, reference, extractor, seed, radii=None, progress="auto"):
     values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
     if reference.features is not None:
         real = reference.features.to(features.device)
-        values["kernel"] = kernel_distance(features, real, torch.Generator().manual_seed(seed))
+        values["kernel"] = kernel_distance(features, real, torch.Generator().manual_seed(seed), progress=progress)
         if radii is not None:
             values["precision"], values["recall"] = precision_recall(features, real, radii, progress)
     if extractor.probabilities is not None:
@@ -75,7 +75,7 @@ def check_gaussian(mu, sigma, name="statistics for the Fréchet distance"):
 
 
 @full_float32()
-def kernel_distance(features1, features2, generator, subsets=SUBSETS, subset_size=SUBSET_SIZE):
+def kernel_distance(features1, features2, generator, subsets=SUBSETS, subset_size=SUBSET_SIZE, progress="false"):
     """Return the unbiased squared MMD with the kernel (x·y/D + 1)³, the mean over random subsets, a float.
 
     `features*` (N, D) float32; `generator`, on the CPU, draws the subsets (without replacement, at most
@@ -85,7 +85,7 @@ def kernel_distance(features1, features2, generator, subsets=SUBSETS, subset_siz
     # rows whose products are x·y/D + 1
     scaled = [torch.nn.functional.pad(f / f.shape[1] ** 0.5, (0, 1), value=1.0) for f in (features1, features2)]
     total = torch.zeros((), dtype=torch.float64, device=features1.device)
-    for _ in range(subsets):
+    for _ in progress_bar(range(subsets), desc="kernel distance", unit="subsets", enabled=progress):
         x, y = (f[torch.randperm(len(f), generator=generator)[:size].to(f.device)] for f in scaled)
         own = [(rows.square().sum(1).double() ** 3).sum() for rows in (x, y)]  # products of each row with itself
         within = _sum_of_cubes(x, x) + _sum_of_cubes(y, y) - own[0] - own[1]

@@ -30,10 +30,10 @@ from models.describe import median_seconds
 from runtime.files import atomic_path, write_json
 from runtime.run_folder import run_folder
 from runtime.seeds import EVALUATION, index_labels, index_noise
-from runtime.terminal import UserError
+from runtime.terminal import UserError, print_message, progress_bar
 
 TOLERANCE = 1e-4  # largest difference of a pixel in [-1, 1] of the float32 file
-CHECKED, CALIBRATED = 16, 64  # images
+CHECKED, CALIBRATED, BATCH = 16, 64, 8  # images of the check, of the calibration, of one of its batches
 
 FLAGS = {
     "checkpoint": Field("", "checkpoint file, hf://owner/repo/file or https://…/file"),
@@ -86,22 +86,28 @@ def main(args):
     run = pathlib.Path() if is_remote(args.checkpoint) else run_folder(args.checkpoint)
     path = (pathlib.Path(args.out) if args.out else run / "export") / f"{pathlib.Path(args.checkpoint).stem}.onnx"
     small = path.with_name(f"{path.stem}_int8.onnx")
-    write_onnx(model, path, {name: args[name].value for name in FLAGS})
-    write_int8(model, path, small)
-    torch.set_num_threads(1)
-    rows = [measure(model, "PyTorch", lambda inputs: model(*inputs.values()).numpy()),
-            measure(model, "onnx float32", runner(path), path),
-            measure(model, "onnx int8", runner(small), small)]
+    with progress_bar(total=2 + CALIBRATED // BATCH + 3, desc="exporting", unit="stages") as bar:
+        write_onnx(model, path, {name: args[name].value for name in FLAGS}, bar.update)
+        write_int8(model, path, small, bar.update)
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            expected = model(*draw_inputs(model, CHECKED).values()).numpy()
+        rows = []
+        for name, run, file in (("PyTorch", lambda inputs: model(*inputs.values()).numpy(), None),
+                                ("onnx float32", runner(path), path), ("onnx int8", runner(small), small)):
+            rows.append(measure(model, expected, name, run, file))
+            bar.update()
     report = {"checkpoint": args.checkpoint, "digest": digest, "sampler": args.sampler, "steps": args.steps,
               "eps": model.eps, "noise_scale": model.noise_scale, "shape": model.shape, "classes": model.classes,
               "parameters": sum(p.numel() for p in net.parameters()), "threads": 1, "files": rows,
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")}}
     write_json(path.with_suffix(".json"), report)
-    print(f"{report['parameters']:,} parameters, {args.sampler} with {args.steps} step(s), one thread")
-    print(f"{'':14}{'MB':>8}{'ms/image':>10}{'largest':>10}{'mean':>10}  difference from PyTorch, file")
+    print_message(f"{path.parent}: {report['parameters']:,} parameters, {args.sampler} with {args.steps} step(s), one "
+                  "thread; largest and mean difference from PyTorch")
+    print(f"{'':14}{'MB':>8}{'ms/image':>10}{'largest':>10}{'mean':>10}  file")
     for row in rows:
         print(f"{row['name']:14}{row['bytes'] / 1e6:8.2f}{row['latency_ms']:10.2f}{row['largest_difference']:10.1e}"
-              f"{row['mean_difference']:10.1e}  {row['file']}")
+              f"{row['mean_difference']:10.1e}  {pathlib.Path(row['file']).name}")
     if not rows[1]["largest_difference"] <= TOLERANCE:
         raise UserError(f"{path} differs from PyTorch by {rows[1]['largest_difference']:.1e}, more than {TOLERANCE:g}: "
                         "do not use it; report the versions in the .json beside it")
@@ -114,25 +120,30 @@ def draw_inputs(model, count, first=0):
     return {"noise": index_noise(0, indices, model.shape, EVALUATION)} | labels
 
 
-def write_onnx(model, path, settings):
-    """Write the float32 file, with `settings` in its metadata."""
+def write_onnx(model, path, settings, finished):
+    """Write the float32 file, with `settings` in its metadata; call `finished()` after each of two stages."""
     import onnx
 
     inputs = draw_inputs(model, 2)
     batch = torch.export.Dim("batch")
     with quiet(), atomic_path(path) as temporary:
         program = torch.onnx.export(model, tuple(inputs.values()), dynamo=True, input_names=list(inputs),
-                                    output_names=["image"], dynamic_shapes=[{0: batch} for _ in inputs])
+                                    output_names=["image"], dynamic_shapes=[{0: batch} for _ in inputs], optimize=False)
+        finished()
+        program.optimize()
         proto = program.model_proto
         for part in (*proto.graph.node, *proto.graph.value_info):  # places in our code: half of the file
             part.ClearField("metadata_props")
         onnx.helper.set_model_props(proto, {name: str(value) for name, value in settings.items()} | {
             "values": "noise is standard normal; the image is about [-1, 1], channels first"})
         onnx.save(proto, temporary)
+    finished()
 
 
-def write_int8(model, path, small):
+def write_int8(model, path, small, finished):
     """Write the 8-bit file, with ranges of activations measured on samples of noise, as in use.
+
+    It calls `finished()` after each batch of them.
 
     The first and the last convolution stay in float32, as usual: they are small, at noise and image. Weights and
     activations are unsigned: with signed weights, sums overflow on processors without VNNI instructions.
@@ -141,12 +152,16 @@ def write_int8(model, path, small):
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Noise(CalibrationDataReader):  # other samples than those of the check
-        batches = (draw_inputs(model, 8, first) for first in range(CHECKED, CHECKED + CALIBRATED, 8))
+    def batches():  # other samples than those of the check
+        for first in range(CHECKED, CHECKED + CALIBRATED, BATCH):
+            yield {name: value.numpy() for name, value in draw_inputs(model, BATCH, first).items()}
+            finished()
+
+    class Noise(CalibrationDataReader):
+        inputs = batches()
 
         def get_next(self):
-            inputs = next(self.batches, {})
-            return {name: value.numpy() for name, value in inputs.items()} or None
+            return next(self.inputs, None)
 
     with quiet(), atomic_path(small) as temporary, tempfile.TemporaryDirectory() as folder:
         prepared = pathlib.Path(folder, "prepared.onnx")
@@ -179,14 +194,15 @@ def runner(path):
 
 
 @torch.inference_mode()
-def measure(model, name, run, file=None):
+def measure(model, expected, name, run, file):
     """Return a row of the report on `run`, {input name: tensor} → images, of an ONNX `file` or of PyTorch (None).
 
-    It has the size in bytes, the median latency of one image, and the largest and mean difference from PyTorch.
+    It has the size in bytes, the median latency of one image, and the largest and mean difference from `expected`, the
+    images that PyTorch computes in one batch.
     """
     checked, one = draw_inputs(model, CHECKED), draw_inputs(model, 1)
     parts = [{key: value[part] for key, value in checked.items()} for part in (slice(-1), slice(-1, None))]
-    difference = np.abs(np.concatenate([run(part) for part in parts]) - model(*checked.values()).numpy())
+    difference = np.abs(np.concatenate([run(part) for part in parts]) - expected)
     size = file.stat().st_size if file else sum(t.nbytes for t in model.net.state_dict().values())
     return {"name": name, "file": str(file or ""), "bytes": size, "latency_ms": 1000 * median_seconds(run, one),
             "largest_difference": float(difference.max()), "mean_difference": float(difference.mean())}

@@ -177,8 +177,8 @@ def test_a_file_that_differs_from_pytorch_fails_the_command(conditional, tmp_pat
     """Three Euler steps are asked for, and the file of a single one is put in their place."""
     checkpoint, folder = conditional
     other = (folder / "dhariwal_cond.onnx").read_bytes()
-    monkeypatch.setattr(export, "write_onnx", lambda model, path, settings: path.write_bytes(other))
-    monkeypatch.setattr(export, "write_int8", lambda model, path, small: small.write_bytes(other))
+    monkeypatch.setattr(export, "write_onnx", lambda model, path, *_: path.write_bytes(other))
+    monkeypatch.setattr(export, "write_int8", lambda model, path, small, _: small.write_bytes(other))
     with pytest.raises(UserError, match="do not use it"):
         run(checkpoint, "--sampler", "euler", "--steps", 3, "--out", tmp_path, "--config",
             config_file(tmp_path, "dhariwal_cond"))
