@@ -28,7 +28,7 @@ from runtime.devices import gather, in_precision, memory_errors, set_determinist
 from runtime.run_folder import run_path
 from runtime.seeds import DRAWS, seed_dropout, step_generator
 from training import run, state
-from training.update import UpdateStats, apply_update, check_finite, create_optimizer, warmup_factor
+from training.update import UpdateStats, apply_update, check_finite, create_optimizer
 
 READS = ("seed", "work_dir", "expr", "training.", "flow.", "data.", "model.", "optim.", "sampling.init_noise_scale",
          "sampling.train_subset")
@@ -175,7 +175,8 @@ class Training:
     def learning_rate(self, update):
         """Return the learning rate of `update`: linear warm-up from 0 (none with flow.pre_train_model)."""
         optim = self.config.optim
-        return optim.lr * warmup_factor(update, 0 if self.config.flow.pre_train_model else optim.warmup)
+        warmup = 0 if self.config.flow.pre_train_model else optim.warmup
+        return optim.lr * min(1.0, update / warmup) if warmup else optim.lr
 
     def parts(self):
         """Return the slices of the global batch that this process takes, one per accumulation step."""

@@ -70,7 +70,7 @@ GROUPS = {
     },
     "training": {
         "batch_size": Field(128, "images per update in total; generate_data.py: pairs solved at a time", low=1),
-        "n_iters": Field(1300001, "number of updates", low=0),
+        "n_iters": Field(1300001, "number of updates", low=1),
         "snapshot_freq": Field(20000, "updates between checkpoints/checkpoint_{k}.pth", low=1),
         "snapshot_freq_for_preemption": Field(10000, "updates between writes of the state to continue from", low=1),
         "snapshot_sampling": Field(10000, "updates between sample grids in samples/ (0: never)", low=0),
@@ -183,8 +183,8 @@ GROUPS = {
     "optim": {
         "optimizer": Field("Adam", "optimizer", choices=("Adam", "AdamW", "RAdam")),
         "lr": Field(2e-4, "learning rate after warm-up", low=0.0),
-        "beta1": Field(0.9, "decay of the first moment", low=0.0, high=1.0),
-        "eps": Field(1e-8, "added to the root of the second moment", low=0.0),
+        "beta1": Field(0.9, "decay of the first moment", low=0.0, high=0.9999),
+        "eps": Field(1e-8, "added to the root of the second moment", low=1e-30),
         "weight_decay": Field(0.0, "weight decay", low=0.0),
         "warmup": Field(5000, "updates of linear warm-up, from 0 (none with flow.pre_train_model)", low=0),
         "grad_clip": Field(1.0, "largest gradient norm (negative: off)"),

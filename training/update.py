@@ -49,11 +49,6 @@ def create_optimizer(parameters, *, name, lr, beta1, eps, weight_decay):
     return {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name](parameters, fused=True, **options)
 
 
-def warmup_factor(update, warmup):
-    """Return the factor of the learning rate at `update` (0, 1, …): linear from 0 to 1 over `warmup` updates."""
-    return min(1.0, update / warmup) if warmup > 0 else 1.0
-
-
 class UpdateStats:
     """Sums and counts over updates, kept on the device until `read`.
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from configs.default import FIELDS
 from flows.objective import Draws, create_objective
 from flows.rectified_flow import velocity_from_network
 from models import create_model
@@ -15,7 +16,8 @@ from models.ema import ExponentialMovingAverage
 from runtime.seeds import DRAWS, step_generator
 from runtime.terminal import UserError
 from tests.helpers import Operations, config_of
-from training.update import UpdateStats, apply_update, check_finite, create_optimizer, warmup_factor
+from train import Training
+from training.update import UpdateStats, apply_update, check_finite, create_optimizer
 
 OPTIMIZERS = ("Adam", "AdamW", "RAdam")
 
@@ -104,6 +106,19 @@ def test_update_equals_torchs_own_clip_and_step(name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_without_a_gradient_stay_finite_at_the_ends_of_the_ranges(name):
+    """A branch that starts with zeros gives none to the layers before its last."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = create_optimizer([weight], name=name, lr=0.1, beta1=FIELDS["optim.beta1"].high,
+                                 eps=FIELDS["optim.eps"].low, weight_decay=0.0)
+    for _ in range(7):
+        weight.grad = torch.zeros(3)
+        apply_update(optimizer, ExponentialMovingAverage([weight], 0.9), UpdateStats("cpu"), torch.tensor(1.0),
+                     grad_clip=1.0)
+    assert torch.equal(weight, torch.ones(3))
+
+
 def test_negative_clip_leaves_the_gradient_alone():
     changes = []
     for grad_clip in (-1.0, 1e-3):
@@ -160,9 +175,12 @@ def test_stats_survive_a_checkpoint():
     assert other.read() == stats.read()
 
 
+@pytest.mark.parametrize("start", ["", "start.pth"])
 @pytest.mark.parametrize("update, warmup, factor", [(0, 9, 0), (3, 6, 0.5), (9, 9, 1), (99, 9, 1), (0, 0, 1)])
-def test_warm_up_is_linear_from_zero(update, warmup, factor):
-    assert warmup_factor(update, warmup) == factor
+def test_warm_up_is_linear_from_zero_and_left_out_with_weights_to_start_from(update, warmup, factor, start):
+    config = config_of(optim__warmup=warmup, optim__lr=0.25, flow__pre_train_model=start)
+    rate = Training.learning_rate(types.SimpleNamespace(config=config), update)
+    assert rate == 0.25 if start else rate == 0.25 * factor
 
 
 # A whole step of the real networks
