@@ -29,7 +29,7 @@ from metrics.statistics import Reference, measure, measure_source, open_images, 
 from models.checkpoint import config_of_run, is_remote, network_of, read_checkpoint
 from models.create import model_fields
 from models.describe import cost_line, cost_of
-from runtime.devices import gather, in_precision, memory_errors, set_precision, start_processes
+from runtime.devices import compiled, explained, gather, in_precision, set_precision, start_processes
 from runtime.files import atomic_path, state_digest
 from runtime.run_folder import RESULTS, checkpoint_folder, run_folder, sweep
 from runtime.seeds import EVALUATION, index_labels, index_noise
@@ -55,7 +55,7 @@ def main(config, args, given):
         raise UserError("name either --ckpt_dir (checkpoints to sample) or --data_dir (images to measure)")
     set_precision(config.training.precision)
     advice = "lower config.eval.batch_size, or free memory of the GPU"
-    with start_processes(PATIENCE) as processes, memory_errors(advice):
+    with start_processes(PATIENCE) as processes, explained(advice):
         path, done = (measure_files if args.data_dir else measure_checkpoints)(config, args, given, processes)
         name = results.main_metric(done[0])
         best = min(done, key=lambda result: result[name])
@@ -168,12 +168,13 @@ def sample_batches(net, config, processes, title, count_evaluations):
     Noise and class of sample i depend on (config.seed, i) alone, not on batch size and number of processes, so the
     batch size is halved where the memory of the GPU is too small for it.
     """
-    sample, size, device, low = create_sampler(config), config.eval.batch_size, processes.device, 0
+    sample, size, device, low, velocity = create_sampler(config), config.eval.batch_size, processes.device, 0, None
     indices = share_of(processes, config.eval.num_samples)
-    velocity = velocity_from_network(in_precision(net, config.training.precision, device))
     with progress_bar(total=len(indices), desc=f"sampling {title}", unit="images",
                       enabled=config.training.progress if processes.is_main else "false") as bar:
         while low < len(indices):
+            velocity = velocity or velocity_from_network(
+                in_precision(compiled(net, config.training), config.training.precision, device))
             part = indices[low : low + size * BATCHES_AT_ONCE]
             z = index_noise(config.seed, part, image_shape(config), EVALUATION)
             z = z.to(device) * config.sampling.init_noise_scale
@@ -185,7 +186,7 @@ def sample_batches(net, config, processes, title, count_evaluations):
             except torch.OutOfMemoryError:
                 if size == 1 or sampling_identity(config)["batch_size"]:
                     raise
-                size, bar.n = size // 2, low
+                size, bar.n, velocity = size // 2, low, None  # a compiled network keeps its batch size
                 print_message(f"config.eval.batch_size {2 * size} does not fit the GPU: trying {size}", stderr=True)
                 continue
             count_evaluations(nfe)

@@ -1,9 +1,9 @@
 """Make the noise-image pairs that reflow trains on: {data_root}/{seed}/z0.npy, z1.npy, label.npy and pairs.json.
 
 z0, labels and the order are functions of (seed, index), on any machine. z1 is bit-identical in any number of processes
-(torchrun --nproc_per_node=N), after any interruption and in a longer run, as long as threads, instruction set and
-blocks are the same; otherwise, and on a GPU, it is the same up to rounding. The same command continues after an
-interruption, and a larger sampling.total_number_of_samples extends a folder. sampling.direction chooses the pairs:
+(torchrun --nproc_per_node=N), after any interruption and in a longer run, as long as threads, instruction set, blocks
+and training.compile are the same; otherwise, and on a GPU, it is the same up to rounding. The same command continues
+after an interruption, and a larger sampling.total_number_of_samples extends a folder. Values of sampling.direction:
   from_z0       noise integrated to images by the network of --ckpt_path
   from_z1       images (of the data set, or --z1_path) integrated back to noise
   random_paired images paired with fresh noise; no network
@@ -30,7 +30,7 @@ from flows.couplings import COUPLINGS, create_coupling
 from flows.rectified_flow import analytic_velocity, interpolate, velocity_from_network
 from flows.samplers import SAMPLERS
 from models.checkpoint import load_with_config
-from runtime.devices import autocast, gather, memory_errors, set_precision, start_processes
+from runtime.devices import autocast, compiled, explained, gather, set_precision, start_processes
 from runtime.pictures import save_grid
 from runtime.terminal import progress_bar
 
@@ -55,7 +55,8 @@ def main(config, args, given):
     with start_processes(patience=datetime.timedelta(days=7)) as processes:  # one may be hours behind the others
         config, net, teacher = load_teacher(config, args, given, processes)
         points = InitialPoints(config, args.z0_path, args.z1_path, args.label_path)
-        coupling = create_coupling(config, create_velocity(net, points, processes.device), points, processes.device)
+        velocity = create_velocity(net and compiled(net, config.training), points, processes.device)
+        coupling = create_coupling(config, velocity, points, processes.device)
         folder, job = pathlib.Path(args.data_root) / str(config.seed), create_job(config, given, points, teacher)
         with contextlib.ExitStack() as held:
             processes.from_main(lambda: held.enter_context(pair_writer.locked(folder)))
@@ -143,7 +144,7 @@ def make_blocks(config, folder, job, todo, coupling, processes):
                   f"are done, {len(todo)} blocks to make")
     with (progress_bar(total=job.count, desc="pairs", unit="pairs", initial=done,
                        enabled=config.training.progress if processes.is_main else "false") as bar,
-          memory_errors("lower config.training.batch_size"),
+          explained("lower config.training.batch_size"),
           autocast(config.training.precision, processes.device)):  # the network alone; samplers sum in float64
 
         def finished(pairs):  # assumes that the other processes are as far

@@ -25,7 +25,7 @@ from datasets.pairs import image_shape
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import SAMPLERS, create_sampler, sampler_values, straightness
 from models.checkpoint import is_remote, load_with_config
-from runtime.devices import in_precision, set_precision, start_processes
+from runtime.devices import compiled, explained, in_precision, set_precision, start_processes
 from runtime.files import write_json
 from runtime.pictures import save_grid, save_lines
 from runtime.run_folder import GRIDS, checkpoint_folder, numbered_checkpoints, run_folder
@@ -53,7 +53,7 @@ def main(config, args, given):
     """Sample the checkpoints that the flags select."""
     paths = checkpoint_paths(args.sampling_dir, config.eval, given)
     set_precision(config.training.precision)
-    with start_processes() as processes:
+    with start_processes() as processes, explained("lower config.sampling.batch_size"):
         if processes.world_size > 1:
             raise UserError("image_sampling.py uses one process; start it with python, not torchrun")
         for path in paths:
@@ -78,7 +78,7 @@ def checkpoint_paths(sampling_dir, settings, given):
 def sample_checkpoint(path, config, args, given, device):
     """Sample one checkpoint and write all its files, once everything is sampled."""
     config, net, digest = load_with_config(path, config, given, args.use_ema, device)
-    velocity = velocity_from_network(in_precision(net, config.training.precision, device))
+    velocity = velocity_from_network(in_precision(compiled(net, config.training), config.training.precision, device))
     classes, class_titles = class_rows(args.classes, config, given)
     z, label = initial_points(classes, config, given, device)
     name, grids, survey = pathlib.Path(path).stem + ("" if args.use_ema else "_raw"), [], SURVEY

@@ -24,7 +24,7 @@ from flows.schedules import create_annealing
 from models import create_model
 from models.describe import fastest_layout
 from models.ema import ExponentialMovingAverage
-from runtime.devices import gather, in_precision, memory_errors, set_deterministic, set_precision, start_processes
+from runtime.devices import compiled, explained, gather, in_precision, set_deterministic, set_precision, start_processes
 from runtime.run_folder import run_path
 from runtime.seeds import DRAWS, seed_dropout, step_generator
 from training import run, state
@@ -57,7 +57,9 @@ def train(config, processes, messages, held):
                       "finished; raise config.training.n_iters to train on")
         return 0
 
-    with explained_failures(options):
+    advice = (f"raise config.training.accumulation_steps ({options.accumulation_steps}), which splits the batch, or "
+              f"lower config.training.batch_size ({options.batch_size})")
+    with explained(advice):
         training = Training(config, processes, found)
     data_changed = processes.from_main(lambda: run.open_run(config))
     logger = run.RunLogger(config, start=step, active=processes.is_main)
@@ -70,7 +72,7 @@ def train(config, processes, messages, held):
 
     writer, signal, grid, started = state.Writer(), 0, None, time.monotonic()
     held.callback(writer.wait)  # the lock is kept until everything is on disk, however the training ends
-    with run.stop_requests(processes.world_size) as agreed_signal, explained_failures(options):
+    with run.stop_requests(processes.world_size) as agreed_signal, explained(advice):
         while step < options.n_iters and not signal:
             training.update(step)
             step += 1
@@ -133,7 +135,8 @@ class Training:
         for parameter in getattr(self.network, "idle_parameters", list)():  # processes would wait for their gradients
             parameter.requires_grad_(False)
         teacher = state.load_teacher(config, self.device)
-        self.objective = create_objective(config, teacher and self.velocity_of(teacher), self.device)
+        teacher = teacher and self.velocity_of(compiled(teacher, config.training))
+        self.objective = create_objective(config, teacher, self.device)
         self.parallel = self.network
         if processes.world_size > 1:  # gradients are averaged over the processes
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -141,7 +144,7 @@ class Training:
             self.parallel.broadcast_buffers = False  # constants; the argument's default depends on torch
         called = self.parallel
         if config.training.compile:
-            self.messages.append("compiling the network in the first update, which takes a minute or more")
+            self.messages.append("compiling in the first update, which takes a minute or more")
             called = torch.compile(self.parallel, mode=config.training.compile_mode)
         self.velocity = self.velocity_of(called)
         self.network.train()
@@ -200,20 +203,6 @@ class Training:
                 f"({self.processes.world_size} process{'es' * (self.processes.world_size > 1)}), {len(self.source):,} "
                 f"{'pairs' if config.data.reflow_data_root else 'images'} of {'×'.join(map(str, self.source.shape))}, "
                 f"batch {config.training.batch_size}, {config.training.n_iters} updates")
-
-
-@contextlib.contextmanager
-def explained_failures(options):
-    """Raise a UserError where memory runs out or torch.compile fails, for instance without a compiler."""
-    try:
-        with memory_errors(f"raise config.training.accumulation_steps ({options.accumulation_steps}), which splits the "
-                           f"batch, or lower config.training.batch_size ({options.batch_size})"):
-            yield
-    except torch._dynamo.exc.TorchDynamoException as error:
-        cause = getattr(error, "inner_exception", error)
-        raise UserError("config.training.compile is true, but torch.compile fails: "
-                        f"{f'{type(cause).__name__}: {cause}'.splitlines()[0]}; set it to false, or install the "
-                        "compiler it needs") from error
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from metrics.features import full_float32
 from models import load_model
 from models.checkpoint import write_checkpoint
 from models.describe import describe, fastest_layout, median_seconds
-from runtime.devices import in_precision, set_precision
+from runtime.devices import compiled, in_precision, set_precision
 from runtime.run_folder import git_commit
 
 PEAKS = {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4}  # dense TFLOP/s of an H100 SXM
@@ -49,6 +49,8 @@ COMPILED = [{"size": size, "precision": "bf16", "compile": mode} for size, mode 
 LAST = [{"size": size, "precision": precision, "layout": layout} for size in ("15.7M", "61.8M")
         for precision in ("tf32", "bf16") for layout in LAYOUTS]
 LAST += [{"size": size, "precision": "fp32"} for size in SIZES]
+SAMPLING = [{"precision": "tf32"}, {"precision": "bf16"}, {"precision": "bf16", "compile": "reduce-overhead"},
+            {"precision": "fp32"}]
 
 
 class Programme:
@@ -123,14 +125,16 @@ class Programme:
         """Updates as in the released code, in its precision."""
         return {"images_s": self.batch * self.rate(released(self.training(size, "fp32")).__next__)}
 
-    def sample(self, sampler, precision):
+    def sample(self, sampler, precision, compile=None):
         """Sampling, from noise on the device."""
         set_precision(precision)
         net = load_model(self.checkpoint, device=self.device).requires_grad_(False)
-        velocity = velocity_from_network(in_precision(net, precision, self.device))
+        network = compiled(net, argparse.Namespace(compile=bool(compile), compile_mode=compile))
+        velocity = velocity_from_network(in_precision(network, precision, self.device))
         size, nfe = net.config_fields["data.image_size"], {"one_step": 1, "euler-10": 10}.get(sampler)
         z = torch.randn(self.many, 3, size, size, device=self.device)
         with torch.no_grad():
+            euler(velocity, z, steps=3)  # the compiler runs in the first, and the second records a CUDA graph
             if nfe:
                 return {"images_s": self.many * self.rate(lambda: euler(velocity, z, steps=nfe)), "nfe": nfe}
             started = time.perf_counter()
@@ -181,9 +185,9 @@ class Programme:
         self.updates(training, self.trained)
         training.config.data.dataset = "CIFAR10"  # since scripts do not have the data set of train_step.py
         write_checkpoint(self.checkpoint, training.state(self.trained))
-        for precision in ("tf32", "bf16", "fp32"):
+        for values in SAMPLING:
             for sampler in ("one_step", "euler-10", "rk45"):
-                self.row(self.sample, sampler=sampler, precision=precision)
+                self.row(self.sample, sampler=sampler, **values)
         for name in ("pairs", "evaluate"):
             self.row(self.script, name=name, tol=1e-3)
         self.row(self.features)

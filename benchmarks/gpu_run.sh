@@ -14,7 +14,7 @@ START=$SECONDS
 for size in 80.7M 61.8M 15.7M 3.4M; do # compilers on the cores while the tests run: nothing is timed yet
   (timeout 170 python3 -m benchmarks.gpu --warm $size > .gpu/warm_$size.txt 2>&1 || touch .gpu/cut_$size) &
 done
-SLIMFLOW_TEST_DEVICE=cuda timeout 140 python3 -m pytest -p no:cacheprovider -o addopts= --import-mode=importlib -q -rs \
+SLIMFLOW_TEST_DEVICE=cuda timeout 170 python3 -m pytest -p no:cacheprovider -o addopts= --import-mode=importlib -q -rs \
   tests/test_cuda.py > "$OUT/tests.txt" 2>&1
 echo "tests: status $?, $((SECONDS - START)) s"; tail -25 "$OUT/tests.txt"
 wait

@@ -62,8 +62,6 @@ def run_script(main, doc, script_flags=None, reads=()):
     """
     with one_sentence(pathlib.Path(sys.argv[0]).name):
         parsed = parse_command_line(sys.argv, doc, script_flags, reads)
-        if parsed and parsed[0].training.compile and reads and not "training.compile".startswith(reads):
-            raise UserError("config.training.compile is for training; give --config.training.compile false")
         sys.exit(parsed and main(*parsed))
 
 

@@ -83,7 +83,7 @@ GROUPS = {
         "resume_from": Field("", "run folder from whose last state a new run starts"),
         "progress": Field("auto", "progress bars (auto: on a terminal)", choices=("auto", "true", "false")),
         "precision": Field("tf32", "arithmetic (tf32 and fp16: on CUDA)", choices=("fp32", "tf32", "bf16", "fp16")),
-        "compile": Field(False, "compile the network with torch.compile"),
+        "compile": Field(False, "compile networks with torch.compile, in training and in sampling"),
         "compile_mode": Field("default", "torch.compile mode", choices=("default", "reduce-overhead", "max-autotune")),
         "deterministic": Field(False, "deterministic algorithms only (slower on a GPU)"),
         "max_skipped": Field(100, "non-finite updates in a row after which training stops", low=1),
@@ -193,9 +193,9 @@ GROUPS = {
 
 FIELDS = {f"{group}.{name}".lstrip("."): field for group, fields in GROUPS.items() for name, field in fields.items()}
 # What the scripts that sample from a checkpoint have in common: how the names of the fields begin that they read.
-SAMPLING_READS = ("seed", "training.precision", "training.progress", "flow.eps", "model.", "sampling.use_ode_sampler",
-                  *(f"sampling.{name}" for name in sampler_fields()), "sampling.max_steps", "sampling.init_noise_scale",
-                  "sampling.train_subset", "sampling.class_label", "data.data", "data.custom_data_root",
+SAMPLING_READS = ("seed", "training.compile", "training.precision", "training.progress", "flow.eps", "model.",
+                  *(f"sampling.{name}" for name in ("use_ode_sampler", *sampler_fields(), "max_steps", "class_label")),
+                  "sampling.init_noise_scale", "sampling.train_subset", "data.data", "data.custom_data_root",
                   "data.train_subset", "data.cache_dir", "data.image_size", "data.num_", "data.skip_corrupt")
 
 

@@ -79,14 +79,19 @@ def start_processes(patience=None):
 
 
 @contextlib.contextmanager
-def memory_errors(advice):
-    """Raise a UserError with `advice` (which field to lower) if memory runs out in the `with` block."""
+def explained(advice):
+    """Raise a UserError if in the `with` block torch.compile fails or, with `advice` what to lower, memory runs out."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and so are all of torch.compile
+        cause = getattr(error, "inner_exception", error)
+        if isinstance(cause, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"out of memory: {advice}") from error
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
-        raise UserError(f"out of memory: {advice}") from error
+        raise UserError("config.training.compile is true, but torch.compile fails: "
+                        f"{f'{type(cause).__name__}: {cause}'.splitlines()[0]}; set it to false, or install the "
+                        "compiler it needs") from error
 
 
 def set_precision(precision):
@@ -116,5 +121,26 @@ def in_precision(network, precision, device):
     def call(x, t, label=None):
         with autocast(precision, device):
             return network(x, t, label).float()
+
+    return call
+
+
+def compiled(network, options):
+    """Return `network(x, t, label)` without gradients, compiled if config.training (`options`) asks for it.
+
+    All calls run one graph, with as many rows as the largest batch so far: in a smaller one, the last rows are those of
+    an earlier call, and their results are dropped. Results are copies: a CUDA graph writes all into the same memory.
+    """
+    if not options.compile:
+        return network
+    run, inputs = torch.compile(network, mode=options.compile_mode), []
+
+    def call(x, t, label=None):
+        given, count = [value for value in (x, t, label) if value is not None], len(x)
+        if not inputs or len(inputs[0]) < count:
+            inputs[:] = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in given]
+        for buffer, value in zip(inputs, given, strict=True):
+            buffer[:count] = value
+        return run(*inputs)[:count].clone()
 
     return call

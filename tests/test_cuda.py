@@ -20,10 +20,11 @@ if not DEVICE or (DEVICE == "cuda" and not torch.cuda.is_available()):
 from datasets import create_batches  # noqa: E402
 from flows.rectified_flow import velocity_from_network  # noqa: E402
 from flows.runge_kutta import rk45  # noqa: E402
+from flows.samplers import create_sampler  # noqa: E402
 from metrics.features import full_float32  # noqa: E402
 from models import load_model  # noqa: E402
 from models.ema import ExponentialMovingAverage  # noqa: E402
-from runtime.devices import Processes, in_precision, set_deterministic, set_precision  # noqa: E402
+from runtime.devices import Processes, compiled, in_precision, set_deterministic, set_precision  # noqa: E402
 from tests.helpers import DIGITS, config_of, overrides  # noqa: E402
 from tests.models.released_numbers import fields_of, path_of  # noqa: E402
 from tests.processes import HANGING  # noqa: E402
@@ -169,6 +170,19 @@ def test_adaptive_steps_take_the_evaluations_that_they_take_on_a_cpu():
     assert relative(y, x) < 1e-3 and (nfe - evaluations).abs().max() <= 12
 
 
+@pytest.mark.parametrize("sampler", ["heun", "rk45"])
+def test_sampling_by_cuda_graphs_gives_what_it_gives_without(sampler):
+    set_precision("fp32")
+    config = config_of(training__compile=True, training__compile_mode="reduce-overhead", sampling__sample_N=6,
+                       sampling__use_ode_sampler=sampler, sampling__ode_tol=1e-3)
+    net = load_model(path_of("ncsnpp_cifar"), device=DEVICE, fields=fields_of("ncsnpp_cifar"))
+    size, channels = (net.config_fields[f"data.{name}"] for name in ("image_size", "num_channels"))
+    z = torch.randn(6, channels, size, size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    wanted, found = (create_sampler(config)(velocity_from_network(network), z, batch_size=4)[0]  # 4 images, then 2
+                     for network in (net, compiled(net, config.training)))
+    assert relative(found, wanted) < 1e-3
+
+
 def test_features_in_full_float32_keep_cudnn():
     set_precision("tf32")
     with full_float32():
@@ -186,10 +200,10 @@ def run(log, *words):
 def test_the_scripts_run_and_a_run_continues(own, repository, tmp_path):
     precision, _, compiled = own.partition(" ")
     fields = {"model__nf": 8, "training__progress": "false", "training__precision": precision}
+    fields |= {"training__compile": True, "training__compile_mode": "reduce-overhead"} if compiled else {}
 
     def start(script, *words, **more):
-        only = {"training__compile": True} if compiled and script == "train.py" else {}  # refused by the others
-        run(tmp_path / "log", repository / script, "--config", DIGITS, *words, *overrides(**(fields | only | more)))
+        run(tmp_path / "log", repository / script, "--config", DIGITS, *words, *overrides(**(fields | more)))
 
     for updates in (20, 40):
         start("train.py", work_dir=tmp_path, expr="flow", training__snapshot_freq=20, training__record_iters=5,

@@ -271,6 +271,16 @@ def test_a_batch_whose_samples_share_their_steps_is_not_halved():
         samples(Linear(limit=2), config)
 
 
+def test_a_compiled_batch_that_is_halved_is_compiled_again_in_the_smaller_size(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, mode: network)
+    net, config = Linear(), small_config(eval__batch_size=10)
+    expected, _ = samples(net, config)
+    net.limit, config.training.compile = 5, True
+    net.seen.clear()
+    found, _ = samples(net, config)
+    assert (expected.int() - found.int()).abs().max() <= 1 and [len(x) for x in net.seen] == [5] * 9
+
+
 def test_weights_are_cast_once_for_all_evaluations_of_a_batch_in_bf16():
     class Casts(TorchDispatchMode):
         counts = collections.Counter()
@@ -304,6 +314,15 @@ def run_main(run, *words):
     """Run main() in this process."""
     evaluation_fid.main(*parse_command_line(["evaluation_fid.py", "--config", DIGITS, "--ckpt_dir", str(run), *words],
                                             "", evaluation_fid.FLAGS))
+
+
+def test_compiled_checkpoints_of_a_sweep_share_one_graph_and_measure_the_same(run, cuda_graphs):
+    words = (*QUICK, "--config.eval.batch_size=30", "--config.training.progress=false")
+    run_main(run, *words)
+    run_main(run, *words, "--config.training.compile=true", "--force")
+    assert cuda_graphs == ["default"]
+    first, second, *again = (r["pixel_frechet_distance"] for r in results(run))
+    assert again == pytest.approx([first, second], rel=1e-3) and first != pytest.approx(second, rel=1e-2)
 
 
 def measure(monkeypatch, run, *fields):

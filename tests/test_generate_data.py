@@ -1,6 +1,7 @@
 """generate_data.py: a pair belongs to its index, and nothing that stops the program changes or loses one."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -338,6 +339,16 @@ def test_a_network_that_gives_no_numbers_is_named_with_the_pairs(tmp_path, netwo
     assert "pairs 0 to 31: z1.npy of pair 0 is not finite" in sentence
 
 
+def test_a_compiler_that_fails_is_one_sentence(tmp_path, network, monkeypatch):
+    def backend(graph, inputs):
+        raise OSError("no C++ compiler")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    sentence = refused(tmp_path, {"ckpt_path": network}, sampling__direction="from_z0", training__compile=True)
+    assert "config.training.compile is true, but torch.compile fails: OSError: no C++ compiler; set it" in sentence
+
+
 def test_no_more_pairs_are_solved_than_are_asked_for(tmp_path, monkeypatch):
     solved = []
     monkeypatch.setattr(generate_data, "create_velocity", lambda net, points, device: lambda x, t, label=None: (
@@ -371,6 +382,24 @@ def test_the_licence_of_a_teacher_is_said_once(tmp_path, network, monkeypatch):
     monkeypatch.setattr(generate_data, "load_with_config", with_licence)
     make_by_network(tmp_path, network)
     assert (tmp_path / "log").read_text().count("CC BY-NC-SA") == 1
+
+
+@pytest.mark.parametrize("fields", [
+    {"sampling__direction": "from_z1"}, {"training__precision": "bf16", "sampling__pair_storage": "compact"},
+    {"sampling__use_ode_sampler": "heun", "sampling__sample_N": 3, "training__compile_mode": "reduce-overhead"}])
+def test_a_compiled_teacher_is_one_graph_and_makes_the_same_pairs(tmp_path, network, cuda_graphs, fields):
+    fields = fields | {"sampling__block_size": 16, "sampling__total_number_of_samples": 19}
+    eager = make_by_network(tmp_path / "eager", network, **fields)
+    assert not cuda_graphs
+    compiled = make_by_network(tmp_path / "compiled", network, training__compile=True, **fields)
+    assert cuda_graphs == [fields.get("training__compile_mode", "default")]
+    tolerance = 0.05 if "training__precision" in fields else 1e-3
+    for a, b in zip(*(PairFolder(folder).take(np.arange(19)) for folder in (eager, compiled)), strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    assert read_metadata(compiled)["config"]["training"]["compile"]
+    fields["sampling__total_number_of_samples"] = 20  # the setting may change, as the machine may
+    make_by_network(tmp_path / "compiled", network, **fields)
+    assert "16 are done, 1 blocks to make" in (tmp_path / "compiled/log").read_text()
 
 
 # What stops the program.

@@ -1,5 +1,6 @@
 """image_sampling.py from checkpoints to pictures, and its one-sentence errors."""
 
+import functools
 import json
 
 import numpy as np
@@ -71,6 +72,29 @@ def test_survey_of_a_checkpoint_is_pictures_and_their_description(tmp_path):
     for entry in found:
         assert entry["seed"] == 42 and entry["seconds"] > 0 and entry["straightness"] > 0 and entry["images"] == 4
         assert entry["checkpoint"].endswith("checkpoint_1.pth") and entry["weights"] == "EMA"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_checkpoints_are_one_graph_and_the_same_pictures(tmp_path, precision, monkeypatch, cuda_graphs):
+    monkeypatch.setattr(image_sampling, "SURVEY", [("rk45", 1), ("euler", 1), ("euler", 4)])
+    runs = [write_run(tmp_path / name, (1, 2), data__num_classes=10) for name in ("eager", "compiled")]
+    for folder in runs:
+        sample(folder, eval__batch_size=6, batch_size=4, training__precision=precision,
+               training__compile=folder.name == "compiled")
+    assert cuda_graphs == ["default"]
+    for checkpoint in ("checkpoint_1", "checkpoint_2"):
+        eager, ours = (entries(folder, checkpoint) for folder in runs)
+        assert [e["file"] for e in ours[1:]] == [e["file"] for e in eager[1:]]
+        assert ours[1]["straightness"] == pytest.approx(eager[1]["straightness"], rel=0.05)
+        for entry in eager[1:]:
+            a, b = (pixels(folder / "eval_sample" / checkpoint / entry["file"]).astype(int) for folder in runs)
+            assert np.abs(a - b).max() <= (2 if precision == "fp32" else 25) and a.std() > 10
+
+
+def test_a_compiler_that_fails_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="none"))
+    with pytest.raises(UserError, match="training.compile is true, but torch.compile fails: InvalidBackend"):
+        sample(write_run(tmp_path), training__compile=True)
 
 
 def test_one_sampler_leaves_the_sheet_of_the_survey_alone(tmp_path):

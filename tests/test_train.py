@@ -312,6 +312,19 @@ def test_compiled_run_is_one_graph_with_the_losses_and_the_names_of_an_eager_one
     assert list(compiled) == list(eager)
 
 
+def test_compiled_distillation_is_one_graph_for_student_and_teacher_each(tmp_path, pairs):
+    start = finish(tmp_path / "teacher", training__n_iters=6)[0] / "checkpoints/checkpoint_1.pth"
+    fields = {"data__reflow_data_root": pairs, "flow__flow_t_schedule": "t0", "flow__use_teacher": True,
+              "optim__warmup": 0, "flow__guidance_first_step": "teacher", "flow__pre_train_model": start,
+              "training__n_iters": 6, "training__record_iters": 1, "training__accumulation_steps": 2}
+    runs = finish(tmp_path / "eager", **fields)[0], finish(
+        tmp_path / "compiled", prepare=functools.partial(compile_quickly, tmp_path / "graphs.txt"),
+        training__compile=True, **fields)[0]
+    assert (tmp_path / "graphs.txt").read_text() == "graph\n" * 2
+    eager, compiled = ([e["loss"] for e in read_json_lines(run / "log.jsonl")] for run in runs)
+    assert compiled == pytest.approx(eager, rel=1e-4)
+
+
 def without_compiler():
     def backend(graph, inputs):
         raise OSError("no working C++ compiler found")

@@ -8,12 +8,12 @@ import sys
 
 import torch
 
-from benchmarks.gpu import COMPILED, FIRST, LAST
+from benchmarks.gpu import COMPILED, FIRST, LAST, SAMPLING
 from tests.processes import HANGING, output_of
 
 ROWS = [{"part": "train", **values} for values in (*FIRST, *COMPILED, *LAST)]
-ROWS += [{"part": "sample", "sampler": sampler, "precision": precision}
-         for sampler in ("one_step", "euler-10", "rk45") for precision in ("tf32", "bf16", "fp32")]
+ROWS += [{"part": "sample", "sampler": sampler, **values} for sampler in ("one_step", "euler-10", "rk45")
+         for values in SAMPLING]
 ROWS += [{"part": "released", "size": "15.7M"}, {"part": "features"},
          {"part": "script", "name": "pairs", "tol": 1e-3}, {"part": "script", "name": "evaluate", "tol": 1e-3},
          *({"part": "repeats", "deterministic": value} for value in (False, True))]

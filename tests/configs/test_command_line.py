@@ -22,7 +22,6 @@ from configs.command_line import (
     help_text,
     load_config,
     parse_command_line,
-    run_script,
 )
 from configs.default import FIELDS, Field, check_fields, get_field
 from flows.samplers import sampler_fields
@@ -204,28 +203,17 @@ TINY_RUNS = {
              "training.compile_mode", "data.cache_dir", "data.centered"}),
     generate_data: ([[*TINY_PAIRS, "--ckpt_path={run}/checkpoints/checkpoint_1.pth"],
                      [*TINY_PAIRS, "--config.seed=1", "--config.sampling.direction=random_paired"]],
-                    {"data.cache_dir"}),
+                    {"training.compile_mode", "data.cache_dir"}),
     evaluation_fid: ([["--ckpt_dir={run}", "--config.sampling.use_ode_sampler=one_step", "--config.eval.nearest=9",
                        "--config.eval.num_samples=70"]],
-                     {"work_dir", "eval.wait_limit", "eval.inception_path", "sampling.max_steps"}),
+                     {"work_dir", "eval.wait_limit", "eval.inception_path", "sampling.max_steps",
+                      "training.compile_mode", "data.cache_dir"}),
     image_sampling: ([["--sampling_dir={run}", "--config.sampling.ode_tol=0.1", "--config.eval.batch_size=2",
                        "--config.sampling.use_ode_sampler=rk45"]],
                      {"eval.begin_ckpt", "eval.end_ckpt", "sampling.train_subset", "data.dataset", "data.data_root",
-                      "data.custom_data_root", "data.train_subset", "data.cache_dir", "data.skip_corrupt"}),
+                      "data.custom_data_root", "data.train_subset", "data.cache_dir", "data.skip_corrupt",
+                      "training.compile_mode"}),
 }
-
-
-@pytest.mark.parametrize("script", TINY_RUNS, ids=lambda script: script.__name__)
-def test_scripts_that_sample_refuse_a_config_that_compiles(script, tmp_path, monkeypatch, capsys):
-    write_json(tmp_path / "config.json", {"training": {"compile": True}})
-    called, argv = [], ["script.py", "--config", str(tmp_path / "config.json")]
-    for words in ([], ["--config.training.compile", "false"]):
-        monkeypatch.setattr(sys, "argv", argv + words)
-        with pytest.raises(SystemExit):
-            run_script(lambda config, *_: called.append(config.training.compile), "", getattr(script, "FLAGS", None),
-                       script.READS)
-    refused = "config.training.compile is for training; give --config.training.compile false" in capsys.readouterr().err
-    assert (refused, called) == ((False, [True, False]) if script is train else (True, [False]))
 
 
 @pytest.mark.parametrize("script", TINY_RUNS, ids=lambda script: script.__name__)
