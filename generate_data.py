@@ -7,8 +7,8 @@ after an interruption, and a larger sampling.total_number_of_samples extends a f
   from_z0       noise integrated to images by the network of --ckpt_path
   from_z1       images (of the data set, or --z1_path) integrated back to noise
   random_paired images paired with fresh noise; no network
-  gt_v_from_z0, gt_v_from_z1   as the first two, by the closed-form velocity of the data set's images; no network;
-                gt_v_from_z1 starts on the path, at (1-eps)·z1 + eps·ξ
+  gt_v_from_z0  as from_z0, by the closed-form velocity of the data set's images; no network
+  gt_v_from_z1  as from_z1, by that velocity, starting on the path at (1-eps)·z1 + eps·ξ
 training.batch_size is the number of pairs solved at a time.
 """
 

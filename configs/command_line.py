@@ -13,7 +13,6 @@ import re
 import runpy
 import shutil
 import sys
-import textwrap
 
 import ml_collections
 from absl import flags
@@ -22,7 +21,7 @@ from ml_collections import config_flags
 from configs.default import FIELDS, GROUPS, KINDS, check_fields, get_default_config, get_field, set_field
 from datasets.sources import DATASETS
 from runtime.files import read_json
-from runtime.terminal import UserError, one_sentence
+from runtime.terminal import UserError, one_sentence, wrap_lines
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -231,19 +230,19 @@ def differences(config):
 
 def help_text(doc, script_flags, groups=GROUPS, config=None, reads=()):
     """Return the text of `--help`: the script's purpose, its flags, and the fields of `groups` with their values."""
-    config = config or get_default_config()
-    wrap = textwrap.TextWrapper(min(shutil.get_terminal_size((120, 24)).columns, 120), "  ", "      ",
-                                break_long_words=False, break_on_hyphens=False).fill
-    lines = [doc.strip(), "", "flags:"]
+    config, lines = config or get_default_config(), ["flags:"]
     if groups:
         lines += ["  --config FILE: Python config file, or a run's config.json (required)",
                   "  --print_config: print the resulting config and exit",
                   "  --help GROUP: show the fields of one group only"]
-    lines += [wrap(f"--{name}: {field.describe(field.default)}") for name, field in script_flags.items()]
+    lines += [f"  --{name}: {field.describe(field.default)}" for name, field in script_flags.items()]
     for group in groups:
         marked = "; *: read by this script" if reads else ""
         lines += ["", f"config fields{group and ' of '}{group} (--config.NAME value{marked}):"]
         for name in (f"{group}.{name}".lstrip(".") for name in GROUPS[group]):
-            lines.append(wrap(f"{'* ' * name.startswith(reads)}{name}: "
-                              f"{FIELDS[name].describe(get_field(config, name))}"))
-    return "\n".join(lines)
+            lines.append(f"  {'* ' * name.startswith(reads)}{name}: "
+                         f"{FIELDS[name].describe(get_field(config, name))}")
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    paragraphs = re.sub(r"^(\S.*)\n(?=\S)", r"\1 ", doc.strip(), flags=re.MULTILINE).splitlines()
+    purpose = [line if line.startswith("    ") else wrap_lines(line, width, hanging=0) for line in paragraphs]
+    return "\n".join([*purpose, "", wrap_lines("\n".join(lines), width)])  # commands stay whole, to be copied

@@ -54,12 +54,18 @@ def one_sentence(name):
 def print_message(text, stderr=False):
     """Print lines of text above the progress bars: wrapped between words in a terminal, as they are elsewhere."""
     file = sys.stderr if stderr else sys.stdout
-    if file.isatty():
-        wrap = textwrap.TextWrapper(shutil.get_terminal_size().columns, subsequent_indent="    ",
-                                    break_long_words=False, break_on_hyphens=False)
-        text = "\n".join(map(wrap.fill, text.splitlines()))
-    tqdm.write(text, file)
+    tqdm.write(wrap_lines(text, shutil.get_terminal_size().columns) if file.isatty() else text, file)
     file.flush()
+
+
+def wrap_lines(text, width, hanging=4):
+    """Return `text` with each line wrapped between words; continuation lines are indented by `hanging` more."""
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()) + hanging)
+        lines.append(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False,
+                                   break_on_hyphens=False))
+    return "\n".join(lines)
 
 
 def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto", initial=0):

@@ -1,7 +1,7 @@
 """Show the cost of a network per level: parameters, GMACs, activation memory of one image, memory of training.
 
     python -m tools.describe --config configs/rectified_flow/cifar10_rf_gaussian.py --config.model.nf 64
-    python -m tools.describe --config configs/rectified_flow/cifar10_rf_gaussian.py \
+    python -m tools.describe --config configs/rectified_flow/cifar10_rf_gaussian.py \\
         --ckpt_path logs/1_rectified_flow/checkpoints/checkpoint_14.pth --measure
 
 With --ckpt_path (any checkpoint file, or hf://owner/repo/file) the architecture is the checkpoint's.

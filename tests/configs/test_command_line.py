@@ -252,12 +252,16 @@ PROGRAMS = [path for place in ("*.py", "tools/*.py", "experiments/*.py", "benchm
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_every_program_starts_and_explains_itself(path, monkeypatch, capsys):
+@pytest.mark.parametrize("width", [80, 120])
+def test_every_program_starts_and_explains_itself_in_lines_that_fit(path, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
     assert not ended.value.code
-    assert "\nflags:\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if not re.match("    (    )?\\S", line)]  # without commands
+    assert "flags:" in lines and max(map(len, lines)) <= width
 
 
 def test_help_into_a_closed_pipe_ends_without_a_traceback(repository):
