@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ TITLES = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recal
           "pixel_recall": "pixel recall"}
 AXES = {"step": "training step", "nfe": "function evaluations (NFE)"}  # x-axes of the plot
 FURTHER = ("weights", "arithmetic", "eps", "init_noise_scale", "class_label")  # added to its labels where they differ
-LINE = 120  # characters on a line of a table
+LINE = 119  # characters on a line of a table
 NUMBER, NONE = (int, float), type(None)
 TYPES = {"checkpoint": str, "sampler": (str, NONE), "num_samples": int, "step": (int, NONE), "nfe": (*NUMBER, NONE),
          "seconds": NUMBER, "reference": str, "protocol": str, "versions": dict, "seeds": dict,
@@ -82,10 +83,14 @@ def protocol_line(result):
 
 
 def sampler_name(result, brief=False):
-    """Return the sampler of a result with its options, `rk45 (ode_tol 1e-05, …)`; brief: without those at defaults."""
+    """Return the sampler of a result with its options, `rk45 (ode_tol 0.01, step_control batch)`.
+
+    brief: without those at their defaults, and in fewer words: `rk45 tol 0.01 batch`.
+    """
     values = {name: result.get(name) for name in sampler_fields() if name == "sample_N" or not brief
               or result.get(name) != FIELDS[f"sampling.{name}"].default}
-    return "files" if result["sampler"] is None else sampler_title(result["sampler"], values)
+    title = "files" if result["sampler"] is None else sampler_title(result["sampler"], values)
+    return re.sub("step_control |(?<=[( ])[a-z]+_|[(),]", "", title) if brief else title
 
 
 def table(results):
@@ -93,16 +98,31 @@ def table(results):
     metrics = [name for name in TITLES if any(name in r for r in results)]
     heads = [head.split() for head in ("checkpoint", "step", "sampler", "NFE", "samples", *(TITLES[m] for m in metrics),
                                        "nearest image", "(real)", "seconds")]
-    rows = list(zip(*([""] * (3 - len(words)) + words for words in heads), strict=True))  # one word per line
+    rows = list(map(list, zip(*([""] * (3 - len(words)) + words for words in heads), strict=True)))  # a word per line
     for r in results:
         values = [r["step"], sampler_name(r, brief=True), r["nfe"], r["num_samples"], *map(r.get, metrics),
                   r.get("nn_distance"), r.get("nn_distance_real")]
         cells = ("n/a" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
         rows.append([r["checkpoint"].removesuffix(".pth").removeprefix("checkpoint_"), *cells, f"{r['seconds']:.1f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = fit_columns(rows, (0, 2))
     gap = "  " if sum(widths) + 2 * len(widths) <= LINE else " "
     lines = [gap.join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([*filter(str.strip, lines[:3]), "-" * len(lines[0]), *lines[3:]])
+
+
+def fit_columns(rows, names, gap=1):
+    """Return the widths of the columns of `rows`, lists of text, `gap` characters apart.
+
+    Where a line would have more than LINE characters, texts in the columns `names` lose their middle, in place.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for column in names:
+        excess = sum(widths) + gap * (len(widths) - 1) - LINE
+        room = widths[column] = max(10, widths[column] - max(0, excess))
+        for row in rows:
+            if len(row[column]) > room:
+                row[column] = f"{row[column][:room // 2]}…{row[column][-((room - 1) // 2):]}"
+    return widths
 
 
 def draw_figure(path, results):

@@ -8,7 +8,7 @@ import time
 
 from configs.command_line import load_config, run_program
 from configs.default import Field
-from metrics.results import LINE, TITLES, main_metric, read_results, sampler_name
+from metrics.results import TITLES, fit_columns, main_metric, read_results, sampler_name
 from runtime.files import read_json_lines
 from runtime.run_folder import CHECKPOINTS, CONFIG, LOG, RESULTS, numbered_checkpoints
 from runtime.terminal import UserError
@@ -42,12 +42,10 @@ def main(args):
     if not configs:
         raise UserError(f"no runs in {root}; name their folder with --work_dir")
     rows = [describe_run(path.parent, root) for path in configs]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    room = widths["run"] = max(9, widths["run"] - max(0, sum(w + 2 for w in widths.values()) - 2 - LINE))
-    for row in [dict(zip(widths, widths, strict=True)), *rows]:
-        if len(row["run"]) > room:
-            row["run"] = f"{row['run'][:room // 2]}…{row['run'][-((room - 1) // 2):]}"
-        print("  ".join(text.ljust(widths[name]) for name, text in row.items()).rstrip())
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = fit_columns(lines, [lines[0].index(name) for name in ("run", "last figure")], gap=2)
+    for line in lines:
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The results file: what is finished, what is torn, what is best, and what to quote."""
 
 import json
+import re
 import types
 
 import pytest
 
+from metrics import results as results_module
 from metrics.results import append_result, draw_figure, key_of, newest_of_each, protocol_line, read_results, table
 
 
@@ -73,16 +75,39 @@ def test_the_table_prints_na_for_what_the_reference_does_not_allow():
     assert row.split()[-8:] == ["4.532", "n/a", "n/a", "n/a", "9.1", "1.5", "2", "3.0"]
 
 
-def test_rows_of_rk45_with_every_metric_stay_under_120_characters_and_leave_out_default_options():
-    rk45 = result(checkpoint="checkpoint_26.pth", step=1300001, sampler="rk45", sample_N=None, ode_tol=0.01,
-                  step_control="sample", nfe=102.3456, num_samples=50000, fid=123.4567, kid=0.000123456,
-                  precision=0.61234, recall=0.51234, nn_distance=12.3456, nn_distance_real=12.3456, seconds=12345.67)
-    lines = table([rk45, rk45 | {"step_control": "batch", "ode_tol": 1e-5}]).splitlines()
-    assert all(len(line) < 120 for line in table([rk45]).splitlines())
-    assert "rk45 (ode_tol 0.01) " in lines[-2] and "rk45 (step_control batch) " in lines[-1]
-    assert "rk45 (ode_tol 0.01, step_control sample)" in protocol_line(rk45)
-    heun = table([result(sampler="heun", rho=1.0, sample_N=1000)])
-    assert "heun-1000 " in heun and "rho" not in heun
+@pytest.mark.parametrize("options, name", [
+    ({"sampler": "rk45", "ode_tol": 1e-5, "step_control": "sample"}, "rk45"),
+    ({"sampler": "rk45", "ode_tol": 0.01, "step_control": "sample"}, "rk45 tol 0.01"),
+    ({"sampler": "rk45", "ode_tol": 1e-5, "step_control": "batch"}, "rk45 batch"),
+    ({"sampler": "rk45", "ode_tol": 0.01, "step_control": "batch"}, "rk45 tol 0.01 batch"),
+    ({"sampler": "heun", "sample_N": 1000, "rho": 1.0}, "heun-1000"),
+    ({"sampler": "edm", "sample_N": 18, "sigma_max": 100.0, "sigma_min": 0.002}, "edm-18 max 100"),
+    ({"sampler": "cm_stochastic", "sample_N": 2}, "cm_stochastic-2"),
+])
+def test_a_sampler_in_the_table_has_the_options_that_are_not_at_their_defaults(options, name):
+    found = result(**{"sample_N": None} | options)
+    assert re.search(f" 500 +{name} +2 +100 ", table([found]).splitlines()[-1])
+    assert "tol 0.01" not in name or "rk45 (ode_tol 0.01, step_control " in protocol_line(found)
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoint_26.pth", "2_rectified_flow_500000bigflow_28m_distill_lpips.pth"])
+@pytest.mark.parametrize("options", [
+    {"sampler": "rk45", "sample_N": None, "ode_tol": 1.23456e-4, "step_control": "batch"},
+    {"sampler": "edm", "sample_N": 1000, "sigma_max": 151.25, "sigma_min": 1.23456e-4},
+    {"sampler": "a_sampler_of_ones_own_with_a_very_long_name", "sample_N": 1000, "rho": 1.23456},
+])
+@pytest.mark.parametrize("metrics", [
+    {"fid": 1234.567, "kid": -1.23456e-4, "precision": 0.0123456, "recall": 0.0123456, "inception_score": 9.87654},
+    {"pixel_frechet_distance": 12345.67, "pixel_kernel_distance": -1.23456e-4, "pixel_precision": 0.0123456,
+     "pixel_recall": 0.0123456}])
+def test_rows_with_every_metric_stay_under_120_characters(checkpoint, options, metrics):
+    plain = {name: value for name, value in result().items() if name not in results_module.TITLES}
+    worst = plain | options | metrics | {
+        "checkpoint": checkpoint, "step": 1300001, "nfe": 12345.67, "num_samples": 50000, "nn_distance": 12.34567,
+        "nn_distance_real": 12.34567, "seconds": 123456.78}
+    lines = table([worst, worst | {"nfe": 1.0}]).splitlines()
+    assert max(map(len, lines)) < 120 and len(set(map(len, lines))) == 1
+    assert options["sampler"][:3] in lines[-1] and (checkpoint[:4] in lines[-1] or " 26 " in lines[-1])
 
 
 def test_the_figure_is_drawn_for_checkpoints_and_left_out_for_files(tmp_path):

@@ -42,18 +42,26 @@ def test_a_row_has_step_loss_newest_checkpoint_and_the_last_figure(tmp_path, cap
     assert len(rows) == 2 and all(len(row) < 120 for row in rows)
 
 
-def test_a_long_name_loses_its_middle_so_that_a_line_has_at_most_120_characters(tmp_path, capsys):
+def test_a_long_name_loses_its_middle_so_that_a_line_has_fewer_than_120_characters(tmp_path, capsys):
     names = ["2_rectified_flow_500000bigflow_28m_distill_lpips_use_teacher", "short"]
     last = result(26, 4.5321) | {"sampler": "rk45", "sample_N": None, "ode_tol": 0.01, "step_control": "sample"}
     for name in names:
         write_run(tmp_path / name, [{"step": 500000, "loss": 0.25, "images_per_second": 999.6}], [last])
     runs.main(types.SimpleNamespace(work_dir=tmp_path))
     lines = capsys.readouterr().out.splitlines()
-    assert all(len(line) <= 120 for line in lines)
+    assert all(len(line) < 120 for line in lines)
     assert all("FID 4.532 (checkpoint_26, rk45)" in line for line in lines[1:])
     short, long = sorted((line.split()[0] for line in lines[1:]), key=len)
     start, end = long.split("…")
     assert short == "short" and names[0].startswith(start) and names[0].endswith(end) and len(long) > 20
+
+
+def test_a_line_has_fewer_than_120_characters_with_a_long_checkpoint_name_too(tmp_path, capsys):
+    last = result(1, 4.5321) | {"checkpoint": "edm-imagenet-64x64-cond-adm-and-its-longer-name.pkl", "sampler": "edm"}
+    write_run(tmp_path / ("a" * 60), [{"step": 1300001, "loss": 123.25, "images_per_second": 99999.6}], [last])
+    runs.main(types.SimpleNamespace(work_dir=tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) < 120 for line in lines) and "FID 4.532 (edm" in lines[1] and "…" in lines[1]
 
 
 def test_a_damaged_config_hides_no_other_run(tmp_path, capsys):
