@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import train
-from configs.command_line import help_text, parse_command_line
+from configs.command_line import help_text, parse_command_line, parse_flags
 from datasets import DATASETS, array_set, load_images
 from datasets.image_files import ImageSpec
 from flows.losses import DISTANCES, WEIGHTS
@@ -19,9 +19,10 @@ from models.create import NETWORKS, create_from_fields
 from models.describe import describe
 from models.ema import ExponentialMovingAverage
 from runtime.terminal import UserError
-from tests.helpers import DIGITS, SMALL, overrides
+from tests.helpers import DIGITS, SMALL, overrides, same
 from tests.processes import output_of, run_script
 from tests.test_docs import blocks
+from tools import convert
 from training.run import check_training
 
 TABLES = (DATASETS, DISTANCES, NETWORKS, SAMPLERS, TIME_SCHEDULES, WEIGHTS)
@@ -41,7 +42,7 @@ def page():
 def test_the_four_rows_of_the_page_run_through_the_scripts_from_one_config_file(tmp_path):
     config = tmp_path / "my_config.py"
     config.write_text("\n\n".join(blocks("extending.md")))
-    common = ["--config", config, *overrides(training__batch_size=8, training__progress="false")]
+    common = ["--config", config, *overrides(training__progress="false")]
     printed = output_of(tmp_path, "train.py", *common, *overrides(
         work_dir=tmp_path, expr="stripes", training__n_iters=6, training__snapshot_freq=6))
     assert "small of 449 parameters" in printed and "64 images of 1×8×8" in printed
@@ -72,6 +73,21 @@ def test_a_network_without_levels_keeps_just_its_own_fields_in_a_checkpoint(page
     assert (fields["model.name"], fields["model.nf"], fields["data.num_classes"]) == ("small", 16, 0)
     assert "model.ch_mult" not in fields and isinstance(load_model(tmp_path / "checkpoint_1.pth"), page.Small)
     assert describe(fields)[-1].parameters == 449
+
+
+def test_a_checkpoint_of_such_a_network_is_converted_with_its_config_file(page, tmp_path):
+    """The config file adds the class to the table, so it runs before the checkpoint is read."""
+    net = create_model(config := page.get_config())
+    write_checkpoint(tmp_path / "checkpoint_1.pth", {
+        "model": net.state_dict(), "weights": "EMA", "config": json.loads(config.to_json())})
+    (tmp_path / "my_config.py").write_text("\n\n".join(blocks("extending.md")))
+    words = [str(tmp_path / name) for name in ("checkpoint_1.pth", "model.safetensors")]
+    del NETWORKS["small"]
+    with pytest.raises(UserError, match="model.name must be one of ncsnpp, DhariwalUNet, not 'small'"):
+        convert.main(parse_flags(words, convert.FLAGS, positional=("source", "target")))
+    words += ["--config", str(tmp_path / "my_config.py")]
+    convert.main(parse_flags(words, convert.FLAGS, positional=("source", "target")))
+    assert same(load_model(tmp_path / "model.safetensors").state_dict(), net.state_dict())
 
 
 def test_what_a_network_has_no_use_for_is_refused_or_left_to_the_others(page):

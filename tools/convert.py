@@ -60,8 +60,9 @@ Input: standard normal noise; output: about [-1, 1], channels first. config.json
 def main(args):
     if not args.target:
         raise UserError("name a checkpoint and a file to write: python -m tools.convert IN OUT")
+    defaults = model_fields(load_config(args.config)) if args.config else {}  # first: it may add the network's class
     checkpoint, target = read_checkpoint(args.source), pathlib.Path(args.target)
-    fields = architecture(checkpoint, {}, model_fields(load_config(args.config)) if args.config else {})
+    fields = architecture(checkpoint, {}, defaults)
     net = create_from_fields(fields)
     if args.hub:
         write_folder(target, averaged(checkpoint, net, args.slim), net, run_folder(checkpoint["path"]))
@@ -112,7 +113,7 @@ def write_folder(folder, content, net, run):
         temporary.write_bytes(safetensors_bytes(content))
     write_json(folder / CONFIG, content["config"])
     fields, classes = net.config_fields, net.config_fields["data.num_classes"]
-    results = [f"- {protocol_line(result)}" for result in newest_of_each(read_results(run / RESULTS))
+    results = [f"- {protocol_line(result)}" for result in newest_of_each(read_results(run / RESULTS)).values()
                if result["digest"] == content["source"]]
     write_text(folder / "README.md", CARD.format(
         name=folder.resolve().name, network=fields["model.name"], parameters=sum(p.numel() for p in net.parameters()),

@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from configs.command_line import parse_flags
+from metrics.results import append_result
 from models import load_model
 from models.checkpoint import load_matching, read_checkpoint, write_checkpoint
 from models.create import create_from_fields
 from models.safe_load import read_file
 from runtime.files import file_digest
+from runtime.run_folder import RESULTS, run_folder
 from runtime.terminal import UserError
 from tests.helpers import same
+from tests.metrics.test_results import result
 from tests.models.released_numbers import fields_of, inputs_of, path_of
 from tests.models.test_checkpoint import fill_cache, tiny_checkpoint
 from tools import convert
@@ -119,6 +122,14 @@ def test_a_folder_for_hugging_face_has_the_model_its_config_and_a_card(tmp_path,
     assert file_digest(model) in card and file_digest(ours) in card and "3×8×8" in card and "Nothing yet" in card
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["model"]["nf"] == 8
     assert torch.equal(next(load_model(model).parameters()), next(load_model(ours).parameters()))
+
+
+def test_the_card_quotes_the_results_of_this_checkpoint(tmp_path, ours):
+    for changes in ({"digest": file_digest(ours), "fid": 4.5}, {"digest": "another", "fid": 9.5}):
+        append_result(run_folder(ours) / RESULTS, result(**changes))
+    main(ours, tmp_path / "hub", "--hub")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "- FID 4.5: 100 samples" in card and "FID 9.5" not in card and "Nothing yet" not in card
 
 
 def test_the_folder_shared_on_hugging_face_is_read_back_by_its_address(tmp_path, ours, monkeypatch):
