@@ -24,7 +24,7 @@ from flows import samplers
 from flows.rectified_flow import velocity_from_network
 from models import load_model
 from runtime.files import atomic_path, write_text
-from runtime.pictures import save_grid
+from runtime.pictures import label_log_axis, save_grid
 from runtime.run_folder import CONFIG, checkpoint_path
 from runtime.seeds import index_noise
 from runtime.terminal import UserError
@@ -117,10 +117,8 @@ def draw(path, x_label, panels):
             axes.errorbar(x, y, spread, label=label, marker="o", markersize=4, capsize=2, linewidth=1)
         axes.set(title=title, xlabel=x_label, ylabel="Fréchet distance, classifier features", xscale="log",
                  yscale="log")
-        for axis, locator in ((axes.xaxis, LogLocator(2)), (axes.yaxis, LogLocator(subs=(1, 2, 5)))):
-            axis.set_major_locator(locator)
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_locator(NullLocator())
+        label_log_axis(axes.yaxis)
+        axes.xaxis.set(major_locator=LogLocator(2), major_formatter="{x:g}", minor_locator=NullLocator())
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     with atomic_path(path) as temporary:

@@ -11,6 +11,7 @@ import torch
 from configs.default import FIELDS
 from flows.samplers import sampler_fields, sampler_title
 from runtime.files import atomic_path, read_json_lines
+from runtime.pictures import label_log_axis
 from runtime.run_folder import git_commit
 from runtime.terminal import print_message
 
@@ -132,7 +133,7 @@ def draw_figure(path, results):
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since importing it takes a second
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     rows = {}
     for result in newest_of_each(results).values():
@@ -146,10 +147,6 @@ def draw_figure(path, results):
     panels = figure.subplots(len(rows), len(names), sharey="row", squeeze=False)
     for row_of_panels, row in zip(panels, rows.values(), strict=True):
         values = [r[main_metric(r)] for r in row]
-        if max(values) > 4 * min(values) > 0:
-            row_of_panels[0].set_yscale("log")
-            row_of_panels[0].yaxis.set_major_formatter(LogFormatter())  # 48 and 2, not 4.8 × 10¹ and 2 × 10⁰
-            row_of_panels[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         row_of_panels[0].set_ylabel(TITLES[main_metric(row[-1])])
         row_of_panels[0].set_title(f"compared with {row[-1]['reference']}\n{row[-1]['num_samples']:,} samples",
                                    loc="left", fontsize=9, wrap=True)
@@ -170,6 +167,9 @@ def draw_figure(path, results):
                 nfes = sorted((nfe for points in lines.values() for nfe, _ in points), reverse=True)
                 axes.set_xticks(list({f"{nfe:.1g}": nfe for nfe in nfes}.values()))  # without overlap
                 axes.xaxis.set_major_formatter("{x:.3g}")
+        if max(values) > 4 * min(values) > 0:
+            row_of_panels[0].set_yscale("log")
+            label_log_axis(row_of_panels[0].yaxis)
     with atomic_path(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
 

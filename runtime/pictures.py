@@ -47,7 +47,6 @@ def save_grid(path, images, columns, labels=None):
 def save_lines(path, curves, title, x_label, y_label, y_scale="linear"):
     """Write a plot of `curves`, a list of `(x, y, label)`; curves of one label (or None) share a colour."""
     from matplotlib.figure import Figure  # here, since importing it takes a second
-    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, colours = figure.subplots(), {}
@@ -58,9 +57,18 @@ def save_lines(path, curves, title, x_label, y_label, y_scale="linear"):
                   label=label if new else None)
     axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale=y_scale)
     if y_scale == "log":
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
+        label_log_axis(axes.yaxis)
     axes.grid(which="both", alpha=0.3)
     if set(colours) - {None}:
         axes.legend(loc="best", fontsize="small")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def label_log_axis(axis):
+    """Label a logarithmic axis with 1, 2 and 5 times powers of ten; below a decade, with several round numbers."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set(major_locator=LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6), major_formatter="{x:g}",
+             minor_locator=NullLocator())

@@ -64,7 +64,8 @@ def test_what_is_no_grid_is_refused_and_nothing_written(tmp_path, images):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("values, ticks", [([0.1, 9.0], {"0.1", "0.2", "0.5", "1", "2", "5"}), ([1.82, 1.98], {"1.9"})])
+@pytest.mark.parametrize("values, ticks", [([0.1, 9.0], {"0.1", "0.2", "0.5", "1", "2", "5"}), ([1.82, 1.98], {"1.9"}),
+                                           ([0.97, 1.31], {"1", "1.1", "1.2"})])
 def test_a_log_axis_has_plain_numbers(tmp_path, monkeypatch, values, ticks):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: (drawn.append(figure), path.write_bytes(b"")))
