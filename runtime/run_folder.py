@@ -122,8 +122,9 @@ def git_commit():
 
 
 def uncommitted_changes():
-    """Return (the patch of the tracked files, as bytes; the names of untracked files, which may be secret or large)."""
-    listed = git("ls-files", "--others", "--exclude-standard", "-z").decode(errors="replace")
+    """Return (the patch of the tracked files, as bytes; the names of untracked files and folders, whose content may be
+    secret or large)."""
+    listed = git("ls-files", "--others", "--exclude-standard", "--directory", "-z").decode(errors="replace")
     return git("diff", "--binary", "--no-color", "--no-ext-diff", "HEAD"), listed.split("\0")[:-1]
 
 
