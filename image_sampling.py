@@ -115,7 +115,7 @@ def sample_checkpoint(path, config, args, given, device):
                    f"{name}: {TRACED_PIXELS} pixels a sample, {STRAIGHTNESS_STEPS} Euler steps",
                    "time t (0: noise, 1: image)", "pixel value (images: -1 to 1)")
     write_entries(folder / "samples.json", [entry for _, entry in grids])
-    print_message(f"{folder}: {', '.join(titles)}{'' if straight is None else f'; straightness {straight:.4g}'}")
+    print_message(f"{folder}: {'; '.join(titles)}{'' if straight is None else f'; straightness {straight:.4g}'}")
 
 
 def class_rows(asked, config, given):

@@ -92,7 +92,7 @@ GROUPS = {
     },
     "flow": {
         "eps": Field(1e-3, "smallest time: t runs over [eps, 1]", low=0.0, high=0.5),
-        "flow_t_schedule": Field("uniform", "distribution of t, see the README", choices=TIME_SCHEDULES),
+        "flow_t_schedule": Field("uniform", "distribution of t (docs/objectives.md)", choices=TIME_SCHEDULES),
         "flow_alpha_t": Field("uniform", "α of x_t = α·z1 + (1-α)·z0: t, eps (t0) or 1 (t1)", choices=ALPHA_SCHEDULES),
         "pre_train_model": Field("", "checkpoint of the initial weights (raw; hf://owner/repo/file, too)"),
         "pre_train_partial": Field(False, "load only the tensors of pre_train_model that fit (false: all must fit)"),

@@ -70,5 +70,5 @@ def label_log_axis(axis):
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
-    axis.set(major_locator=LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6), major_formatter="{x:g}",
-             minor_locator=NullLocator())
+    round_numbers = LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6, steps=(1, 2, 5, 10))
+    axis.set(major_locator=round_numbers, major_formatter="{x:g}", minor_locator=NullLocator())
