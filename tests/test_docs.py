@@ -1,6 +1,5 @@
 """The Python blocks of docs/ run as the pages print them, and figures of the studies are those of the results table."""
 
-import functools
 import json
 import re
 import statistics
@@ -9,14 +8,11 @@ import subprocess
 import pytest
 from PIL import Image
 
-from configs.default import get_default_config
 from experiments.images import Reference
 from experiments.report import by_seed, read_table
 from experiments.studies import DIGITS
-from models.create import model_fields
-from models.describe import describe
-from models.released import PUBLISHED
 from tests.datasets.image_files import random_images
+from tests.models.released_numbers import LAYOUTS
 from tests.processes import ROOT, run_script
 from tests.test_readme import TINY, run_commands
 
@@ -85,39 +81,10 @@ def test_a_config_file_imports_another_beside_it_as_the_page_shows(tmp_path):
     assert status == 0 and data["data_root"] == "images/train" and data["image_size"] == 64
 
 
-@functools.cache
-def cost(name, size):
-    """Return the `Cost` of training a network of own-images.md, named by its parameters, for images of a size."""
-    config = get_default_config()
-    config.data.image_size = size
-    _, fields = PUBLISHED[f"CIFAR32 {name}"]
-    return describe(model_fields(config) | {f"model.{key}": fields[f"model.{key}"] for key in (
-        "nf", "num_res_blocks", "ch_mult")})[-1]
-
-
-def test_memory_of_training_on_own_images_is_that_of_describe():
-    found = [cells for cells in sections("own-images.md")["2. Choices"] if len(cells) == 4]
-    batches = [int(cell.removeprefix("batch ")) for cell in found[0][1:]]
-    assert len(found) == 5 and batches == [32, 128, 256]
-    for name, *cells in found[1:]:
-        costs = [cost(name, size) for size in (32, 64)]
-        assert cells == [" / ".join(f"{(20 * c.parameters + batch * c.activation_bytes) / 2**30:.1f}" for c in costs)
-                         for batch in batches], name
-
-
-def test_activations_of_the_page_on_scale_are_those_of_describe():
-    found = [cells for cells in sections("scale.md")["Memory and disk"] if cells[0].startswith("activations")]
-    costs = [describe(PUBLISHED["ImageNet64 80.7M"][1] | {"model.dropout": 0.13})[-1], cost("61.8M", 32)]
-    for (_, text, _), one in zip(found, costs, strict=True):
-        size, many, few = re.findall(r"[\d.]+(?= [MG]iB)", text)
-        assert same(size, [one.activation_bytes / 2**20])
-        assert same(many, [128 * one.activation_bytes / 2**30]) and same(few, [16 * one.activation_bytes / 2**30])
-
-
 def test_hours_of_training_on_own_images_follow_from_their_basis():
     found = sections("own-images.md")["4. How long"][1:]
     assert [cells[0] for cells in found] == ["A100", "H100 SXM", "RTX 4090"]
-    gmacs = [cost(name, 32).gmacs for name in ("61.8M", "15.7M", "7.0M")]
+    gmacs = [LAYOUTS[name]["gmacs"] for name in ("cifar10_1flow_61.8M", "cifar32_15.7M", "cifar32_7.0M")]
     operations = [6 * 128 * macs for macs in gmacs] + [2 * 40 * gmacs[0]]  # 10⁹ of an update, of a pair
     for gpu, peak, share, *hours in found:
         speed = 1000 * float(peak) * float(share.removesuffix(" %")) / 100  # 10⁹ operations per second

@@ -40,8 +40,8 @@ def layout_fields(name):
                 "data.num_classes": 1000, "data.image_size": 64, "model.attn_resolutions": (32, 16)}
     if data == "cifar10":
         return {}
-    nf, blocks, mult = {"27.9M": (128, 2, (1, 2, 2)), "15.7M": (96, 2, (1, 2, 2)), "7.0M": (64, 2, (1, 2, 2)),
-                        "3.4M": (64, 1, (1, 1, 2))}[size]
+    nf, blocks, mult = {"61.8M": (128, 4, (1, 2, 2, 2)), "27.9M": (128, 2, (1, 2, 2)), "15.7M": (96, 2, (1, 2, 2)),
+                        "7.0M": (64, 2, (1, 2, 2)), "3.4M": (64, 1, (1, 1, 2))}[size]
     return {"model.nf": nf, "model.num_res_blocks": blocks, "model.ch_mult": mult,
             "data.image_size": int(data[-2:])}
 

@@ -1,5 +1,7 @@
 """What a network costs, and the command that tells it."""
 
+import functools
+import re
 import sys
 
 import pytest
@@ -12,28 +14,52 @@ from models.describe import cost_line, cost_of, describe, fastest_layout, measur
 from tests.helpers import CIFAR10, overrides
 from tests.models.released_numbers import LAYOUTS, layout_fields
 from tests.models.test_checkpoint import tiny_checkpoint
+from tests.test_docs import same, sections
 from tools import describe as command
 
 SMALL = {"model.nf": 64, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 16,
          "model.attn_resolutions": (16, 8)}
 
 
-@pytest.mark.parametrize("name", ["cifar10_1flow_61.8M", "cifar32_3.4M", "ffhq64_15.7M", "ffhq64_3.4M",
-                                  "imagenet64_80.7M", "imagenet64_44.7M"])
+ONE_FLOW = "cifar10_1flow_61.8M"
+PLAIN = {ONE_FLOW: 10.3, "cifar32_27.9M": 6.6, "cifar32_15.7M": 3.7}  # GMACs of the paper's tables
+
+
+@functools.cache
+def costs(name):
+    """Return the costs of training a configuration of the paper, such as "ffhq64_3.4M", with its dropout."""
+    return describe(layout_fields(name) | {"model.dropout": 0.13 if name.startswith("imagenet") else 0.15})
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_totals_are_those_of_the_paper(name):
-    *parts, total = describe(layout_fields(name))
+    """Its tables' counter does not see the products of attention nor their projections."""
+    *parts, total = costs(name)
     assert total.parameters == LAYOUTS[name]["parameters"]
     assert round(total.gmacs, 4) == LAYOUTS[name]["gmacs"]
+    assert round(total.plain_gmacs, 1) == PLAIN.get(name, round(total.plain_gmacs, 1))
     levels = len(layout_fields(name).get("model.ch_mult", (1, 2, 2, 2)))
     assert [p.part for p in parts] == ["time and class", "input", *(f"encoder {i + 1}" for i in range(levels)),
                                        "middle", *(f"decoder {i + 1}" for i in range(levels)), "output"]
 
 
-@pytest.mark.parametrize("name, paper", [("cifar10_1flow_61.8M", 10.3), ("cifar32_27.9M", 6.6),
-                                         ("cifar32_15.7M", 3.7)])
-def test_without_attention_the_totals_are_those_of_the_papers_tables(name, paper):
-    """Its counter does not see the products of attention nor their projections."""
-    assert round(describe(layout_fields(name))[-1].plain_gmacs, 1) == paper
+def test_memory_of_training_on_own_images_is_that_of_describe():
+    found = [cells for cells in sections("own-images.md")["2. Choices"] if len(cells) == 4]
+    batches = [int(cell.removeprefix("batch ")) for cell in found[0][1:]]
+    assert len(found) == 5 and batches == [32, 128, 256]
+    for name, *cells in found[1:]:
+        totals = [costs(f"{images}_{name}".replace("cifar32_61.8M", ONE_FLOW))[-1] for images in ("cifar32", "ffhq64")]
+        assert cells == [" / ".join(f"{(20 * c.parameters + batch * c.activation_bytes) / 2**30:.1f}" for c in totals)
+                         for batch in batches], name
+
+
+def test_activations_of_the_page_on_scale_are_those_of_describe():
+    found = [cells for cells in sections("scale.md")["Memory and disk"] if cells[0].startswith("activations")]
+    totals = [costs(name)[-1] for name in ("imagenet64_80.7M", ONE_FLOW)]
+    for (_, text, _), one in zip(found, totals, strict=True):
+        size, many, few = re.findall(r"[\d.]+(?= [MG]iB)", text)
+        assert same(size, [one.activation_bytes / 2**20])
+        assert same(many, [128 * one.activation_bytes / 2**30]) and same(few, [16 * one.activation_bytes / 2**30])
 
 
 @pytest.mark.parametrize("network", ["ncsnpp", "DhariwalUNet"])
