@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models import VGG
 
 from flows.losses import load_lpips, lpips_at_start, lpips_distance, lpips_huber
 from flows.rectified_flow import point_on_path
@@ -153,8 +152,10 @@ def test_it_trains_a_distributed_network_with_dropout_in_train_mode(distance, tm
         torch.distributed.destroy_process_group()
 
 
-def test_weights_that_cannot_be_had_are_one_sentence_with_file_and_variable(tmp_path, monkeypatch, no_network):
+def test_weights_that_cannot_be_had_are_one_sentence_with_file_and_variable(
+        random_lpips, tmp_path, monkeypatch, no_network):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(lpips, "LPIPS", lambda **options: random_lpips)
     with pytest.raises(UserError) as caught:
         load_lpips("cpu")
     message = str(caught.value)
@@ -162,7 +163,8 @@ def test_weights_that_cannot_be_had_are_one_sentence_with_file_and_variable(tmp_
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "other network"])
-def test_a_damaged_weights_file_is_one_sentence_naming_it(damage, torch_home, tmp_path, monkeypatch, no_network):
+def test_a_damaged_weights_file_is_one_sentence_naming_it(
+        damage, random_lpips, torch_home, tmp_path, monkeypatch, no_network):
     path = tmp_path / FILE
     path.parent.mkdir(parents=True)
     if damage == "truncated":
@@ -172,8 +174,9 @@ def test_a_damaged_weights_file_is_one_sentence_naming_it(damage, torch_home, tm
     elif damage == "text":
         path.write_text("<html>not found</html>")
     else:
-        torch.save(VGG(torch.nn.Linear(2, 2), init_weights=False).features.state_dict(), path)
+        torch.save({"0.weight": torch.zeros(64, 3, 3, 3)}, path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(lpips, "LPIPS", lambda **options: random_lpips)  # building one takes a second
     with pytest.raises(UserError) as caught:
         load_lpips("cpu")
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Every objective trains a network on digits through train.py: switches on the command line, losses in the log."""
 
+import functools
 import json
 import math
 import urllib.error
@@ -11,6 +12,7 @@ from sklearn.datasets import load_digits
 
 import train
 from configs.command_line import parse_command_line
+from flows import losses
 from models.checkpoint import read_checkpoint
 from runtime.terminal import UserError
 
@@ -50,6 +52,7 @@ def workshop(tmp_path_factory, torch_home):
     write_pairs(folder / "real_pairs", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(torch_home))
+        patch.setattr(losses, "load_lpips", functools.cache(losses.load_lpips))  # 500 MB while loading
         patch.chdir(folder)
         (folder / "configs").symlink_to(train.__file__.removesuffix("train.py") + "configs")
         run_training("teacher", f"{SMALL} --config.model.nf 16")
@@ -89,8 +92,8 @@ LABELLED_OBJECTIVES = {
 
 
 def words_of(fields):
-    """Return the flags of `fields`; with LPIPS, whose VGG16 is what takes the time here, a batch of two."""
-    fields += " training.batch_size=2" if "lpips" in fields else ""
+    """Return the flags of `fields`; with LPIPS, whose VGG16 is what takes the time here, a batch of one."""
+    fields += " training.batch_size=1" if "lpips" in fields else ""
     return " ".join(f"--config.{field}" for field in fields.split())
 
 
@@ -118,6 +121,7 @@ def test_missing_lpips_weights_stop_training_before_its_folder_is_made(workshop,
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(losses, "load_lpips", losses.load_lpips.__wrapped__)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match="vgg16-397923af.pth.*TORCH_HOME"):
         run_training("no_weights", f"{SMALL} {UNLABELLED} --config.training.loss_type lpips")
