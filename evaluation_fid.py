@@ -65,10 +65,8 @@ def main(config, args, given):
 
 def measure_checkpoints(config, args, given, processes):
     """Measure the checkpoints of --ckpt_dir that have no result yet; return (results file, results of the sweep)."""
-    remote = is_remote(args.ckpt_dir)  # a remote checkpoint has no run folder
-    path = (pathlib.Path(config.work_dir, pathlib.Path(args.ckpt_dir).stem) if remote else
-            run_folder(args.ckpt_dir)) / RESULTS
-    say_once, reference, cost, done = functools.cache(processes.say), None, {}, []
+    path, say_once = run_folder(args.ckpt_dir, config.work_dir) / RESULTS, functools.cache(processes.say)
+    reference, cost, done = None, {}, []
     for checkpoint in read_checkpoints(args.ckpt_dir, config.eval, processes):
         own, remarks = config_of_run(config, checkpoint, given)
         for remark in remarks:
@@ -96,20 +94,15 @@ def read_checkpoints(ckpt_dir, settings, processes):
 
     Process 0 decides which; every process reads the file itself. Raises UserError as `sweep`.
     """
-    if is_remote(ckpt_dir) or pathlib.Path(ckpt_dir).is_file():
-        found = map(read_checkpoint, [ckpt_dir])
-    else:
-        found = sweep(checkpoint_folder(ckpt_dir), settings.begin_ckpt, settings.end_ckpt,
-                      settings.wait_limit * 3600 if settings.wait else 0.0, read_checkpoint)
-    checkpoint = None
-
-    def advance():
-        nonlocal checkpoint
-        checkpoint = next(found, None)
-        return checkpoint and checkpoint["path"]
-
-    while (path := processes.from_main(advance)) is not None:
-        checkpoint = checkpoint if processes.is_main else read_checkpoint(path)
+    read = functools.lru_cache(maxsize=1)(read_checkpoint)  # process 0 has read it already to see that it is complete
+    paths = iter([ckpt_dir])
+    if not is_remote(ckpt_dir) and not pathlib.Path(ckpt_dir).is_file():
+        limit = settings.wait_limit * 3600 if settings.wait else 0.0
+        found = sweep(checkpoint_folder(ckpt_dir), settings.begin_ckpt, settings.end_ckpt, limit,
+                      lambda path: read(str(path)))
+        paths = (checkpoint["path"] for checkpoint in found)
+    while (path := processes.from_main(lambda: next(paths, None))) is not None:
+        checkpoint = read(path)
         if len(set(gather(checkpoint["digest"]))) > 1:
             raise UserError(f"{path} was replaced while the processes read it: run the same command again")
         yield checkpoint

@@ -37,7 +37,7 @@ FLAGS = {
     "use_ema": Field(True, "sample with the EMA weights (false: the raw ones)"),
     "classes": Field("", "class-conditional models: a grid row for each of these classes: 0,3,7 or cat,dog or all"),
 }
-READS = (*SAMPLING_READS, "flow.flow_t_schedule", "sampling.batch_size", "eval.begin_ckpt", "eval.end_ckpt",
+READS = (*SAMPLING_READS, "work_dir", "flow.flow_t_schedule", "sampling.batch_size", "eval.begin_ckpt", "eval.end_ckpt",
          "eval.batch_size")
 
 IMAGES = 64  # per grid, unless eval.batch_size is given
@@ -95,7 +95,7 @@ def sample_checkpoint(path, config, args, given, device):
         # A one-step model is trained at the first time only and has no trajectory.
         straight, curves = trace(velocity, z, label, config)
 
-    folder = (pathlib.Path() if is_remote(path) else run_folder(path)) / GRIDS / name
+    folder = run_folder(path, config.work_dir) / GRIDS / name
     suffix, columns = file_suffix(NAMED, config, given), ROW if classes else math.isqrt(len(z) - 1) + 1
     if classes or len(z) != IMAGES:
         suffix += f"_classes{'-'.join(map(str, classes))}"[:100] if classes else f"_{len(z)}images"

@@ -39,7 +39,7 @@ class ImageSource:
     """
 
     def __init__(self, path, count):
-        self.path, self.name, self.count = pathlib.Path(path), str(path), count
+        self.path, self.name, self.count = pathlib.Path(path).absolute(), str(path), count
         self.shape, self.notes = None, collections.Counter()
         self.shape = tuple(self._load([0])[0].shape[1:])
 

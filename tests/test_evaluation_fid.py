@@ -197,6 +197,16 @@ def test_what_was_measured_is_measured_again_when_its_files_or_the_targets_chang
     assert len(found) == len(set(found)) == 3  # the second call has found what the first one wrote
 
 
+def test_images_in_the_working_directory_have_a_name_and_their_results_are_not_among_them(run, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for number, level in enumerate((0, 9, 200)):
+        Image.fromarray(np.full((8, 8), level, np.uint8)).save(tmp_path / "images" / f"{number}.png")
+    monkeypatch.chdir(tmp_path / "images")
+    for _ in range(2):
+        run_main("", "--data_dir=.", "--config.eval.nearest=0")
+    assert [r["checkpoint"] for r in results(tmp_path)] == ["images"]
+
+
 @pytest.mark.parametrize("launcher", [(), ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")],
                          ids=["one process", "two processes"])
 def test_the_reference_of_a_data_set_holds_all_its_images_in_their_order(tmp_path, launcher):

@@ -87,6 +87,8 @@ def test_a_sweep_without_any_checkpoint_says_what_is_there(tmp_path):
 def test_the_run_folder_of_a_checkpoint_is_above_its_checkpoints_folder(tmp_path):
     assert run_folder("logs/run/checkpoints/checkpoint_1.pth").as_posix() == "logs/run"
     assert run_folder("downloads/slimflow.pth").as_posix() == "downloads"
+    assert run_folder("hf://someone/Slim-Flow/a/x.pth", "w").as_posix() == "w/someone_Slim_Flow_a_x"
+    assert run_folder("https://host.org/y/x.pkl", "w").as_posix() == "w/host_org_y_x"
     assert checkpoint_folder(tmp_path) == tmp_path / "checkpoints"
     touch(tmp_path, 1)
     assert checkpoint_folder(tmp_path) == tmp_path
