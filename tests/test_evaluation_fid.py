@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluation_fid
 from configs.command_line import load_config, parse_command_line
 from datasets import load_images
-from metrics.features import inception_extractor
+from metrics.features import InceptionExtractor
 from metrics.results import read_results
 from metrics.statistics import ArrayImages, measure_source, write_statistics
 from models.checkpoint import write_checkpoint
@@ -168,7 +168,7 @@ def test_a_waiting_sweep_takes_checkpoints_as_training_completes_them_and_ends_w
 def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(run, tmp_path):
     inception = (f"--config.eval.inception_path={write_stand_in(tmp_path)}",
                  "--config.eval.feature_extractor=inception")
-    extractor = inception_extractor(tmp_path / FILE_NAME, "cpu")
+    extractor = InceptionExtractor(tmp_path / FILE_NAME, "cpu")
     images = ArrayImages(load_images(load_config(DIGITS)).images[:90], "90 digits")
     reference = measure_source(images, extractor, 30, ALONE, max_features=60)
     reference.sigma.diagonal().add_(1e-3)  # of full rank, which is quicker

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs.default import get_default_config
-from metrics.features import create_extractor, full_float32, inception_extractor, pixel_extractor
+from metrics.features import InceptionExtractor, PixelExtractor, create_extractor, full_float32
 from metrics.scores import frechet_distance, inception_score
 from metrics.statistics import measure, open_images, quantise
 from runtime.terminal import UserError
@@ -27,7 +27,7 @@ def inception_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def extractor(inception_path):
-    return inception_extractor(inception_path, "cpu")
+    return InceptionExtractor(inception_path, "cpu")
 
 
 def pictures(folder, seed, count=24):
@@ -108,12 +108,12 @@ def test_quantisation_truncates_as_the_literature_does(value):
 
 def test_pixels_are_mapped_back_to_minus_one_to_one_and_flattened():
     images = torch.tensor([0, 51, 255, 0], dtype=torch.uint8).reshape(1, 1, 2, 2)
-    torch.testing.assert_close(pixel_extractor(4).features(images), torch.tensor([[-1.0, -0.6, 1.0, -1.0]]))
+    torch.testing.assert_close(PixelExtractor(4).features(images), torch.tensor([[-1.0, -0.6, 1.0, -1.0]]))
 
 
 def test_pixels_of_large_images_are_refused():
     with pytest.raises(UserError, match="inception"):
-        pixel_extractor(3 * 64 * 64)
+        PixelExtractor(3 * 64 * 64)
 
 
 def test_tf32_is_off_for_features_cudnn_stays_on_and_all_comes_back_after_an_error():
@@ -136,7 +136,7 @@ def test_tf32_is_off_for_features_cudnn_stays_on_and_all_comes_back_after_an_err
 def test_reading_inception_shows_no_warnings(inception_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        extractor = inception_extractor(inception_path, "cpu")
+        extractor = InceptionExtractor(inception_path, "cpu")
         extractor.features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
@@ -144,9 +144,9 @@ def test_a_file_that_is_no_inception_is_named(tmp_path):
     path = tmp_path / "inception-2015-12-05.pt"
     path.write_bytes(b"<html>not found</html>")
     with pytest.raises(UserError, match=r"inception-2015-12-05.pt is not a TorchScript"):
-        inception_extractor(path, "cpu")
+        InceptionExtractor(path, "cpu")
     with pytest.raises(UserError, match=r"absent.pt is not a TorchScript.*does not exist"):
-        inception_extractor(tmp_path / "absent.pt", "cpu")
+        InceptionExtractor(tmp_path / "absent.pt", "cpu")
 
 
 def test_without_a_path_inception_is_looked_for_in_the_users_own_cache(tmp_path, monkeypatch):

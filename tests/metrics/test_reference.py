@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from metrics import statistics
-from metrics.features import pixel_extractor
+from metrics.features import PixelExtractor
 from metrics.statistics import CIFAR10_NAME, ArrayImages, Reference, measure_source, read_statistics, write_statistics
 from runtime.terminal import UserError
 from tests.datasets.image_files import png, write_folder
 from tests.helpers import ALONE, config_of
 
-EXTRACTOR = pixel_extractor(16)
+EXTRACTOR = PixelExtractor(16)
 
 
 def images(count=30):

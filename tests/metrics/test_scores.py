@@ -1,6 +1,7 @@
 """Every metric against clean-fid, brute force and closed forms; and all of them together."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics import scores
-from metrics.features import INCEPTION_NAMES, FeatureExtractor, pixel_extractor
+from metrics.features import INCEPTION_NAMES, PixelExtractor
 from metrics.scores import (
     compare,
     frechet_distance,
@@ -192,14 +193,14 @@ DIMENSION = 6
 
 def statistics_of(seed, count, with_features=True):
     images = torch.randint(0, 256, (count, 1, 2, 3), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    found = measure([images], pixel_extractor(DIMENSION), count, ALONE, "random")
+    found = measure([images], PixelExtractor(DIMENSION), count, ALONE, "random")
     return found if with_features else Statistics(found.mu, found.sigma, None, None, "mu and sigma")
 
 
 def inception_like():
     weight = torch.randn(4, DIMENSION, generator=torch.Generator().manual_seed(0))
-    return FeatureExtractor("inception", DIMENSION, lambda images: images, lambda f: (f @ weight.T).softmax(1),
-                            INCEPTION_NAMES, "a stand-in")
+    return types.SimpleNamespace(dimension=DIMENSION, probabilities=lambda f: (f @ weight.T).softmax(1),
+                                 names=INCEPTION_NAMES)
 
 
 def test_every_metric_has_its_value_when_the_reference_has_features():
@@ -217,14 +218,14 @@ def test_metrics_that_need_reference_features_are_none_without_them():
 
 
 def test_pixel_metrics_carry_pixel_names_and_no_inception_score():
-    found = compare(statistics_of(0, 50), statistics_of(1, 40), pixel_extractor(DIMENSION), seed=1)
+    found = compare(statistics_of(0, 50), statistics_of(1, 40), PixelExtractor(DIMENSION), seed=1)
     assert all(name.startswith("pixel_") for name in found)
     assert len(found) == 4
 
 
 @pytest.mark.parametrize(("count", "warned"), [(DIMENSION, True), (DIMENSION + 1, False)])
 def test_fewer_samples_than_the_covariance_needs_are_warned_of_with_the_bias(capsys, count, warned):
-    compare(statistics_of(0, count), statistics_of(1, 40), pixel_extractor(DIMENSION), seed=1)
+    compare(statistics_of(0, count), statistics_of(1, 40), PixelExtractor(DIMENSION), seed=1)
     assert ("comes out too large" in capsys.readouterr().err) is warned
 
 
@@ -233,7 +234,8 @@ def test_the_inception_score_does_not_depend_on_the_order_of_the_samples():
     certain = 50 * torch.eye(DIMENSION)[:4].repeat_interleave(50, 0)
     given = Statistics(torch.zeros(DIMENSION, dtype=torch.float64), torch.eye(DIMENSION, dtype=torch.float64),
                        certain, 200, "by class")
-    extractor = FeatureExtractor("inception", DIMENSION, None, lambda f: f[:, :4].softmax(1), INCEPTION_NAMES, "")
+    extractor = types.SimpleNamespace(dimension=DIMENSION, probabilities=lambda f: f[:, :4].softmax(1),
+                                      names=INCEPTION_NAMES)
     assert compare(given, given, extractor, seed=1)["inception_score"] > 3.5
 
 

@@ -1,5 +1,6 @@
 """Images to be measured: what is read and what refused; their statistics against numpy's over everything at once."""
 
+import types
 import zipfile
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from datasets import load_images
-from metrics.features import FeatureExtractor, pixel_extractor
+from metrics.features import PixelExtractor
 from metrics.statistics import LOSSY, evenly_spread, measure, open_images, quantise
 from runtime.devices import Processes
 from runtime.terminal import UserError
@@ -189,7 +190,7 @@ def test_conversions_are_counted_over_all_processes(tmp_path):
 
 def moments(features, size, device="cpu"):
     """Mean and covariance that `measure` finds of features (N, D) that come in batches of `size`."""
-    own = FeatureExtractor("own", features.shape[1], lambda rows: rows, None, {}, "")
+    own = types.SimpleNamespace(dimension=features.shape[1], features=lambda rows: rows)
     found = measure(features.split(size), own, len(features), Processes(0, 1, torch.device(device)), "features")
     return found.mu, found.sigma
 
@@ -215,7 +216,7 @@ def test_float32_features_accumulate_in_float64():
 
 def test_measuring_does_not_depend_on_the_batch_size_and_keeps_evenly_spread_features():
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 1, 4, 4), dtype=np.uint8))
-    extractor = pixel_extractor(16)
+    extractor = PixelExtractor(16)
     whole = measure([images], extractor, 50, ALONE, "whole", max_features=7)
     parts = measure(images.split(8), extractor, 50, ALONE, "parts", max_features=7)
     torch.testing.assert_close(whole.mu, parts.mu, rtol=1e-12, atol=1e-12)
@@ -228,9 +229,9 @@ def test_measuring_does_not_depend_on_the_batch_size_and_keeps_evenly_spread_fea
 def test_the_first_images_are_kept_by_the_processes_that_see_them():
     images = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
     for rank, keep, kept in ((0, 99, 10), (1, 15, 5), (2, 15, 0)):
-        found = measure(images.split(3), pixel_extractor(1), 30, Processes(rank, 3, CPU), "seen", keep=keep)
+        found = measure(images.split(3), PixelExtractor(1), 30, Processes(rank, 3, CPU), "seen", keep=keep)
         assert torch.equal(found.images, images[:kept])
-    assert len(measure([], pixel_extractor(1), 3, Processes(0, 4, CPU), "nothing", keep=3).images) == 0
+    assert len(measure([], PixelExtractor(1), 3, Processes(0, 4, CPU), "nothing", keep=3).images) == 0
 
 
 @given(count=st.integers(1, 1000), share=st.floats(0, 1))
