@@ -14,6 +14,7 @@ import json
 import math
 import pathlib
 import time
+import zlib
 
 import torch
 
@@ -98,7 +99,9 @@ def sample_checkpoint(path, config, args, given, device):
     folder = run_folder(path, config.work_dir) / GRIDS / name
     suffix, columns = file_suffix(NAMED, config, given), ROW if classes else math.isqrt(len(z) - 1) + 1
     if classes or len(z) != IMAGES:
-        suffix += f"_classes{'-'.join(map(str, classes))}"[:100] if classes else f"_{len(z)}images"
+        listed = "-".join(map(str, classes))  # too many for a file name: their number and a digest
+        listed = listed if len(listed) <= 100 else f"{len(classes)}_{zlib.crc32(listed.encode()):08x}"
+        suffix += f"_classes{listed}" if classes else f"_{len(z)}images"
     for images, entry in grids:
         own = {f"sampling.{field}": field for field in SAMPLERS[entry["sampler"]].fields if field != "sample_N"}
         stem = f"{entry['sampler']}_sample_{round(entry['nfe'])}"  # its NFE implies sample_N

@@ -187,6 +187,14 @@ def test_classes_get_a_row_each_drawn_or_chosen(conditional_folder):
     assert (pixels(folder / "one_step_sample_1.png") == drawn).all()
 
 
+def test_long_lists_of_classes_that_begin_alike_have_their_own_files(tmp_path):
+    folder = write_run(tmp_path / "run", model__name="DhariwalUNet", model__nf=8, data__num_classes=60)
+    for last in (48, 49):
+        sample(folder, "--classes", ",".join(map(str, range(last))), use_ode_sampler="one_step")
+    files = [entry["file"] for entry in entries(folder)]
+    assert len(set(files)) == 2 and all(len(file) < 60 for file in files)
+
+
 def test_what_makes_an_image_another_is_in_its_name(run_folder):
     folder = run_folder / "eval_sample" / "checkpoint_1"
 
