@@ -1,9 +1,9 @@
 """The data side of generate_data.py: the initial points of pairs, and the folder that it fills block by block.
 
 A folder of pairs is consistent at any moment. It holds the arrays, `pairs.json` (what the pairs are) and the journal
-`blocks.jsonl` (which blocks, fixed ranges of consecutive pairs, are on disk). Every process appends a line to it once
-a block's rows have reached the disk. Until all blocks are finished the headers of the arrays keep their old number of
-rows, so that nobody reads missing rows, and a folder that is being extended stays usable.
+`blocks.jsonl`, to which every process appends a line once a block, a fixed range of consecutive pairs, is on disk.
+Until all blocks are, the headers of the arrays keep their old number of rows: no missing row is read, and a folder that
+is being extended stays usable.
 """
 
 import dataclasses
@@ -206,8 +206,7 @@ class InitialPoints:
                                 f"floating-point rows of shape {shape} (channels, height, width)")
         self.noise, self.image_set = self.rows.get("z0_path"), None
         if self.noise is None and self.direction != "from_z1":
-            scale = 1.0 if self.direction == "gt_v_from_z1" else settings.init_noise_scale
-            self.noise = NoiseSource(self.seed, shape, scale)
+            self.noise = NoiseSource(self.seed, shape, settings.init_noise_scale)
             self.identity["noise"] = self.noise.digest()
         from_images = not z1_path and self.direction in ("from_z1", "gt_v_from_z1", "random_paired")
         if from_images or self.direction.startswith("gt_v"):

@@ -37,8 +37,7 @@ class DataSet(NamedTuple):
     """A row of `DATASETS`.
 
     open: `open(root, spec)`, see above. channels: of its images, None for any. mirror: whether mirrored images belong
-    to the data set; if not, data.random_flip is off by default. resample: the filter for resizing images. files: what
-    must be at data.data_root ("": nothing).
+    to it (data.random_flip is on by default). resample: filter for resizing. files: what data.data_root must hold.
     """
 
     open: Callable[[pathlib.Path, ImageSpec], ImageSet | Source]

@@ -51,10 +51,9 @@ def write_archive(path, images):
 
 
 class Perceptron:
-    """The classifier of a grey set, stored in classifiers/: distances in features of different ones are not comparable.
+    """The classifier of a grey set, in classifiers/ (distances in features of different ones are not comparable).
 
-    scikit-learn's MLPClassifier((128, 64), early_stopping=True, random_state=0, max_iter=300), fitted to pixels / 255
-    of the training images; its arrays are float32.
+    scikit-learn's MLPClassifier((128, 64), early_stopping=True, random_state=0, max_iter=300) of pixels / 255.
     """
 
     def __init__(self, path):
@@ -167,9 +166,8 @@ class Reference:
     def measure(self, samples):
         """Return the metrics of uint8 samples (N, C, H, W), N a multiple of the number of held-out images.
 
-        Distances are means over groups as large as the held-out set, since they depend on the number of samples.
-        `nearest` is the median distance in [-1, 1] to the nearest training image, `recognised` the share of samples
-        with a class probability of at least 0.8.
+        They are means over groups as large as the held-out set, since distances depend on the number of samples.
+        nearest: median distance to the nearest training image. recognised: share with a class probability of 0.8.
         """
         found = []
         for group in samples.reshape(-1, *self.held_out.shape):

@@ -15,9 +15,8 @@ INDEFINITE = 1e-4  # allowed negative eigenvalues of a covariance relative to it
 def compare(samples, reference, extractor, seed, radii=None, progress="auto"):
     """Return {metric name: value}, names as in `extractor.names`, of two `Statistics`.
 
-    None stands for metrics that are not available: kernel distance, precision and recall need features of the
-    reference, the Inception score an extractor with classes. seed: of the subsets of the kernel distance and the splits
-    of the score. radii: `neighbour_radii` of the reference; None leaves precision and recall out.
+    Metrics that are not available are None: the kernel distance needs features of the reference, precision and recall
+    also their `neighbour_radii`, the Inception score an extractor with classes. seed: of subsets and splits.
     """
     if samples.count <= extractor.dimension:
         print_message(f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is "
@@ -144,9 +143,8 @@ def nearest_distances(queries, images, own=None, chunk=8192, progress="false"):
     """Return the Euclidean distance of each query to its nearest image, float32 (N,): 0 for a copy.
 
     `queries` (N, …), a tensor, and `images` (M, …), an array, are uint8; distances are of their values in [-1, 1].
-    `own` (N,): the place in `images` of each query itself, which is left out. Images go through `chunk` at a time.
-    The search uses products in float32; the distance of what it finds is computed from the difference, so that a copy
-    has distance 0 exactly.
+    `own` (N,): the place in `images` of each query itself, which is left out. The search uses products in float32; the
+    distance of what it finds is computed from the difference, so that a copy has distance 0 exactly.
     """
     queries = pixel_features(queries)
     best = torch.full((len(queries),), torch.inf, device=queries.device)

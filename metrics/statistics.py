@@ -32,10 +32,9 @@ def quantise(images):
 
 
 class ImageSource:
-    """Images that are read in batches.
+    """Images that are read in batches: their path, name in results and shape (C, H, W).
 
-    path: of the images. name: in results. shape: (C, H, W) of each image. notes: {remark, such as a conversion: number
-    of images read so far that it applies to}.
+    notes: {remark, such as a conversion: number of images read so far that it applies to}.
     """
 
     def __init__(self, path, count):
@@ -99,7 +98,7 @@ class FileImages(ImageSource):
 
 
 def open_images(path, config):
-    """Return the `ImageSource` of an npy (NCHW in [-1, 1], or uint8), an npz of images, a folder or a zip.
+    """Return the `ImageSource` of an npy or npz (N, C, H, W) or (N, H, W, C), in [-1, 1] or uint8, a folder or a zip.
 
     Images are converted to config.data.num_channels, and for the extractor `pixels` to config.data.image_size, as in
     training. Raises UserError for other paths.
@@ -109,24 +108,19 @@ def open_images(path, config):
                      DATASETS[data.dataset].resample)
     if path.is_dir() or (path.is_file() and path.suffix == ".zip"):
         return FileImages(path, spec)
-    if path.is_file() and path.suffix in (".npy", ".npz"):  # not a named pipe, which would never end
-        return ArrayImages(_load_array(path), path, spec)
-    raise UserError(f"{path} {'is no npy, npz, folder or zip of images' if path.exists() else 'does not exist'}")
-
-
-def _load_array(path):
-    """Return the array in an npy, or in an npz under `images`, `samples` or `arr_0`; (N, H, W, C) is transposed."""
-    if path.suffix == ".npz":
+    if not path.is_file() or path.suffix not in (".npy", ".npz"):  # a named pipe would never end
+        raise UserError(f"{path} {'is no npy, npz, folder or zip of images' if path.exists() else 'does not exist'}")
+    if path.suffix == ".npy":
+        images = open_rows(path)
+    else:
         arrays = load_arrays(path)
         names = [name for name in ("images", "samples", "arr_0") if name in arrays]
         if not names:
             raise UserError(f"{path} holds {', '.join(arrays)}, but no array images, samples or arr_0")
         images = arrays[names[0]]
-    else:
-        images = open_rows(path)
     if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
-    return images
+    return ArrayImages(images, path, spec)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,10 +63,9 @@ def last_number(updates, frequency):
 def sweep(folder, begin, end, limit, read):
     """Yield `read(path)` of the checkpoints begin ≤ k ≤ end (end 0: to the newest) in `folder`.
 
-    Missing numbers are skipped with a message. limit: seconds to wait for each checkpoint to exist and to be complete
-    (`read` raises UserError for an incomplete one). With a limit and `end` 0 the sweep ends with the run's last
-    checkpoint, which the config in each one tells, or when no new one appears. Raises UserError if there is none at
-    all, or if an expected one does not appear or stays incomplete.
+    limit: seconds to wait for each checkpoint to exist and to be complete (`read` raises UserError for an incomplete
+    one). With a limit and `end` 0 the sweep ends with the run's last checkpoint, according to the config in each one,
+    or when no new one appears. Raises UserError if there is none at all, or if an expected one does not appear.
     """
     awaited, last, k = begin, end, None
     while not last or awaited <= last:
