@@ -64,6 +64,8 @@ def edm(velocity, z, label=None, *, steps, sigma_max=80.0, sigma_min=0.002, t_st
     over σ_i = (σ_max^(1/7) + i/(N-1)·(σ_min^(1/7) - σ_max^(1/7)))^7 to σ = 0, with an Euler step at the end. The times
     are 1/(1+σ); t_start and t_end are ignored. The state is float64, as in EDM's code.
     """
+    if sigma_min > sigma_max:
+        raise UserError(f"config.sampling.sigma_min {sigma_min:g} is above config.sampling.sigma_max {sigma_max:g}")
     high, low = sigma_max ** (1 / EDM_RHO), sigma_min ** (1 / EDM_RHO)
     sigmas = [(high + i / max(1, steps - 1) * (low - high)) ** EDM_RHO for i in range(steps)] + [0.0]
 

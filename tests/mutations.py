@@ -79,7 +79,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("training/update.py", "if stats[\"most_consecutive\"] > limit", "if stats[\"consecutive\"] > limit", UPDATE),
     # the state on disk, and who may go on
     ("training/state.py", "[folder / STATE, *numbered]", "[*numbered, folder / STATE]", STATE),
-    ("training/state.py", "moments[name].shape != expected", "False", STATE),
+    ("training/state.py", "moment.shape != expected", "False", STATE),
     ("training/state.py", "values())[:-keep]", "values())[:keep]", STATE),
     ("training/state.py", "tensor.detach().to(\"cpu\", copy=True)", "tensor", STATE),
     ("training/state.py", "torch.empty_like(parameter, dtype=value.dtype).copy_(value)", "value", STATE),

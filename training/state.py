@@ -153,7 +153,8 @@ def read_state(path):
     for number, moments in moments_of.items():
         expected = shadow[number].shape if number in range(len(shadow)) else None
         for name in ("exp_avg", "exp_avg_sq"):  # fused kernels would read beyond the end of shorter ones
-            if not isinstance(moments.get(name), torch.Tensor) or moments[name].shape != expected:
+            moment = moments.get(name) if isinstance(moments, dict) else None
+            if not isinstance(moment, torch.Tensor) or moment.shape != expected:
                 raise UserError(f"{path} is damaged: its optimizer's {name} of parameter {number} has another shape")
     return state
 
@@ -176,7 +177,7 @@ def restore(state, network, ema, optimizer, stats):
                     moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if "stats" in state:  # not in the released layout
             stats.load_state(state["stats"]["values"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint does not fit config.model and config.optim: {reason}") from None
 

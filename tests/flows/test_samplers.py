@@ -233,6 +233,11 @@ def test_a_sampler_that_only_runs_forward_says_so(name):
         create_sampler(config_of(name), reverse=True)
 
 
+def test_noise_levels_that_rise_are_refused():
+    with pytest.raises(UserError, match=r"sampling\.sigma_min 3 is above config\.sampling\.sigma_max 2"):
+        create_sampler(config_of("edm", sigma_min=3.0, sigma_max=2.0))(lambda x, t, label: x, torch.zeros(1, 1))
+
+
 def test_values_and_titles_have_just_the_fields_that_a_sampler_reads():
     values = {name: {k: v for k, v in samplers.sampler_values(config_of(name)).items() if v is not None}
               for name in samplers.SAMPLERS}

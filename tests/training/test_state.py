@@ -107,8 +107,8 @@ def test_moments_of_another_shape_are_passed_over_before_they_are_used(tmp_path)
     good = checkpoint(5) | {"ema": {"decay": 0.9, "num_updates": 5, "shadow_params": [shadow]},
                             "optimizer": {"state": {0: moment}, "param_groups": [{"params": [0]}]}}
     write_checkpoint(tmp_path / "checkpoints" / "checkpoint_1.pth", good)
-    for bad in ({"exp_avg_sq": torch.zeros(1)}, {"exp_avg": None}):
-        write_checkpoint(tmp_path / STATE, good | {"step": 6, "optimizer": {"state": {0: moment | bad}}})
+    for bad in (moment | {"exp_avg_sq": torch.zeros(1)}, moment | {"exp_avg": None}, {}, 5):
+        write_checkpoint(tmp_path / STATE, good | {"step": 6, "optimizer": {"state": {0: bad}}})
         said = []
         assert read_newest_state(tmp_path, said.append)["step"] == 5
         assert "optimizer's exp_avg" in said[0]
@@ -213,6 +213,15 @@ def test_state_of_another_network_is_refused_in_one_sentence():
     do_update(wider, *wider_parts)
     with pytest.raises(UserError, match="does not fit config.model and config.optim"):
         restore(state_of(wider, *wider_parts), network, parts[1], parts[0], parts[2])
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize("stats", [torch.zeros(2), {}, {"values": torch.zeros(3)}])
+def test_damaged_counters_are_refused_in_one_sentence(stats):
+    network = create_model(small_config())
+    parts = training_parts(network)
+    with pytest.raises(UserError, match="does not fit config.model and config.optim"):
+        restore(state_of(network, *parts) | {"stats": stats}, network, parts[1], parts[0], parts[2])
 
 
 def save(network, config, path):
