@@ -10,6 +10,7 @@ eval.batch_size images if that is given, otherwise 64, or with --classes a row o
 
 from runtime.terminal import UserError  # isort: skip - first, so that Ctrl-C is quiet while torch is imported
 
+import functools
 import json
 import math
 import pathlib
@@ -85,11 +86,13 @@ def sample_checkpoint(path, config, args, given, device):
     name, grids, survey = pathlib.Path(path).stem + ("" if args.use_ema else "_raw"), [], SURVEY
     if "sampling.use_ode_sampler" in given:
         survey = [(config.sampling.use_ode_sampler, config.sampling.sample_N)]
-    with progress_bar(total=len(z) * len(survey), desc=f"sampling {name}", unit="images",
+    batches = -(-len(z) // config.sampling.batch_size)
+    least = batches * sum(steps if "sample_N" in SAMPLERS[sampler].fields else 1 for sampler, steps in survey)
+    with progress_bar(total=least, desc=f"sampling {name}", unit="evaluations",
                       enabled=config.training.progress) as bar:
         for sampler, steps in survey:
             config.sampling.update(use_ode_sampler=sampler, sample_N=steps)
-            grids.append(sample_grid(velocity, z, label, config, bar.update))
+            grids.append(sample_grid(functools.partial(count, bar, velocity), z, label, config))
 
     straight = curves = None
     if config.flow.flow_t_schedule != "t0" and max(entry["nfe"] for _, entry in grids) > 1:
@@ -153,12 +156,19 @@ def initial_points(classes, config, given, device):
     return z.to(device), None if numbers is None else one_hot(numbers.to(device), config.data.num_classes)
 
 
-def sample_grid(velocity, z, label, config, finished):
+def count(bar, velocity, *point):
+    """Return the velocity at a point, a batch `(x, t, label)`, and count the evaluation."""
+    bar.total = max(bar.total, bar.n + 1)
+    bar.update()
+    return velocity(*point)
+
+
+def sample_grid(velocity, z, label, config):
     """Return the images sampled from z, on the CPU, and the entries of samples.json about the sampler."""
     sample, settings, name = create_sampler(config), config.sampling, config.sampling.use_ode_sampler
     started = time.perf_counter()
     with torch.autocast(z.device.type, enabled=False):  # this context keeps in_precision's cast weights
-        x, nfe = sample(velocity, z, label, batch_size=min(settings.batch_size, len(z)), finished=finished)
+        x, nfe = sample(velocity, z, label, batch_size=min(settings.batch_size, len(z)))
     images = x.float().cpu()
     seconds = time.perf_counter() - started
     check_finite(images, range(len(images)), f"{name}: sample",
@@ -170,7 +180,10 @@ def sample_grid(velocity, z, label, config, finished):
 def trace(velocity, z, label, config):
     """Return the mean straightness, and curves (times, values, label) of a few pixels, which reflow straightens."""
     z, label = (part if part is None else part[: config.sampling.batch_size] for part in (z, label))
-    values, times, states = straightness(velocity, z, label, steps=STRAIGHTNESS_STEPS, t_start=config.flow.eps)
+    with progress_bar(total=STRAIGHTNESS_STEPS, desc="straightness", unit="evaluations",
+                      enabled=config.training.progress) as bar:
+        values, times, states = straightness(functools.partial(count, bar, velocity), z, label,
+                                             steps=STRAIGHTNESS_STEPS, t_start=config.flow.eps)
     pixels = states[:, :TRACED_SAMPLES].flatten(2).cpu()
     places = torch.linspace(0, pixels.shape[2] - 1, TRACED_PIXELS + 2).long()[1:-1]
     return values.mean().item(), [(times.tolist(), pixels[:, sample, place].tolist(), f"sample {sample}")

@@ -18,7 +18,7 @@ from models.create import create_model, model_fields
 from models.describe import describe, median_seconds, table
 from models.ema import ExponentialMovingAverage
 from runtime.devices import autocast, set_precision
-from runtime.terminal import print_message
+from runtime.terminal import print_message, progress_bar
 from training.update import UpdateStats, apply_update, create_optimizer
 
 BATCHES = (16, 32, 64, 128, 256, 512)
@@ -67,8 +67,10 @@ def seconds_of_update(config, device):
             loss.backward()
         apply_update(optimizer, ema, stats, loss.detach(), grad_clip=1.0)
         optimizer.zero_grad(set_to_none=True)
+        bar.update()
 
-    return median_seconds(update, seconds=2.0)
+    with progress_bar(desc="measuring", unit="updates") as bar:
+        return median_seconds(update, seconds=2.0)
 
 
 if __name__ == "__main__":

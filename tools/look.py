@@ -12,7 +12,7 @@ from configs.default import Field
 from datasets import create_batches
 from datasets.sources import count_classes
 from runtime.pictures import save_grid
-from runtime.terminal import print_message
+from runtime.terminal import print_message, progress_bar
 
 FLAGS = {
     "out": Field("look.png", "image file to write"),
@@ -53,7 +53,7 @@ def describe_images(image_set):
 def moments(images):
     """Return mean and standard deviation of each channel, `(C,)` in [0, 1], of uint8 images `(N, C, H, W)`."""
     sums = np.zeros((2, images.shape[1]))
-    for start in range(0, len(images), CHUNK):
+    for start in progress_bar(range(0, len(images), CHUNK), desc="mean and deviation", unit="blocks"):
         part = images[start : start + CHUNK] / np.float32(255)
         sums += [part.sum((0, 2, 3), np.float64), (part**2).sum((0, 2, 3), np.float64)]
     mean, square = sums / (images.size / images.shape[1])
