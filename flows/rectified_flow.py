@@ -38,14 +38,9 @@ def anneal(z0, xi, beta):
 def velocity_from_network(net):
     """Return `velocity(x, t, label=None)` of a network that takes 999·t.
 
-    `x` (N, C, H, W), `t` float or (N,) in [eps, 1], `label` one-hot (N, num_classes) or None → (N, C, H, W).
+    `x` (N, C, H, W), `t` (N,) in [eps, 1], `label` one-hot (N, num_classes) or None → (N, C, H, W).
     """
-
-    def velocity(x, t, label=None):
-        scaled = t * TIME_SCALE if isinstance(t, Tensor) else x.new_full((len(x),), t * TIME_SCALE)
-        return net(x, scaled, label)
-
-    return velocity
+    return lambda x, t, label=None: net(x, t * TIME_SCALE, label)
 
 
 def analytic_velocity(data, chunk=4096):

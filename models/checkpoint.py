@@ -66,8 +66,8 @@ def local_file(path):
     except ImportError as error:
         raise UserError(f"{path} needs the package huggingface_hub; run pip install huggingface_hub") from error
     # Without a network the library would try for half a minute before it looks into its cache.
-    alone = constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT)
-    download = functools.partial(hf_hub_download, match[1], local_files_only=alone)
+    offline = constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT)
+    download = functools.partial(hf_hub_download, match[1], local_files_only=offline)
     try:
         fetched = part = download(match[2])
         for number in itertools.count(2):  # the parts of a file that is split
@@ -75,7 +75,7 @@ def local_file(path):
                 return fetched
             part = download(f"{match[2]}.part{number}")
     except Exception as error:  # of many kinds: the library's own, of requests, httpx and the system
-        reason = "there is no network, and the cache does not have it" if alone else next(
+        reason = "there is no network, and the cache does not have it" if offline else next(
             iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{path} could not be fetched: {reason}") from error
 
@@ -318,11 +318,7 @@ def take_run_fields(config, saved, given, path, fields=RUN_FIELDS):
 
 
 def apply_architecture(config, checkpoint, given):
-    """Return a copy of a config with the architecture of a checkpoint (`read_checkpoint`).
-
-    given: the dotted fields on the command line. Raises UserError with the difference if one of them contradicts the
-    checkpoint.
-    """
+    """Return a copy of a config with a checkpoint's architecture; UserError if a field of `given` contradicts it."""
     defaults, result = model_fields(config), config.copy_and_resolve_references()
     overrides = {name: value for name, value in defaults.items() if name in given}
     for name, value in architecture(checkpoint, overrides, defaults).items():

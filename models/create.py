@@ -23,11 +23,7 @@ SIZES = ("model.nf", "model.ch_mult", "model.num_res_blocks", "model.attn_resolu
 
 
 def create_model(config):
-    """Return the network of a config, in training mode, with fresh weights from torch's global generator.
-
-    `net.config_fields` is {dotted config field: value} of its architecture, tuples as lists. Raises UserError as
-    `create_from_fields`.
-    """
+    """Return the network of a config, in training mode, with fresh weights from torch's global generator."""
     return create_from_fields(model_fields(config))
 
 
@@ -39,8 +35,9 @@ def model_fields(config):
 def create_from_fields(fields):
     """Return the network of {dotted config field: value}; missing fields have the CIFAR-10 config's values.
 
-    Options of other networks must have their default value. Raises UserError for fields outside the choices and ranges
-    of configs/default.py, and for fields that contradict each other.
+    `net.config_fields` has those of its architecture, tuples as lists. Options of other networks must have their
+    default value. Raises UserError for fields outside the choices and ranges of configs/default.py, and for fields that
+    contradict each other.
     """
     from configs.default import FIELDS  # here, since that module imports NETWORKS
 

@@ -19,11 +19,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, keep=1.0):
-        """Move the averages towards the current parameters, in three fused operations.
-
-        keep: 1, or a 0-dimensional float tensor on the device that is 0 to leave the averages unchanged, so that a
-        skipped update is skipped here, too, without reading from the device.
-        """
+        """Move the averages towards the parameters; `keep`, 1 or a tensor on the device, is 0 for a skipped update."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         change = torch._foreach_sub(self.parameters, self.shadow_params)

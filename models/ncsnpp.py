@@ -117,10 +117,7 @@ class NCSNpp(nn.Module):
         return layers.parallel_linears(self.time_linears, self.activation(embedding))
 
     def idle_parameters(self):
-        """Return the parameters that no output depends on: the blocks' time projections if `conditional` is false.
-
-        Released state dicts and averages include them.
-        """
+        """Return the parameters that no output depends on: the blocks' time projections if `conditional` is false."""
         idle = self.time_linears if self.time_embedding is None else []
         return [parameter for linear in idle for parameter in linear.parameters()]
 

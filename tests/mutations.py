@@ -85,7 +85,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("training/state.py", "torch.empty_like(parameter, dtype=value.dtype).copy_(value)", "value", STATE),
     ("training/state.py", "{**ours, \"params\": theirs[\"params\"]}", "theirs", STATE),
     ("training/state.py", "os.path.normpath(str(there))", "str(there)", RUN),
-    ("training/state.py", "not phrase.startswith(SAID_FIELDS)", "False", RUN),
+    ("training/state.py", "not phrase.startswith(REPORTED_FIELDS)", "False", RUN),
     ("training/run.py", "received[0] if received", "received[-1] if received", RUN),
     ("runtime/files.py", "os.replace(temporary, path)", "os.replace(temporary, temporary)", FILES),
     ("runtime/files.py", "time.time() - left.stat().st_mtime > STALE_AFTER", "True", FILES),

@@ -32,7 +32,7 @@ FREE_FIELDS = {
     "training.deterministic", "training.wandb", "data.on_device", "data.cache_dir", "data.skip_corrupt",
     "data.data_root", "data.custom_data_root", *(name for name in FIELDS if name.startswith(("sampling.", "eval."))),
 } - {"sampling.init_noise_scale", "sampling.train_subset"}
-SAID_FIELDS = ("training.precision", "optim.lr")  # may change, too, with a message
+REPORTED_FIELDS = ("training.precision", "optim.lr")  # may change, too, with a message in the log
 
 
 class Writer:
@@ -88,7 +88,7 @@ def check_same_run(config, path):
     if not (path / CONFIG).exists():
         return []
     changed = describe_changes(load_config(path / CONFIG), config)
-    if refused := ", ".join(phrase for phrase in changed if not phrase.startswith(SAID_FIELDS)):
+    if refused := ", ".join(phrase for phrase in changed if not phrase.startswith(REPORTED_FIELDS)):
         raise UserError(f"{path} holds a run with another config: {refused}; choose another --config.expr (with "
                         f"--config.training.resume_from {path} it continues from this run's last state), or remove it")
     return changed

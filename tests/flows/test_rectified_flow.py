@@ -42,7 +42,7 @@ def test_a_network_is_called_with_999_t_and_the_label():
 
     velocity, label = velocity_from_network(net), torch.eye(3)
     assert torch.equal(velocity(Z0, torch.tensor([0.0, 0.5, 1.0]), label), 2 * Z0)
-    velocity(Z0, 0.5)
+    velocity(Z0, torch.full((3,), 0.5))
     assert seen[0][0].tolist() == [0.0, 499.5, 999.0] and seen[0][1] is label
     assert seen[1][0].tolist() == [499.5] * 3 and seen[1][1] is None
 
