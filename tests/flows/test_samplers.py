@@ -282,7 +282,6 @@ FORWARD, REVERSE = ("rk45", 1e-3, 1.0), ("rk45_reverse", 1.0, 1e-3)
 @pytest.mark.parametrize(("name", "rule", "t_start", "t_end"), [
     ("ncsnpp_unconditional_time", *FORWARD), ("ncsnpp_unconditional_time", *REVERSE),
     ("ncsnpp_elu_fourier_scaled", *FORWARD), ("ncsnpp_elu_fourier_scaled", *REVERSE),
-    ("ncsnpp_cifar", *FORWARD), ("dhariwal_cond", *FORWARD),
 ])
 def test_joint_rk45_reaches_the_recorded_images_with_as_many_evaluations(name, rule, t_start, t_end):
     velocity, z, label, numbers = recorded_flow(name)

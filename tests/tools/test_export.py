@@ -46,12 +46,12 @@ def conditional(recorded, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_steps(recorded, tmp_path_factory):
+def two_steps(tmp_path_factory):
     """An unconditional checkpoint, exported with two Euler steps."""
     folder = tmp_path_factory.mktemp("two_steps")
-    config = config_file(tmp_path_factory.mktemp("config"), "ncsnpp_cifar")
-    run(recorded / "ncsnpp_cifar.pth", "--out", folder, "--sampler", "euler", "--steps", 2, "--config", config, "--raw")
-    return recorded / "ncsnpp_cifar.pth", folder
+    write_checkpoint(folder / "colour.pth", small_checkpoint(data__num_channels=3))
+    run(folder / "colour.pth", "--out", folder / "export", "--sampler", "euler", "--steps", 2, "--raw")
+    return folder / "colour.pth", folder / "export"
 
 
 def session(path):
@@ -74,17 +74,17 @@ def test_a_conditional_model_takes_class_numbers_and_any_number_of_images(condit
 
 def test_euler_steps_and_raw_weights_are_exported_as_asked(two_steps):
     checkpoint, folder = two_steps
-    net = load_model(checkpoint, use_ema=False, fields=fields_of("ncsnpp_cifar"))
-    noise = index_noise(6, range(3), (3, 16, 16))
+    net = load_model(checkpoint, use_ema=False)
+    noise = index_noise(6, range(3), (3, 8, 8))
     with torch.no_grad():
         expected = euler(velocity_from_network(net), noise, steps=2)[0]
-    found = session(folder / "ncsnpp_cifar.onnx").run(None, {"noise": noise.numpy()})[0]
+    found = session(folder / "colour.onnx").run(None, {"noise": noise.numpy()})[0]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_the_report_says_size_latency_and_difference_of_each_form(two_steps):
     _, folder = two_steps
-    report = json.loads((folder / "ncsnpp_cifar.json").read_text())
+    report = json.loads((folder / "colour.json").read_text())
     rows = {row["name"]: row for row in report["files"]}
     assert set(rows) == {"PyTorch", "onnx float32", "onnx int8"}
     assert rows["onnx float32"]["largest_difference"] <= 1e-4
@@ -92,7 +92,7 @@ def test_the_report_says_size_latency_and_difference_of_each_form(two_steps):
     assert all(row["latency_ms"] > 0 for row in rows.values())
     assert (report["steps"], report["sampler"]) == (2, "euler")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "ncsnpp_cifar.json", "ncsnpp_cifar.onnx", "ncsnpp_cifar_int8.onnx"]
+        "colour.json", "colour.onnx", "colour_int8.onnx"]
 
 
 def test_eight_bits_need_less_than_half_of_the_bytes(conditional):
@@ -119,7 +119,8 @@ def run_without_torch(lines, folder):
 def test_the_ten_lines_shown_make_a_picture_without_torch_of_what_the_command_shown_exports(tmp_path, monkeypatch):
     checkpoint, lines = shown_lines()
     assert len([line for line in lines.splitlines() if line]) <= 10
-    write_checkpoint(tmp_path / checkpoint, small_checkpoint(flow__eps=0.1, sampling__init_noise_scale=1.5))
+    write_checkpoint(tmp_path / checkpoint, small_checkpoint(
+        model__ch_mult=(1, 2), model__attn_resolutions=(4,), flow__eps=0.1, sampling__init_noise_scale=1.5))
     monkeypatch.chdir(tmp_path)
     run(checkpoint)
     status, err = run_without_torch(lines, tmp_path)
@@ -140,11 +141,11 @@ def test_the_lines_shown_make_colour_pictures_too(two_steps, tmp_path):
     _, lines = shown_lines()
     path = tmp_path / re.search(r'"(logs/[^"]+\.onnx)"', lines)[1]
     path.parent.mkdir(parents=True)
-    path.symlink_to(folder / "ncsnpp_cifar.onnx")
+    path.symlink_to(folder / "colour.onnx")
     status, err = run_without_torch(lines, tmp_path)
     assert status == 0, err
     with Image.open(tmp_path / "samples.png") as opened:
-        assert (opened.mode, opened.size) == ("RGB", (64, 64))
+        assert (opened.mode, opened.size) == ("RGB", (32, 32))
 
 
 def test_the_process_of_these_tests_cannot_import_torch(tmp_path):
