@@ -125,10 +125,10 @@ def sample_checkpoint(path, config, args, given, device):
 
 
 def class_rows(asked, config, given):
-    """Return the class numbers of --classes and their names; ([], None) without the flag."""
+    """Return the class numbers of --classes and their names; ([], []) without the flag."""
     count = config.data.num_classes
     if not asked:
-        return [], None
+        return [], []
     if not count or "sampling.class_label" in given:
         raise UserError(f"--classes {asked}: this model has no classes; leave the flag out" if not count else
                         "--classes and --config.sampling.class_label are both given; give one of them")
@@ -201,7 +201,7 @@ def write_entries(path, entries):
     try:
         old = json.loads(path.read_text(errors="replace")) if path.is_file() else []
         kept = [entry for entry in old if entry["file"] not in new and (path.parent / entry["file"]).exists()]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         print_message(f"{path} is damaged: its entries for earlier images are dropped")
         kept = []
     write_json(path, kept + entries)

@@ -106,7 +106,8 @@ class Batches:
         self.seed, self.batch_size, self.num_classes = config.seed, config.training.batch_size, config.data.num_classes
         use_aug, on_device, self.resident = config.data.use_aug, config.data.on_device, None
         self.flips = [(seeds.FLIP, 0.5, -1)] * (mirror or use_aug) + [(seeds.AUGMENT, UPSIDE_DOWN, -2)] * use_aug
-        if on_device == "true" or (on_device == "auto" and fits(size, self.device)):
+        if on_device == "true" or (on_device == "auto" and self.device.type == "cuda"
+                                   and size <= RESIDENT_SHARE * torch.cuda.mem_get_info(self.device)[0]):
             try:
                 self.resident = copy_to_device(samples, self.device)
             except torch.OutOfMemoryError:
@@ -137,11 +138,6 @@ class Batches:
     def _send(self, tensor):
         tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
         return tensor.to(self.device, non_blocking=True)
-
-
-def fits(size, device):
-    """Return whether the device is a GPU with memory for `size` bytes beside the network."""
-    return device.type == "cuda" and size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def copy_to_device(samples, device):

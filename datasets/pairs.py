@@ -256,16 +256,12 @@ class MixedOrder(EndlessOrder):
 
     def at(self, positions):
         """Return the pairs at `positions` of the sequence, both int64 arrays `(n,)`."""
-        is_real, places = self.split(positions)
-        places[is_real] = self.count + self.real.at(places[is_real])
-        places[~is_real] = super().at(places[~is_real])
-        return places
-
-    def split(self, positions):
-        """Return (is_real, places) of positions in the sequence; places: how many earlier ones are of the same kind."""
-        before = positions * self.share.numerator // self.share.denominator
-        is_real = (positions + 1) * self.share.numerator // self.share.denominator > before
-        return is_real, np.where(is_real, before, positions - before)
+        real_before = positions * self.share.numerator // self.share.denominator
+        is_real = (positions + 1) * self.share.numerator // self.share.denominator > real_before
+        indices = np.empty(len(positions), np.int64)
+        indices[is_real] = self.count + self.real.at(real_before[is_real])
+        indices[~is_real] = super().at((positions - real_before)[~is_real])
+        return indices
 
 
 def create_pair_batches(config, device):

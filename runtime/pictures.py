@@ -20,7 +20,7 @@ def to_uint8(images):
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(path, images, columns, labels=None):
+def save_grid(path, images, columns, labels=()):
     """Write images `(N, C, H, W)` in [-1, 1], grey (C = 1) or colour (C = 3), as one image file, `columns` per row.
 
     labels: a text for each row, written left of it. Small images are enlarged. UserError for other shapes.
@@ -29,7 +29,6 @@ def save_grid(path, images, columns, labels=None):
 
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise UserError(f"{path}: a grid needs images of shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
-    labels = labels or []
     scale = max(1, -(-SMALLEST_CELL // max(images.shape[2:])))
     cells = images.detach().float().cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     grid = make_grid(cells, columns, GAP, pad_value=1.0) if len(cells) > 1 else pad(cells[0], (GAP,) * 4, value=1.0)

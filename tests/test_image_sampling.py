@@ -268,7 +268,7 @@ def test_command_line_reports_an_empty_folder_in_one_sentence_with_status_two(tm
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-@pytest.mark.parametrize("content", ["[{", "{}", '[{"file": 3}]', "[1]", '"x"'])
+@pytest.mark.parametrize("content", ["[{", "{}", '[{"file": 3}]', "[1]", '"x"', "[" * 100_000])
 def test_a_damaged_description_of_earlier_images_is_said_and_replaced(tmp_path, content):
     (tmp_path / "samples.json").write_text(content)
     image_sampling.write_entries(tmp_path / "samples.json", [{"file": "a.png"}])

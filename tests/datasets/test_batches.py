@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets import ImageSet, batches
-from datasets.batches import Batches, EndlessOrder, copy_to_device, fits, pixels_to_float
+from datasets.batches import Batches, EndlessOrder, copy_to_device, pixels_to_float
 from runtime.terminal import UserError
 from tests.datasets.image_files import random_images
 from tests.helpers import config_of
@@ -67,8 +67,10 @@ def test_about_half_of_the_samples_are_flipped_each_on_its_own():
 
 
 def test_a_gpu_keeps_only_images_that_leave_room_for_the_network(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * SET.images.nbytes, 0))
-    assert not fits(SET.images.nbytes, torch.device("cuda")) and fits(SET.images.nbytes // 2, torch.device("cuda"))
+    monkeypatch.setattr(batches, "copy_to_device", lambda samples, device: {"z1": device.type})
+    for free, resident in ((3, None), (5, {"z1": "cuda"})):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * SET.images.nbytes, 0))
+        assert Batches(SET, EndlessOrder(50, 7), config_of(), "cuda").resident == resident
 
 
 def test_images_that_live_on_the_device_are_copied_whole(monkeypatch):

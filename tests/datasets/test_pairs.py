@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets import create_batches
+from datasets.batches import EndlessOrder
 from datasets.pairs import MixedOrder, NoiseSource, PairSet, open_pairs, open_rows
 from runtime.seeds import index_noise
 from runtime.terminal import UserError
@@ -111,14 +112,13 @@ def test_use_aug_flips_z0_and_z1_of_a_pair_alike(tmp_path):
 
 @given(share=st.fractions(0, 1, max_denominator=50), first=st.integers(0, 10**9), count=st.integers(1, 300))
 def test_every_stretch_of_samples_has_its_share_of_real_pairs_and_uses_each_in_turn(share, first, count):
-    positions = np.arange(first, first + count)
-    is_real, places = MixedOrder(1, 1, share, 0).split(positions)
-    assert abs(int(is_real.sum()) - count * share) < 1
-    for kind in (is_real, ~is_real):
-        assert (np.diff(places[kind]) == 1).all()
-    before = fractions.Fraction(first) * share
-    if is_real.any():
-        assert places[is_real][0] == before.numerator // before.denominator
+    found = MixedOrder(50, 30, share, 7).at(np.arange(first, first + count))
+    real = found[found >= 50] - 50
+    assert abs(len(real) - count * share) < 1
+    before = int(fractions.Fraction(first) * share)
+    np.testing.assert_array_equal(real, EndlessOrder(30, 7).at(before + np.arange(len(real))))
+    generated = EndlessOrder(50, 7).at(first - before + np.arange(count - len(real)))
+    np.testing.assert_array_equal(found[found < 50], generated)
 
 
 def test_the_share_of_real_pairs_is_that_of_the_config(tmp_path):
