@@ -55,7 +55,9 @@ def main(config, args, given):
     with start_processes(patience=datetime.timedelta(days=7)) as processes:  # one may be hours behind the others
         config, net, teacher = load_teacher(config, args, given, processes)
         points = InitialPoints(config, args.z0_path, args.z1_path, args.label_path)
-        velocity = create_velocity(net and compiled(net, config.training), points, processes.device)
+        velocity = net and velocity_from_network(compiled(net, config.training))
+        if COUPLINGS[points.direction].velocity == "closed form":
+            velocity = analytic_velocity(torch.from_numpy(np.array(points.image_set.images)).to(processes.device))
         coupling = create_coupling(config, velocity, points, processes.device)
         folder, job = pathlib.Path(args.data_root) / str(config.seed), create_job(config, given, points, teacher)
         with contextlib.ExitStack() as held:
@@ -97,13 +99,6 @@ def load_teacher(config, args, given, processes):
     if net.licence_note:
         processes.say(net.licence_note)
     return config, net, {"checkpoint": args.ckpt_path, "checkpoint_digest": digest}
-
-
-def create_velocity(net, points, device):
-    """Return the velocity of the network, the closed-form velocity of the images, or None if none is needed."""
-    if net is None and COUPLINGS[points.direction].velocity == "closed form":
-        return analytic_velocity(torch.from_numpy(np.array(points.image_set.images)).to(device))
-    return net and velocity_from_network(net)
 
 
 def create_job(config, given, points, teacher):

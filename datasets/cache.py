@@ -75,7 +75,9 @@ def open_cached(source, spec, cache_dir, progress):
 
     Raises UserError for an unusable source, for corrupt images unless `spec` skips them, and for a full disk.
     """
-    entry = entry_folder(source, spec, cache_dir)
+    identity = [VERSION, source.identity, spec.size, spec.channels, spec.resample]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    entry = pathlib.Path(cache_dir) / f"{source.name}-{spec.channels}x{spec.size}x{spec.size}-{key}"
     found = _open_entry(entry, spec)
     if found is None:
         try:
@@ -91,13 +93,6 @@ def open_cached(source, spec, cache_dir, progress):
         raise UserError(f"{source.title} was cached without {len(found.skipped)} images, the first: {found.skipped[0]};"
                         " repair them, or go on without them with --config.data.skip_corrupt true")
     return found
-
-
-def entry_folder(source, spec, cache_dir):
-    """Return the folder of a source's cache entry."""
-    identity = [VERSION, source.identity, spec.size, spec.channels, spec.resample]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    return pathlib.Path(cache_dir) / f"{source.name}-{spec.channels}x{spec.size}x{spec.size}-{key}"
 
 
 def _open_entry(entry, spec):

@@ -349,7 +349,7 @@ def test_a_compiler_that_fails_is_one_sentence(tmp_path, network, monkeypatch):
 
 def test_no_more_pairs_are_solved_than_are_asked_for(tmp_path, monkeypatch):
     solved = []
-    monkeypatch.setattr(generate_data, "create_velocity", lambda net, points, device: lambda x, t, label=None: (
+    monkeypatch.setattr(generate_data, "analytic_velocity", lambda images: lambda x, t, label=None: (
         solved.append(len(x)), -x)[1])
     make(tmp_path, sampling__total_number_of_samples=3, sampling__use_ode_sampler="euler", sampling__sample_N=1)
     assert solved == [3]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from datasets import cache
-from datasets.cache import ImageSet, Source, entry_folder
+from datasets.cache import ImageSet, Source
 from datasets.image_files import ImageSpec
 from runtime.terminal import UserError
 from tests.datasets.image_files import random_images
@@ -67,9 +67,15 @@ def test_the_user_is_told_once_what_was_cached_where(tmp_path, capsys):
 
 
 def test_another_source_or_spec_is_another_entry(tmp_path):
-    entries = [(make_source(), SPEC), (make_source(identity="two"), SPEC), (make_source(), ImageSpec(8, 3, "area")),
-               (make_source(), ImageSpec(9, 3)), (make_source(), ImageSpec(8, 1))]
-    assert len({entry_folder(*entry, tmp_path) for entry in entries}) == 5
+    entries = set()
+    for identity, spec in (("one", SPEC), ("two", SPEC), ("one", ImageSpec(8, 3, "area")), ("one", ImageSpec(9, 3)),
+                           ("one", ImageSpec(8, 1))):
+        images = random_images(2, spec.channels, spec.size)
+        source = make_source(lambda images=images: iter([ImageSet(images)]), identity)
+        found = cache.open_cached(source, spec, tmp_path, "false")
+        np.testing.assert_array_equal(found.images, images)
+        entries.add(found.cache)
+    assert len(entries) == 5
 
 
 def test_a_failed_decode_leaves_nothing(tmp_path):
@@ -148,8 +154,7 @@ def test_processes_that_start_together_decode_once(tmp_path):
     lambda entry: shutil.rmtree(entry) or entry.mkdir(),
 ])
 def test_a_damaged_entry_is_decoded_again(tmp_path, damage, capsys):
-    open_cached(make_source(), tmp_path)
-    damage(entry_folder(make_source(), SPEC, tmp_path))
+    damage(pathlib.Path(open_cached(make_source(), tmp_path).cache))
     found = open_cached(make_source(), tmp_path)
     np.testing.assert_array_equal(found.images, IMAGES)
     np.testing.assert_array_equal(found.labels, LABELS)
