@@ -102,7 +102,8 @@ def train(config, processes, messages, held):
     if signal and step < options.n_iters:
         logger.say(f"stopped by signal {signal} after update {step}; the same command continues from here")
     else:
-        logger.say(f"finished: {step} updates, {step - first} of them in {time.monotonic() - started:.0f} s; "
+        skipped = f", {stats['nonfinite']:.0f} skipped since they were not finite" if stats["nonfinite"] else ""
+        logger.say(f"finished: {step} updates, {step - first} of them in {time.monotonic() - started:.0f} s{skipped}; "
                    f"{paths[-2]}{f' and {grid}' if grid else ''}")
     logger.close()
     return 128 + signal if signal else 0

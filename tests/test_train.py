@@ -287,6 +287,7 @@ def test_diverging_run_stops_with_its_skipped_updates_named_and_its_checkpoints_
 def test_processes_agree_on_what_is_skipped(tmp_path):
     run = finish_ranks(tmp_path, optim__warmup=0, optim__lr=1e25, training__n_iters=8)
     assert read_json_lines(run / "log.jsonl")[-1]["skipped"] == 7
+    assert " s, 7 skipped since they were not finite; " in (run / "log.txt").read_text()
 
 
 def compile_quickly(graphs):

@@ -43,6 +43,9 @@ def check_training(config, world_size=1):
     if channels not in (None, config.data.num_channels):
         raise UserError(f"config.data.num_channels is {config.data.num_channels}, but {config.data.dataset} has "
                         f"{channels}")
+    if config.training.snapshot_sampling and config.data.num_channels not in (1, 3):
+        raise UserError(f"config.data.num_channels is {config.data.num_channels}, and sample grids show grey or colour "
+                        "images only: set config.training.snapshot_sampling to 0")
     if config.training.batch_size % (world_size * config.training.accumulation_steps):
         raise UserError(f"config.training.batch_size {config.training.batch_size} cannot be split into {world_size} "
                         f"processes × {config.training.accumulation_steps} accumulation steps")

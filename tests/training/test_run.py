@@ -27,6 +27,13 @@ def test_a_second_start_of_a_run_is_refused(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_grids_that_cannot_be_drawn_are_refused_before_the_first_update(tmp_path):
+    fields = {"data.dataset": "custom", "data.num_channels": 4, "data.reflow_data_root": "latents"}
+    run.check_training(config_in(tmp_path, **fields, training__snapshot_sampling=0))
+    with pytest.raises(UserError, match="num_channels is 4, .* set config.training.snapshot_sampling to 0"):
+        run.check_training(config_in(tmp_path, **fields))
+
+
 def test_a_slash_at_the_end_of_a_path_is_no_other_run(tmp_path):
     config = config_in(tmp_path, data__reflow_data_root="pairs", flow__pre_train_model="a/b.pth")
     (tmp_path / "run").mkdir()
