@@ -147,6 +147,9 @@ class Training:
         if config.training.compile:
             self.messages.append("compiling in the first update, which takes a minute or more")
             called = torch.compile(self.parallel, mode=config.training.compile_mode)
+        self.keep_gradients = config.training.compile and config.training.accumulation_steps > 1
+        for parameter in filter(lambda p: p.requires_grad and self.keep_gradients, parameters):
+            parameter.grad = torch.zeros_like(parameter)  # a CUDA graph overwrites gradients that it allocated itself
         self.velocity = self.velocity_of(called)
         self.network.train()
 
@@ -174,7 +177,7 @@ class Training:
         if self.processes.world_size > 1:
             dist.all_reduce(loss.div_(self.processes.world_size))
         apply_update(self.optimizer, self.ema, self.stats, loss, grad_clip=config.optim.grad_clip)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
 
     def learning_rate(self, update):
         """Return the learning rate of `update`: linear warm-up from 0 (none with flow.pre_train_model)."""

@@ -138,7 +138,7 @@ def compiled(network, options):
     def call(x, t, label=None):
         given, count = [value for value in (x, t, label) if value is not None], len(x)
         if not inputs or len(inputs[0]) < count:
-            inputs[:] = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in given]
+            inputs[:] = [torch.empty_like(value) for value in given]
         for buffer, value in zip(inputs, given, strict=True):
             buffer[:count] = value
         return run(*inputs)[:count].clone()

@@ -12,6 +12,8 @@ if os.environ.get("SLIMFLOW_TEST_DEVICE") != "cuda":  # before torch is imported
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 torch.set_num_threads(1)
 
@@ -59,16 +61,20 @@ def cuda_graphs(monkeypatch):
     graphs = []
 
     def backend(graph, inputs, mode="default"):
-        run, memory = torch._dynamo.lookup_backend("aot_eager")(graph, inputs), []
+        graphs.append(mode)
+        return aot_autograd(fw_compiler=in_one_memory, bw_compiler=in_one_memory)(graph, inputs)
+
+    def in_one_memory(graph, inputs):
+        memory = {}
 
         def replay(*arguments):
-            for number, output in enumerate(run(*arguments)):
-                memory[number:] = memory[number:] or [torch.empty_like(output)]
-                memory[number].copy_(output)
-            return tuple(memory)
+            outputs = list(graph(*arguments))
+            for number, output in enumerate(outputs):
+                if torch.is_tensor(output):
+                    outputs[number] = memory.setdefault(number, output.clone()).copy_(output).detach()
+            return outputs
 
-        graphs.append(mode)
-        return replay
+        return make_boxed_func(replay)
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))

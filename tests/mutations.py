@@ -45,7 +45,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
      REFERENCE),
     ("train.py", "min(1.0, update / warmup)", "min(1.0, (update + 1) / warmup)", REFERENCE),
     ("train.py", "group[\"lr\"] = self.learning_rate(update)", "pass", REFERENCE),
-    ("train.py", "self.optimizer.zero_grad(set_to_none=True)", "pass", REFERENCE),
+    ("train.py", "self.optimizer.zero_grad(set_to_none=not self.keep_gradients)", "pass", REFERENCE),
     ("train.py", "self.network.train()", "self.network.eval()", REFERENCE),
     ("datasets/batches.py", "step_generator(self.seed, update,", "step_generator(self.seed, 0,", REFERENCE),
     ("runtime/seeds.py", "_torch_seed(seed, update, stream)", "_torch_seed(seed, update)", REFERENCE),

@@ -21,9 +21,10 @@ import torch
 import train
 from configs.command_line import parse_command_line
 from models.checkpoint import write_checkpoint
+from runtime.devices import Processes
 from runtime.files import read_json_lines
 from runtime.terminal import UserError
-from tests.helpers import DIGITS, overrides, same
+from tests.helpers import DIGITS, SMALL, config_of, overrides, same, small_checkpoint
 from tests.processes import output_of, run_ranks, run_script, start_ranks
 from training import run, state
 
@@ -324,6 +325,22 @@ def test_compiled_distillation_is_one_graph_for_student_and_teacher_each(tmp_pat
     assert (tmp_path / "graphs.txt").read_text() == "graph\n" * 2
     eager, compiled = ([e["loss"] for e in read_json_lines(run / "log.jsonl")] for run in runs)
     assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_cuda_graphs_of_student_and_teacher_train_as_without_them(tmp_path, pairs, steps, cuda_graphs):
+    write_checkpoint(tmp_path / "teacher.pth", small_checkpoint())
+    ends = []
+    for compiled in (False, True):
+        config = config_of(DIGITS, **SMALL, training__batch_size=8, training__accumulation_steps=steps, optim__warmup=0,
+                           data__reflow_data_root=pairs, flow__use_teacher=True, flow__teacher_model=tmp_path /
+                           "teacher.pth", training__compile=compiled)
+        training = train.Training(config, Processes(0, 1, torch.device("cpu")))
+        for update in range(3):
+            training.update(update)
+        ends.append([p.detach() for p in training.network.parameters()])
+    assert len(cuda_graphs) == 2
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-5)
 
 
 def without_compiler():
