@@ -90,10 +90,7 @@ def measure_checkpoints(config, args, given, processes):
 
 
 def read_checkpoints(ckpt_dir, settings, processes):
-    """Yield `read_checkpoint` of the checkpoints that --ckpt_dir and config.eval (`settings`) ask for.
-
-    Process 0 decides which; every process reads the file itself. Raises UserError as `sweep`.
-    """
+    """Yield the checkpoints that --ckpt_dir and config.eval (`settings`) ask for: process 0 decides, as in `sweep`."""
     read = functools.lru_cache(maxsize=1)(read_checkpoint)  # process 0 has read it already to see that it is complete
     paths = iter([ckpt_dir])
     if not is_remote(ckpt_dir) and not pathlib.Path(ckpt_dir).is_file():

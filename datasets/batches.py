@@ -82,11 +82,8 @@ class EndlessOrder:
 
 @functools.lru_cache(maxsize=4)  # the epoch in use and the next, of two data sets
 def _permutation(count, seed, epoch):
-    """Return the permutation of 0..count-1 of an epoch, int64 `(count,)`.
-
-    It sorts raw Philox numbers, which numpy guarantees for later versions: a run must resume after an upgrade.
-    """
-    words = seeds.index_generator(seed, epoch, seeds.ORDER).bit_generator.random_raw(count)
+    """Return the permutation of 0..count-1 of an epoch, int64 `(count,)`; later numpy versions give the same one."""
+    words = seeds.index_generator(seed, epoch, seeds.ORDER).bit_generator.random_raw(count)  # guaranteed by numpy
     return np.argsort(words, kind="stable")
 
 

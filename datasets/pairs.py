@@ -180,10 +180,7 @@ def open_folders(root):
 
 
 def open_pairs(root, config):
-    """Return the `PairFolder`s in `root` after a check of some pairs of each; suspicious values are printed to stderr.
-
-    Raises UserError if a folder does not fit `config.data`, or the folders do not fit each other.
-    """
+    """Return the `PairFolder`s in `root`; UserError if some pairs of one, or their origins, do not fit the config."""
     folders, data = open_folders(root), config.data
     for folder in folders:
         if folder.shape != image_shape(config):

@@ -124,10 +124,7 @@ def _shorten(words):
 
 
 def open_files(name, with_labels, root, spec):
-    """Return the `Source` of all images in a folder or zip archive.
-
-    with_labels: classes are those of dataset.json (written by EDM's dataset_tool.py) or sub-folders; FFHQ has none.
-    """
+    """Return the `Source` of a folder or zip; with_labels: classes are those of dataset.json (EDM's) or sub-folders."""
     tree = FileTree(root)
 
     def open_tree():

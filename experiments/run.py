@@ -123,10 +123,7 @@ class Study:
         return list(found)
 
     def run(self, steps, lock):
-        """Run all steps; lock: descriptor of the study's lock, which the scripts inherit.
-
-        Raises the first `UserError`, once the steps that are running have ended.
-        """
+        """Run all steps; raise the first UserError once the running ones have ended. lock: descriptor they inherit."""
         for images in dict.fromkeys(step.images for step in steps if step.images):
             self.references[images] = Reference(images, self.root / "images" / images.name, self.cifar_root)
             real = f"{images.name}_{images.size}/real"

@@ -26,10 +26,8 @@ PIXEL_NAMES = {"frechet": "pixel_frechet_distance", "kernel": "pixel_kernel_dist
 
 @contextlib.contextmanager
 def full_float32():
-    """Switch TF32 off in the `with` block: it would change features in the third digit.
-
-    `torch.backends.cudnn.flags` would also reset its other flags, which switches cuDNN off.
-    """
+    """Switch TF32 off in the `with` block: it would change features in the third digit."""
+    # torch.backends.cudnn.flags would also reset its other flags, which switches cuDNN off.
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False

@@ -273,10 +273,7 @@ class Reference:
 
 
 def read_statistics(path, extractor, name=""):
-    """Return the `Statistics` in an npz with `mu` and `sigma` (EDM's form) and perhaps our `features`.
-
-    Raises UserError for other arrays, invalid values, or features of another extractor or dimension.
-    """
+    """Return the `Statistics` in an npz of mu and sigma (EDM's form), perhaps with features; UserError for others."""
     found = load_arrays(pathlib.Path(path))
     arrays = [found.get("mu"), found.get("sigma"), found.get("features", np.zeros((0, extractor.dimension)))]
     if not all(isinstance(array, np.ndarray) and array.dtype.kind in "fiu" for array in arrays):

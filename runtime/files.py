@@ -108,10 +108,7 @@ def is_hidden(name):
 
 
 def walk_files(root):
-    """Yield the paths of the files under `root`, with forward slashes; each folder once, even if links lead to it.
-
-    Hidden folders are left out. Raises UserError for a folder that cannot be listed.
-    """
+    """Yield the paths of all files under `root` outside hidden folders, each folder once; UserError if unreadable."""
     def refuse(error):
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}")
 
