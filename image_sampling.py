@@ -87,12 +87,13 @@ def sample_checkpoint(path, config, args, given, device):
     if "sampling.use_ode_sampler" in given:
         survey = [(config.sampling.use_ode_sampler, config.sampling.sample_N)]
     batches = -(-len(z) // config.sampling.batch_size)
-    least = batches * sum(steps if "sample_N" in SAMPLERS[sampler].fields else 1 for sampler, steps in survey)
-    with progress_bar(total=least, desc=f"sampling {name}", unit="evaluations",
+    left = [batches * (steps if "sample_N" in SAMPLERS[sampler].fields else 1) for sampler, steps in survey]  # at least
+    with progress_bar(total=sum(left), desc=f"sampling {name}", unit="evaluations",
                       enabled=config.training.progress) as bar:
         for sampler, steps in survey:
             config.sampling.update(use_ode_sampler=sampler, sample_N=steps)
             grids.append(sample_grid(functools.partial(count, bar, velocity), z, label, config))
+            bar.total = bar.n + sum(left[len(grids):])
 
     straight = curves = None
     if config.flow.flow_t_schedule != "t0" and max(entry["nfe"] for _, entry in grids) > 1:
