@@ -147,7 +147,7 @@ class Setting:
 
 
 def demo(scale=1.0):
-    """Return the steps of `make demo`; `scale` shortens trainings, pairs and evaluation (a test runs 1/60)."""
+    """Return the steps of `make demo`; `scale` shortens trainings, pairs and evaluation (a test runs 1/250)."""
     def scaled(count, least=1):
         return max(least, round(count * scale))
 

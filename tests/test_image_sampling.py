@@ -56,7 +56,7 @@ def entries(folder, checkpoint="checkpoint_1"):
     return json.loads((folder / "eval_sample" / checkpoint / "samples.json").read_text())
 
 
-def test_survey_of_a_checkpoint_is_pictures_and_their_description(tmp_path):
+def test_survey_of_a_checkpoint_is_pictures_and_their_description_and_one_sampler_leaves_its_sheet(tmp_path):
     folder = write_run(tmp_path / "run")
     sample(folder)
     out = folder / "eval_sample" / "checkpoint_1"
@@ -72,6 +72,9 @@ def test_survey_of_a_checkpoint_is_pictures_and_their_description(tmp_path):
     for entry in found:
         assert entry["seed"] == 42 and entry["seconds"] > 0 and entry["straightness"] > 0 and entry["images"] == 4
         assert entry["checkpoint"].endswith("checkpoint_1.pth") and entry["weights"] == "EMA"
+    sheet = (out / "contact_sheet.png").read_bytes()
+    sample(folder, use_ode_sampler="heun", sample_N=3)
+    assert (out / "contact_sheet.png").read_bytes() == sheet and (out / "heun_sample_5.png").exists()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -95,15 +98,6 @@ def test_a_compiler_that_fails_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="none"))
     with pytest.raises(UserError, match="training.compile is true, but torch.compile fails: InvalidBackend"):
         sample(write_run(tmp_path), training__compile=True)
-
-
-def test_one_sampler_leaves_the_sheet_of_the_survey_alone(tmp_path):
-    folder = write_run(tmp_path / "run")
-    sample(folder)
-    sheet = folder / "eval_sample" / "checkpoint_1" / "contact_sheet.png"
-    before = sheet.read_bytes()
-    sample(folder, use_ode_sampler="heun", sample_N=3)
-    assert sheet.read_bytes() == before and (sheet.parent / "heun_sample_5.png").exists()
 
 
 def test_every_checkpoint_is_sampled_unless_a_range_is_given(tmp_path):

@@ -188,12 +188,12 @@ def test_cifar_runs_end_to_end_from_zips_of_class_folders(tmp_path):
         assert all(torch.equal(a.half().float(), b) for a, b in zip(whole, slim, strict=True))
 
 
-# `make demo` at a sixtieth of its length: the whole method through the four scripts, its report, a second start
+# `make demo` at 1/250 of its length: the whole method through the four scripts, its report, a second start
 
 
 def run_demo(folder):
     """Run the short demo in `folder`; return what it printed."""
-    return output_of(folder, "experiments.run", "--study", "demo", "--scale", "0.0166", "--root", folder,
+    return output_of(folder, "experiments.run", "--study", "demo", "--scale", "0.004", "--root", folder,
                      prepare=run_study)
 
 

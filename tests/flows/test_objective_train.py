@@ -67,12 +67,11 @@ IMAGES = {
     "range_snr": "flow.flow_t_schedule=range_0.2_0.8 training.weight_schedule=snr",
     "fixed_snr_inv": "flow.flow_t_schedule=fix_0.5 training.weight_schedule=snr_inv",
     "images_lpips_l1": "training.loss_type=lpips+l1 training.weight_schedule=truncated-snr",
-    "images_lpips_huber_inverse": "training.loss_type=lpips/1mt+huber",
 }
 PAIRS = {
     "reflow": "flow.h_flip=true training.weight_schedule=karras",
     "annealing": "training.x0_randomness=warmup_4 training.weight_schedule=1mt",
-    "annealing_exp": "training.x0_randomness=warmup_exp_4 training.loss_type=lpips+huber",
+    "annealing_exp": "training.x0_randomness=warmup_exp_4 training.loss_type=huber",
     "annealing_cos": "training.x0_randomness=warmup_cos_4 flow.flow_alpha_t=t0",
     "annealing_fixed": "training.x0_randomness=fix_0.5 flow.flow_t_schedule=t1 flow.flow_alpha_t=t1",
     "one_step": "flow.flow_t_schedule=t0 training.loss_type=lpips+l2",

@@ -11,7 +11,6 @@ from flows.samplers import create_sampler
 from models import create_model, edm, edm_pickle, load_model
 from models.checkpoint import load_matching, load_with_config, read_checkpoint, write_checkpoint
 from models.create import create_from_fields
-from models.describe import describe
 from models.released import to_released
 from runtime.terminal import UserError
 from tests.helpers import TINY, config_of
@@ -125,11 +124,6 @@ def test_preconditioning_of_a_checkpoint_without_one_cannot_be_asked_for(data_fo
     assert load_with_config(path, config, frozenset())[0].model.preconditioning == "none"
     with pytest.raises(UserError, match="model.preconditioning is none in the checkpoint and edm here"):
         load_with_config(path, config, frozenset(["model.preconditioning"]))
-
-
-def test_costs_of_a_snapshot_are_told_level_by_level():
-    rows = describe(read_checkpoint(golden_file("edm_ncsnpp.pkl"))["fields"])
-    assert [row.part for row in rows[-3:]] == ["decoder 2", "output", "total"]
 
 
 def test_preconditioned_checkpoint_of_ours_is_read_again_and_kept_from_the_released_layout(tmp_path):

@@ -171,9 +171,11 @@ def test_channels_last_gives_the_same_velocity_in_that_layout(fields):
     torch.testing.assert_close(out, net(x, t999, label), rtol=1e-4, atol=1e-5)
 
 
-@BOTH
-def test_compiled_network_is_one_graph_and_is_not_compiled_again(fields):
-    """fullgraph raises at any break; three different steps compile once for training and once for evaluation."""
+def test_compiled_network_is_one_graph_and_is_not_compiled_again(fields=DHARIWAL):
+    """fullgraph raises at any break; three different steps compile once for training and once for evaluation.
+
+    NCSNpp in tests/test_train.py and tests/runtime/test_devices.py.
+    """
     torch._dynamo.reset()
     counter = CompileCounter()
     net = lively(fields | {"model.dropout": 0.1})
