@@ -18,10 +18,11 @@ def compare(samples, reference, extractor, seed, radii=None, progress="auto"):
     Metrics that are not available are None: the kernel distance needs features of the reference, precision and recall
     also their `neighbour_radii`, the Inception score an extractor with classes. seed: of subsets and splits.
     """
-    if samples.count <= extractor.dimension:
-        print_message(f"warning: {samples.count} samples for {extractor.dimension} features: their covariance is "
-                      "singular and the Fréchet distance comes out too large (its bias falls as 1 / samples); compare "
-                      "it only with distances of equally many samples, and quote none below 50,000", stderr=True)
+    for images, count in (("samples", samples.count), ("reference images", reference.count)):
+        if count is not None and count <= extractor.dimension:
+            print_message(f"warning: {count} {images} for {extractor.dimension} features: their covariance is singular "
+                          "and the Fréchet distance too large (its bias falls as 1 / number); compare it only with "
+                          "distances of equally many images, and quote none below 50,000", stderr=True)
     features = samples.features.to(samples.mu.device)
     values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
     if reference.features is not None:

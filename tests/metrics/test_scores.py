@@ -223,10 +223,13 @@ def test_pixel_metrics_carry_pixel_names_and_no_inception_score():
     assert len(found) == 4
 
 
-@pytest.mark.parametrize(("count", "warned"), [(DIMENSION, True), (DIMENSION + 1, False)])
-def test_fewer_samples_than_the_covariance_needs_are_warned_of_with_the_bias(capsys, count, warned):
-    compare(statistics_of(0, count), statistics_of(1, 40), PixelExtractor(DIMENSION), seed=1)
-    assert ("comes out too large" in capsys.readouterr().err) is warned
+@pytest.mark.parametrize(("count", "real", "warned"), [(DIMENSION, 40, "6 samples"), (DIMENSION + 1, 40, ""),
+                                                       (40, DIMENSION, "6 reference images"), (40, None, "")])
+def test_fewer_images_than_the_covariance_needs_are_warned_of_with_the_bias(capsys, count, real, warned):
+    reference = statistics_of(1, real or 40, with_features=real is not None)  # of statistics the count is not known
+    compare(statistics_of(0, count), reference, PixelExtractor(DIMENSION), seed=1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith(f"warning: {warned} for 6 features") if warned else said == ""
 
 
 def test_the_inception_score_does_not_depend_on_the_order_of_the_samples():
