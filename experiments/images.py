@@ -26,7 +26,7 @@ def split(images, cifar_root):
     """
     def load(dataset, root=""):
         config = get_default_config()
-        config.data.dataset, config.data.data_root, config.training.progress = dataset, root, "auto"
+        config.data.dataset, config.data.data_root = dataset, root
         config.data.image_size, config.data.num_channels = images.size, images.channels
         found = load_images(config)
         return found.images, found.labels

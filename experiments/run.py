@@ -125,8 +125,8 @@ class Study:
     def run(self, steps, lock):
         """Run all steps; raise the first UserError once the running ones have ended. lock: descriptor they inherit."""
         for images in dict.fromkeys(step.images for step in steps if step.images):
-            self.references[images] = Reference(images, self.root / "images" / images.name, self.cifar_root)
-            real = f"{images.name}_{images.size}/real"
+            self.references[images] = Reference(images, self.root / "images" / images.folder, self.cifar_root)
+            real = f"{images.folder}/real"
             if real not in read_table(self.results):
                 self.write_row(real, "real", 0, **self.references[images].real())
         waiting, futures, failures = list(steps), {}, []

@@ -26,6 +26,11 @@ class Images:
     classifier: int = 0  # channels of the convolutional classifier's first stage (0: a perceptron)
     epochs: int = 0  # of its training
 
+    @property
+    def folder(self):
+        """The name of the folder of these images: other sizes are in others."""
+        return f"{self.name}_{self.size}"
+
 
 DIGITS = Images("digits", 8, 1, 898, 2)
 FASHION = Images("fashion", 16, 1, 1000, 2)
@@ -57,7 +62,8 @@ class Step:
     def command(self, root):
         """Return the command, script and arguments, for the study's folder `root`."""
         places = {key: f"{root}/{step.name}" for key, step in self.needs}
-        places |= {"root": str(root), "here": self.name, "images": f"{root}/images/{self.images and self.images.name}"}
+        places |= {"root": str(root), "here": self.name}
+        places |= {"images": f"{root}/images/{self.images.folder}"} if self.images else {}
         return [self.script, *(argument.format(**places) for argument in self.arguments)]
 
 

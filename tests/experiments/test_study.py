@@ -165,6 +165,12 @@ def test_every_step_of_every_study_has_a_name_of_its_own_and_comes_after_its_nee
         assert seen
 
 
+def test_sizes_of_a_study_in_one_folder_do_not_share_their_images():
+    archives = {word for size in ("tiny", "small", "large") for word in cifar(size)[0].command("root")
+                if word.endswith("train.zip")}
+    assert archives == {f"root/images/cifar_{size}/train.zip" for size in (8, 16, 32)}
+
+
 def test_cifar_runs_end_to_end_from_zips_of_class_folders(tmp_path):
     random = np.random.default_rng(0)
     for part, count in (("train", 80), ("test", 40)):
