@@ -83,9 +83,7 @@ def open_cached(source, spec, cache_dir, progress):
         try:
             with file_lock(entry.with_name(f".{entry.name}.lock"), f"decoding {source.title}"):
                 found = _open_entry(entry, spec)  # the process that held the lock may have written it
-                if found is None:
-                    _write_entry(source, spec, entry, progress)
-                    found = _open_entry(entry, spec)
+                found = found or _write_entry(source, spec, entry, progress)
         except OSError as error:
             raise UserError(f"data.cache_dir {cache_dir} cannot be written ({error.strerror or error}): make room or "
                             "give write permission, or choose another folder with --config.data.cache_dir") from None
@@ -114,7 +112,7 @@ def _open_entry(entry, spec):
 
 
 def _write_entry(source, spec, entry, progress):
-    """Decode the source into `entry`; if the process is killed, the next one removes the hidden folder that is left."""
+    """Decode the source into `entry` and open it; what a killed process left of the hidden folder is removed."""
     partial = entry.with_name(f".{entry.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     chunks, expected, class_names = source.open()
@@ -149,6 +147,7 @@ def _write_entry(source, spec, entry, progress):
     notes |= {f"skipped, the first: {first}": len(skipped) for first in skipped[:1]}
     print_message("\n".join([f"cached {source.title}: {count} images in {entry}",
                              *(f"  {number} images: {note}" for note, number in notes.items())]), stderr=True)
+    return _open_entry(entry, spec)
 
 
 def npy_header(layout, count):

@@ -153,10 +153,7 @@ def finish(folder, job, origin):
 
 
 def _write(path, content, offset=None, least=0):
-    """Write `content` to the file at `path` (created if missing), at `offset` or its end, and flush it to the disk.
-
-    The file gets at least `least` bytes. An OSError names it, as of a full disk.
-    """
+    """Write and flush bytes at `offset` of a file, or its end; it gets at least `least` bytes. OSErrors name it."""
     try:
         with open(path, "ab" if offset is None else "r+b" if path.exists() else "w+b", buffering=0) as file:
             file.seek(0 if offset is None else offset)
