@@ -164,15 +164,16 @@ def draw_samples(path, runs, columns=16):
     config = load_config(runs[0] / CONFIG)
     images = load_images(config).images
     real = images[np.arange(columns) * len(images) // columns]
-    z0 = index_noise(config.seed, range(columns), real.shape[1:])
-    rows = {"data": pixels_to_float(torch.from_numpy(np.array(real)))}
+    z0 = config.sampling.init_noise_scale * index_noise(config.seed, range(columns), real.shape[1:])
+    rows = [("data", pixels_to_float(torch.from_numpy(np.array(real))))]
     for run in runs:
         velocity = velocity_from_network(load_model(checkpoint_path(run, 1)))
         label = run.name.replace("_", "-")
         if run == runs[0]:
-            rows[f"{label}, rk45"] = samplers.create_sampler(config)(velocity, z0)[0]
-        rows[f"{label}, one step"] = samplers.one_step(velocity, z0, t_start=config.flow.eps)[0]
-    save_grid(path, torch.cat(list(rows.values())), columns=columns, labels=list(rows))
+            rows.append((f"{label}, rk45", samplers.create_sampler(config)(velocity, z0)[0]))
+        rows.append((f"{label}, one step", samplers.one_step(velocity, z0, t_start=config.flow.eps)[0]))
+    labels, samples = zip(*rows, strict=True)
+    save_grid(path, torch.cat(samples), columns, labels)
 
 
 FLAGS = {

@@ -85,7 +85,10 @@ def main(args):
             return 0
         study.run(todo, lock)
     print(f"study: all {len(wanted)} steps are in {results}")
-    return 1 if is_demo and not write_demo(study.root, read_table(results)) and args.scale >= 1 else 0
+    rows = read_table(results)
+    if not is_demo or not {step.name for step in steps} <= rows.keys():
+        return 0
+    return int(not write_demo(study.root, rows) and args.scale >= 1)
 
 
 class Study:

@@ -18,8 +18,10 @@ from experiments.report import COLUMNS, read_table, write_table
 from experiments.run import Study
 from experiments.studies import DIGITS, GUIDED, ONE_STEP, STUDIES, T0, annealed, cifar, euler, miniature
 from models import load_model
-from runtime.files import file_lock
+from models.checkpoint import write_checkpoint
+from runtime.files import file_lock, write_json
 from runtime.terminal import UserError
+from tests.helpers import small_checkpoint
 from tests.processes import launch_step, output_of, run_script, run_study
 
 TINY = dataclasses.replace(DIGITS, measured=40)
@@ -163,6 +165,24 @@ def test_every_step_of_every_study_has_a_name_of_its_own_and_comes_after_its_nee
             assert all(need.name in seen for _, need in step.needs), step.name
             assert seen.setdefault(step.name, step) == step
         assert seen
+
+
+def test_part_of_the_demo_ends_without_the_report_of_the_whole(tmp_path):
+    (digest,) = (step.digest for step in STUDIES["demo"]() if step.name == "pairs")
+    write_table(tmp_path / "results.csv", {"pairs": dict.fromkeys(COLUMNS, "") | {"step": "pairs", "digest": digest}})
+    printed = output_of(tmp_path, "experiments.run", "--study", "demo", "--steps", "pairs", "--root", tmp_path)
+    assert "all 1 steps are in" in printed and not (tmp_path / "report.md").exists()
+
+
+def test_samples_of_runs_of_one_name_are_all_in_the_picture(tmp_path, monkeypatch):
+    for seed in ("seed0", "seed1"):
+        content = small_checkpoint()
+        write_checkpoint(tmp_path / seed / "flow/checkpoints/checkpoint_1.pth", content)
+        write_json(tmp_path / seed / "flow/config.json", content["config"])
+    drawn = []
+    monkeypatch.setattr(report, "save_grid", lambda path, images, columns, labels: drawn.append((len(images), labels)))
+    report.draw_samples(tmp_path / "x.png", [tmp_path / seed / "flow" for seed in ("seed0", "seed1")], columns=2)
+    assert drawn == [(8, ("data", "flow, rk45", "flow, one step", "flow, one step"))]
 
 
 def test_sizes_of_a_study_in_one_folder_do_not_share_their_images():
