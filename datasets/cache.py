@@ -71,10 +71,7 @@ class Source(NamedTuple):
 
 
 def open_cached(source, spec, cache_dir, progress):
-    """Return the `ImageSet` of a `Source`, mapped into memory read-only; decode it into `cache_dir` on first use.
-
-    Raises UserError for an unusable source, for corrupt images unless `spec` skips them, and for a full disk.
-    """
+    """Return the `ImageSet` of a `Source`, memory-mapped; decode it on first use. UserError if that is not possible."""
     identity = [VERSION, source.identity, spec.size, spec.channels, spec.resample]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     entry = pathlib.Path(cache_dir) / f"{source.name}-{spec.channels}x{spec.size}x{spec.size}-{key}"

@@ -297,10 +297,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load_arrays(path):
-    """Return the content of an npz, or of a pickle of numpy arrays, numbers and text in plain containers.
-
-    Raises UserError for a file that is damaged or names anything else, which could run code.
-    """
+    """Return the content of an npz or a pickle of arrays, numbers, text; UserError for others, which could run code."""
     try:
         with open(path, "rb") as opened:
             return dict(np.load(opened)) if path.suffix == ".npz" else _ArrayUnpickler(opened, encoding="latin1").load()

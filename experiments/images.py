@@ -20,10 +20,7 @@ DATE = (2000, 1, 1, 0, 0, 0)  # of files in archives, so that equal images give 
 
 
 def split(images, cifar_root):
-    """Return (images uint8 (N, C, H, W), labels (N,)) for training, and the same of images.measured held-out images.
-
-    CIFAR-10 has its own split; of other sets, images at even indices train and those at odd indices are held out.
-    """
+    """Return (images uint8 (N, C, H, W), labels (N,)) for training, and the same of images.measured held-out images."""
     def load(dataset, root=""):
         config = get_default_config()
         config.data.dataset, config.data.data_root = dataset, root
@@ -36,7 +33,7 @@ def split(images, cifar_root):
         places = np.arange(images.measured) * len(test) // images.measured
         return train, (test[places], labels[places])
     found, labels = load("FashionMNIST" if images.name == "fashion" else "digits")
-    held_out = slice(1, 2 * images.measured, 2)
+    held_out = slice(1, 2 * images.measured, 2)  # odd indices; CIFAR-10 has its own split
     return (found[::2], labels[::2]), (found[held_out], labels[held_out])
 
 

@@ -25,11 +25,8 @@ def run_path(config):
 
 
 def run_folder(path, work_dir="logs"):
-    """Return the run folder of a checkpoint: the parent of checkpoints/, or else its own folder; a folder as it is.
-
-    Of a remote one it is in `work_dir`, named after the whole address: other repositories may have the same file name.
-    """
-    if "://" in str(path):
+    """Return the run folder of a checkpoint: the parent of checkpoints/, or else its own folder; a folder as it is."""
+    if "://" in str(path):  # named after the whole address, since other repositories may have the same file name
         return pathlib.Path(work_dir, re.sub(r"\W+", "_", str(path).partition("://")[2].rpartition(".")[0]))
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
