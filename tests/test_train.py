@@ -248,8 +248,6 @@ def test_what_does_not_change_the_result_may_change_and_a_new_learning_rate_is_s
     ({"data__reflow_data_root": "absent"}, "absent"),
     ({"flow__pre_train_model": "absent.pth"}, "absent.pth"),
     ({"training__resume_from": "absent"}, "config.training.resume_from absent has no checkpoint"),
-    ({"expr": ""}, "config.expr is ''"),
-    ({"flow__use_teacher": True}, "use_teacher"),
 ])
 def test_bad_input_gets_one_sentence_and_leaves_no_run_behind(fields, sentence, tmp_path):
     status, log = run_script(tmp_path, "train.py", *words(tmp_path, **fields))

@@ -206,19 +206,11 @@ def test_autocast_is_near_float32_and_returns_it(fields):
 
 
 def test_number_of_operations_of_the_smallest_published_network():
-    """CIFAR 3.4M: the released network dispatches 587 in an eval forward pass, ours at most 400.
-
-    A whole training step may take 1,500; forward and backward leave the rest to loss, clipping, optimiser and EMA.
-    """
-    net = create_from_fields({"model.nf": 64, "model.num_res_blocks": 1, "model.ch_mult": (1, 1, 2),
-                              "model.dropout": 0.15})
-    x, t999 = torch.randn(1, 3, 32, 32), torch.rand(1)
+    """CIFAR 3.4M: the released network dispatches 587 in an eval forward pass, ours at most 400."""
+    net = create_from_fields({"model.nf": 64, "model.num_res_blocks": 1, "model.ch_mult": (1, 1, 2)})
     with torch.no_grad(), Operations() as forward:
-        net.eval()(x, t999)
+        net.eval()(torch.randn(1, 3, 32, 32), torch.rand(1))
     assert len(forward.names) <= 400
-    with Operations() as both:
-        net.train()(x, t999).square().mean().backward()
-    assert len(both.names) <= 1200
 
 
 def test_labels_are_asked_for_and_refused():
