@@ -190,7 +190,7 @@ def metrics_of(samples, target, reference, started):
     config, processes, training_images = reference.config, reference.processes, reference.training_images
     asked = samples.images[: max(0, config.eval.nearest - share_of(processes, samples.count).start)]
     distances = [torch.zeros(0)]
-    if training_images is not None and asked.shape[1:] == training_images.images.shape[1:]:
+    if training_images is not None and len(asked) and asked.shape[1:] == training_images.images.shape[1:]:
         distances += [nearest_distances(part.to(processes.device), training_images.images).cpu()
                       for part in asked.split(config.eval.batch_size)]
     distances = torch.cat(gather(torch.cat(distances)))

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -18,8 +19,9 @@ from configs.command_line import load_config, parse_command_line
 from datasets import load_images
 from metrics.features import InceptionExtractor
 from metrics.results import read_results
-from metrics.statistics import ArrayImages, measure_source, write_statistics
+from metrics.statistics import ArrayImages, Reference, measure_source, write_statistics
 from models.checkpoint import write_checkpoint
+from runtime.devices import Processes
 from runtime.terminal import UserError
 from tests.helpers import ALONE, DIGITS, config_of, small_checkpoint
 from tests.metrics.inception_stand_in import FILE_NAME, write_stand_in
@@ -257,6 +259,20 @@ def test_evaluation_starts_at_its_own_noise_and_not_at_that_of_the_pairs():
     own = [np.random.Generator(np.random.Philox(key=[42, stream], counter=[0, 0, 0, 0])).standard_normal(
         64, dtype=np.float32) for stream in range(10)]
     assert [np.array_equal(first, noise) for noise in own] == [stream == 9 for stream in range(10)]
+
+
+@pytest.mark.parametrize(("nearest", "rank", "searches"), [(0, 0, 0), (5, 0, 2), (5, 1, 0)])
+def test_the_training_images_are_searched_only_for_samples_that_are_asked_for(monkeypatch, nearest, rank, searches):
+    config, found = small_config(eval__nearest=nearest), []
+    monkeypatch.setattr(evaluation_fid, "nearest_distances", lambda queries, images: (
+        found.append(len(queries)), torch.zeros(len(queries)))[1])
+    reference = Reference(config, "", ALONE)
+    target = reference.statistics
+    reference.processes = Processes(rank, 2, torch.device("cpu"))
+    samples = dataclasses.replace(target, count=12, images=torch.zeros(max(0, nearest - 6 * rank), 1, 8, 8))
+    monkeypatch.setattr(Processes, "from_main", lambda self, work: work())
+    evaluation_fid.metrics_of(samples, target, reference, 0.0)
+    assert len(found) == searches and sum(found) == nearest * (searches > 0)
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_with_a_sentence_and_gives_the_same_samples(capsys):
