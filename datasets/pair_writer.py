@@ -184,8 +184,9 @@ class InitialPoints:
                             "or config.data.num_classes 0")
         if self.num_classes and self.class_label < 0 and z1_path and not label_path:
             raise UserError("--z1_path holds images without classes: give --label_path or config.sampling.class_label")
-        if self.class_label >= 0 and label_path:
-            raise UserError("--label_path and config.sampling.class_label both set the classes: leave one out")
+        if label_path and (self.class_label >= 0 or not self.num_classes):
+            raise UserError("--label_path and config.sampling.class_label both set the classes: leave one out"
+                            if self.num_classes else "--label_path needs the number of classes: set data.num_classes")
         if self.random_flip and (z1_path or self.direction == "gt_v_from_z1"):
             raise UserError("sampling.random_flip does not apply to --z1_path and to gt_v_from_z1: leave it out")
         paths = {"z0_path": z0_path, "z1_path": z1_path, "label_path": label_path}
@@ -198,9 +199,9 @@ class InitialPoints:
         for flag, rows in self.rows.items():
             if flag == "label_path":
                 check_labels(rows, label_path, self.num_classes)
-            elif rows.shape[1:] != shape or rows.dtype.kind != "f":
-                raise UserError(f"{paths[flag]} holds {rows.dtype} rows of shape {rows.shape[1:]}; the config needs "
-                                f"floating-point rows of shape {shape} (channels, height, width)")
+            elif rows.shape[1:] != shape or rows.dtype.kind != "f" or not len(rows):
+                raise UserError(f"{paths[flag]} holds {len(rows)} {rows.dtype} rows of shape {rows.shape[1:]}; the "
+                                f"config needs floating-point rows of shape {shape} (channels, height, width)")
         self.noise, self.image_set = self.rows.get("z0_path"), None
         if self.noise is None and self.direction != "from_z1":
             self.noise = NoiseSource(self.seed, shape, settings.init_noise_scale)

@@ -116,7 +116,7 @@ def open_images(path, config):
         arrays = load_arrays(path)
         names = [name for name in ("images", "samples", "arr_0") if name in arrays]
         if not names:
-            raise UserError(f"{path} holds {', '.join(arrays)}, but no array images, samples or arr_0")
+            raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}, but no array images, samples or arr_0")
         images = arrays[names[0]]
     if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)

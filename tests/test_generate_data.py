@@ -302,6 +302,7 @@ def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, ne
     ({"sampling__class_label": 4}, {}, "class_label is 4, but the model has 0 classes"),
     ({"sampling__direction": "random_paired", "data__num_classes": 3, "sampling__class_label": 1},
      {"z1_path": "x.npy", "label_path": "y.npy"}, "--label_path and config.sampling.class_label both set the classes"),
+    ({"sampling__direction": "random_paired"}, {"z1_path": "x.npy", "label_path": "y.npy"}, "set data.num_classes"),
     ({"sampling__direction": "gt_v_from_z1", "sampling__random_flip": True}, {}, "random_flip does not apply to"),
     ({"sampling__direction": "random_paired", "sampling__random_flip": True}, {"z1_path": "x.npy"},
      "random_flip does not apply to --z1_path"),
@@ -320,9 +321,9 @@ def test_what_does_not_go_together_is_refused_before_anything_is_created(tmp_pat
 
 
 def test_starting_points_of_another_shape_are_refused(tmp_path):
-    np.save(tmp_path / "noise.npy", np.zeros((9, 3, 8, 8), np.float32))
-    sentence = refused(tmp_path / "pairs", {"z0_path": tmp_path / "noise.npy"})
-    assert "noise.npy holds float32 rows of shape (3, 8, 8)" in sentence
+    for shape, holds in (((9, 3, 8, 8), "9 float32 rows of shape (3, 8, 8)"), ((0, 1, 8, 8), "0 float32 rows")):
+        np.save(tmp_path / "noise.npy", np.zeros(shape, np.float32))
+        assert f"noise.npy holds {holds}" in refused(tmp_path / "pairs", {"z0_path": tmp_path / "noise.npy"})
 
 
 def test_a_network_that_gives_no_numbers_is_named_with_the_pairs(tmp_path, network):
