@@ -127,9 +127,7 @@ class Training:
             self.messages.append(f"memory layout: {layout}, the faster of two")
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.ema = ExponentialMovingAverage(parameters, config.model.ema_rate)
-        self.optimizer = create_optimizer(
-            parameters, name=config.optim.optimizer, lr=config.optim.lr, beta1=config.optim.beta1,
-            eps=config.optim.eps, weight_decay=config.optim.weight_decay)
+        self.optimizer = create_optimizer(parameters, config.optim)
         self.stats = UpdateStats(self.device, scaled=config.training.precision == "fp16" and self.device.type == "cuda")
         if found:
             state.restore(found, self.network, self.ema, self.optimizer, self.stats)

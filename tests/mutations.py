@@ -72,7 +72,7 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("training/update.py", "p.grad.masked_fill_(skip, 0.0)", "pass", UPDATE),
     ("training/update.py", "rho_inf = 2 / (1 - beta2) - 1", "rho_inf = 2 / (1 - beta2)", UPDATE),
     ("training/update.py", "rectified = (rho > 5)", "rectified = (rho > 4)", UPDATE),
-    ("training/update.py", "\"betas\": (beta1, 0.999)", "\"betas\": (beta1, 0.99)", REFERENCE),
+    ("training/update.py", "\"betas\": (optim.beta1, 0.999)", "\"betas\": (optim.beta1, 0.99)", REFERENCE),
     ("training/update.py", "consecutive.add_(1.0).mul_(nonfinite)", "consecutive.add_(nonfinite)", UPDATE),
     ("training/update.py", "scale.mul_(1.0 - 0.5 * nonfinite)", "scale.mul_(1.0 + 0.5 * nonfinite)", UPDATE),
     ("training/update.py", "self.values[:3] = 0.0", "self.values[:2] = 0.0", UPDATE),

@@ -72,7 +72,8 @@ class Updates:
         generator = torch.Generator().manual_seed(0)
         self.parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device))
                            for shape in ((16, 3, 3, 3), (16,), (10, 16))]
-        self.optimizer = create_optimizer(self.parameters, name=name, lr=1e-3, beta1=0.9, eps=1e-8, weight_decay=0.01)
+        config = config_of(optim__optimizer=name, optim__lr=1e-3, optim__weight_decay=0.01)
+        self.optimizer = create_optimizer(self.parameters, config.optim)
         self.ema, self.stats = ExponentialMovingAverage(self.parameters, 0.9), UpdateStats(torch.device(device))
 
     def __call__(self, number, loss=1.0):

@@ -46,7 +46,7 @@ def main(config, args, given):
 
 
 def seconds_of_update(config, device):
-    """Return the median seconds of an update (network, Adam, EMA) of one batch, in config.training.precision.
+    """Return the median seconds of an update (network, optimizer, EMA) of one batch, in config.training.precision.
 
     The loss is a squared error. Raises UserError as `create_model` does.
     """
@@ -54,7 +54,7 @@ def seconds_of_update(config, device):
     data, steps = config.data, config.training.accumulation_steps
     net = create_model(config).to(device, memory_format=torch.channels_last)
     ema, stats = ExponentialMovingAverage(net.parameters(), 0.999), UpdateStats(device)
-    optimizer = create_optimizer(list(net.parameters()), name="Adam", lr=1e-4, beta1=0.9, eps=1e-8, weight_decay=0.0)
+    optimizer = create_optimizer(list(net.parameters()), config.optim)
     x = torch.randn(config.training.batch_size // steps, data.num_channels, data.image_size, data.image_size,
                     device=device)
     t999 = torch.full((len(x),), 500.0, device=device)

@@ -41,12 +41,12 @@ class RAdam(torch.optim.Optimizer):
             torch._foreach_add_(parameters, torch._foreach_mul(m, (rate * (1 - rectified)).float()))
 
 
-def create_optimizer(parameters, *, name, lr, beta1, eps, weight_decay):
-    """Return Adam, AdamW (torch's fused kernels) or RAdam, which skip a step if their `found_inf` is 1."""
-    options = {"lr": lr, "betas": (beta1, 0.999), "eps": eps, "weight_decay": weight_decay}
-    if name == "RAdam":
+def create_optimizer(parameters, optim):
+    """Return the optimizer of a `config.optim`, with torch's fused kernels; it skips a step if its `found_inf` is 1."""
+    options = {"lr": optim.lr, "betas": (optim.beta1, 0.999), "eps": optim.eps, "weight_decay": optim.weight_decay}
+    if optim.optimizer == "RAdam":
         return RAdam(parameters, options)
-    return {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name](parameters, fused=True, **options)
+    return getattr(torch.optim, optim.optimizer)(parameters, fused=True, **options)
 
 
 class UpdateStats:

@@ -161,7 +161,7 @@ def small_config(**fields):
 def training_parts(network):
     """Return optimizer, EMA and stats of a network."""
     parameters = list(network.parameters())
-    optimizer = create_optimizer(parameters, name="Adam", lr=1e-2, beta1=0.9, eps=1e-8, weight_decay=0)
+    optimizer = create_optimizer(parameters, config_of(optim__lr=1e-2).optim)
     return optimizer, ExponentialMovingAverage(parameters, 0.9), UpdateStats("cpu")
 
 

@@ -22,12 +22,12 @@ from training.update import UpdateStats, apply_update, check_finite, create_opti
 OPTIMIZERS = ("Adam", "AdamW", "RAdam")
 
 
-def make(name="Adam", lr=0.1, **options):
+def make(name="Adam", lr=0.1):
     """Return a small network, its optimizer, EMA and stats."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
     parameters = list(network.parameters())
-    optimizer = create_optimizer(parameters, name=name, lr=lr, beta1=0.9, eps=1e-8, weight_decay=0.0, **options)
+    optimizer = create_optimizer(parameters, config_of(optim__optimizer=name, optim__lr=lr).optim)
     return network, optimizer, ExponentialMovingAverage(parameters, 0.9), UpdateStats("cpu")
 
 
@@ -110,8 +110,9 @@ def test_update_equals_torchs_own_clip_and_step(name):
 def test_weights_without_a_gradient_stay_finite_at_the_ends_of_the_ranges(name):
     """A branch that starts with zeros gives none to the layers before its last."""
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = create_optimizer([weight], name=name, lr=0.1, beta1=FIELDS["optim.beta1"].high,
-                                 eps=FIELDS["optim.eps"].low, weight_decay=0.0)
+    config = config_of(optim__optimizer=name, optim__lr=0.1, optim__beta1=FIELDS["optim.beta1"].high,
+                       optim__eps=FIELDS["optim.eps"].low)
+    optimizer = create_optimizer([weight], config.optim)
     for _ in range(7):
         weight.grad = torch.zeros(3)
         apply_update(optimizer, ExponentialMovingAverage([weight], 0.9), UpdateStats("cpu"), torch.tensor(1.0),
@@ -191,7 +192,7 @@ def test_whole_step_of_the_cifar_3m_network_dispatches_few_operations_and_reads_
     network = create_model(config).train()
     assert sum(p.numel() for p in network.parameters()) == 3437123
     parameters = list(network.parameters())
-    optimizer = create_optimizer(parameters, name="Adam", lr=2e-4, beta1=0.9, eps=1e-8, weight_decay=0)
+    optimizer = create_optimizer(parameters, config.optim)
     ema, stats = ExponentialMovingAverage(parameters, 0.999), UpdateStats("cpu")
     objective, velocity = create_objective(config), velocity_from_network(network)
     batch = types.SimpleNamespace(z0=None, z1=torch.zeros(1, 3, 32, 32), label=None)
@@ -216,13 +217,13 @@ def test_update_on_cuda_needs_nothing_from_the_host(name):
     """On fake CUDA tensors a tensor on the CPU raises, and so does any read; autograd needs a real GPU."""
     config = config_of(data__image_size=16, model__nf=16, model__num_res_blocks=1, model__ch_mult=(1, 2),
                        model__attn_resolutions=(8,), data__reflow_data_root="pairs", flow__use_teacher=True,
-                       training__x0_randomness="warmup_10")
+                       training__x0_randomness="warmup_10", optim__optimizer=name, optim__weight_decay=0.1)
     networks = [create_model(config).to(memory_format=torch.channels_last) for _ in range(2)]
     with FakeTensorMode(allow_non_fake_inputs=True):
         network, teacher = (each.to_empty(device="cuda") for each in networks)
         objective = create_objective(config, velocity_from_network(teacher), "cuda")
         parameters = list(network.parameters())
-        optimizer = create_optimizer(parameters, name=name, lr=1e-3, beta1=0.9, eps=1e-8, weight_decay=0.1)
+        optimizer = create_optimizer(parameters, config.optim)
         ema, stats = ExponentialMovingAverage(parameters, 0.9), UpdateStats("cuda", scaled=True)
         images = torch.zeros(4, 3, 16, 16, device="cuda")
         batch = types.SimpleNamespace(z0=images, z1=images, label=None)
