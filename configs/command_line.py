@@ -190,13 +190,13 @@ def load_config(path):
         return config_from_dict(read_json(path), path)
     sys.path.insert(0, str(path.parent.resolve()))
     try:
-        config = runpy.run_path(str(path))["get_config"]()
+        config = runpy.run_path(str(path)).get("get_config", dict)()
     except Exception as error:  # of the user's own code, so any type
         raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from None
     finally:
         sys.path.pop(0)
     if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"config file {path}: get_config() must return an ml_collections.ConfigDict")
+        raise UserError(f"config file {path} needs a function get_config() that returns an ml_collections.ConfigDict")
     return config_from_dict(config_to_dict(config), path)
 
 

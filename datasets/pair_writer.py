@@ -75,7 +75,7 @@ def prepare(folder, job):
                        for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
         if differences:
             raise UserError(f"{folder} holds other pairs: {'; '.join(differences)}. Give the same values to continue, "
-                            "or choose another --data_root or --config.seed")
+                            "or choose another --data_root")
     _check_arrays(folder, job, done)
     offered = metadata["count"] if metadata and metadata["complete"] else 0
     if offered >= job.count:

@@ -84,7 +84,8 @@ def check_classes(image_set, num_classes):
     """Raise UserError unless the labels are 0..num_classes-1, each with at least one image."""
     source = f"data.num_classes {num_classes}: {image_set.source}"
     if image_set.labels is None:
-        raise UserError(f"{source} has no labels: set it to 0, or give labels by sub-folders or {LABEL_FILE}")
+        raise UserError(f"{source} has no labels: set it to 0, or give labels by {LABEL_FILE} or by "
+                        "sub-folders that hold all images")
     counts, found = count_classes(image_set, num_classes)
     if len(counts) != num_classes or not counts.all():
         raise UserError(f"{source} has images of {np.count_nonzero(counts)} classes ({found}): set it to their number, "

@@ -1,6 +1,10 @@
 """example.py makes a grid of any checkpoint: ours, a published one, EDM's."""
 
+import pathlib
+import re
 import runpy
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +19,7 @@ from models.ema import ExponentialMovingAverage
 from models.released import PUBLISHED, to_released
 from runtime.pictures import GAP, SMALLEST_CELL, to_uint8
 from runtime.seeds import index_noise
+from tests.processes import ROOT
 from tests.test_image_sampling import write_run
 
 
@@ -58,3 +63,19 @@ def test_a_file_that_is_missing_is_one_sentence(repository, monkeypatch, capsys)
         runpy.run_path(str(repository / "example.py"), run_name="__main__")
     said = capsys.readouterr().err
     assert said.startswith("example.py: absent.pth ") and said.count("\n") == 1
+
+
+def test_an_installation_has_all_packages_of_the_notebook_and_what_they_need(tmp_path):
+    """pip install -e . refuses a folder of several packages unless pyproject.toml names them."""
+    pytest.importorskip("setuptools")
+    for name in ("pyproject.toml", "requirements.txt", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for package in {path.parent.relative_to(ROOT) for path in ROOT.glob("*/__init__.py")} | {pathlib.Path("logs")}:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    subprocess.run([sys.executable, "-c", "import setuptools; setuptools.setup()", "-q", "egg_info"], cwd=tmp_path,
+                   check=True, capture_output=True)
+    packages = (tmp_path / "slimflow.egg-info" / "top_level.txt").read_text().split()
+    notebook = re.findall(r"```python\n(from .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[-1]
+    assert set(re.findall(r"^from (\w+)", notebook, re.MULTILINE)) <= set(packages) and "logs" not in packages
+    assert "torch>=" in (tmp_path / "slimflow.egg-info" / "requires.txt").read_text()
