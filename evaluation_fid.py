@@ -59,8 +59,9 @@ def main(config, args, given):
         path, done = (measure_files if args.data_dir else measure_checkpoints)(config, args, given, processes)
         name = results.main_metric(done[0])
         best = min(done, key=lambda result: result[name])
-        processes.say(f"{results.table(done)}\nbest: {best['checkpoint']}, {results.TITLES[name]} {best[name]:.4g}; "
-                      f"results in {path}")
+        if processes.is_main:
+            print(results.table(done), flush=True)  # not wrapped: its columns would be lost
+        processes.say(f"best: {best['checkpoint']}, {results.TITLES[name]} {best[name]:.4g}; results in {path}")
 
 
 def measure_checkpoints(config, args, given, processes):

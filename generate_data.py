@@ -127,7 +127,7 @@ def create_job(config, given, points, teacher):
     block_size = settings.block_size or BLOCK_BATCHES * config.training.batch_size
     identity = {name: get_field(config, name) for name in names} | points.identity
     identity |= {"sampling.block_size": block_size, "checkpoint": teacher.get("checkpoint_digest")}
-    return pair_writer.PairJob(count, block_size, layouts, identity)
+    return pair_writer.PairJob(count, block_size, layouts, identity, teacher.get("checkpoint", ""))
 
 
 def make_blocks(config, folder, job, todo, coupling, processes):

@@ -24,6 +24,9 @@ from runtime.files import file_digest, file_lock, read_json_lines, write_json, w
 from runtime.terminal import UserError
 
 JOURNAL, LOCK = "blocks.jsonl", ".lock"
+# Entries of PairJob.identity that are digests, and what messages call them.
+DIGESTS = {"checkpoint": "the content of --ckpt_path", "images": "the data set", "noise": "the noise of this numpy",
+           **{name: f"the content of --{name}" for name in ("z0_path", "z1_path", "label_path")}}
 ENTRY = ("block", "pairs", "nfe_sum", "nfe_worst", "z1_rounding")  # the fields of a line of the journal, all numbers
 
 
@@ -32,13 +35,14 @@ class PairJob:
     """The pairs to make, in blocks of consecutive ones.
 
     layouts: {file name: dtype of a row, such as `np.dtype(("<f4", (3, 32, 32)))`}. identity: {name: value} of
-    everything that the values of a pair depend on.
+    everything that the values of a pair depend on. checkpoint: path of the network, which messages name.
     """
 
     count: int
     block_size: int
     layouts: dict
     identity: dict
+    checkpoint: str = ""
 
     def block_range(self, block):
         """Return the range of the pairs of a block."""
@@ -71,17 +75,20 @@ def prepare(folder, job):
         raise UserError(f"{folder} has arrays but no {METADATA}: another program made them; choose another --data_root")
     if metadata is not None:
         there, here = metadata["identity"], json.loads(json.dumps(job.identity))  # as JSON has it: tuples are lists
-        differences = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        differences = [f"{DIGESTS[name]} differs" if name in DIGESTS and there.get(name) and here.get(name) else
+                       f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
                        for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
         if differences:
-            raise UserError(f"{folder} holds other pairs: {'; '.join(differences)}. Give the same values to continue, "
-                            "or choose another --data_root")
+            maker = f", made with {metadata['checkpoint']}" if metadata.get("checkpoint") else ""
+            raise UserError(f"{folder} holds other pairs{maker}: {'; '.join(differences)}. Give the same values to "
+                            "continue, or choose another --data_root")
     _check_arrays(folder, job, done)
     offered = metadata["count"] if metadata and metadata["complete"] else 0
     if offered >= job.count:
         return offered, []
     if metadata is None:
-        write_json(folder / METADATA, {"complete": False, "count": 0, "identity": job.identity})
+        write_json(folder / METADATA, {"complete": False, "count": 0, "checkpoint": job.checkpoint,
+                                       "identity": job.identity})
     for name, layout in job.layouts.items():
         _write(folder / name, npy_header(layout, offered), 0, least=row_offset(layout, job.count))
     return offered, job.unfinished(done)

@@ -283,10 +283,10 @@ def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, ne
     write_checkpoint(tmp_path / "other.pth", state)
     sentence = refused(tmp_path / "pairs", {"ckpt_path": tmp_path / "other.pth"},
                        sampling__direction="from_z0", sampling__total_number_of_samples=50)
-    assert re.search("holds other pairs: checkpoint is '.*' there and '.*' here. Give the same", sentence)
+    assert f"holds other pairs, made with {network}: the content of --ckpt_path differs. Give the same" in sentence
     sentence = refused(tmp_path / "pairs", {"ckpt_path": network}, sampling__direction="from_z0",
                        sampling__ode_tol=1e-3)
-    assert "holds other pairs: sampling.ode_tol is 0.01 there and 0.001 here. Give" in sentence
+    assert f"other pairs, made with {network}: sampling.ode_tol is 0.01 there and 0.001 here. Give" in sentence
     assert contents(folder) == before
 
 
@@ -446,7 +446,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
     fields = {"sampling__use_ode_sampler": "euler", "sampling__sample_N": 1, "training__batch_size": 500,
               "data__image_size": 32}
     peaks = []
-    for count in (1000, 13_000):
+    for count in (2000, 13_000):  # a whole block of 4 × 500, and several
         words = words_for(tmp_path / str(count), sampling__total_number_of_samples=count, **fields)
         printed = output_of(tmp_path, "generate_data.py", *words, prepare=print_peak)
         peaks.append(int(re.search(r"^peak (\d+)$", printed, re.MULTILINE)[1]))

@@ -1,5 +1,6 @@
 """A folder of pairs must survive any stop, refuse other pairs and never promise a row that is not there."""
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -116,9 +117,15 @@ def test_blocks_may_be_finished_in_any_order(tmp_path):
 def test_other_pairs_are_refused_with_all_that_differs_and_stay_as_they_are(tmp_path):
     make(tmp_path, job(8, checkpoint="aa", tol=0.1))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="checkpoint is 'aa' there and 'bb' here; tol is 0.1 there and None here"):
+    with pytest.raises(UserError, match="pairs: the content of --ckpt_path differs; tol is 0.1 there and None here"):
         prepare(tmp_path, job(12, checkpoint="bb"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_unfinished_folder_names_the_checkpoint_it_was_begun_with(tmp_path):
+    prepare(tmp_path, dataclasses.replace(job(8, checkpoint="aa"), checkpoint="a.pth"))
+    with pytest.raises(UserError, match="other pairs, made with a.pth: the content of --ckpt_path differs. Give"):
+        prepare(tmp_path, dataclasses.replace(job(8, checkpoint="bb"), checkpoint="b.pth"))
 
 
 def test_pairs_that_another_program_made_are_not_written_over(tmp_path):
