@@ -79,6 +79,10 @@ def protocol_line(result):
         parts += [f"{sampler_name(result)} (NFE {result['nfe']:g})", f"{result['weights']} weights of "
                   f"{result['checkpoint']} (step {result['step']})", f"seed {result['seeds']['samples']}"]
         parts += [f"class {result['class_label']} alone"] * (result.get("class_label", -1) >= 0)
+        unusual = {field: result[field] for field, usual in (("eps", 1e-3), ("init_noise_scale", 1.0))
+                   if result.get(field, usual) != usual}
+        parts += [*(f"{field} {value:g}" for field, value in unusual.items()),
+                  *(f"in {kind}" for kind in ("bf16", "fp16") if result.get("arithmetic") == kind)]
     parts += [result["protocol"], f"against {result['reference']}"]
     return ", ".join(parts) + "; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
 

@@ -66,6 +66,8 @@ def test_the_protocol_line_says_what_a_reader_asks_for():
 def test_pixel_distances_are_never_called_fid():
     pixels = {k: v for k, v in result(features="pixels", pixel_frechet_distance=0.3).items() if k != "fid"}
     assert "FID" not in protocol_line(pixels) + table([pixels])
+    changed = protocol_line(result(eps=0.1, init_noise_scale=2.0, arithmetic="bf16"))
+    assert "seed 42, eps 0.1, init_noise_scale 2, in bf16, uint8" in changed and "eps" not in protocol_line(result())
     assert "pixel Fréchet distance 0.3" in protocol_line(pixels)
 
 
