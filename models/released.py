@@ -70,10 +70,8 @@ def released_state(net):
 
 
 # Changes of a tensor: (ours to released, released to ours).
-INTERLEAVED = (interleave, deinterleave)
 TRANSPOSED = (torch.t, torch.t)
 MATRIX = (lambda weight: weight[:, :, 0, 0], lambda matrix: matrix[:, :, None, None])  # of our 1×1 convolution
-CONVOLUTION = MATRIX[::-1]  # of our matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +193,9 @@ def _dhariwal_tensors(net):
     for ours in net.state_dict():
         name, changes = edm_name(ours, net.config_fields), ()
         if ".qkv." in name:
-            changes += (INTERLEAVED,)
+            changes += ((interleave, deinterleave),)
         if name.endswith((".qkv.weight", ".proj.weight")):
-            changes += (CONVOLUTION,)
+            changes += (MATRIX[::-1],)  # released as a 1×1 convolution
         yield Released(name, ours, changes=changes)
         for last, layer in (("conv0.bias", "conv0"), ("conv1.bias", "skip")):
             if ".resample." in ours and name.endswith(last):
