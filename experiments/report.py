@@ -70,8 +70,11 @@ def by_seed(rows, name, figure):
 def summary(values):
     """Return `mean ± standard deviation` of the values as text, or a single value."""
     values = list(values)
-    mean = f"{statistics.mean(values):.4g}" if values else ""
-    return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    text = f"{mean:,.0f}" if mean >= 10000 else f"{mean:.4g}"  # of parameters: not 7.487e+05
+    return f"{text} ± {statistics.stdev(values):.2g}" if len(values) > 1 else text
 
 
 def table(rows):
