@@ -134,27 +134,27 @@ class PairFolder:
 
 
 def describe(z0, z1):
-    """Return the statistics of pairs `(n, C, H, W)` for `findings`; spread and correlation are taken about 0."""
+    """Return the statistics of pairs `(n, C, H, W)` for `findings`: root mean squares and the correlation about 0."""
     z0, z1 = z0.double(), z1.double()
-    stats = {"pairs": len(z0), "values": z0.numel(), "z1 low": z1.min().item(), "z1 high": z1.max().item()}
+    stats = {"pairs": len(z0), "values": z0.numel(), "z1 minimum": z1.min().item(), "z1 maximum": z1.max().item()}
     for name, values in (("z0", z0), ("z1", z1)):
-        stats[f"{name} spread"] = values.square().mean().sqrt().item()
+        stats[f"{name} RMS"] = values.square().mean().sqrt().item()
         stats[f"{name} beyond"] = (values.abs() > BEYOND).double().mean().item()
-    return stats | {"correlation": (z0 * z1).mean().item() / max(stats["z0 spread"] * stats["z1 spread"], 1e-15)}
+    return stats | {"correlation": (z0 * z1).mean().item() / max(stats["z0 RMS"] * stats["z1 RMS"], 1e-15)}
 
 
 def findings(folder, stats):
     """Return a sentence for each sign in the statistics (`describe`) that the pairs of a `PairFolder` are wrong."""
-    signs, low, high, scale = [], stats["z1 low"], stats["z1 high"], folder.noise_scale
+    signs, low, high, scale = [], stats["z1 minimum"], stats["z1 maximum"], folder.noise_scale
     uncertain = 4 / np.sqrt(stats["values"])  # four standard errors of a mean
     slack = 0.1 + uncertain / np.sqrt(2)
-    noisy = {z: abs(stats[f"{z} spread"] - 1) < 2 * slack and stats[f"{z} beyond"] > 0.1 for z in ("z0", "z1")}
+    noisy = {z: abs(stats[f"{z} RMS"] - 1) < 2 * slack and stats[f"{z} beyond"] > 0.1 for z in ("z0", "z1")}
     if not folder.metadata and (noisy["z1"] or not noisy["z0"]):  # our own files cannot be swapped
         signs.append("z0 should be unit noise and z1 images in [-1, 1], but their standard deviations are "
-                     f"{stats['z0 spread']:.2f} and {stats['z1 spread']:.2f}, {stats['z0 beyond']:.0%} and "
+                     f"{stats['z0 RMS']:.2f} and {stats['z1 RMS']:.2f}, {stats['z0 beyond']:.0%} and "
                      f"{stats['z1 beyond']:.0%} of their values are beyond ±{BEYOND}: are z0.npy and z1.npy swapped?")
-    elif abs(stats["z0 spread"] - scale) > slack * scale:
-        signs.append(f"z0 has standard deviation {stats['z0 spread']:.3f} instead of {scale:g}")
+    elif abs(stats["z0 RMS"] - scale) > slack * scale:
+        signs.append(f"z0 has standard deviation {stats['z0 RMS']:.3f} instead of {scale:g}")
     if low == high:
         signs.append(f"every value of z1 is {low + 0.0:g}: its images were never written")
     elif low >= 0 and high <= 1.001:

@@ -37,7 +37,7 @@ def test_right_pairs_are_described_and_pass(tmp_path, capsys):
     z0, z1 = (np.load(tmp_path / f"0/{name}.npy") for name in ("z0", "z1"))
     between = (z0 * z1).mean() / np.sqrt((z0**2).mean() * (z1**2).mean())
     assert "checked: pairs 256, " in quick and "with labels, no pairs.json; checked: pairs 2000, " in full
-    assert f"z1 low {z1.min():.4g}, z1 high {z1.max():.4g}, z0 spread {np.sqrt((z0**2).mean()):.4g}" in full
+    assert f"z1 minimum {z1.min():.4g}, z1 maximum {z1.max():.4g}, z0 RMS {np.sqrt((z0**2).mean()):.4g}" in full
     assert full.endswith(f"correlation {between:.4g}")
 
 
