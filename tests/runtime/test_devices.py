@@ -65,13 +65,13 @@ def test_networks_of_one_architecture_share_the_graph_and_a_larger_batch_gets_it
         net = lively(config, seed=seed)
         velocity = velocity_from_network(compiled(net, config.training))
         for count in (2, 1):
-            x = torch.randn(count, 1, 8, 8)
+            x, t = torch.randn(count, 1, 8, 8), torch.full((count,), 0.5)
             with torch.no_grad():
-                torch.testing.assert_close(velocity(x, 0.5), velocity_from_network(net)(x, 0.5))
+                torch.testing.assert_close(velocity(x, t), velocity_from_network(net)(x, t))
     assert cuda_graphs == ["reduce-overhead"]
-    x = torch.randn(3, 1, 8, 8)
+    x, t = torch.randn(3, 1, 8, 8), torch.full((3,), 0.5)
     with torch.inference_mode():
-        torch.testing.assert_close(velocity(x, 0.5), velocity_from_network(net)(x, 0.5))
+        torch.testing.assert_close(velocity(x, t), velocity_from_network(net)(x, t))
     assert len(cuda_graphs) == 2
 
 
