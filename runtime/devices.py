@@ -80,7 +80,7 @@ def start_processes(patience=None):
 
 @contextlib.contextmanager
 def explained(advice):
-    """Raise a UserError if in the `with` block torch.compile fails or, with `advice` what to lower, memory runs out."""
+    """Turn two failures in the `with` block into a UserError: torch.compile's, and too little memory (see `advice`)."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one, and so are all of torch.compile
