@@ -20,9 +20,9 @@ ROWS += [{"part": "released", "size": "15.7M"}, {"part": "features"},
 
 
 def quickly(folder):
-    """Replace the compiler's own back end, which is slow on a CPU; start scripts without their imports."""
+    """Leave networks uncompiled, since the compiler is slow on a CPU and tested elsewhere; import once for scripts."""
     start = subprocess.run
-    torch.compile = functools.partial(torch.compile, backend="eager")
+    torch.compile = lambda network, mode: network
     subprocess.run = lambda words, **options: (output_of(folder, *words[1:]) if words[0] == sys.executable
                                                else start(words, **options))
 
