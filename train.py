@@ -146,8 +146,9 @@ class Training:
             self.messages.append("compiling in the first update, which takes a minute or more")
             called = torch.compile(self.parallel, mode=config.training.compile_mode)
         self.keep_gradients = config.training.compile and config.training.accumulation_steps > 1
-        for parameter in filter(lambda p: p.requires_grad and self.keep_gradients, parameters):
-            parameter.grad = torch.zeros_like(parameter)  # a CUDA graph overwrites gradients that it allocated itself
+        if self.keep_gradients:  # a CUDA graph overwrites gradients that it allocated itself
+            for parameter in filter(lambda p: p.requires_grad, parameters):
+                parameter.grad = torch.zeros_like(parameter)
         self.velocity = self.velocity_of(called)
         self.network.train()
 
