@@ -22,4 +22,4 @@ def main(checkpoint, picture="samples.png"):
 
 if __name__ == "__main__":
     with terminal.one_sentence("example.py"):
-        main(*sys.argv[1:]) if sys.argv[1:] else print(__doc__)
+        main(*sys.argv[1:]) if sys.argv[1:] else sys.exit("usage: python example.py CHECKPOINT [PICTURE]")

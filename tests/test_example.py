@@ -65,6 +65,12 @@ def test_a_file_that_is_missing_is_one_sentence(repository, monkeypatch, capsys)
     assert said.startswith("example.py: absent.pth ") and said.count("\n") == 1
 
 
+def test_without_a_checkpoint_it_says_how_it_is_used(repository, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["example.py"])
+    with pytest.raises(SystemExit, match=r"^usage: python example.py CHECKPOINT \[PICTURE\]$"):  # text: status 1
+        runpy.run_path(str(repository / "example.py"), run_name="__main__")
+
+
 def test_an_installation_has_all_packages_of_the_notebook_and_what_they_need(tmp_path):
     """pip install -e . refuses a folder of several packages unless pyproject.toml names them."""
     pytest.importorskip("setuptools")
