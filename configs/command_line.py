@@ -141,7 +141,9 @@ def parse_flags(arguments, fields, config=None, positional=()):
             values[name].parse(leftover.pop(0))
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, fields, 1)
-        raise UserError(f"--{error.flagname} is not a flag" + "".join(f"; did you mean --{n}?" for n in near)) from None
+        if not near and config is not None:
+            near = [f"config.{name}" for name in nearest_fields(error.flagname)]
+        raise UserError(f"--{error.flagname} is not a flag{did_you_mean(near, '--')}") from None
     except flags.Error as error:
         raise UserError(str(error)) from None
     if leftover:
@@ -172,10 +174,24 @@ def require_field(name, source="config"):
         raise UserError(f"{source}.{name} is a group of fields: set one of them, for instance "
                         f"--config.{name}.{next(iter(GROUPS[name]))}")
     if name not in FIELDS:
-        group, _, last = name.rpartition(".")
-        full = {field.rpartition(".")[2]: field for field in sorted(FIELDS, key=lambda f: f.startswith(f"{group}."))}
-        near = difflib.get_close_matches(last, [last] if last in full else GROUPS.get(group, full), 1)
-        raise UserError(f"{source}.{name} is not a field" + "".join(f"; did you mean config.{full[n]}?" for n in near))
+        raise UserError(f"{source}.{name} is not a field{did_you_mean(nearest_fields(name), 'config.')}")
+
+
+def nearest_fields(name):
+    """Return the dotted fields nearest to an unknown `name`: one, several that are equally near, or none."""
+    def score(field):
+        group, last = (difflib.SequenceMatcher(None, *parts).ratio()
+                       for parts in zip(name.rpartition(".")[::2], field.rpartition(".")[::2], strict=True))
+        return (last == 1, group + last) if last >= 0.6 else (False, 0)
+
+    scores = {field: score(field) for field in FIELDS}
+    best = max(scores.values())
+    return difflib.get_close_matches(name, FIELDS, 1, 0.9) or [f for f in FIELDS if scores[f] == best and best[1]]
+
+
+def did_you_mean(names, prefix):
+    """Return the end of a sentence about a name that does not exist: empty without `names`."""
+    return f"; did you mean {' or '.join(prefix + name for name in names)}?" if names else ""
 
 
 def load_config(path):
