@@ -75,12 +75,17 @@ def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto
     plain line about every 30 seconds, so that a log file stays readable. initial: where a resumed task starts.
     """
     options = {"total": total, "desc": desc, "unit": unit, "initial": initial, "file": sys.stderr}
+    sizeless = sys.stderr.isatty() and not os.get_terminal_size(sys.stderr.fileno()).columns  # as in `docker exec -t`
     if enabled == "auto" and not sys.stderr.isatty():
         bar = PlainProgress(iterable, mininterval=LINE_EVERY, maxinterval=LINE_EVERY, miniters=1, smoothing=0,
                             **options)
         bar._decr_instances(bar)  # otherwise every message would be followed by another line
         return bar
-    return tqdm(iterable, disable=enabled == "false", dynamic_ncols=True, **options)
+    if sizeless:
+        options |= {"ncols": 79, "nrows": 24}
+    if total or iterable is not None:  # what a narrow terminal cuts off is the rate
+        options["bar_format"] = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}, {rate_fmt}]"
+    return tqdm(iterable, disable=enabled == "false", dynamic_ncols=not sizeless, unit_scale=unit == "B", **options)
 
 
 class PlainProgress(tqdm):

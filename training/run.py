@@ -139,8 +139,7 @@ class RunLogger:
         }
         with open(self.path / LOG, "a") as opened:
             opened.write(json.dumps(entry) + "\n")
-        shown = f"{entry['loss']:.4f}" if count else "none"
-        self.bar.set_postfix(refresh=False, loss=shown, speed=f"{speed:.0f} images/s")
+        self.bar.set_postfix(refresh=False, loss=f"{entry['loss']:.4f}" if count else "none")
         for name in ("loss", "grad_norm", "lr", "beta", "images_per_second"):
             if entry[name] is not None:
                 self.board.add_scalar(name, entry[name], step)

@@ -111,3 +111,24 @@ def test_a_message_is_written_above_the_bar(on_terminal):
 
     written = on_terminal(80, work)
     assert "\ra message\n" in written and written.count("\n") == 2
+
+
+@pytest.mark.parametrize("width", [80, 0])
+def test_a_bar_of_80_columns_shows_how_much_how_long_and_the_loss_also_where_no_size_is_known(
+        on_terminal, monkeypatch, width):
+    now = 1e6
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+
+    def work():
+        nonlocal now
+        bar = progress_bar(total=800000, desc="training", unit="updates", initial=7200)
+        bar.set_postfix(refresh=False, loss="0.1234")
+        now += 14400
+        bar.update(7200)
+        bar.update(0)
+        bar.close()
+
+    bar = on_terminal(width, work).strip("\n").split("\r")[-1]
+    assert len(bar) == 79
+    assert bar.startswith("training:   2%|")
+    assert bar.endswith("| 14400/800000 [4:00:00<436:26:40, loss=0.1234,  2.00s/updates]")
