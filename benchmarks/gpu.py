@@ -4,7 +4,7 @@
 
 A training row is the update of train.py: images/s, TFLOP/s (six operations for each multiply-accumulate of a forward
 pass), their share of the dense peak of an H100 SXM's data sheet, peak memory, and the seconds of the first update, in
-which cuDNN times its algorithms or the compiler runs. `released` is that of train_step.py, as in the released code. The
+which cuDNN times its algorithms or the compiler runs. `released` is that of released.py, as in the released code. The
 most important rows come first; those for which there is no time are listed. --tiny: small networks, any device.
 """
 
@@ -21,7 +21,7 @@ import unittest.mock
 import torch
 from torchvision.models import inception_v3
 
-from benchmarks.train_step import SMALL, create_training, ours, released
+from benchmarks.released import SMALL, create_training, ours, released
 from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
 from flows.samplers import euler
@@ -183,7 +183,7 @@ class Programme:
             self.row(self.train, **values)
         training = self.training("15.7M", "bf16")
         self.updates(training, self.trained)
-        training.config.data.dataset = "CIFAR10"  # since scripts do not have the data set of train_step.py
+        training.config.data.dataset = "CIFAR10"  # since scripts do not have the data set of released.py
         write_checkpoint(self.checkpoint, training.state(self.trained))
         for values in SAMPLING:
             for sampler in ("one_step", "euler-10", "rk45"):

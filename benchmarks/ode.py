@@ -1,34 +1,57 @@
-"""Work and precision of adaptive solvers on a trained 1-flow: ours per sample, scipy, torchdiffeq and torchode.
+"""Solvers compared by their error over evaluations: ours with those of other libraries, and ours with each other.
 
     python -m benchmarks.ode logs/demo/1_flow/checkpoints/checkpoint_1.pth | tee benchmarks/ode.txt
+    python -m benchmarks.ode --snapshot tests/data/edm/edm_ddpmpp_cond.pkl | tee benchmarks/edm.txt
 
-All integrate the same float32 network (EMA weights) from the same noise, t = 0.001 to 1, with a float64 state and
-rtol = atol, a batch at a time: scipy and torchdiffeq with one step size for a batch, torchode and ours with one for
-each sample. Columns: evaluations per sample by the solver's own count; rows, evaluations per sample by the network; the
-root mean square over a sample's pixels of the difference from a solution at tolerance 1e-6, as mean, median and maximum
-over samples; `over`, the mean error divided by that of ours at as many evaluations, interpolated on logarithms (nan
-outside): above 1, ours is more accurate for the same work. docs/work_precision.png shows the errors over the rows.
+Of a trained 1-flow: rk45 per sample, scipy, torchdiffeq and torchode integrate the same float32 network (EMA weights)
+from the same noise, t = 0.001 to 1, with a float64 state and rtol = atol, a batch at a time: scipy and torchdiffeq with
+one step size for a batch, torchode and ours with one for each sample. Columns: evaluations per sample by the solver's
+own count; rows, evaluations per sample by the network; the root mean square over a sample's pixels of the difference
+from a solution at tolerance 1e-6, as mean, median and maximum over samples; `over`, the mean error divided by that of
+ours at as many evaluations, interpolated on logarithms (nan outside): above 1, ours is more accurate for the same work.
+docs/work_precision.png shows the errors over the rows.
+
+Of EDM's networks: the samplers that make pairs, on the exact denoiser of a mixture of Gaussians and on the network of
+the snapshot: evaluations per sample, and the median over samples of the root mean square error per pixel, compared with
+rk45 from t = 0.001 at a tolerance of 1e-7 (networks: 1e-6). All run on one thread.
 """
 
-import argparse
+import time
 from importlib import metadata
 
 import numpy as np
 import torch
-import torchdiffeq
-import torchode
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from scipy.integrate import solve_ivp
 
+from configs.command_line import run_program
+from configs.default import Field, get_default_config
 from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
+from flows.samplers import create_sampler
 from models import load_model
 from runtime.run_folder import git_commit
 from runtime.seeds import index_noise
 
+FLAGS = {
+    "checkpoint": Field("", "a 1-flow, to compare adaptive solvers (needs benchmarks/requirements.txt)"),
+    "snapshot": Field("", "an EDM snapshot, to compare our samplers"),
+    "samples": Field(1000, "samples of the 1-flow", low=1),
+    "batch": Field(100, "samples of the 1-flow integrated together (slots)", low=1),
+}
 EPS, TIGHT, OURS = 1e-3, 1e-6, "ours, per sample"
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
+SAMPLERS = [("edm", 18), ("edm", 40), ("heun", 18), ("heun", 40), ("rk45", 1e-3), ("rk45", 1e-4), ("rk45", 1e-5)]
+IMAGES = 4  # of the snapshot's network
+
+
+def errors(x, tight):
+    """Return the root mean square over pixels of x - tight for each sample, (N,)."""
+    return (x - tight).flatten(1).square().mean(1).sqrt()
+
+
+# A trained 1-flow.
 
 
 def scipy_rk45(field, z, tol):
@@ -40,12 +63,16 @@ def scipy_rk45(field, z, tol):
 
 def torchdiffeq_dopri5(field, z, tol):
     """The same by torchdiffeq's dopri5, with one step size for a batch."""
+    import torchdiffeq  # here, as torchode below, since nothing else needs it
+
     times = torch.tensor([EPS, 1.0], dtype=torch.float64, device=z.device)
     return torchdiffeq.odeint(field, z.double(), times, rtol=tol, atol=tol, method="dopri5")[-1], None
 
 
 def torchode_dopri5(field, z, tol):
     """The same by torchode's dopri5, each sample with its own steps, with the PID controller of its documentation."""
+    import torchode
+
     term = torchode.ODETerm(field)
     controller = torchode.PIDController(term=term, atol=tol, rtol=tol, pcoeff=0.2, icoeff=0.5, dcoeff=0.0)
     solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term), controller)
@@ -80,31 +107,25 @@ def run(name, velocity, z, tol, batch):
 
 
 @torch.no_grad()
-def main():
-    """Read the command line, print the table and draw the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a .pth file")
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=100, help="samples integrated together (slots)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def compare_libraries(checkpoint, samples, batch):
+    """Print the table of the network of a 1-flow and draw the plot."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = load_model(options.checkpoint, device=device).requires_grad_(False)
+    net = load_model(checkpoint, device=device).requires_grad_(False)
     shape = [net.config_fields[f"data.{name}"] for name in ("num_channels", "image_size", "image_size")]
-    velocity, z = velocity_from_network(net), index_noise(0, range(options.samples), shape).to(device)
-    title = f"{options.samples} samples {shape} of a 1-flow of {sum(p.numel() for p in net.parameters()):,} parameters"
+    velocity, z = velocity_from_network(net), index_noise(0, range(samples), shape).to(device)
+    title = f"{samples} samples {shape} of a 1-flow of {sum(p.numel() for p in net.parameters()):,} parameters"
     print(f"{device.type}, 1 thread, commit {git_commit()}",
           *(f"{name} {metadata.version(name)}" for name in ("torch", "scipy", "torchdiffeq", "torchode")), sep=", ")
-    print(f"{title}, batches (slots) of {options.batch}\n{'tolerance':>9}  {'solver':20}{'evaluations':>12}{'rows':>8}"
+    print(f"{title}, batches (slots) of {batch}\n{'tolerance':>9}  {'solver':20}{'evaluations':>12}{'rows':>8}"
           f"{'mean error':>12}{'median':>10}{'worst':>10}{'over':>7}", flush=True)
-    tight = run(OURS, velocity, z, TIGHT, options.batch)[0]
+    tight = run(OURS, velocity, z, TIGHT, batch)[0]
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes, ours = figure.subplots(), None
     for name in (OURS, *PEERS):
         curve, drawn = [], []
         for tol in TOLERANCES:
-            x, nfe, rows = run(name, velocity, z, tol, options.batch)
-            error = (x - tight).flatten(1).square().mean(1).sqrt()
+            x, nfe, rows = run(name, velocity, z, tol, batch)
+            error = errors(x, tight)
             curve.append((nfe, error.mean().item()))
             drawn.append((rows, error.mean().item()))
             over = curve[-1][1] / np.exp(np.interp(np.log(nfe), *np.log(ours or curve).T, left=np.nan, right=np.nan))
@@ -120,5 +141,54 @@ def main():
     figure.savefig("docs/work_precision.png", dpi=100)
 
 
+# EDM's networks.
+
+
+def mixture_velocity(x, t, label=None):
+    """Return (D - x_t)/(1-t) for a mixture of 20 Gaussians of standard deviation 0.1 around random images."""
+    means = (2 * torch.rand(20, 192, generator=torch.Generator().manual_seed(0)) - 1).double()
+    t = t.double()[:, None].clamp(max=0.9999)
+    x_t, sigma = x.double().flatten(1), (1 - t) / t
+    distance, variance = torch.cdist(x_t / t, means).square(), sigma**2 + 0.01
+    mean = (-distance / (2 * variance)).softmax(1) @ means
+    return (((mean + 0.01 / variance * (x_t / t - mean)) - x_t) / (1 - t)).view_as(x).to(x.dtype)
+
+
+def compare_samplers(velocity, z, label=None, tolerance=1e-6):
+    """Print a line per sampler with its steps or tolerance, evaluations, and error against rk45 at `tolerance`."""
+    tight = None
+    for sampler, value in [("rk45", tolerance), *SAMPLERS]:
+        config = get_default_config()
+        config.sampling.update({"use_ode_sampler": sampler, "ode_tol" if sampler == "rk45" else "sample_N": value})
+        started = time.process_time()
+        x, nfe = create_sampler(config)(velocity, z, label, batch_size=len(z))
+        speed = len(z) / (time.process_time() - started)
+        tight = x if tight is None else tight
+        print(f"  {sampler:5} {value:<7g} evaluations {nfe.double().mean():6.1f}   "
+              f"error {errors(x, tight).median():.1e}   {speed:8.2f} images/s", flush=True)
+
+
+def compare_on_snapshot(path):
+    """Print the lines of the mixture of Gaussians and of the network of an EDM snapshot."""
+    print(f"torch {torch.__version__}, one thread, commit {git_commit()}; processor seconds")
+    print("mixture of 20 Gaussians, images (3, 8, 8)")
+    compare_samplers(mixture_velocity, index_noise(0, range(256), (3, 8, 8)), tolerance=1e-7)
+    net = load_model(path)
+    size, classes = net.config_fields["data.image_size"], net.config_fields["data.num_classes"]
+    z = index_noise(0, range(IMAGES), (net.config_fields["data.num_channels"], size, size))
+    label = torch.eye(classes)[torch.arange(IMAGES) % classes] if classes else None
+    print(f"{path}: {sum(p.numel() for p in net.parameters()):,} parameters")
+    compare_samplers(velocity_from_network(net), z, label)
+
+
+def main(args):
+    """Compare solvers on the network that the flags name."""
+    torch.set_num_threads(1)
+    if args.snapshot:
+        compare_on_snapshot(args.snapshot)
+    else:
+        compare_libraries(args.checkpoint, args.samples, args.batch)
+
+
 if __name__ == "__main__":
-    main()
+    run_program(main, __doc__, FLAGS, positional=("checkpoint",))

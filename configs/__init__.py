@@ -1,1 +1,1 @@
-"""The configuration: all fields (default.py), the command line that overrides them, the origin of a result."""
+"""The configuration: all fields (default.py), and the command line that overrides them (command_line.py)."""

@@ -1,38 +1,57 @@
-"""Both U-Nets at all configurations of the paper: our implementation and that of the released code, on the CPU.
+"""Ours compared with the released code's way of computing, on the CPU: both U-Nets, or a whole training step.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.networks | tee benchmarks/networks.txt
+    OMP_NUM_THREADS=2 python -m benchmarks.released networks | tee benchmarks/networks.txt
+    OMP_NUM_THREADS=1 python -m benchmarks.released step | tee benchmarks/train_step.txt
 
-The peer has the same weights and velocity, computed as in the released networks: attention by einsum with its
-pixels × pixels matrix, 1×1 projections between permutations, resampling by reshaping or filters, the embedding
-projected in each block. The released CIFAR 3.4M network dispatches 587 operations in a forward pass; the peer's
-are printed. Runs alternate (ours, peer and, forward only, ours in channels_last, the layout in which `load_model`
-returns a network on a CPU); figures are medians, ratio is the peer's time over ours. GFLOP/s counts two operations
-per multiply-accumulate of our forward pass; torch.mm, in the same run, shows the peak of the machine.
+Networks: forward and backward passes at all configurations of the paper. The peer has the same weights and velocity,
+computed as in the released networks: attention by einsum with its pixels × pixels matrix, 1×1 projections between
+permutations, resampling by reshaping or filters, the embedding projected in each block. The released CIFAR 3.4M network
+dispatches 587 operations in a forward pass; the peer's are printed. Runs alternate (ours, peer and, forward only, ours
+in channels_last, the layout in which `load_model` returns a network on a CPU); ratio is the peer's time over ours.
+GFLOP/s counts two operations per multiply-accumulate of our forward pass; torch.mm, in the same run, shows the peak of
+the machine.
+
+Step: ours is the update of train.py. The peer has the same weights, batches and objective, the network as above,
+per-tensor gradient clipping, Adam and EMA loops, and a read of the loss at every step. Rounds alternate.
+
+Figures are medians; operations are those that torch dispatches.
 """
 
 import copy
+import itertools
 import math
 import statistics
 import time
 import types
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from configs.command_line import run_program
+from configs.default import Field, get_default_config, set_field
+from datasets.sources import DATASETS, DataSet, ImageSet
+from flows.objective import Draws
+from flows.rectified_flow import velocity_from_network
 from models import layers
 from models.create import create_from_fields
 from models.describe import describe
 from models.dhariwal_unet import DhariwalUNet
 from models.ncsnpp import NCSNpp
 from models.released import PUBLISHED
+from runtime.devices import Processes
 from runtime.run_folder import git_commit
+from runtime.seeds import DRAWS, step_generator
+from train import Training
 
-GMACS_PER_RUN = 5.0  # the batch of small networks is chosen for about this much work
-ROUNDS = 5
+FLAGS = {"part": Field("networks", "what to compare", choices=("networks", "step"))}
+GMACS_PER_RUN, ROUNDS = 5.0, 5  # networks: the batch of small ones is chosen for about this much work
+SMALL = {"model.nf": 64, "model.num_res_blocks": 1, "model.ch_mult": (1, 1, 2)}  # CIFAR-10's 3.4M
+STEP_BATCH, STEP_ROUNDS = 16, 9
 
 
-# The peer: methods for our modules, as in the released code. First those of NCSN++.
+# The peer's networks: methods for our modules, as in the released code. First those of NCSN++.
 
 
 def nin_attention(self, x):
@@ -160,7 +179,7 @@ def compare(name, fields):
     return ratios
 
 
-def main():
+def compare_networks():
     """Print a line per configuration, and the mean ratios."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} "
           f"threads, float32, medians of {ROUNDS} rounds, commit {git_commit()}")
@@ -182,5 +201,81 @@ def main():
               f"{min(values):.2f} to {max(values):.2f}")
 
 
+# A whole training step.
+
+
+def random_images(root, spec):
+    """Return the data set `benchmark`: 2,000 random images of the given size and channels, two per class."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (2000, spec.channels, spec.size, spec.size), dtype=np.uint8)
+    return ImageSet(images, np.arange(2000) % 1000, None, "random images")
+
+
+def create_training(fields, batch, device):
+    """Return train.py's `Training` of the fields on random images."""
+    DATASETS["benchmark"] = DataSet(random_images, channels=None)
+    config = get_default_config()
+    own = {"data.dataset": "benchmark", "training.batch_size": batch, "optim.warmup": 0}
+    for name, value in (own | fields).items():
+        set_field(config, name, value)
+    return Training(config, Processes(0, 1, device))
+
+
+def ours(training):
+    """Return an iterator that does one update at every `next`."""
+    return map(training.update, itertools.count())
+
+
+def released(training):
+    """Do one update at every `next` as in the released code, with a loop over the tensors for everything."""
+    device, size = training.device, training.config.training.batch_size
+    network = released_way(training.network).to(memory_format=torch.contiguous_format)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=2e-4, foreach=False, fused=False)
+    average = [p.detach().clone() for p in parameters]
+    for update in itertools.count():
+        optimizer.zero_grad()
+        draws = Draws(step_generator(0, update, DRAWS, device), size, device=device)
+        batch = training.source.batch(update, 0, size)
+        loss = training.objective(velocity_from_network(network), batch, draws, update).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
+        optimizer.step()
+        with torch.no_grad():
+            for shadow, parameter in zip(average, parameters, strict=True):
+                shadow.sub_((1 - 0.999) * (shadow - parameter))
+        yield loss.item()
+
+
+def compare_steps():
+    """Print a line for a training step of each, and the ratios."""
+    training = create_training(SMALL, STEP_BATCH, torch.device("cpu"))
+    steps = {"released way": released(training), "ours": ours(training)}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CIFAR 3.4M, float32, "
+          f"batch {STEP_BATCH}, medians of {STEP_ROUNDS} rounds, commit {git_commit()}")
+    times = {name: [] for name in steps}
+    for name in [*steps] * (1 + STEP_ROUNDS):  # the first is a warm-up
+        started = time.perf_counter(), time.process_time()
+        next(steps[name])
+        times[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    wall, cpu = ({name: statistics.median(one[clock] for one in taken[1:]) for name, taken in times.items()}
+                 for clock in (0, 1))
+    for name, step in steps.items():
+        with Count() as count:
+            next(step)
+        print(f"{name:<13} {1e3 * wall[name]:8.1f} ms wall, {1e3 * cpu[name]:8.1f} ms CPU, "
+              f"{STEP_BATCH / wall[name]:8.1f} images/s, {count.operations:>5} operations")
+    print(f"ours is {wall['released way'] / wall['ours']:.2f} times as fast in wall time, "
+          f"{cpu['released way'] / cpu['ours']:.2f} in CPU time")
+
+
+def main(args):
+    """Print the table of the part that is asked for."""
+    if args.part == "networks":
+        compare_networks()
+    else:
+        compare_steps()
+
+
 if __name__ == "__main__":
-    main()
+    run_program(main, __doc__, FLAGS, positional=("part",))
