@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,17 +20,16 @@ import torch
 import train
 from configs.command_line import parse_command_line
 from models.checkpoint import write_checkpoint
-from runtime.devices import Processes
 from runtime.files import read_json_lines
 from runtime.terminal import UserError
-from tests.helpers import DIGITS, SMALL, config_of, overrides, same, small_checkpoint
+from tests.helpers import DIGITS, SMALL, overrides, same, small_checkpoint
 from tests.processes import output_of, run_ranks, run_script, start_ranks
 from training import run, state
 
 KILLS = int(os.environ.get("SLIMFLOW_KILLS", 2))  # of each killed run; more for a long form of the test
-TINY = {"model__nf": 8, "model__ch_mult": (1, 2), "training__batch_size": 16, "training__record_iters": 4,
-        "training__snapshot_freq": 10, "training__snapshot_freq_for_preemption": 5, "training__snapshot_sampling": 0,
-        "training__progress": "false", "optim__warmup": 4}
+TINY = {"model__nf": 8, "model__ch_mult": (1, 2), "training__n_iters": 2, "training__batch_size": 16,
+        "training__record_iters": 4, "training__snapshot_freq": 10, "training__snapshot_freq_for_preemption": 5,
+        "training__snapshot_sampling": 0, "training__progress": "false", "optim__warmup": 4}
 EXACT = {"training__n_iters": 21, "training__accumulation_steps": 2, "model__dropout": 0.2}
 STATE = "checkpoints-meta/checkpoint.pth"
 
@@ -41,10 +39,10 @@ def words(folder, expr="run", **fields):
     return ["--config", DIGITS, *overrides(work_dir=folder, expr=expr, **(TINY | fields))]
 
 
-def finish(folder, expr="run", prepare=None, **fields):
-    """Run a training to its end; return its folder and what it printed."""
-    folder.mkdir(exist_ok=True)
-    return folder / expr, output_of(folder, "train.py", *words(folder, expr, **fields), prepare=prepare)
+def finish(folder, expr="run", **fields):
+    """Run a training to its end in this process; return its folder."""
+    assert train.main(*parse_command_line(["train.py", *words(folder, expr, **fields)])) == 0
+    return folder / expr
 
 
 def finish_ranks(folder, count=2, **fields):
@@ -68,9 +66,8 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A checkpoint to start from and to be guided by."""
-    run, _ = finish(tmp_path_factory.mktemp("pretrained"), training__n_iters=10)
-    return run / "checkpoints" / "checkpoint_1.pth"
+    """A checkpoint to start from and to be guided by: the last of a run of 10 updates."""
+    return finish(tmp_path_factory.mktemp("pretrained"), training__n_iters=10) / "checkpoints" / "checkpoint_1.pth"
 
 
 OBJECTIVES = {
@@ -117,22 +114,18 @@ def test_killed_and_resumed_run_ends_bit_identical(objective, count, tmp_path, p
     assert losses(whole) == losses(run)
 
 
-def test_two_processes_train_to_the_losses_of_one(tmp_path):
-    fields = {"training__n_iters": 12, "training__accumulation_steps": 2}
-    runs = finish(tmp_path / "one", **fields)[0], finish_ranks(tmp_path / "two", **fields)
-    one, two = (read_json_lines(run / "log.jsonl") for run in runs)
-    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-5)
+def test_two_processes_train_to_the_losses_of_one_which_can_go_on(tmp_path):
+    finish_ranks(tmp_path / "two", training__n_iters=12, training__accumulation_steps=2)
+    one, two = (read_json_lines(finish(tmp_path / name, training__n_iters=16, training__accumulation_steps=2) /
+                                "log.jsonl") for name in ("one", "two"))
+    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-5) and len(two) == 4
     assert [e["grad_norm"] for e in two] == pytest.approx([e["grad_norm"] for e in one], rel=1e-4)
-    for name in ("one", "two"):  # the run of two goes on with one
-        finish(tmp_path / name, **(fields | {"training__n_iters": 16}))
-    one, two = (read_json_lines(run / "log.jsonl")[-1]["loss"] for run in runs)
-    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_two_processes_train_a_network_that_does_not_see_the_time(tmp_path):
     """Its time projections get no gradient, and keep their places in the EMA and the optimizer."""
     fields = {"training__n_iters": 6, "training__accumulation_steps": 2, "model__conditional": False}
-    runs = finish(tmp_path / "one", **fields)[0], finish_ranks(tmp_path / "two", **fields)
+    runs = finish(tmp_path / "one", **fields), finish_ranks(tmp_path / "two", **fields)
     one, two = (load(run / STATE) for run in runs)
     assert len(two["ema"]["shadow_params"]) == len(two["optimizer"]["param_groups"][0]["params"]) == len(
         two["model"]) - 1  # the sigmas are no parameter
@@ -175,36 +168,31 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(script, repository):
 
 
 def test_corrupt_state_falls_back_to_the_one_before_and_says_so(tmp_path):
-    run, _ = finish(tmp_path, training__n_iters=12)
+    run = finish(tmp_path, training__n_iters=12)
     (run / STATE).write_bytes((run / STATE).read_bytes()[:1000])
-    _, log = finish(tmp_path, training__n_iters=14)
+    finish(tmp_path, training__n_iters=14)
+    log = (run / "log.txt").read_text()
     assert "skipped a damaged checkpoint" in log and "checkpoint_2.pth, 12 updates done" in log
-    for path in run.glob("checkpoints*/*.pth"):
-        path.write_bytes(b"nothing")
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path, training__n_iters=16))
-    assert status == 2 and "no checkpoint of" in log and "Traceback" not in log
 
 
-def without_room_for_checkpoint_1():
+def test_numbered_checkpoint_that_found_no_space_is_written_after_the_next_start(tmp_path, monkeypatch):
     def full(path, content):
         if path.name == "checkpoint_1.pth":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write_checkpoint(path, content)
 
-    state.write_checkpoint = full
-
-
-def test_numbered_checkpoint_that_found_no_space_is_written_after_the_next_start(tmp_path):
-    chosen = words(tmp_path, training__n_iters=11)
-    status, log = run_script(tmp_path, "train.py", *chosen, prepare=without_room_for_checkpoint_1)
-    assert status == 2 and "No space left" in log and "Traceback" not in log, log
-    assert "6 updates done" in output_of(tmp_path, "train.py", *chosen)
-    assert load(tmp_path / "run" / "checkpoints" / "checkpoint_1.pth")["step"] == 11
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(state, "write_checkpoint", full)
+        finish(tmp_path, training__n_iters=11)
+    run = finish(tmp_path, training__n_iters=11)
+    assert "6 updates done" in (run / "log.txt").read_text()
+    assert load(run / "checkpoints" / "checkpoint_1.pth")["step"] == 11
 
 
 def test_run_folder_says_how_the_run_was_made(tmp_path):
-    run, _ = finish(tmp_path, training__n_iters=14, training__snapshot_sampling=6, training__keep_checkpoints=1,
-                    training__snapshot_freq=4)
+    run = tmp_path / "run"
+    output_of(tmp_path, "train.py", *words(tmp_path, training__n_iters=14, training__snapshot_sampling=6,
+                                           training__keep_checkpoints=1, training__snapshot_freq=4))
     assert json.loads((run / "config.json").read_text())["model"]["nf"] == 8
     assert "--config.model.nf=8" in (run / "command.txt").read_text()
     made_with = json.loads((run / "versions.json").read_text())
@@ -228,18 +216,18 @@ def test_run_folder_says_how_the_run_was_made(tmp_path):
     ({"expr": "run/"}, 0, "the run is finished; raise config.training.n_iters"),
 ])
 def test_second_start_of_a_run_is_refused_where_it_contradicts_and_said_where_it_is_finished(
-        fields, status, sentence, tmp_path):
-    run, _ = finish(tmp_path, training__n_iters=5)
+        fields, status, sentence, tmp_path, pretrained):
+    run = pretrained.parents[1]
     before = (run / STATE).read_bytes()
-    found, log = run_script(tmp_path, "train.py", *words(tmp_path, training__n_iters=5, **fields))
+    found, log = run_script(tmp_path, "train.py", *words(run.parent, **({"training__n_iters": 10} | fields)))
     assert found == status and sentence in log and log.count("\n") == 1
     assert (run / STATE).read_bytes() == before
 
 
 def test_what_does_not_change_the_result_may_change_and_a_new_learning_rate_is_said(tmp_path):
     finish(tmp_path, training__n_iters=5)
-    run, log = finish(tmp_path, training__n_iters=6, training__accumulation_steps=4, optim__lr=0.5)
-    assert "from update 5 on: optim.lr (0.001 there, 0.5 here)" in log, log
+    run = finish(tmp_path, training__n_iters=6, training__accumulation_steps=4, optim__lr=0.5)
+    assert "from update 5 on: optim.lr (0.001 there, 0.5 here)" in (run / "log.txt").read_text()
     assert read_json_lines(run / "log.jsonl")[-1]["lr"] == 0.5
 
 
@@ -255,13 +243,12 @@ def test_bad_input_gets_one_sentence_and_leaves_no_run_behind(fields, sentence, 
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_from_continues_another_run_in_a_new_folder(tmp_path):
-    run, _ = finish(tmp_path, "first", training__n_iters=6)
-    shutil.copytree(run, tmp_path / "copy" / "first")  # the state after 6 updates
-    first, _ = finish(tmp_path, "first", training__n_iters=9)
-    second, _ = finish(tmp_path, "second", training__n_iters=9, training__resume_from=tmp_path / "copy" / "first")
-    first, second = load(first / STATE), load(second / STATE)
-    assert second["step"] == 9 and same(first["model"], second["model"]) and same(first["ema"], second["ema"])
+def test_resume_from_continues_another_run_in_a_new_folder(tmp_path, pretrained):
+    whole = finish(tmp_path, "whole", training__n_iters=13)
+    resumed = finish(tmp_path, "resumed", training__n_iters=13, training__resume_from=pretrained.parents[1])
+    assert "10 updates done" in (resumed / "log.txt").read_text()
+    whole, resumed = load(whole / STATE), load(resumed / STATE)
+    assert resumed["step"] == 13 and same(whole["model"], resumed["model"]) and same(whole["ema"], resumed["ema"])
 
 
 def test_unwritable_place_is_one_sentence_from_every_process(tmp_path):
@@ -270,15 +257,9 @@ def test_unwritable_place_is_one_sentence_from_every_process(tmp_path):
         assert status == 2 and f"cannot write {tmp_path / 'file'}" in log and "Traceback" not in log, log
 
 
-def test_batch_that_processes_cannot_share_is_refused(tmp_path):
-    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path, training__batch_size=15)):
-        assert status == 2 and "cannot be split into 2 processes" in log
-
-
 def test_diverging_run_stops_with_its_skipped_updates_named_and_its_checkpoints_intact(tmp_path):
-    status, log = run_script(tmp_path, "train.py", *words(
-        tmp_path, optim__warmup=0, optim__lr=1e25, training__max_skipped=6, training__n_iters=100))
-    assert status == 2 and "was not finite for" in log and "config.training.max_skipped" in log, log
+    with pytest.raises(UserError, match="was not finite for .*config.training.max_skipped"):
+        finish(tmp_path, optim__warmup=0, optim__lr=1e25, training__max_skipped=6, training__n_iters=100)
     assert read_json_lines(tmp_path / "run" / "log.jsonl")[0]["skipped"] == 3
     assert all(torch.isfinite(value).all() for value in load(tmp_path / "run" / STATE)["model"].values())
 
@@ -289,139 +270,87 @@ def test_processes_agree_on_what_is_skipped(tmp_path):
     assert " s, 7 skipped since they were not finite; " in (run / "log.txt").read_text()
 
 
-def compile_quickly(graphs):
-    """Replace the compiler's back end by one that is quick and notes every graph; training.compile uses inductor."""
-    def backend(graph, inputs):
-        with open(graphs, "a") as opened:
-            opened.write("graph\n")
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    torch.compile = functools.partial(torch.compile, backend=backend)
-
-
-def test_compiled_run_is_one_graph_with_the_losses_and_the_names_of_an_eager_one(tmp_path):
-    fields = {"training__n_iters": 12, "training__accumulation_steps": 2, "training__snapshot_sampling": 6}
-    runs = finish(tmp_path / "eager", **fields)[0], finish(
-        tmp_path / "compiled", prepare=functools.partial(compile_quickly, tmp_path / "graphs.txt"),
-        training__compile=True, **fields)[0]
-    assert (tmp_path / "graphs.txt").read_text() == "graph\n"  # no break, no compilation at a later update
-    eager, compiled = (read_json_lines(run / "log.jsonl") for run in runs)
-    assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in eager], rel=1e-5)
-    assert [e["grad_norm"] for e in compiled] == pytest.approx([e["grad_norm"] for e in eager], rel=1e-4)
+@pytest.mark.parametrize("objective, steps", [("1-flow", 1), ("guided distillation", 2)])
+def test_compiled_run_is_one_graph_a_network_and_trains_as_an_eager_one(objective, steps, tmp_path, pairs, cuda_graphs):
+    """Neither grids nor a teacher that is called twice an update compile another."""
+    write_checkpoint(tmp_path / "start.pth", small_checkpoint())
+    fields = OBJECTIVES[objective](pairs, tmp_path / "start.pth") | SMALL | {
+        "training__n_iters": 4, "training__accumulation_steps": steps, "training__record_iters": 1,
+        "training__snapshot_sampling": 2, "flow__guidance_first_step": "teacher"}
+    runs = [finish(tmp_path, name, training__compile=name == "compiled", **fields) for name in ("eager", "compiled")]
+    assert cuda_graphs == ["default"] * steps
+    for eager, compiled in zip(*map(losses, runs), strict=True):
+        assert compiled == pytest.approx(eager, rel=1e-4)
     eager, compiled = (load(run / STATE)["model"] for run in runs)
     assert list(compiled) == list(eager)
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
 
 
-def test_compiled_distillation_is_one_graph_for_student_and_teacher_each(tmp_path, pairs):
-    start = finish(tmp_path / "teacher", training__n_iters=6)[0] / "checkpoints/checkpoint_1.pth"
-    fields = {"data__reflow_data_root": pairs, "flow__flow_t_schedule": "t0", "flow__use_teacher": True,
-              "optim__warmup": 0, "flow__guidance_first_step": "teacher", "flow__pre_train_model": start,
-              "training__n_iters": 6, "training__record_iters": 1, "training__accumulation_steps": 2}
-    runs = finish(tmp_path / "eager", **fields)[0], finish(
-        tmp_path / "compiled", prepare=functools.partial(compile_quickly, tmp_path / "graphs.txt"),
-        training__compile=True, **fields)[0]
-    assert (tmp_path / "graphs.txt").read_text() == "graph\n" * 2
-    eager, compiled = ([e["loss"] for e in read_json_lines(run / "log.jsonl")] for run in runs)
-    assert compiled == pytest.approx(eager, rel=1e-4)
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_cuda_graphs_of_student_and_teacher_train_as_without_them(tmp_path, pairs, steps, cuda_graphs):
-    write_checkpoint(tmp_path / "teacher.pth", small_checkpoint())
-    ends = []
-    for compiled in (False, True):
-        config = config_of(DIGITS, **SMALL, training__batch_size=8, training__accumulation_steps=steps, optim__warmup=0,
-                           data__reflow_data_root=pairs, flow__use_teacher=True, flow__teacher_model=tmp_path /
-                           "teacher.pth", training__compile=compiled)
-        training = train.Training(config, Processes(0, 1, torch.device("cpu")))
-        for update in range(3):
-            training.update(update)
-        ends.append([p.detach() for p in training.network.parameters()])
-    assert len(cuda_graphs) == 2
-    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-5)
-
-
-def without_compiler():
-    def backend(graph, inputs):
-        raise OSError("no working C++ compiler found")
-
-    torch.compile = functools.partial(torch.compile, backend=backend)
-
-
-def test_compiler_that_fails_is_one_sentence(tmp_path):
-    chosen = words(tmp_path, training__compile=True)
-    status, log = run_script(tmp_path, "train.py", *chosen, prepare=without_compiler)
-    assert status == 2 and "Traceback" not in log, log
-    assert "config.training.compile is true, but torch.compile fails" in log and "no working C++ compiler" in log
+def test_compiler_that_fails_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="none"))
+    with pytest.raises(UserError, match="config.training.compile is true, but torch.compile fails: InvalidBackend"):
+        finish(tmp_path, training__compile=True)
 
 
 def test_bf16_radam_and_accumulation_train(tmp_path):
-    run, _ = finish(tmp_path, training__n_iters=8, training__precision="bf16", training__accumulation_steps=4,
-                    optim__optimizer="RAdam")
-    record = read_json_lines(run / "log.jsonl")[-1]
+    run = finish(tmp_path, training__n_iters=4, training__precision="bf16", training__accumulation_steps=4,
+                 optim__optimizer="RAdam")
+    (record,) = read_json_lines(run / "log.jsonl")
     assert record["skipped"] == 0 and 0 < record["loss"] < 5
 
 
-@pytest.fixture
-def digits(tmp_path, repository, monkeypatch):
-    """Parse and run a tiny training in this process: `digits(**fields)` returns train.main's status."""
-    monkeypatch.chdir(repository)
-    return lambda **fields: train.main(*parse_command_line(
-        ["train.py", *words(tmp_path, **{"training__n_iters": 2} | fields)]))
-
-
-def test_start_while_another_process_trains_is_refused_before_it_reads_a_state(digits, monkeypatch, tmp_path):
+def test_start_while_another_process_trains_is_refused_before_it_reads_a_state(monkeypatch, tmp_path):
     monkeypatch.setattr(state, "find_state", lambda *arguments: pytest.fail("a state is read"))
     with run.locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training"):
-        digits()
+        finish(tmp_path)
 
 
-def test_start_continues_from_the_state_that_is_there_once_it_has_the_lock(digits, monkeypatch, tmp_path):
+def test_start_continues_from_the_state_that_is_there_once_it_has_the_lock(monkeypatch, tmp_path):
     locked = run.locked
 
     def locked_after_another(path):
         monkeypatch.setattr(run, "locked", locked)
-        assert digits(training__n_iters=3) == 0
+        finish(tmp_path, training__n_iters=3)
         return locked(path)
 
     monkeypatch.setattr(run, "locked", locked_after_another)
-    assert digits(training__n_iters=5, training__record_iters=1) == 0
-    assert "3 updates done" in (tmp_path / "run" / "log.txt").read_text()
-    assert [entry["step"] for entry in read_json_lines(tmp_path / "run" / "log.jsonl")] == [3, 4, 5]
+    path = finish(tmp_path, training__n_iters=5, training__record_iters=1)
+    assert "3 updates done" in (path / "log.txt").read_text()
+    assert [entry["step"] for entry in read_json_lines(path / "log.jsonl")] == [3, 4, 5]
 
 
-def test_wandb_starts_before_tensorboard_and_a_missing_package_or_key_is_one_sentence(digits, monkeypatch, tmp_path):
+def test_wandb_starts_before_tensorboard_and_a_missing_package_or_key_is_one_sentence(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="config.training.wandb needs the package wandb"):
-        digits(training__wandb="flows")
+        finish(tmp_path, training__wandb="flows")
     asked, fake = [], types.ModuleType("wandb")
     fake.__spec__, fake.Error = ModuleSpec("wandb", None), ZeroDivisionError
     monkeypatch.setitem(sys.modules, "wandb", fake)
     fake.init = lambda **options: 1 / 0
     with pytest.raises(UserError, match="config.training.wandb: division by zero Or set WANDB_MODE=offline"):
-        digits(training__wandb="flows")
+        finish(tmp_path, training__wandb="flows")
     fake.init = lambda **options: asked.append((options, (tmp_path / "run" / "tensorboard").exists()))
-    assert digits(training__wandb="flows") == 0
+    finish(tmp_path, training__wandb="flows")
     options = {"project": "flows", "name": "run", "dir": str(tmp_path / "run"), "sync_tensorboard": True}
     assert asked == [(options, False)]
 
 
-def test_memory_that_runs_out_is_one_sentence_that_names_the_fields_to_change(digits, monkeypatch):
+def test_memory_that_runs_out_is_one_sentence_that_names_the_fields_to_change(tmp_path, monkeypatch):
     def full(x, t, label=None):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(train, "velocity_from_network", lambda network: full)
     with pytest.raises(UserError, match="^out of memory: raise config.training.accumulation_steps .* or lower "
                                         "config.training.batch_size"):
-        digits()
+        finish(tmp_path)
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_deterministic_training_sets_every_switch(value, digits, monkeypatch):
+def test_deterministic_training_sets_every_switch(value, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)  # put back at the end
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        assert digits(training__deterministic=value) == 0
+        finish(tmp_path, training__deterministic=value)
         assert torch.are_deterministic_algorithms_enabled() is value and torch.backends.cudnn.benchmark is not value
         assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if value else None)
     finally:

@@ -34,6 +34,11 @@ def test_grids_that_cannot_be_drawn_are_refused_before_the_first_update(tmp_path
         run.check_training(config_in(tmp_path, **fields))
 
 
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
+    with pytest.raises(UserError, match="batch_size 15 cannot be split into 2 processes × 1 accumulation steps"):
+        run.check_training(config_in(tmp_path, training__batch_size=15), world_size=2)
+
+
 def test_a_slash_at_the_end_of_a_path_is_no_other_run(tmp_path):
     config = config_in(tmp_path, data__reflow_data_root="pairs", flow__pre_train_model="a/b.pth")
     (tmp_path / "run").mkdir()
