@@ -1,4 +1,7 @@
-"""Settings and fixtures of all tests: one thread per worker, LPIPS with random features, a quick torch.compile."""
+"""Settings and fixtures of all tests: one thread per worker, LPIPS with random features, a quick torch.compile.
+
+It imports torch in its fixtures only: pytest-xdist reads this file before it starts the workers, and needs none.
+"""
 
 import functools
 import os
@@ -11,14 +14,17 @@ if os.environ.get("SLIMFLOW_TEST_DEVICE") != "cuda":  # before torch is imported
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
-import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
-
-torch.set_num_threads(1)
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Also where the environment asks for more."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -37,6 +43,7 @@ def data_folder():
 def random_lpips():
     """The package's LPIPS with random VGG16 features (and its real last layers)."""
     import lpips
+    import torch
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -47,6 +54,8 @@ def random_lpips():
 @pytest.fixture(scope="session")
 def torch_home(random_lpips, tmp_path_factory):
     """A folder for TORCH_HOME whose cache holds the same features as VGG16 has them, without its classifier."""
+    import torch
+
     folder = tmp_path_factory.mktemp("torch_home")
     path = folder / "hub/checkpoints/vgg16-397923af.pth"
     path.parent.mkdir(parents=True)
@@ -58,6 +67,10 @@ def torch_home(random_lpips, tmp_path_factory):
 @pytest.fixture
 def cuda_graphs(monkeypatch):
     """A list of what torch.compile compiles; each graph returns the same memory at every call, as CUDA graphs do."""
+    import torch
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
     graphs = []
 
     def backend(graph, inputs, mode="default"):
