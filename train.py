@@ -23,12 +23,11 @@ from flows.rectified_flow import velocity_from_network
 from flows.schedules import create_annealing
 from models import create_model
 from models.describe import fastest_layout
-from models.ema import ExponentialMovingAverage
 from runtime.devices import compiled, explained, gather, in_precision, set_deterministic, set_precision, start_processes
 from runtime.run_folder import run_path
 from runtime.seeds import DRAWS, seed_dropout, step_generator
 from training import run, state
-from training.update import UpdateStats, apply_update, check_finite, create_optimizer
+from training.update import ExponentialMovingAverage, UpdateStats, apply_update, check_finite, create_optimizer
 
 READS = ("seed", "work_dir", "expr", "training.", "flow.", "data.", "model.", "optim.", "sampling.init_noise_scale",
          "sampling.train_subset")

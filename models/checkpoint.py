@@ -1,7 +1,7 @@
 """Checkpoints: reading and writing files, ours and released ones, and loading networks from them.
 
-A checkpoint is a dict: `model` (state dict), `ema` (see models/ema.py), `optimizer`, `step`, and in ours `config`, the
-config of the run as a nested dict. A file may also hold only weights: a dict with `model`, or the bare state dict;
+A checkpoint is a dict: `model` (state dict), `ema` (see training/update.py), `optimizer`, `step`, and in ours `config`,
+the config of the run as a nested dict. A file may also hold only weights: a dict with `model`, or the bare state dict;
 an entry `weights` "EMA" marks averaged ones. A file of the released layout is translated once its network is known, so
 that the rest of the program has to know one layout only.
 """

@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 REFERENCE, UPDATE = "tests/training/test_reference.py", "tests/training/test_update.py"
 STATE, RUN = "tests/training/test_state.py", "tests/training/test_run.py"
 OBJECTIVE, LOSSES = "tests/flows/test_objective.py", "tests/flows/test_losses.py"
-SCHEDULES, EMA = "tests/flows/test_schedules.py", "tests/models/test_ema.py"
+SCHEDULES, EMA = "tests/flows/test_schedules.py", "tests/training/test_ema.py"
 BATCHES, FILES, SEEDS = "tests/datasets/test_batches.py", "tests/runtime/test_files.py", "tests/runtime/test_seeds.py"
 
 # Of evaluation: what runs in this process.
@@ -56,12 +56,12 @@ MUTATIONS = [  # (file, text, wrong text, tests)
     ("training/state.py", "config.flow.teacher_model or config.flow.pre_train_model", "config.flow.pre_train_model",
      STATE),
     ("training/state.py", "unmatched and not config.flow.pre_train_partial", "False", STATE),
-    ("models/ema.py", "(1 + self.num_updates) / (10 + self.num_updates)",
+    ("training/update.py", "(1 + self.num_updates) / (10 + self.num_updates)",
      "(2 + self.num_updates) / (10 + self.num_updates)", f"{EMA} {REFERENCE}"),
-    ("models/ema.py", "decay = min(self.decay,", "decay = max(self.decay,", f"{EMA} {REFERENCE}"),
-    ("models/ema.py", "torch._foreach_mul_(change, keep * (1 - decay))", "torch._foreach_mul_(change, (1 - decay))",
-     f"{EMA} {UPDATE}"),
-    ("models/ema.py", "self.num_updates = int(state[\"num_updates\"])", "pass", EMA),
+    ("training/update.py", "decay = min(self.decay,", "decay = max(self.decay,", f"{EMA} {REFERENCE}"),
+    ("training/update.py", "torch._foreach_mul_(change, keep * (1 - decay))",
+     "torch._foreach_mul_(change, (1 - decay))", f"{EMA} {UPDATE}"),
+    ("training/update.py", "self.num_updates = int(state[\"num_updates\"])", "pass", EMA),
     # one update
     ("training/update.py", "torch.clamp(grad_clip / (norm + 1e-6), max=1.0)", "grad_clip / (norm + 1e-6)", REFERENCE),
     ("training/update.py", "if grad_clip >= 0:", "if grad_clip > 10:", f"{UPDATE} {REFERENCE}"),

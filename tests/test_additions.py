@@ -17,13 +17,13 @@ from models import create_model, load_model
 from models.checkpoint import read_checkpoint, write_checkpoint
 from models.create import NETWORKS, create_from_fields
 from models.describe import describe
-from models.ema import ExponentialMovingAverage
 from runtime.terminal import UserError
 from tests.helpers import DIGITS, SMALL, overrides, same
 from tests.processes import output_of, run_script
 from tests.test_docs import blocks
 from tools import convert
 from training.run import check_training
+from training.update import ExponentialMovingAverage
 
 TABLES = (DATASETS, DISTANCES, NETWORKS, SAMPLERS, TIME_SCHEDULES, WEIGHTS)
 

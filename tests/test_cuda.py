@@ -23,13 +23,12 @@ from flows.runge_kutta import rk45  # noqa: E402
 from flows.samplers import create_sampler  # noqa: E402
 from metrics.features import full_float32  # noqa: E402
 from models import load_model  # noqa: E402
-from models.ema import ExponentialMovingAverage  # noqa: E402
 from runtime.devices import Processes, compiled, in_precision, set_deterministic, set_precision  # noqa: E402
 from tests.helpers import DIGITS, config_of, overrides  # noqa: E402
 from tests.models.released_numbers import fields_of, path_of  # noqa: E402
 from tests.processes import HANGING  # noqa: E402
 from train import Training  # noqa: E402
-from training.update import UpdateStats, apply_update, create_optimizer  # noqa: E402
+from training.update import ExponentialMovingAverage, UpdateStats, apply_update, create_optimizer  # noqa: E402
 
 ON_GPU = DEVICE == "cuda"
 TOLERANCES = {"fp32": 1e-5, "tf32": 3e-3, "bf16": 3e-2}

@@ -15,12 +15,12 @@ from PIL import Image
 import example
 from models import load_model
 from models.create import create_from_fields
-from models.ema import ExponentialMovingAverage
 from models.released import PUBLISHED, to_released
 from runtime.pictures import GAP, SMALLEST_CELL, to_uint8
 from runtime.seeds import index_noise
 from tests.processes import ROOT
 from tests.test_image_sampling import write_run
+from training.update import ExponentialMovingAverage
 
 
 def write_published(path, monkeypatch):

@@ -16,10 +16,9 @@ from configs.default import Field
 from models.checkpoint import apply_architecture, read_checkpoint
 from models.create import create_model, model_fields
 from models.describe import describe, median_seconds, table
-from models.ema import ExponentialMovingAverage
 from runtime.devices import autocast, set_precision
 from runtime.terminal import print_message, progress_bar
-from training.update import UpdateStats, apply_update, create_optimizer
+from training.update import ExponentialMovingAverage, UpdateStats, apply_update, create_optimizer
 
 BATCHES = (16, 32, 64, 128, 256, 512)
 

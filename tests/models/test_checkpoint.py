@@ -25,13 +25,13 @@ from models.checkpoint import (
     write_checkpoint,
 )
 from models.create import create_from_fields
-from models.ema import ExponentialMovingAverage
 from models.released import published_fields
 from models.safe_load import read_file
 from runtime.files import file_digest
 from runtime.terminal import UserError
 from tests.helpers import config_of
 from tests.models.released_numbers import fields_of, inputs_of, layout_state, path_of
+from training.update import ExponentialMovingAverage
 
 TINY = {"model.nf": 8, "model.ch_mult": (1, 2), "model.num_res_blocks": 1, "data.image_size": 8,
         "model.attn_resolutions": (4,), "model.init_scale": 1.0}

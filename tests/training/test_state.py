@@ -12,7 +12,6 @@ import torch
 from configs.command_line import config_to_dict, run_script
 from models import create_model
 from models.checkpoint import write_checkpoint
-from models.ema import ExponentialMovingAverage
 from runtime.files import write_json
 from runtime.run_folder import STATE, numbered_checkpoints
 from runtime.terminal import UserError
@@ -28,7 +27,7 @@ from training.state import (
     restore,
     take_architecture,
 )
-from training.update import UpdateStats, apply_update, create_optimizer
+from training.update import ExponentialMovingAverage, UpdateStats, apply_update, create_optimizer
 
 run = pathlib.Path("run")
 

@@ -12,12 +12,11 @@ from configs.default import FIELDS
 from flows.objective import Draws, create_objective
 from flows.rectified_flow import velocity_from_network
 from models import create_model
-from models.ema import ExponentialMovingAverage
 from runtime.seeds import DRAWS, step_generator
 from runtime.terminal import UserError
 from tests.helpers import Operations, config_of
 from train import Training
-from training.update import UpdateStats, apply_update, check_finite, create_optimizer
+from training.update import ExponentialMovingAverage, UpdateStats, apply_update, check_finite, create_optimizer
 
 OPTIMIZERS = ("Adam", "AdamW", "RAdam")
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.create import create_from_fields
-from models.ema import ExponentialMovingAverage
 from runtime.terminal import UserError
 from tests.helpers import TINY, Operations
+from training.update import ExponentialMovingAverage
 
 
 def network():
