@@ -21,7 +21,7 @@ from datasets import create_batches
 from flows.objective import Draws, create_objective
 from flows.rectified_flow import velocity_from_network
 from flows.schedules import create_annealing
-from models import create_model
+from models.create import create_model
 from models.describe import fastest_layout
 from runtime.devices import compiled, explained, gather, in_precision, set_deterministic, set_precision, start_processes
 from runtime.run_folder import run_path

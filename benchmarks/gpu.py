@@ -26,8 +26,7 @@ from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
 from flows.samplers import euler
 from metrics.features import full_float32
-from models import load_model
-from models.checkpoint import write_checkpoint
+from models.checkpoint import load_model, write_checkpoint
 from models.describe import describe, fastest_layout, median_seconds
 from runtime.devices import compiled, in_precision, set_precision
 from runtime.run_folder import git_commit

@@ -30,7 +30,7 @@ from configs.default import Field, get_default_config
 from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
 from flows.samplers import create_sampler
-from models import load_model
+from models.checkpoint import load_model
 from runtime.run_folder import git_commit
 from runtime.seeds import index_noise
 

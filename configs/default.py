@@ -13,7 +13,7 @@ from flows.couplings import COUPLINGS
 from flows.losses import DISTANCES, WEIGHTS
 from flows.samplers import SAMPLERS, sampler_fields
 from flows.schedules import ALPHA_SCHEDULES, ANNEALING_SCHEDULES, TIME_SCHEDULES, name_pattern
-from models.create import NETWORKS
+from models import NETWORKS
 from runtime.terminal import UserError
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text",

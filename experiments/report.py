@@ -22,7 +22,7 @@ from configs.default import Field
 from datasets import load_images, pixels_to_float
 from flows import samplers
 from flows.rectified_flow import velocity_from_network
-from models import load_model
+from models.checkpoint import load_model
 from runtime.files import atomic_path, write_text
 from runtime.pictures import label_log_axis, save_grid
 from runtime.run_folder import CONFIG, checkpoint_path

@@ -30,8 +30,7 @@ from experiments.images import Reference
 from experiments.report import NUMBERS, read_table, write_demo, write_table
 from experiments.studies import ROOT, STUDIES
 from metrics.results import read_results
-from models import load_model
-from models.checkpoint import read_checkpoint
+from models.checkpoint import load_model, read_checkpoint
 from runtime.files import file_lock, read_json, write_json
 from runtime.run_folder import GRIDS, LOG, RESULTS, checkpoint_path, git_commit
 from runtime.terminal import UserError

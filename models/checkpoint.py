@@ -18,6 +18,7 @@ import urllib.request
 
 import torch
 
+from configs.default import FIELDS, get_field, set_field
 from models import edm, edm_pickle, released
 from models.create import create_from_fields, model_fields, tuple_of
 from models.safe_load import PART_BYTES, read_file
@@ -290,8 +291,6 @@ def take_run_fields(config, saved, given, path, fields=RUN_FIELDS):
     fields on the command line, which take precedence. Returns remarks about differences from command line and config
     file. fields: the beginnings of the names of these fields.
     """
-    from configs.default import FIELDS, get_field, set_field  # here, since that module imports the networks
-
     run = {}
     for name in (name for name in FIELDS if name.startswith(fields) and name not in NOT_OF_THE_RUN):
         group, field = name.split(".")

@@ -1,20 +1,12 @@
-"""Networks from config fields: the table NETWORKS, and checks that name the fields of an impossible combination."""
+"""Networks from config fields, and checks that name the fields of an impossible combination."""
 
 import inspect
 
-from models.dhariwal_unet import DhariwalUNet
+from configs.default import FIELDS
+from models import NETWORKS
 from models.edm import Preconditioned
-from models.ncsnpp import NCSNpp
 from runtime.terminal import UserError
 
-# Every network, by its model.name. A network is an `nn.Module` class such that
-# - each argument of `__init__` is a config field: data.image_size, data.num_channels and data.num_classes, any other
-#   name model.NAME; its default is that of the field. One without `num_classes` is unconditional;
-# - `net(x, t999, label=None)` returns the velocity (N, C, H, W) at x (N, C, H, W) and 999·t (N,); label is one-hot
-#   (N, num_classes), or None without classes;
-# - `idle_parameters()` returns the parameters that no output depends on, where there are any.
-# `create_from_fields` gives each network `config_fields`, {dotted field: value} of all that makes its architecture.
-NETWORKS = {"ncsnpp": NCSNpp, "DhariwalUNet": DhariwalUNet}
 DATA_FIELDS = ("image_size", "num_channels", "num_classes")
 # Arguments of a network that are not part of its architecture: a checkpoint may be used with other values.
 FREE_ARGUMENTS = ("dropout", "label_dropout", "init_scale")
@@ -39,8 +31,6 @@ def create_from_fields(fields):
     default value. Raises UserError for fields outside the choices and ranges of configs/default.py, and for fields that
     contradict each other.
     """
-    from configs.default import FIELDS  # here, since that module imports NETWORKS
-
     fields = {field: tuple_of(value) for field, value in fields.items()}
     name = fields.get("model.name", "ncsnpp")
     FIELDS["model.name"].check("model.name", name)

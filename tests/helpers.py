@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.command_line import config_to_dict, load_config
 from configs.default import get_default_config, set_field
-from models import create_model
+from models.create import create_model
 from runtime.devices import Processes
 from tests.processes import ROOT
 

@@ -13,9 +13,9 @@ from datasets.image_files import ImageSpec
 from flows.losses import DISTANCES, WEIGHTS
 from flows.samplers import SAMPLERS
 from flows.schedules import TIME_SCHEDULES, Schedule, constant
-from models import create_model, load_model
-from models.checkpoint import read_checkpoint, write_checkpoint
-from models.create import NETWORKS, create_from_fields
+from models import NETWORKS
+from models.checkpoint import load_model, read_checkpoint, write_checkpoint
+from models.create import create_from_fields, create_model
 from models.describe import describe
 from runtime.terminal import UserError
 from tests.helpers import DIGITS, SMALL, overrides, same

@@ -22,7 +22,7 @@ from flows.rectified_flow import velocity_from_network  # noqa: E402
 from flows.runge_kutta import rk45  # noqa: E402
 from flows.samplers import create_sampler  # noqa: E402
 from metrics.features import full_float32  # noqa: E402
-from models import load_model  # noqa: E402
+from models.checkpoint import load_model  # noqa: E402
 from runtime.devices import Processes, compiled, in_precision, set_deterministic, set_precision  # noqa: E402
 from tests.helpers import DIGITS, config_of, overrides  # noqa: E402
 from tests.models.released_numbers import fields_of, path_of  # noqa: E402

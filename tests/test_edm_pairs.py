@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import load_model
-from models.checkpoint import read_checkpoint
+from models.checkpoint import load_model, read_checkpoint
 from runtime.files import file_digest
 from tests.helpers import CIFAR10, overrides
 from tests.models.edm_networks import golden_file, golden_numbers

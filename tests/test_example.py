@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import example
-from models import load_model
+from models.checkpoint import load_model
 from models.create import create_from_fields
 from models.released import PUBLISHED, to_released
 from runtime.pictures import GAP, SMALLEST_CELL, to_uint8

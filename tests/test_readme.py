@@ -12,7 +12,7 @@ from PIL import Image
 
 import example
 from experiments.report import read_table
-from models import create_model
+from models.create import create_model
 from runtime.pictures import GAP, SMALLEST_CELL
 from tests.datasets.image_files import random_images, write_cifar
 from tests.processes import ROOT, run_script

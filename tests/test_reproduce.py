@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from configs.command_line import parse_command_line
-from models import create_model
-from models.create import create_from_fields
+from models.create import create_from_fields, create_model
 from tests.models.released_numbers import LAYOUTS, layout_fields
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from datasets.sources import DATASETS
 from flows import samplers
 from flows.objective import check_config
 from flows.rectified_flow import velocity_from_network
-from models import create_model
+from models.create import create_model
 from runtime import run_folder
 from runtime.files import file_lock, read_json, read_json_lines, state_digest, write_json, write_text
 from runtime.pictures import save_grid, save_lines

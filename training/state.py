@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_map_only
 from configs.command_line import config_from_dict, config_to_dict, load_config
 from configs.default import FIELDS, get_field
 from datasets.pairs import METADATA, open_folders
-from models import load_model
 from models.checkpoint import (
     apply_architecture,
     in_our_layout,
     load_matching,
+    load_model,
     read_checkpoint,
     saved_fields,
     take_run_fields,

@@ -25,8 +25,8 @@ from configs.command_line import (
 )
 from configs.default import FIELDS, Field, check_fields, get_field
 from flows.samplers import sampler_fields
-from models import create_model
 from models.checkpoint import write_checkpoint
+from models.create import create_model
 from runtime.files import write_json
 from runtime.terminal import UserError
 from tests.helpers import DIGITS, config_of, small_checkpoint

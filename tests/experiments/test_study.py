@@ -17,8 +17,7 @@ from experiments import report
 from experiments.report import COLUMNS, read_table, write_table
 from experiments.run import Study
 from experiments.studies import DIGITS, GUIDED, ONE_STEP, STUDIES, T0, annealed, cifar, euler, miniature
-from models import load_model
-from models.checkpoint import write_checkpoint
+from models.checkpoint import load_model, write_checkpoint
 from runtime.files import file_lock, write_json
 from runtime.terminal import UserError
 from tests.helpers import small_checkpoint

@@ -15,7 +15,7 @@ from flows import samplers
 from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
 from flows.samplers import cm_stochastic, create_sampler, edm, euler, heun, one_step, straightness
-from models import load_model
+from models.checkpoint import load_model
 from runtime.seeds import PATH_NOISE, index_noise
 from runtime.terminal import UserError
 from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, noise, tiny_network

@@ -14,17 +14,17 @@ from huggingface_hub import constants
 
 from configs.command_line import config_to_dict
 from configs.default import get_default_config, get_field
-from models import create_model, load_model
 from models.checkpoint import (
     apply_architecture,
     load_matching,
+    load_model,
     load_weights,
     load_with_config,
     read_checkpoint,
     take_run_fields,
     write_checkpoint,
 )
-from models.create import create_from_fields
+from models.create import create_from_fields, create_model
 from models.released import published_fields
 from models.safe_load import read_file
 from runtime.files import file_digest

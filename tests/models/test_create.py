@@ -3,8 +3,8 @@
 import pytest
 
 from configs.default import FIELDS, get_default_config
-from models import create_model
-from models.create import NETWORKS, argument_fields, create_from_fields
+from models import NETWORKS
+from models.create import argument_fields, create_from_fields, create_model
 from runtime.terminal import UserError
 from tests.helpers import TINY
 

@@ -8,9 +8,9 @@ import torch
 from configs.default import get_default_config
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
-from models import create_model, edm, edm_pickle, load_model
-from models.checkpoint import load_matching, load_with_config, read_checkpoint, write_checkpoint
-from models.create import create_from_fields
+from models import edm, edm_pickle
+from models.checkpoint import load_matching, load_model, load_with_config, read_checkpoint, write_checkpoint
+from models.create import create_from_fields, create_model
 from models.released import to_released
 from runtime.terminal import UserError
 from tests.helpers import TINY, config_of

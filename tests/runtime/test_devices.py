@@ -6,7 +6,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler
-from models import create_model
+from models.create import create_model
 from models.edm import Preconditioned
 from runtime.devices import compiled, explained, in_precision, set_precision
 from runtime.terminal import UserError

@@ -7,8 +7,7 @@ import torch
 
 from configs.command_line import parse_flags
 from metrics.results import append_result
-from models import load_model
-from models.checkpoint import load_matching, read_checkpoint, write_checkpoint
+from models.checkpoint import load_matching, load_model, read_checkpoint, write_checkpoint
 from models.create import create_from_fields
 from models.safe_load import read_file
 from runtime.files import file_digest

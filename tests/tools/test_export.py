@@ -15,8 +15,7 @@ from PIL import Image
 from configs.command_line import parse_flags
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import euler, one_step
-from models import load_model
-from models.checkpoint import write_checkpoint
+from models.checkpoint import load_model, write_checkpoint
 from runtime.seeds import index_noise
 from runtime.terminal import UserError
 from tests.helpers import small_checkpoint

@@ -11,8 +11,8 @@ import torch
 
 from configs.command_line import config_to_dict
 from datasets import load_images
-from models import create_model
 from models.checkpoint import write_checkpoint
+from models.create import create_model
 from runtime.devices import Processes
 from tests.helpers import DIGITS, config_of
 from train import Training

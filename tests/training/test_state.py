@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from configs.command_line import config_to_dict, run_script
-from models import create_model
 from models.checkpoint import write_checkpoint
+from models.create import create_model
 from runtime.files import write_json
 from runtime.run_folder import STATE, numbered_checkpoints
 from runtime.terminal import UserError

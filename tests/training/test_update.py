@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from configs.default import FIELDS
 from flows.objective import Draws, create_objective
 from flows.rectified_flow import velocity_from_network
-from models import create_model
+from models.create import create_model
 from runtime.seeds import DRAWS, step_generator
 from runtime.terminal import UserError
 from tests.helpers import Operations, config_of
