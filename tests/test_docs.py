@@ -63,9 +63,9 @@ def test_the_chain_of_the_page_on_own_images_runs(tmp_path):
     (tmp_path / "my_images.py").write_text(blocks("own-images.md")[0])
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for part in ("train", "held_out"):
-        (tmp_path / "images" / part).mkdir(parents=True)
+        (tmp_path / "data/images" / part).mkdir(parents=True)
         for number, image in enumerate(random_images(40, 3, 40, seed=len(part))):
-            Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "images" / part / f"{number}.png")
+            Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "data/images" / part / f"{number}.png")
     run_commands("docs/own-images.md", tmp_path, TINY | {
         "tools.look": "--config.training.batch_size 4",
         "train.py": TINY["train.py"].replace("n_iters 17", "n_iters 11") + " --config.training.loss_type huber",
@@ -78,7 +78,7 @@ def test_a_config_file_imports_another_beside_it_as_the_page_shows(tmp_path):
         (tmp_path / f"{name}.py").write_text(code)
     status, printed = run_script(tmp_path, "train.py", "--config", tmp_path / "my_large_images.py", "--print_config")
     data = json.loads(printed)["data"]
-    assert status == 0 and data["data_root"] == "images/train" and data["image_size"] == 64
+    assert status == 0 and data["data_root"] == "data/images/train" and data["image_size"] == 64
 
 
 def test_hours_of_training_on_own_images_follow_from_their_basis():
