@@ -186,6 +186,18 @@ def test_the_recipes_of_the_miniature_are_those_of_the_table(rows):
         assert same(pairs.split(" × ")[1], [statistics.mean(by_seed(rows, f"{folder}/pairs", "nfe").values())])
 
 
+def test_the_minutes_of_the_miniature_are_sums_of_the_table(rows):
+    text = " ".join((ROOT / "docs" / "miniature.md").read_text().split())
+    parts = [("digits/|fashion/", "train"), ("digits/|fashion/", "evaluate"), ("digits/|fashion/", "pairs"),
+             ("digits/|fashion/", "look"), ("digits/seed./(?!ablation|recipe)", ""), ("digits/seed./ablation", ""),
+             ("digits/seed./recipe", "")]
+    minutes = [sum(row["seconds"] or 0 for name, row in rows.items()
+                   if re.match(names, name) and row["kind"].startswith(kind)) / 60 for names, kind in parts]
+    printed = re.search(r"training (\d+) minutes, evaluation (\d+), pairs (\d+), straightness (\d+)\. .* main line took"
+                        r" (\d+), its ablations (\d+) and its recipes (\d+)\.", text)
+    assert [int(number) for number in printed.groups()] == [round(number) for number in minutes]
+
+
 def test_real_digits_are_as_far_apart_as_the_miniature_says(tmp_path):
     real = Reference(DIGITS, tmp_path, "").real()
     cells = next(cells for cells in sections("miniature.md")["Main line, digits"] if cells[0] == "real against real")

@@ -207,7 +207,7 @@ def take_architecture(config, given):
     except UserError as error:
         raise UserError(f"config.flow.pre_train_model {error}; to start from the tensors that fit, set "
                         "config.flow.pre_train_partial") from None
-    changed = describe_changes(config, adapted)
+    changed = describe_changes(adapted, config)
     return adapted, [f"the architecture is that of {path}: {', '.join(changed)}"] if changed else []
 
 

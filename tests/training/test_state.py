@@ -240,7 +240,7 @@ def pretrained(tmp_path):
 def test_a_forgotten_model_flag_is_taken_from_the_pretrained_network_and_a_wrong_one_is_refused(pretrained):
     """Otherwise 2 of 143 tensors fit, warm-up is off, and a random network is trained for days."""
     config, (message,) = take_architecture(pretrained, frozenset())
-    assert config.model.nf == 16 and "model.nf (8 there, 16 here)" in message
+    assert config.model.nf == 16 and "model.nf (16 there, 8 here)" in message
     assert load_pretrained(create_model(config), config)[0].endswith(", 0 did not")
     with pytest.raises(UserError, match="model.nf is 16 in the checkpoint and 8 here.*flow.pre_train_partial"):
         take_architecture(pretrained, frozenset({"model.nf"}))
