@@ -8,10 +8,12 @@ that the rest of the program has to know one layout only.
 
 import functools
 import hashlib
+import http.client
 import itertools
 import os
 import pathlib
 import re
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -31,6 +33,7 @@ NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.
 # Beginnings of names.
 RUN_FIELDS = ("data.", "flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale", "sampling.train_subset")
 ROOTS = {"data.data_root", "data.custom_data_root"}
+PATIENCE = 4.0  # seconds for the first answer of hf://
 WRAPPERS = r"^(module\.|_orig_mod\.)+"  # prefixes of names by DataParallel and torch.compile
 
 
@@ -63,30 +66,41 @@ def local_file(path):
     if not match:
         raise UserError(f"{path} is incomplete; it must be hf://owner/repo/file")
     try:
-        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     except ImportError as error:
         raise UserError(f"{path} needs the package huggingface_hub; run pip install huggingface_hub") from error
-    # Without a network the library would try for half a minute before it looks into its cache.
-    offline = constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT)
-    download = functools.partial(hf_hub_download, match[1], local_files_only=offline)
+    # Without an answer the library would try for a minute before it looks into its cache.
+    offline = constants.HF_HUB_OFFLINE or not _is_answered(
+        f"{constants.ENDPOINT}/{match[1]}/resolve/main/{urllib.parse.quote(match[2])}")
+    fetch = functools.partial(try_to_load_from_cache if offline else hf_hub_download, match[1])
     try:
-        fetched = part = download(match[2])
+        fetched = part = fetch(match[2])
         for number in itertools.count(2):  # the parts of a file that is split
             if os.path.getsize(part) != PART_BYTES:
                 return fetched
-            part = download(f"{match[2]}.part{number}")
-    except Exception as error:  # of many kinds: the library's own, of requests, httpx and the system
-        reason = "there is no network, and the cache does not have it" if offline else next(
+            part = fetch(f"{match[2]}.part{number}")
+    except Exception as error:  # of many kinds: the library's own, of httpx, the system, and None from its cache
+        reason = f"{constants.ENDPOINT} does not answer, and the cache does not have it" if offline else next(
             iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{path} could not be fetched: {reason}") from error
 
 
-def _is_reachable(address):
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
-    except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)  # the server has answered
-    return True
+def _is_answered(address):
+    """Return whether a server answers within `PATIENCE` seconds in all; a timeout of sockets bounds each step alone."""
+    answers = []
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE).close()
+        except (OSError, http.client.HTTPException) as error:
+            if not isinstance(error, urllib.error.HTTPError):  # which is an answer
+                return
+        answers.append(address)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return bool(answers)
 
 
 def read_checkpoint(path):

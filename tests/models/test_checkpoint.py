@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pickle
+import socket
 import sys
 import threading
 
@@ -369,6 +370,29 @@ def test_hub_without_network_is_one_sentence_at_once_and_its_cache_is_used(hub_c
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), load_model(ours).parameters(), strict=True))
     with pytest.raises(UserError, match="hf://someone/SlimFlow/absent.pth could not be fetched"):
         load_model("hf://someone/SlimFlow/absent.pth")
+
+
+def test_a_server_that_never_completes_an_answer_is_given_up_for_the_cache(hub_cache, monkeypatch):
+    """Each byte restarts a socket's timeout, and the library would ask again, several times."""
+    given_up = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def answer():
+            with server.accept()[0] as connection:
+                while not given_up.wait(0.05):
+                    connection.send(b"H")
+
+        answering = threading.Thread(target=answer, daemon=True)
+        answering.start()
+        monkeypatch.setattr("models.checkpoint.PATIENCE", 0.5)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(UserError, match="absent.pth could not.*http://127.*does not answer, and the cache"):
+            load_model("hf://someone/SlimFlow/absent.pth")
+        given_up.set()
+        answering.join()
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody else has asked
+            server.accept()
 
 
 def test_missing_hub_package_is_named(monkeypatch):
