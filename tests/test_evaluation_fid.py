@@ -1,7 +1,6 @@
 """evaluation_fid.py as users run it: sweeps, resuming, waiting, several processes, files, Inception's whole path."""
 
 import collections
-import contextlib
 import dataclasses
 import errno
 import itertools
@@ -25,7 +24,7 @@ from runtime.devices import Processes
 from runtime.terminal import UserError
 from tests.helpers import ALONE, DIGITS, config_of, small_checkpoint
 from tests.metrics.inception_stand_in import FILE_NAME, write_stand_in
-from tests.processes import HANGING, Script, output_of, start_ranks
+from tests.processes import Script, output_of, run_ranks, start_ranks
 
 QUICK = ("--config.sampling.use_ode_sampler=one_step", "--config.eval.num_samples=100", "--config.eval.nearest=50")
 
@@ -44,32 +43,26 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def start(run, *words):
-    """Start the script in a process of its own; what it prints is kept above the run folder."""
-    return Script(run.parent, "evaluation_fid.py", ("--config", DIGITS, *words))
+@pytest.fixture(autouse=True)
+def without_cost_and_figures(monkeypatch):
+    """main() in this process times no network and draws nothing; scripts in processes of their own do."""
+    monkeypatch.setattr(evaluation_fid, "cost_of", lambda net: {})
+    monkeypatch.setattr(evaluation_fid, "cost_line", lambda cost: "cost not measured")
+    monkeypatch.setattr(evaluation_fid.results, "draw_figure", lambda *arguments: None)
 
 
-def evaluate(run, *words):
-    """Run the script to its end, which must be a good one; return what it printed."""
-    return output_of(run.parent, "evaluation_fid.py", "--config", DIGITS, *words)
+def run_main(*words):
+    """Run main() in this process."""
+    evaluation_fid.main(*parse_command_line(["evaluation_fid.py", "--config", DIGITS, *map(str, words)], "",
+                                            evaluation_fid.FLAGS))
 
 
 def results(folder):
-    path = folder / "eval" / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def wait_for_a_result(folder, started):
-    """Return when the process `started` has written its first result, however slow the machine is."""
-    deadline = time.monotonic() + HANGING
-    while not read_results(folder / "eval" / "results.jsonl"):
-        assert started.process.is_alive(), f"the script ended without a result: {started.log}"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    return read_results(folder / "eval" / "results.jsonl")
 
 
 def test_a_sweep_measures_every_checkpoint_and_names_the_best(run):
-    out = evaluate(run, "--ckpt_dir", run, *QUICK)
+    out = output_of(run.parent, "evaluation_fid.py", "--config", DIGITS, "--ckpt_dir", run, *QUICK)
     found = results(run)
     assert [(r["checkpoint"], r["step"]) for r in found] == [("checkpoint_1.pth", 501), ("checkpoint_2.pth", 1001)]
     for r in found:
@@ -87,7 +80,7 @@ def test_a_sweep_measures_every_checkpoint_and_names_the_best(run):
 
 def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measure_the_same(run):
     words = ("--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, "--config.eval.save_samples=true")
-    evaluate(run, *words)
+    run_main(*words)
     (file,) = (run / "eval").glob("checkpoint_1_one_step_*.npy")
     alone = np.load(file)
     file.unlink()  # samples that are asked for and missing are drawn again
@@ -103,22 +96,20 @@ def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measur
     for name in ("pixel_frechet_distance", "pixel_kernel_distance", "pixel_precision", "pixel_recall", "nn_distance"):
         assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6)
 
-    evaluate(run, "--data_dir", file, *QUICK)
+    run_main("--data_dir", file, *QUICK)
     of_files = results(run / "eval")[0]
     assert of_files["sampler"] is None
     assert of_files["pixel_frechet_distance"] == pytest.approx(two["pixel_frechet_distance"], rel=1e-9)
 
 
-def test_samples_of_another_tolerance_seed_or_checkpoint_of_the_same_name_have_their_own_file(run, monkeypatch):
-    monkeypatch.setattr(evaluation_fid.results, "draw_figure", lambda *arguments: None)
-    words = ("checkpoints/checkpoint_1.pth", "--config.sampling.use_ode_sampler=rk45", "--config.eval.num_samples=8",
+def test_samples_of_another_tolerance_seed_or_checkpoint_of_the_same_name_have_their_own_file(run):
+    checkpoint = run / "checkpoints/checkpoint_1.pth"
+    words = ("--ckpt_dir", checkpoint, "--config.sampling.use_ode_sampler=rk45", "--config.eval.num_samples=8",
              "--config.eval.save_samples=true", "--config.eval.nearest=0", "--config.sampling.ode_tol=0.1")
-    monkeypatch.setattr(evaluation_fid, "cost_of", lambda net: {})
-    monkeypatch.setattr(evaluation_fid, "cost_line", lambda cost: "cost not measured")
     for more in ((), ("--config.sampling.ode_tol=0.01",), ("--config.seed=1",), ("--use_ema=false",)):
-        run_main(run / words[0], *words[1:], *more)
-    write_checkpoint(run / words[0], tiny_checkpoint(2))
-    run_main(run / words[0], *words[1:])
+        run_main(*words, *more)
+    write_checkpoint(checkpoint, tiny_checkpoint(2))
+    run_main(*words)
     assert len({r["samples"] for r in results(run)}) == 5
     arrays = [np.load(run / "eval" / r["samples"]) for r in results(run)]
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(arrays, 2) if a is not arrays[3])
@@ -136,50 +127,41 @@ def test_what_one_process_finds_wrong_is_one_sentence_in_both(run):
     assert not (run / "eval").exists()
 
 
-def test_an_interrupted_sweep_goes_on_with_what_is_missing(run):
-    words = ("--ckpt_dir", run, *QUICK)
+def test_a_killed_sweep_goes_on_with_what_is_missing_and_waits_until_the_last_checkpoint_is_complete(run):
     second = run / "checkpoints" / "checkpoint_2.pth"
     content = second.read_bytes()
-    second.write_bytes(content[:100])  # the sweep waits for it to be whole, however slow this machine is
-    started = start(run, *words, "--config.eval.wait=true")
-    wait_for_a_result(run, started)
-    started.kill()
+    second.unlink()
+    words = ("--config", DIGITS, "--ckpt_dir", run, *QUICK, "--config.eval.wait=true")
+    Script(run.parent, "evaluation_fid.py", words).kill_when(lambda: results(run))
     before = results(run)
     assert [r["checkpoint"] for r in before] == ["checkpoint_1.pth"]
+    second.write_bytes(content[: len(content) // 2])  # a copy on its way
+    again = Script(run.parent, "evaluation_fid.py", words)
+    while "checkpoint_1.pth: already measured" not in again.log:
+        assert again.process.is_alive(), again.log
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert again.process.is_alive()
     second.write_bytes(content)
-    out = evaluate(run, *words)
-    assert "checkpoint_1.pth: already measured" in out
+    assert again.wait() == 0, again.log
     assert results(run)[:1] == before
     assert [r["checkpoint"] for r in results(run)] == ["checkpoint_1.pth", "checkpoint_2.pth"]
 
 
-def test_a_waiting_sweep_takes_checkpoints_as_training_completes_them_and_ends_with_the_last(run):
-    second = run / "checkpoints" / "checkpoint_2.pth"
-    content = second.read_bytes()
-    second.unlink()
-    started = start(run, "--ckpt_dir", run, *QUICK, "--config.eval.wait=true")
-    wait_for_a_result(run, started)
-    second.write_bytes(content[: len(content) // 2])  # a copy on its way
-    time.sleep(0.5)
-    assert started.process.is_alive()
-    second.write_bytes(content)
-    assert started.wait() == 0, started.log
-    assert [r["checkpoint"] for r in results(run)] == ["checkpoint_1.pth", "checkpoint_2.pth"]
-
-
-def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(run, tmp_path):
+def test_inception_metrics_come_from_one_pass_against_a_reference_with_features(run, tmp_path, capsys):
     inception = (f"--config.eval.inception_path={write_stand_in(tmp_path)}",
                  "--config.eval.feature_extractor=inception")
     extractor = InceptionExtractor(tmp_path / FILE_NAME, "cpu")
-    images = ArrayImages(load_images(load_config(DIGITS)).images[:90], "90 digits")
-    reference = measure_source(images, extractor, 30, ALONE, max_features=60)
+    images = ArrayImages(load_images(load_config(DIGITS)).images[:30], "30 digits")
+    reference = measure_source(images, extractor, 30, ALONE, max_features=20)
     reference.sigma.diagonal().add_(1e-3)  # of full rank, which is quicker
     write_statistics(tmp_path / "reference.npz", reference, extractor)
-    out = evaluate(run, "--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, *inception,
-                           "--target_path", tmp_path / "reference.npz")
-    assert "100 samples for 2048 features: their covariance is singular" in out
+    run_main("--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, "--config.eval.num_samples=30", *inception,
+             "--target_path", tmp_path / "reference.npz")
+    out = capsys.readouterr()
+    assert "30 samples for 2048 features: their covariance is singular" in out.out + out.err
     found = results(run)[0]
-    assert f"FID {found['fid']:.4g}: 100 samples" in out
+    assert f"FID {found['fid']:.4g}: 30 samples" in out.out
     assert found["kid"] > 0 and 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
     assert found["inception_score"] >= 1
     assert found["target"] == str(tmp_path / "reference.npz")
@@ -194,7 +176,7 @@ def test_what_was_measured_is_measured_again_when_its_files_or_the_targets_chang
     for changed in (None, None, source, target):
         if changed:
             np.save(changed, images[-len(np.load(changed)):])
-        evaluate(run, *words)
+        run_main(*words)
     found = [r["pixel_frechet_distance"] for r in results(run)]
     assert len(found) == len(set(found)) == 3  # the second call has found what the first one wrote
 
@@ -205,15 +187,16 @@ def test_images_in_the_working_directory_have_a_name_and_their_results_are_not_a
         Image.fromarray(np.full((8, 8), level, np.uint8)).save(tmp_path / "images" / f"{number}.png")
     monkeypatch.chdir(tmp_path / "images")
     for _ in range(2):
-        run_main("", "--data_dir=.", "--config.eval.nearest=0")
+        run_main("--data_dir=.", "--config.eval.nearest=0")
     assert [r["checkpoint"] for r in results(tmp_path)] == ["images"]
 
 
-@pytest.mark.parametrize("launcher", [(), ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")],
-                         ids=["one process", "two processes"])
-def test_the_reference_of_a_data_set_holds_all_its_images_in_their_order(tmp_path, launcher):
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_reference_of_a_data_set_holds_all_its_images_in_their_order(tmp_path, count):
     path = tmp_path / "digits.npz"
-    output_of(tmp_path, *launcher, "tools.reference_statistics", "--config", DIGITS, "--output", path)
+    for status, log in run_ranks(tmp_path, "tools.reference_statistics", "--config", DIGITS, "--output", path,
+                                 count=count):
+        assert status == 0, log
     pixels = load_images(load_config(DIGITS)).images.reshape(1797, 64) / 127.5 - 1
     with np.load(path) as arrays:
         np.testing.assert_allclose(arrays["mu"], pixels.mean(0), atol=1e-6)
@@ -261,18 +244,19 @@ def test_evaluation_starts_at_its_own_noise_and_not_at_that_of_the_pairs():
     assert [np.array_equal(first, noise) for noise in own] == [stream == 9 for stream in range(10)]
 
 
-@pytest.mark.parametrize(("nearest", "rank", "searches"), [(0, 0, 0), (5, 0, 2), (5, 1, 0)])
-def test_the_training_images_are_searched_only_for_samples_that_are_asked_for(monkeypatch, nearest, rank, searches):
-    config, found = small_config(eval__nearest=nearest), []
+def test_the_training_images_are_searched_only_for_samples_that_are_asked_for(monkeypatch):
+    found = []
     monkeypatch.setattr(evaluation_fid, "nearest_distances", lambda queries, images: (
         found.append(len(queries)), torch.zeros(len(queries)))[1])
-    reference = Reference(config, "", ALONE)
-    target = reference.statistics
-    reference.processes = Processes(rank, 2, torch.device("cpu"))
-    samples = dataclasses.replace(target, count=12, images=torch.zeros(max(0, nearest - 6 * rank), 1, 8, 8))
     monkeypatch.setattr(Processes, "from_main", lambda self, work: work())
-    evaluation_fid.metrics_of(samples, target, reference, 0.0)
-    assert len(found) == searches and sum(found) == nearest * (searches > 0)
+    reference = Reference(small_config(eval__nearest=0), "", ALONE)
+    target = reference.statistics
+    for nearest, rank, searches in ((0, 0, 0), (5, 0, 2), (5, 1, 0)):
+        reference.config.eval.nearest, reference.processes = nearest, Processes(rank, 2, torch.device("cpu"))
+        samples = dataclasses.replace(target, count=12, images=torch.zeros(max(0, nearest - 6 * rank), 1, 8, 8))
+        found.clear()
+        evaluation_fid.metrics_of(samples, target, reference, 0.0)
+        assert len(found) == searches and sum(found) == nearest * (searches > 0)
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_with_a_sentence_and_gives_the_same_samples(capsys):
@@ -332,63 +316,45 @@ def test_a_result_that_cannot_be_written_is_printed(tmp_path, capsys, monkeypatc
     assert json.dumps(result) in capsys.readouterr().out
 
 
-def run_main(run, *words):
-    """Run main() in this process."""
-    evaluation_fid.main(*parse_command_line(["evaluation_fid.py", "--config", DIGITS, "--ckpt_dir", str(run), *words],
-                                            "", evaluation_fid.FLAGS))
-
-
 def test_compiled_checkpoints_of_a_sweep_share_one_graph_and_measure_the_same(run, cuda_graphs):
-    words = (*QUICK, "--config.eval.batch_size=30", "--config.training.progress=false")
-    run_main(run, *words)
-    run_main(run, *words, "--config.training.compile=true", "--force")
+    words = ("--ckpt_dir", run, *QUICK, "--config.eval.batch_size=30", "--config.training.progress=false")
+    run_main(*words)
+    run_main(*words, "--config.training.compile=true", "--force")
     assert cuda_graphs == ["default"]
     first, second, *again = (r["pixel_frechet_distance"] for r in results(run))
     assert again == pytest.approx([first, second], rel=1e-3) and first != pytest.approx(second, rel=1e-2)
 
 
-def measure(monkeypatch, run, *fields):
-    """Run main() in this process with config fields; return what it would have sampled, or None."""
-    sampled = []
+@pytest.fixture
+def sampled(monkeypatch):
+    """A list of the titles of the networks that main() in this process samples and measures, which is left out."""
+    titles = []
 
     def pretend(net, title, config, reference):
-        sampled.append(config)
-        raise Sampled
-
-    monkeypatch.setattr(evaluation_fid, "measure_network", pretend)
-    with contextlib.suppress(Sampled):
-        run_main(run, *(f"--config.{field}" for field in fields))
-    return sampled
-
-
-class Sampled(Exception):
-    """Raised in place of sampling."""
-
-
-def remember(monkeypatch, run):
-    """Put results of both checkpoints into the run's file, as if they had been measured."""
-    def pretend(net, title, config, reference):
+        titles.append(title)
         return {"nfe": 1.0, "pixel_frechet_distance": 1.0, "reference": "r", "protocol": "p", "versions": {},
                 "seconds": 1.0}, None
 
     monkeypatch.setattr(evaluation_fid, "measure_network", pretend)
-    monkeypatch.setattr(evaluation_fid.results, "draw_figure", lambda *arguments: None)
-    run_main(run)
+    return titles
 
 
-def test_what_a_number_depends_on_makes_it_another_evaluation(run, monkeypatch, tmp_path):
-    remember(monkeypatch, run)
-    assert measure(monkeypatch, run) == []
-    for field in ("eval.num_samples=50", "seed=1", "sampling.ode_tol=0.5", "flow.eps=0.01", "eval.nearest=7",
-                  "sampling.init_noise_scale=0.9", "training.precision=fp32", "eval.precision_recall=false"):
-        assert len(measure(monkeypatch, run, field)) == 1, field
+def test_what_a_number_depends_on_makes_it_another_evaluation(run, sampled, tmp_path):
     for brightness in range(2):
         Image.fromarray(np.full((8, 8), brightness, np.uint8)).save(tmp_path / f"{brightness}.png")
-    assert len(measure(monkeypatch, run, "data.dataset=custom", f"data.data_root={tmp_path}",
-                       f"data.cache_dir={tmp_path / 'cache'}")) == 1
+    own = ("data.dataset=custom", f"data.data_root={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}")
+    for fields in ((), ("eval.num_samples=50",), ("seed=1",), ("sampling.ode_tol=0.5",), ("flow.eps=0.01",),
+                   ("eval.nearest=7",), ("sampling.init_noise_scale=0.9",), ("training.precision=fp32",),
+                   ("eval.precision_recall=false",), own):
+        run_main("--ckpt_dir", run, "--config.eval.end_ckpt=1", *(f"--config.{field}" for field in fields))
+        assert sampled == ["checkpoint_1"], fields
+        sampled.clear()
+    run_main("--ckpt_dir", run, "--config.eval.end_ckpt=1")
+    assert sampled == []
 
 
-def test_a_flag_that_contradicts_the_checkpoint_is_refused_also_where_a_result_is_there(run, monkeypatch):
-    remember(monkeypatch, run)
+def test_a_flag_that_contradicts_the_checkpoint_is_refused_also_where_a_result_is_there(run, sampled):
+    run_main("--ckpt_dir", run)
     with pytest.raises(UserError, match="model.nf is 8 in the checkpoint and 16 here"):
-        measure(monkeypatch, run, "model.nf=16")
+        run_main("--ckpt_dir", run, "--config.model.nf=16")
+    assert len(sampled) == 2
