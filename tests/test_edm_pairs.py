@@ -10,7 +10,7 @@ from models.checkpoint import load_model, read_checkpoint
 from runtime.files import file_digest
 from tests.helpers import CIFAR10, overrides
 from tests.models.edm_networks import golden_file, golden_numbers
-from tests.processes import output_of, run_ranks
+from tests.processes import output_of
 
 TEACHER = "edm_ddpmpp_cond"  # 16×16, 10 classes: nothing of the config's but the channels
 FAST = {"sampling__use_ode_sampler": "heun", "sampling__sample_N": 3, "training__batch_size": 4,
@@ -50,15 +50,6 @@ def test_pairs_say_which_teacher_made_them_and_how(pairs):
     assert about["config"]["sampling"]["class_label"] == -1 and about["config"]["data"]["image_size"] == 16
     assert np.load(pairs / "z1.npy").shape == (16, 3, 16, 16) and np.load(pairs / "label.npy").shape == (16, 10)
     assert (pairs.parent / "log").read_text().count("CC BY-NC-SA 4.0") == 1
-
-
-def test_two_processes_and_compact_storage_make_the_same_pairs(pairs, tmp_path):
-    """An EDM teacher is divided over processes and stored like any other."""
-    run_ranks(tmp_path, "generate_data.py", *pair_words(tmp_path / "two"))
-    output_of(tmp_path, "generate_data.py", *pair_words(tmp_path / "compact", sampling__pair_storage="compact"))
-    assert (tmp_path / "two/42/z1.npy").read_bytes() == (pairs / "z1.npy").read_bytes()
-    assert not (tmp_path / "compact/42/z0.npy").exists()
-    np.testing.assert_allclose(np.load(tmp_path / "compact/42/z1.npy"), np.load(pairs / "z1.npy"), rtol=1e-3, atol=1e-3)
 
 
 def test_recorded_latents_become_the_recorded_images(tmp_path):

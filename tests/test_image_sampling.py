@@ -212,31 +212,26 @@ def test_a_one_step_model_has_no_straightness_and_no_trajectories(tmp_path, caps
     assert not list(folder.rglob("pixel_trajectories*"))
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ([*overrides(sampling__class_label=3)], "class_label is 3, but the model has 3 classes"),
-    (["--classes", "1,5"], "'5' is no class; the classes are 0 to 2"),
-    (["--classes", "1,bat"], "'bat' is no class; the classes are 0 to 2, or all, or names: cat, dog, eel"),
-    (["--classes", "1", *overrides(sampling__class_label=0)], "both given"),
-])
-def test_a_class_that_does_not_exist_is_refused(conditional_folder, words, message):
-    before = sorted(conditional_folder.rglob("*"))
-    with pytest.raises(UserError, match=message):
-        sample(conditional_folder, *words)
-    assert sorted(conditional_folder.rglob("*")) == before
+CLASSES, PLAIN = "conditional_folder", "run_folder"  # the fixtures
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--classes", "1"], "has no classes"),
-    ([*overrides(sampling__class_label=1)], "class_label is 1, but the model has 0 classes"),
-    ([*overrides(eval__begin_ckpt=5)], "no checkpoint_{k}.pth with k in eval.begin_ckpt 5 to .* found: 1, 2, 4"),
-    (["--sampling_dir", "/nowhere"], "/nowhere' is neither a run folder nor a .pth or .pkl file"),
-    (["--sampling_dir", ""], "--sampling_dir '' is neither a run folder nor a .pth or .pkl file: name one"),
+@pytest.mark.parametrize(("folder", "words", "message"), [
+    (CLASSES, overrides(sampling__class_label=3), "class_label is 3, but the model has 3 classes"),
+    (CLASSES, ["--classes", "1,5"], "'5' is no class; the classes are 0 to 2"),
+    (CLASSES, ["--classes", "1,bat"], "'bat' is no class; the classes are 0 to 2, or all, or names: cat, dog, eel"),
+    (CLASSES, ["--classes", "1", *overrides(sampling__class_label=0)], "both given"),
+    (PLAIN, ["--classes", "1"], "has no classes"),
+    (PLAIN, overrides(sampling__class_label=1), "class_label is 1, but the model has 0 classes"),
+    (PLAIN, overrides(eval__begin_ckpt=5), "no checkpoint_{k}.pth with k in eval.begin_ckpt 5 to .* found: 1, 2, 4"),
+    (PLAIN, ["--sampling_dir", "/nowhere"], "/nowhere' is neither a run folder nor a .pth or .pkl file"),
+    (PLAIN, ["--sampling_dir", ""], "--sampling_dir '' is neither a run folder nor a .pth or .pkl file: name one"),
 ])
-def test_what_cannot_be_sampled_is_one_sentence(run_folder, words, message):
-    before = sorted(run_folder.rglob("*"))
+def test_what_cannot_be_sampled_is_one_sentence(request, folder, words, message):
+    folder = request.getfixturevalue(folder)
+    before = sorted(folder.rglob("*"))
     with pytest.raises(UserError, match=message):
-        sample(run_folder, *words)
-    assert sorted(run_folder.rglob("*")) == before
+        sample(folder, *words)
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_network_that_diverged_leaves_no_picture(tmp_path):
