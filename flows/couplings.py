@@ -5,6 +5,7 @@ return noise and images by pair number; `solve(x)` integrates x and returns (end
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -62,26 +63,29 @@ COUPLINGS = {
 def create_coupling(config, velocity, points, device):
     """Return the coupling of `config.sampling.direction`: `pairs(indices, finished) -> (z0, z1, label, nfe)`.
 
-    `indices` is a range of pair numbers; `finished(k)` is called whenever k more pairs are done. z0, z1: float32
-    `(n, C, H, W)`, label one-hot float32 `(n, num_classes)` or None, nfe int64 `(n,)`, all on the CPU. The pairs are
-    integrated config.training.batch_size at a time. A pair is bit-identical only in the same range (at its end rk45
-    drops idle slots) with the same number of threads and instruction set. Raises UserError as `create_sampler`.
+    It is `make_pairs`, integrated config.training.batch_size at a time. Raises UserError as `create_sampler`.
     """
     row, eps = COUPLINGS[config.sampling.direction], config.flow.eps
     end = 1 - eps if row.velocity == "closed form" else 1.0
     sample = create_sampler(config, reverse=row.given == "image", T=end, shrink_slots=True)
+    sample = functools.partial(sample, velocity, batch_size=config.training.batch_size)
+    return functools.partial(make_pairs, row, sample, points, eps, device)
 
-    def pairs(indices, finished):
-        label = points.label(indices)
 
-        def solve(x):
-            x, nfe = sample(velocity, x.to(device), None if label is None else label.to(device), indices=indices,
-                            batch_size=config.training.batch_size, finished=finished)
-            return x.cpu(), nfe
+def make_pairs(row, sample, points, eps, device, indices, finished):
+    """Return (z0, z1, label, nfe) of the pairs with the numbers `indices`, a range, by the `Coupling` row.
 
-        if not row.velocity:
-            finished(len(indices))
-        z0, z1, nfe = row.pairs(points, indices, solve, eps)
-        return z0, z1, label, nfe
+    z0, z1: float32 `(n, C, H, W)`, label one-hot float32 `(n, num_classes)` or None, nfe int64 `(n,)`, all on the CPU.
+    `finished(k)` is called whenever k more pairs are done. A pair is bit-identical only in the same range (at its end
+    rk45 drops idle slots) with the same number of threads and instruction set.
+    """
+    label = points.label(indices)
 
-    return pairs
+    def solve(x):
+        x, nfe = sample(x.to(device), None if label is None else label.to(device), indices=indices, finished=finished)
+        return x.cpu(), nfe
+
+    if not row.velocity:
+        finished(len(indices))
+    z0, z1, nfe = row.pairs(points, indices, solve, eps)
+    return z0, z1, label, nfe
