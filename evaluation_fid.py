@@ -25,7 +25,7 @@ from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler, sampler_values
 from metrics import results
 from metrics.scores import compare, nearest_distances
-from metrics.statistics import Reference, measure, measure_source, open_images, quantise, share_of
+from metrics.statistics import Reference, evenly_spread, measure, measure_source, open_images, quantise, share_of
 from models.checkpoint import config_of_run, is_remote, network_of, read_checkpoint
 from models.create import model_fields
 from models.describe import cost_line, cost_of
@@ -75,7 +75,8 @@ def measure_checkpoints(config, args, given, processes):
         if reference is None or reference.config.data != own.data:
             reference = Reference(own, args.target_path, processes)
         identity = {"checkpoint": pathlib.Path(checkpoint["path"]).name, "digest": checkpoint["digest"],
-                    "weights": "EMA" if args.use_ema else "raw", **sampling_identity(own), **reference.identity}
+                    "weights": "EMA" if args.use_ema else "raw", **sampling_identity(own, processes.world_size),
+                    **reference.identity}
         needed = samples_path(path, identity) if own.eval.save_samples else path
         result = earlier_result(path, identity, args.force, processes, needed)
         if result is None:
@@ -122,14 +123,15 @@ def measure_files(config, args, given, processes):
     if result is None:
         target, started = reference.statistics, time.monotonic()
         samples = measure_source(source, reference.extractor, config.eval.batch_size, processes, count,
-                                 keep=config.eval.nearest)
-        result = identity | {"step": None, "nfe": None} | metrics_of(samples, target, reference, started)
+                                 keep=evenly_spread(min(config.eval.nearest, count), count))  # of all class folders
+        found = metrics_of(samples, samples.images, target, reference, started)
+        result = identity | {"step": None, "nfe": None} | found
         publish(result, path, processes)
     return path, [result]
 
 
-def sampling_identity(config):
-    """Return the options of sampling that a result depends on: sampler, steps, tolerance, noise and classes."""
+def sampling_identity(config, world_size=1):
+    """Return what a result of sampling depends on: sampler, steps, tolerance, noise, classes and shared step sizes."""
     sampling = config.sampling
     shared = sampling.use_ode_sampler == "rk45" and sampling.step_control == "batch"  # one step size for a batch
     return {
@@ -137,6 +139,7 @@ def sampling_identity(config):
         "arithmetic": config.training.precision, "init_noise_scale": sampling.init_noise_scale,
         "class_label": sampling.class_label, "num_classes": config.data.num_classes,
         "batch_size": config.eval.batch_size if shared else None,
+        "batch_processes": world_size if shared and world_size > 1 else None,
         "num_samples": config.eval.num_samples, "seeds": {"samples": config.seed, "subsets": config.seed},
     }
 
@@ -147,9 +150,10 @@ def measure_network(net, title, config, reference):
     target, started = reference.statistics, time.monotonic()
     batches = sample_batches(net, config, processes, title, nfes.append)
     samples = measure(batches, reference.extractor, count, processes, title,
-                      keep=count if config.eval.save_samples else config.eval.nearest)
+                      keep=range(count if config.eval.save_samples else min(config.eval.nearest, count)))
+    asked = samples.images[: max(0, config.eval.nearest - share_of(processes, count).start)]
     nfe = sum(gather(sum(nfe.sum().item() for nfe in nfes))) / count
-    found = {"nfe": nfe} | metrics_of(samples, target, reference, started)
+    found = {"nfe": nfe} | metrics_of(samples, asked, target, reference, started)
     return found, samples.images if config.eval.save_samples else None
 
 
@@ -186,10 +190,13 @@ def sample_batches(net, config, processes, title, count_evaluations):
             low += len(part)
 
 
-def metrics_of(samples, target, reference, started):
-    """Return {name: value} of the metrics of two `Statistics`; `started`: when the samples' measurement started."""
+def metrics_of(samples, asked, target, reference, started):
+    """Return {name: value} of the metrics of two `Statistics`.
+
+    asked: the images of this process, uint8 (n, C, H, W), whose nearest training image is searched. started: when the
+    measurement of the samples did.
+    """
     config, processes, training_images = reference.config, reference.processes, reference.training_images
-    asked = samples.images[: max(0, config.eval.nearest - share_of(processes, samples.count).start)]
     distances = [torch.zeros(0)]
     if training_images is not None and len(asked) and asked.shape[1:] == training_images.images.shape[1:]:
         distances += [nearest_distances(part.to(processes.device), training_images.images).cpu()

@@ -2,8 +2,9 @@
 
 z0, labels and the order are functions of (seed, index), on any machine. z1 is bit-identical in any number of processes
 (torchrun --nproc_per_node=N), after any interruption and in a longer run, as long as threads, instruction set, blocks
-and training.compile are the same; otherwise, and on a GPU, it is the same up to rounding. The same command continues
-after an interruption, and a larger sampling.total_number_of_samples extends a folder. Values of sampling.direction:
+and training.compile are the same; otherwise, and on a GPU, it is the same up to rounding (with sampling.step_control
+batch, up to the tolerance in a last block that a longer run completes). The same command continues after an
+interruption, and a larger sampling.total_number_of_samples extends a folder. Values of sampling.direction:
   from_z0       noise integrated to images by the network of --ckpt_path
   from_z1       images (of the data set, or --z1_path) integrated back to noise
   random_paired images paired with fresh noise; no network

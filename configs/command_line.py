@@ -8,6 +8,7 @@ import argparse
 import ast
 import difflib
 import json
+import os
 import pathlib
 import re
 import runpy
@@ -35,6 +36,8 @@ class ValueParser(flags.ArgumentParser):
     def parse(self, argument):
         """Return the value; raise ValueError, which names the expected type."""
         try:
+            if self.kind is str:
+                return os.path.expanduser(argument)  # shells leave the ~ of --name=~/folder as it is
             if isinstance(argument, self.kind):
                 return argument
             if self.kind is bool:
@@ -229,6 +232,7 @@ def config_from_dict(values, source="config"):
             kind = type(FIELDS[name].default)
             if isinstance(value, list) or (kind in (str, float) and type(value) is int):
                 value = tuple(value) if isinstance(value, list) else kind(value)
+            value = os.path.expanduser(value) if isinstance(value, str) else value
             set_field(config, name, value)
     return config
 

@@ -8,7 +8,6 @@ import fractions
 import hashlib
 import os
 import pathlib
-import sys
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ import torch
 from datasets.batches import Batches, EndlessOrder, check_finite, check_labels, one_hot, some_of
 from runtime import seeds
 from runtime.files import read_json
-from runtime.terminal import UserError
+from runtime.terminal import UserError, print_message
 
 ARRAYS = ("z0.npy", "z1.npy", "label.npy")
 METADATA = "pairs.json"
@@ -191,7 +190,8 @@ def open_pairs(root, config):
                             "it to 0 or use pairs of a class-conditional model")
         pairs = folder.check(some_of(len(folder), QUICK_ROWS), data.num_classes or None)
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.writelines(f"{text}\n" for text in findings(folder, describe(*pairs)))
+            for text in findings(folder, describe(*pairs)):
+                print_message(f"warning: {text}; training uses the values as they are", stderr=True)
     check_origins(folders)
     return folders
 

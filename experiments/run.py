@@ -189,9 +189,10 @@ class Study:
         return process.returncode, seconds
 
     def write_row(self, name, kind, seed, **figures):
-        """Add or replace a row of the table, and print its numbers."""
+        """Add or replace a row of the table, which studies in other folders may share, and print its numbers."""
         row = {"step": name, "kind": kind, "seed": seed, "commit": (git_commit() or "")[:10], "processor": processor()}
-        write_table(self.results, read_table(self.results) | {name: row | figures})
+        with file_lock(self.results.with_name(f".{self.results.name}.lock"), "writing a row of results"):
+            write_table(self.results, read_table(self.results) | {name: row | figures})
         shown = ", ".join(f"{column} {figures[column]:.4g}" for column in NUMBERS if figures.get(column) is not None)
         print(f"{name}: {shown}", flush=True)
 

@@ -168,9 +168,9 @@ def path_noise(seed, indices, shape, device):
 def create_sampler(config, reverse=False, T=1.0, shrink_slots=False):
     """Return the sampler that `config.sampling` selects: `sample(velocity, z, label=None, …) -> (x, nfe)`.
 
-    It is `sample_in_batches`, of config.sampling.batch_size samples unless it is called with another `batch_size`, and
-    runs from noise at config.flow.eps to data at T, or back with `reverse` (UserError where a sampler cannot). T < 1 is
-    for velocities that are singular at t = 1, such as the closed form. shrink_slots: see `rk45`.
+    It is `sample_in_batches`, and runs from noise at config.flow.eps to data at T, or back with `reverse` (UserError
+    where a sampler cannot). T < 1 is for velocities that are singular at t = 1, such as the closed form. shrink_slots:
+    see `rk45`.
     """
     settings, row = config.sampling, SAMPLERS[config.sampling.use_ode_sampler]
     if reverse and not row.reverse:
@@ -182,23 +182,24 @@ def create_sampler(config, reverse=False, T=1.0, shrink_slots=False):
     if row.adaptive:
         arguments |= {"max_steps": settings.max_steps, "shrink_slots": shrink_slots}
     run = functools.partial(row.run, t_start=t_start, t_end=t_end, **arguments)
-    return functools.partial(sample_in_batches, row, run, seed=config.seed, batch_size=settings.batch_size)
+    return functools.partial(sample_in_batches, config, row, run)
 
 
 @torch.no_grad()
-def sample_in_batches(row, run, velocity, z, label=None, *, seed, batch_size, indices=None, finished=None):
-    """Return (x, nfe `(N,)`) of N samples z, any number, integrated by `run` of the `Sampler` row in batches.
+def sample_in_batches(config, row, run, velocity, z, label=None, *, indices=None, batch_size=None, finished=None):
+    """Return (x, nfe) of N samples z, any number, by `run` of the `Sampler` row, `batch_size` at a time; nfe: `(N,)`.
 
-    indices: the samples' numbers (default 0…N-1), which with `seed` determine cm_stochastic's noise. `finished(n)` is
-    called when n more are done.
+    indices: the samples' numbers (default 0…N-1), which determine cm_stochastic's noise. batch_size: by default
+    config.sampling.batch_size. `finished(n)` is called when n more are done.
     """
+    batch_size = batch_size or config.sampling.batch_size
     if row.adaptive:
         return run(velocity, z, label, slots=batch_size, finished=finished)
     x, nfe = torch.empty_like(z), torch.zeros(len(z), dtype=torch.int64)
     indices = range(len(z)) if indices is None else indices
     for first in range(0, len(z), batch_size):
         part = slice(first, first + batch_size)
-        extra = {"noise": path_noise(seed, indices[part], z.shape[1:], z.device)} if row.noise else {}
+        extra = {"noise": path_noise(config.seed, indices[part], z.shape[1:], z.device)} if row.noise else {}
         x[part], nfe[part] = run(velocity, z[part], None if label is None else label[part], **extra)
         if finished:
             finished(len(z[part]))

@@ -19,8 +19,8 @@ from runtime.terminal import print_message
 # are the same evaluation, which is not repeated.
 COMPARABLE = ("features", "extractor_digest", "target", "target_state", "image_shape", "num_samples")
 IDENTITY = (*COMPARABLE, "checkpoint", "digest", "weights", "sampler", *sampler_fields(), "eps", "arithmetic",
-            "init_noise_scale", "class_label", "num_classes", "batch_size", "seeds", "dataset", "training_images",
-            "nearest", "precision_recall")
+            "init_noise_scale", "class_label", "num_classes", "batch_size", "batch_processes", "seeds", "dataset",
+            "training_images", "nearest", "precision_recall")
 TITLES = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recall",
           "inception_score": "Inception score", "pixel_frechet_distance": "pixel Fréchet distance",
           "pixel_kernel_distance": "pixel kernel distance", "pixel_precision": "pixel precision",

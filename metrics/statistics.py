@@ -135,13 +135,13 @@ class Statistics:
     images: torch.Tensor | None = None  # uint8 (n, C, H, W) on the CPU: those of this process that `measure` keeps
 
 
-def measure(batches, extractor, count, processes, name, max_features=MAX_FEATURES, keep=0):
+def measure(batches, extractor, count, processes, name, max_features=MAX_FEATURES, keep=()):
     """Return the `Statistics` of `count` images, of which each process sees its `share_of`.
 
     `batches` yields uint8 (N, C, H, W) on the device. Each image goes through the extractor once; sums are taken in
     float64 on the device, and Σ divides by count - 1, as `np.cov`. At most `max_features` features, evenly spread
-    over the images, are kept, and the first `keep` images. Every process must call it; a UserError in one is raised in
-    all. Raises UserError for fewer than two images.
+    over the images, are kept, and the images whose numbers, ascending, are in `keep`. Every process must call it; a
+    UserError in one is raised in all. Raises UserError for fewer than two images.
     """
     if count < 2:
         raise UserError(f"{name}: there is {count} image to measure; a covariance needs at least two")
@@ -149,17 +149,15 @@ def measure(batches, extractor, count, processes, name, max_features=MAX_FEATURE
     total = torch.zeros(extractor.dimension, dtype=torch.float64, device=device)
     products = torch.zeros(extractor.dimension, extractor.dimension, dtype=torch.float64, device=device)
     kept, kept_images = [torch.empty(0, extractor.dimension)], [torch.empty(0, dtype=torch.uint8)]
-    error = None
-    wanted = evenly_spread(min(max_features, count), count)
+    error, wanted, keep = None, evenly_spread(min(max_features, count), count), np.array(keep, np.int64)
     try:
         for images in batches:
-            kept_images.append(images[: max(0, keep - first)].cpu())
+            kept_images.append(images[numbers_within(keep, first, images)].cpu())
             features = extractor.features(images)
             wide = features.double()
             total += wide.sum(0)
             products.addmm_(wide.T, wide)
-            here = wanted[(wanted >= first) & (wanted < first + len(features))] - first
-            kept.append(features[torch.from_numpy(here).to(device)].float().cpu())
+            kept.append(features[numbers_within(wanted, first, features)].float().cpu())
             first += len(features)
     except UserError as caught:
         error = caught
@@ -171,7 +169,13 @@ def measure(batches, extractor, count, processes, name, max_features=MAX_FEATURE
     return Statistics(mean, sigma, torch.cat(features), count, name, torch.cat(kept_images))
 
 
-def measure_source(source, extractor, batch_size, processes, count=None, max_features=MAX_FEATURES, keep=0):
+def numbers_within(numbers, first, rows):
+    """Return the places in `rows`, a tensor of the samples from number `first` on, of those with these `numbers`."""
+    here = numbers[(numbers >= first) & (numbers < first + len(rows))] - first
+    return torch.from_numpy(here).to(rows.device)
+
+
+def measure_source(source, extractor, batch_size, processes, count=None, max_features=MAX_FEATURES, keep=()):
     """Return the `Statistics` (`measure`) of `count` images of an `ImageSource`, evenly spread (None: all of them)."""
     count = len(source) if count is None else count
     mine = share_of(processes, count)

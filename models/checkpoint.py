@@ -6,6 +6,7 @@ an entry `weights` "EMA" marks averaged ones. A file of the released layout is t
 that the rest of the program has to know one layout only.
 """
 
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -66,7 +67,7 @@ def local_file(path):
     if not match:
         raise UserError(f"{path} is incomplete; it must be hf://owner/repo/file")
     try:
-        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache, utils
     except ImportError as error:
         raise UserError(f"{path} needs the package huggingface_hub; run pip install huggingface_hub") from error
     # Without an answer the library would try for a minute before it looks into its cache.
@@ -78,7 +79,11 @@ def local_file(path):
         for number in itertools.count(2):  # the parts of a file that is split
             if os.path.getsize(part) != PART_BYTES:
                 return fetched
-            part = fetch(f"{match[2]}.part{number}")
+            part = None
+            with contextlib.suppress(utils.EntryNotFoundError):
+                part = fetch(f"{match[2]}.part{number}")
+            if not isinstance(part, str):  # the file ends with a part of that length; reading it shows if it is cut
+                return fetched
     except Exception as error:  # of many kinds: the library's own, of httpx, the system, and None from its cache
         reason = f"{constants.ENDPOINT} does not answer, and the cache does not have it" if offline else next(
             iter(str(error).strip().splitlines()), type(error).__name__)

@@ -17,7 +17,7 @@ import evaluation_fid
 from configs.command_line import load_config, parse_command_line
 from datasets import load_images
 from metrics.features import InceptionExtractor
-from metrics.results import read_results
+from metrics.results import key_of, read_results
 from metrics.statistics import ArrayImages, Reference, measure_source, write_statistics
 from models.checkpoint import write_checkpoint
 from runtime.devices import Processes
@@ -255,7 +255,7 @@ def test_the_training_images_are_searched_only_for_samples_that_are_asked_for(mo
         reference.config.eval.nearest, reference.processes = nearest, Processes(rank, 2, torch.device("cpu"))
         samples = dataclasses.replace(target, count=12, images=torch.zeros(max(0, nearest - 6 * rank), 1, 8, 8))
         found.clear()
-        evaluation_fid.metrics_of(samples, target, reference, 0.0)
+        evaluation_fid.metrics_of(samples, samples.images, target, reference, 0.0)
         assert len(found) == searches and sum(found) == nearest * (searches > 0)
 
 
@@ -269,6 +269,25 @@ def test_a_batch_too_large_for_the_memory_is_halved_with_a_sentence_and_gives_th
     assert "config.eval.batch_size 4 does not fit the GPU: trying 2" in capsys.readouterr().err
     with pytest.raises(torch.OutOfMemoryError):
         samples(Linear(limit=0), small_config())
+
+
+def test_samples_that_share_their_steps_belong_to_their_batch_size_and_number_of_processes():
+    def identities(step_control):
+        return {key_of(evaluation_fid.sampling_identity(small_config(
+            sampling__use_ode_sampler="rk45", sampling__step_control=step_control, eval__batch_size=size), processes))
+            for size in (4, 8) for processes in (1, 2)}
+
+    assert len(identities("batch")) == 4 and len(identities("sample")) == 1
+
+
+def test_the_images_of_a_folder_that_are_searched_are_of_all_its_classes(tmp_path):
+    images = load_images(load_config(DIGITS)).images
+    for name, pictures in (("copies", images[:8, 0]), ("others", 255 - images[:12, 0])):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        for number, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / "folder" / name / f"{number}.png")
+    run_main("--data_dir", tmp_path / "folder", "--config.eval.nearest=5", "--config.eval.num_samples=20")
+    assert results(tmp_path)[-1]["nn_distance"] > 1  # the median of two copies and three others
 
 
 def test_a_batch_whose_samples_share_their_steps_is_not_halved():

@@ -106,6 +106,7 @@ def test_script_boolean_takes_the_space_form():
     (["--config.model.name", "ncsnp"], "did you mean ncsnpp?"),
     (["--config.sampling.use_ode_sampler", "rk54"], "did you mean rk45?"),
     (["--config.sampling.use_ode_sampler", ""], "config.sampling.use_ode_sampler must be one of one_step"),
+    (["--config.sampling.init_type", "uniform"], "config.sampling.init_type must be one of gaussian, not 'uniform'"),
     (["--config.data.centered", "false"], "config.data.centered must be one of True, not False"),
     (["--config.model.ch_mult", "one"], "--config.model.ch_mult=one: this takes numbers such as '1, 2, 2'"),
     (["--config.model.ch_mult", "'a', 'b'"], "config.model.ch_mult must be numbers such as '1, 2, 2', not ('a', 'b')"),
@@ -276,6 +277,15 @@ def test_help_into_a_closed_pipe_ends_without_a_traceback(repository):
     done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{script}" | head -n 1'], cwd=repository, check=False,
                           capture_output=True, text=True)
     assert (done.stderr, done.stdout) == ("", "a line\n")
+
+
+def test_a_tilde_is_the_home_folder_after_an_equals_sign_and_in_a_config_file_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config, args, _ = parse("--config.data.data_root=~/images", "--ckpt_dir=~/logs/run")
+    assert (config.data.data_root, args.ckpt_dir) == ("/home/someone/images", "/home/someone/logs/run")
+    write_json(tmp_path / "own.json", {"data": {"reflow_data_root": "~/pairs"}, "work_dir": "a~b"})
+    own = load_config(tmp_path / "own.json")
+    assert (own.data.reflow_data_root, own.work_dir) == ("/home/someone/pairs", "a~b")
 
 
 def test_print_config_prints_the_config_of_the_command_line_which_is_a_config_file(capsys, tmp_path):

@@ -1,5 +1,6 @@
 """A tiny study through the four scripts: rows, a second start, a step again, a failing step, tables and plots."""
 
+import concurrent.futures
 import dataclasses
 import fcntl
 import json
@@ -100,6 +101,19 @@ def test_a_failing_step_is_named_with_what_its_script_printed(finished, tmp_path
         run(study, [wrong])
     assert read_table(tmp_path / "results.csv").keys() == {"digits_8/real"}
     assert study.state(wrong)["seconds"] > 0 and not study.state(wrong)["finished"]
+
+
+def test_studies_in_two_folders_lose_no_row_of_a_table_that_they_share(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.run.git_commit", lambda: "0" * 40)
+
+    def write(name):
+        study = Study(tmp_path / name, tmp_path / "results.csv", jobs=1)
+        for number in range(10):
+            study.write_row(f"{name}/{number}", "train", 0, loss=1.0)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(write, "ab"))
+    assert len(read_table(tmp_path / "results.csv")) == 20
 
 
 def test_scripts_of_a_killed_study_hold_its_lock(tmp_path):

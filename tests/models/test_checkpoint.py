@@ -395,6 +395,16 @@ def test_a_server_that_never_completes_an_answer_is_given_up_for_the_cache(hub_c
             server.accept()
 
 
+def test_a_hub_file_as_long_as_a_part_is_whole_or_found_to_be_cut(hub_cache, tmp_path, monkeypatch, ours):
+    monkeypatch.setattr("models.checkpoint.PART_BYTES", ours.stat().st_size)
+    assert load_model("hf://someone/SlimFlow/models/ours.pth").config_fields == load_model(ours).config_fields
+    (tmp_path / "cut.pth").write_bytes(ours.read_bytes()[:1000])
+    fill_cache(monkeypatch, tmp_path / "other", {"cut.pth": tmp_path / "cut.pth"})
+    monkeypatch.setattr("models.checkpoint.PART_BYTES", 1000)
+    with pytest.raises(UserError, match="cut.pth cannot be read as a checkpoint; it is cut short"):
+        load_model("hf://someone/SlimFlow/cut.pth")
+
+
 def test_missing_hub_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
