@@ -143,7 +143,7 @@ class Training:
         called = self.parallel
         if config.training.compile:
             self.messages.append("compiling in the first update, which takes a minute or more")
-            called = torch.compile(self.parallel, mode=config.training.compile_mode)
+            called = torch.compile(self.parallel, mode=config.training.compile_mode, dynamic=False)  # see `compiled`
         self.keep_gradients = config.training.compile and config.training.accumulation_steps > 1
         if self.keep_gradients:  # a CUDA graph overwrites gradients that it allocated itself
             for parameter in filter(lambda p: p.requires_grad, parameters):

@@ -3,15 +3,17 @@
     python -m benchmarks.gpu --seconds 400 --out results     rows as JSON lines in results/gpu.jsonl, text on stdout
 
 A training row is the update of train.py: images/s, TFLOP/s (six operations for each multiply-accumulate of a forward
-pass), their share of the dense peak of an H100 SXM's data sheet, peak memory, and the seconds of the first update, in
+pass), their share of the dense peak of the card's data sheet, peak memory, and the seconds of the first update, in
 which cuDNN times its algorithms or the compiler runs. `released` is that of released.py, as in the released code. The
 most important rows come first; those for which there is no time are listed. --tiny: small networks, any device.
 """
 
 import argparse
 import functools
+import gc
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +33,9 @@ from models.describe import describe, fastest_layout, median_seconds
 from runtime.devices import compiled, in_precision, set_precision
 from runtime.run_folder import git_commit
 
-PEAKS = {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4}  # dense TFLOP/s of an H100 SXM
+PEAKS = {"A100": {"fp32": 19.5, "tf32": 156, "bf16": 312},  # dense TFLOP/s, by a part of the card's name
+         "H100 80GB HBM3": {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4}}
+PEAKS["H200"] = PEAKS["H100 80GB HBM3"]
 SIZES = {
     "61.8M": {}, "15.7M": {"model.nf": 96, "model.num_res_blocks": 2, "model.ch_mult": (1, 2, 2)}, "3.4M": SMALL,
     "80.7M": {"model.name": "DhariwalUNet", "model.num_res_blocks": 2, "model.ch_mult": (1, 2, 2, 4),
@@ -59,6 +63,8 @@ class Programme:
         self.out, self.end, self.missed = pathlib.Path(out), time.monotonic() + seconds, []
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.cuda, self.work = self.device.type == "cuda", tempfile.TemporaryDirectory()
+        self.card = torch.cuda.get_device_name() if self.cuda else "cpu"
+        self.peaks = next((peaks for name, peaks in PEAKS.items() if name in self.card), None)
         self.checkpoint = pathlib.Path(self.work.name, "flow.pth")
         # networks, seconds per measurement, batch of training, samples, updates of the network to sample
         self.fields, self.seconds, self.batch, self.many, self.trained = SIZES, 1.0, 128, 512, 600
@@ -76,6 +82,7 @@ class Programme:
             found = part(**values)
         except Exception as error:  # such as no memory or a missing kernel: continue with the other rows
             found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+        gc.collect()  # or the next row's peak memory includes this row's network
         torch.cuda.empty_cache()  # does nothing on a CPU
         entry = {"part": part.__name__, **values, **found}
         with open(self.out / "gpu.jsonl", "a") as opened:
@@ -116,23 +123,31 @@ class Programme:
         speed = self.rate(step.__next__)
         tflops = 6 * self.gmacs(size) * self.batch * speed / 1e3
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
-        return {"images_s": self.batch * speed, "ms": 1e3 / speed, "tflops": tflops, "percent_of_peak": 100 * tflops /
-                PEAKS[precision], "peak_gib": peak, "first_s": first, "nonfinite": training.stats.read()["nonfinite"],
-                "messages": training.messages}
+        return {"images_s": self.batch * speed, "ms": 1e3 / speed, "tflops": tflops,
+                "percent_of_peak": self.peaks and 100 * tflops / self.peaks[precision], "peak_gib": peak,
+                "first_s": first, "nonfinite": training.stats.read()["nonfinite"], "messages": training.messages}
 
     def released(self, size):
         """Updates as in the released code, in its precision."""
         return {"images_s": self.batch * self.rate(released(self.training(size, "fp32")).__next__)}
 
+    def pretrain(self, size):
+        """The network that the parts below sample from."""
+        training = self.training(size, "bf16")
+        _, seconds = self.updates(training, self.trained)
+        training.config.data.dataset = "CIFAR10"  # since scripts do not have the data set of released.py
+        write_checkpoint(self.checkpoint, training.state(self.trained))
+        return {"images_s": self.batch * self.trained / seconds}
+
     def sample(self, sampler, precision, compile=None):
         """Sampling, from noise on the device."""
         set_precision(precision)
-        net = load_model(self.checkpoint, device=self.device).requires_grad_(False)
+        net = load_model(self.checkpoint, device=self.device)
         network = compiled(net, argparse.Namespace(compile=bool(compile), compile_mode=compile))
         velocity = velocity_from_network(in_precision(network, precision, self.device))
         size, nfe = net.config_fields["data.image_size"], {"one_step": 1, "euler-10": 10}.get(sampler)
         z = torch.randn(self.many, 3, size, size, device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # keeps cast weights, as in the scripts
             euler(velocity, z, steps=3)  # the compiler runs in the first, and the second records a CUDA graph
             if nfe:
                 return {"images_s": self.many * self.rate(lambda: euler(velocity, z, steps=nfe)), "nfe": nfe}
@@ -180,10 +195,7 @@ class Programme:
         self.row(self.released, size="15.7M")
         for values in COMPILED:
             self.row(self.train, **values)
-        training = self.training("15.7M", "bf16")
-        self.updates(training, self.trained)
-        training.config.data.dataset = "CIFAR10"  # since scripts do not have the data set of released.py
-        write_checkpoint(self.checkpoint, training.state(self.trained))
+        self.row(self.pretrain, size="15.7M")
         for values in SAMPLING:
             for sampler in ("one_step", "euler-10", "rk45"):
                 self.row(self.sample, sampler=sampler, **values)
@@ -194,6 +206,11 @@ class Programme:
             self.row(self.repeats, deterministic=deterministic)
         for values in LAST:
             self.row(self.train, **values)
+
+
+def time_is_up(number, frame):
+    """Raise TimeoutError."""
+    raise TimeoutError("the time is up")
 
 
 def main():
@@ -209,8 +226,11 @@ def main():
         _, seconds = programme.updates(programme.training(options.warm, "bf16", "default"), 1)
         print(f"{options.warm} compiled in {seconds:.1f} s")
         return
-    print(torch.cuda.get_device_name() if programme.cuda else "cpu", f"torch {torch.__version__} commit {git_commit()}")
+    print(programme.card, f"torch {torch.__version__} commit {git_commit()}")
+    signal.signal(signal.SIGALRM, time_is_up)  # ends the row that runs; those after it count as not reached
+    signal.setitimer(signal.ITIMER_REAL, options.seconds)
     programme.run()
+    signal.setitimer(signal.ITIMER_REAL, 0)
     print("not reached:", "; ".join(programme.missed) or "nothing")
 
 

@@ -133,7 +133,8 @@ def compiled(network, options):
     """
     if not options.compile:
         return network
-    run, inputs = torch.compile(network, mode=options.compile_mode), []
+    # dynamic: otherwise batches of two sizes, as of student and teacher, make the second graph one for all sizes
+    run, inputs = torch.compile(network, mode=options.compile_mode, dynamic=False), []
 
     def call(x, t, label=None):
         given, count = [value for value in (x, t, label) if value is not None], len(x)

@@ -297,7 +297,7 @@ def test_a_batch_whose_samples_share_their_steps_is_not_halved():
 
 
 def test_a_compiled_batch_that_is_halved_is_compiled_again_in_the_smaller_size(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda network, mode: network)
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network)
     net, config = Linear(), small_config(eval__batch_size=10)
     expected, _ = samples(net, config)
     net.limit, config.training.compile = 5, True

@@ -5,16 +5,18 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import torch
 
+from benchmarks import released
 from benchmarks.gpu import COMPILED, FIRST, LAST, SAMPLING
 from tests.processes import HANGING, output_of
 
 ROWS = [{"part": "train", **values} for values in (*FIRST, *COMPILED, *LAST)]
 ROWS += [{"part": "sample", "sampler": sampler, **values} for sampler in ("one_step", "euler-10", "rk45")
          for values in SAMPLING]
-ROWS += [{"part": "released", "size": "15.7M"}, {"part": "features"},
+ROWS += [{"part": "released", "size": "15.7M"}, {"part": "pretrain", "size": "15.7M"}, {"part": "features"},
          {"part": "script", "name": "pairs", "tol": 1e-3}, {"part": "script", "name": "evaluate", "tol": 1e-3},
          *({"part": "repeats", "deterministic": value} for value in (False, True))]
 
@@ -22,7 +24,7 @@ ROWS += [{"part": "released", "size": "15.7M"}, {"part": "features"},
 def quickly(folder):
     """Leave networks uncompiled, since the compiler is slow on a CPU and tested elsewhere; import once for scripts."""
     start = subprocess.run
-    torch.compile = lambda network, mode: network
+    torch.compile = lambda network, **options: network
     subprocess.run = lambda words, **options: (output_of(folder, *words[1:]) if words[0] == sys.executable
                                                else start(words, **options))
 
@@ -44,3 +46,16 @@ def test_every_row_of_the_gpu_programme_has_figures(tmp_path):
             assert row["images_s"] and row["start_s"] > 0
         else:
             assert row["images_s"] > 0
+
+
+def never_ready():
+    """Let no training become ready."""
+    released.create_training = lambda *arguments: time.sleep(HANGING)
+
+
+def test_when_the_time_is_up_the_row_that_runs_ends_and_the_others_are_named(tmp_path):
+    printed = output_of(tmp_path, "benchmarks.gpu", "--tiny", "--seconds", 1, "--out", tmp_path, prepare=never_ready)
+    assert [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()] == [
+        {"part": "train", **FIRST[0], "error": "TimeoutError: the time is up"}]
+    named = printed.partition("not reached: ")[2].splitlines()[0].split("; ")
+    assert len(named) == len(ROWS) - 1 and named[0] == f"train {' '.join(FIRST[1].values())}"
