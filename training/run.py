@@ -175,7 +175,8 @@ class RunLogger:
 def sample_grid(network, ema, config, shape, step):
     """Write the grid of one-step and few-step samples of the averaged weights, a row per sampler; return its path.
 
-    Rows, and grids of other steps, share the noise of (config.seed, 0, 1, …). Training is not affected.
+    Rows, and grids of other steps, share the noise of (config.seed, 0, 1, …). Training is not affected. The network is
+    never compiled here: 13 evaluations of ten images take less time than the compiler.
     """
     device, classes = next(network.parameters()).device, config.data.num_classes
     velocity, path = velocity_from_network(ema.averaged(network)), run_path(config) / SAMPLES / f"step_{step}.png"
