@@ -248,7 +248,7 @@ def recipes(seed):
 CIFAR = {
     "large": (Images("cifar", 32, 3, 5000, 1, 64, 16), (9900, 11500, 3000), 50000, (96, 64), 8e-4, {
         "model__num_res_blocks": 2, "model__ch_mult": "(1,2,2)", "model__dropout": 0.0, "training__precision": "bf16",
-        "training__compile": "true", "training__batch_size": 256}),
+        "training__compile": "true", "training__batch_size": 256, "training__snapshot_freq_for_preemption": 1000}),
     "small": (Images("cifar", 16, 3, 2000, 1, 16, 6), (1200, 1200, 400), 4000, (32, 20), 1e-3, {
         "model__num_res_blocks": 1, "model__ch_mult": "(1,2)", "model__attn_resolutions": "(8,)",
         "model__dropout": 0.0, "training__batch_size": 64}),
