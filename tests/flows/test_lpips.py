@@ -1,7 +1,7 @@
 """LPIPS: the package's distance, without its traps. VGG16's weights here are random ones of its exact shapes."""
 
 import copy
-import shutil
+import functools
 import types
 import urllib.error
 
@@ -22,6 +22,17 @@ def images(seed, count=2, channels=3, size=16):
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
+def resized(x):
+    return F.interpolate(x, (64, 64), mode="bilinear", align_corners=True)
+
+
+def value_and_gradient(distance, image, *arguments):
+    image = image.clone().requires_grad_()
+    value = distance(image, *arguments)
+    value.sum().backward()
+    return value.detach().flatten(), image.grad
+
+
 @pytest.fixture(scope="module")
 def distance(torch_home):
     with pytest.MonkeyPatch.context() as patch:
@@ -29,48 +40,24 @@ def distance(torch_home):
         return load_lpips("cpu")
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """Downloads fail at once, as on a machine without network."""
-    def fail(url, *args, **kwargs):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-
-
-def test_the_value_is_the_packages_at_64_pixels(random_lpips, distance):
-    image, reference = images(0), images(1)
-
-    def resized(x):
-        return F.interpolate(x, (64, 64), mode="bilinear", align_corners=True)
-
-    expected = random_lpips(resized(image), resized(reference)).flatten()
-    assert torch.allclose(distance(image, reference), expected, rtol=1e-5)
-    assert torch.equal(distance(image, image), torch.zeros(2))
-    same_size = random_lpips(images(0, size=64), images(1, size=64)).flatten()
-    assert torch.allclose(distance(images(0, size=64), images(1, size=64)), same_size, rtol=1e-5)
-
-
-def test_the_gradient_is_the_packages_and_reaches_the_first_image_only(random_lpips, distance):
-    ours, theirs, reference = images(0).requires_grad_(), images(0).requires_grad_(), images(1).requires_grad_()
-    distance(ours, reference).sum().backward()
-    scaled = F.interpolate(theirs, (64, 64), mode="bilinear", align_corners=True)
-    random_lpips(scaled, F.interpolate(images(1), (64, 64), mode="bilinear", align_corners=True)).sum().backward()
-    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-7)
-    assert reference.grad is None
+def test_value_and_gradient_are_the_packages_at_64_pixels_and_the_reference_gets_none(random_lpips, distance):
+    image, reference = images(0), images(1).requires_grad_()
+    value, gradient = value_and_gradient(distance, image, reference)
+    expected, theirs = value_and_gradient(lambda x: random_lpips(resized(x), resized(images(1))), image)
+    assert torch.allclose(value, expected, rtol=1e-5) and torch.allclose(gradient, theirs, rtol=1e-3, atol=1e-7)
+    assert reference.grad is None and torch.equal(distance(image, image), torch.zeros(2))
+    large, other = images(0, size=64), images(1, size=64)
+    assert torch.allclose(distance(large, other), random_lpips(large, other).flatten(), rtol=1e-5)
 
 
 def test_zero_features_give_finite_gradients_where_the_packages_normalisation_gives_nan():
     """With a trunk that hands on the image itself: its features are zero where the image is."""
     bare = types.SimpleNamespace(net=lambda x: [x], scaling_layer=lambda x: x, lins=[lambda x: x.sum(1, keepdim=True)])
-    theirs = torch.zeros(1, 3, 64, 64, requires_grad=True)
-    lpips.normalize_tensor(theirs).square().sum().backward()
-    assert theirs.grad.isnan().all()
-    for reference in (images(1, count=1), torch.zeros(1, 3, 16, 16)):
-        ours = torch.zeros(1, 3, 16, 16, requires_grad=True)
-        value = lpips_distance(bare, ours, reference)
-        value.sum().backward()
-        assert value.isfinite().all() and ours.grad.isfinite().all()
+    zero = torch.zeros(1, 3, 64, 64)
+    assert value_and_gradient(lambda x: lpips.normalize_tensor(x).square(), zero)[1].isnan().all()
+    for reference in (images(1, count=1), zero):
+        for found in value_and_gradient(functools.partial(lpips_distance, bare), zero, reference):
+            assert found.isfinite().all()
 
 
 def test_a_constant_image_with_vanishing_features_gives_finite_gradients_where_the_package_gives_nan(random_lpips):
@@ -81,13 +68,9 @@ def test_a_constant_image_with_vanishing_features_gives_finite_gradients_where_t
             parameter.fill_(1e-25)
     constant = net.scaling_layer.shift.expand(1, 3, 64, 64)
     reference = images(1, count=1, size=64)
-    theirs = constant.clone().requires_grad_()
-    net(theirs, reference).sum().backward()
-    assert theirs.grad.isnan().any()
-    ours = constant.clone().requires_grad_()
-    value = lpips_distance(net, ours, reference)
-    value.sum().backward()
-    assert value.isfinite().all() and ours.grad.isfinite().all() and ours.grad.any()
+    assert value_and_gradient(net, constant, reference)[1].isnan().any()
+    value, gradient = value_and_gradient(functools.partial(lpips_distance, net), constant, reference)
+    assert value.isfinite().all() and gradient.isfinite().all() and gradient.any()
 
 
 def test_a_grey_image_counts_as_three_equal_channels(distance):
@@ -106,36 +89,27 @@ def test_autocast_does_not_reach_it(distance):
     assert half.dtype == torch.float32 and torch.allclose(half, expected, rtol=0.05)
 
 
-def test_its_network_is_frozen_in_eval_mode_and_leaves_the_global_generator_alone(torch_home, monkeypatch):
-    kept = []
-    original = lpips.LPIPS
-
-    def keep(**options):
-        kept.append(original(**options))
-        return kept[0]
-
-    monkeypatch.setattr(lpips, "LPIPS", keep)
+def test_its_network_is_frozen_in_eval_mode_and_leaves_the_global_generator_alone(
+        random_lpips, torch_home, monkeypatch):
+    net = copy.deepcopy(random_lpips).train().requires_grad_()
+    monkeypatch.setattr(lpips, "LPIPS", lambda **options: (torch.rand(1), net)[1])  # as its random weights are drawn
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
     before = torch.get_rng_state()
     load_lpips("cpu")
     assert torch.equal(torch.get_rng_state(), before)
-    assert not any(module.training for module in kept[0].modules())
-    assert not any(parameter.requires_grad for parameter in kept[0].parameters())
+    assert not any(module.training for module in net.modules())
+    assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_it_compiles_in_one_graph_with_the_same_loss_and_gradient(distance):
     def loss(v, z0, z1, a):
-        point = point_on_path(z0, z1, a, a)
-        return lpips_huber(v, point, distance)
+        return lpips_huber(v, point_on_path(z0, z1, a, a), distance)
 
-    found = []
-    for call in (loss, torch.compile(loss, backend="eager", fullgraph=True)):
-        v = images(2).requires_grad_()
-        losses = call(v, images(0), images(1), torch.tensor([0.2, 0.6]))
-        losses.sum().backward()
-        found.append((losses.detach(), v.grad))
-    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5)
-    assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-7)
+    arguments = images(2), images(0), images(1), torch.tensor([0.2, 0.6])
+    eager = value_and_gradient(loss, *arguments)
+    compiled = value_and_gradient(torch.compile(loss, backend="eager", fullgraph=True), *arguments)
+    assert torch.allclose(eager[0], compiled[0], rtol=1e-5)
+    assert torch.allclose(eager[1], compiled[1], rtol=1e-3, atol=1e-7)
 
 
 def test_it_trains_a_distributed_network_with_dropout_in_train_mode(distance, tmp_path):
@@ -152,31 +126,25 @@ def test_it_trains_a_distributed_network_with_dropout_in_train_mode(distance, tm
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("state", ["absent", "truncated", "text", "other network"])
 def test_weights_that_cannot_be_had_are_one_sentence_with_file_and_variable(
-        random_lpips, tmp_path, monkeypatch, no_network):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(lpips, "LPIPS", lambda **options: random_lpips)
-    with pytest.raises(UserError) as caught:
-        load_lpips("cpu")
-    message = str(caught.value)
-    assert str(tmp_path / FILE) in message and "TORCH_HOME" in message and "\n" not in message
+        state, random_lpips, torch_home, tmp_path, monkeypatch):
+    def no_network(url, *args, **kwargs):
+        raise urllib.error.URLError("no route to host")
 
-
-@pytest.mark.parametrize("damage", ["truncated", "text", "other network"])
-def test_a_damaged_weights_file_is_one_sentence_naming_it(
-        damage, random_lpips, torch_home, tmp_path, monkeypatch, no_network):
     path = tmp_path / FILE
     path.parent.mkdir(parents=True)
-    if damage == "truncated":
-        shutil.copy(torch_home / FILE, path)
-        with open(path, "r+b") as opened:
-            opened.truncate(1_000_000)
-    elif damage == "text":
+    if state == "truncated":
+        with open(torch_home / FILE, "rb") as whole:
+            path.write_bytes(whole.read(1_000_000))
+    elif state == "text":
         path.write_text("<html>not found</html>")
-    else:
+    elif state == "other network":
         torch.save({"0.weight": torch.zeros(64, 3, 3, 3)}, path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(lpips, "LPIPS", lambda **options: random_lpips)  # building one takes a second
     with pytest.raises(UserError) as caught:
         load_lpips("cpu")
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert str(path) in message and "TORCH_HOME" in message and "\n" not in message

@@ -80,12 +80,10 @@ class Student(torch.nn.Module):
 @given(st.sampled_from(["uniform", "u_shaped", "range_0.2_0.8"]), st.integers(0, 1000), st.floats(-5, 5))
 def test_at_beta_one_training_on_pairs_is_plain_training_on_their_images(schedule, seed, shift):
     """Whatever noise the pairs hold: the network sees, and must predict, what plain 1-flow training shows it."""
-    plain = create_objective(config_of(flow__flow_t_schedule=schedule))
-    annealed = create_objective(on_pairs(flow__flow_t_schedule=schedule, training__x0_randomness="fix_1"))
     ours, theirs = Recorder(), Recorder()
-    found = annealed(ours, batch_of(z0=noise(2) + shift), Kept(seed), 0)
-    expected = plain(theirs, batch_of(), Kept(seed), 0)
-    assert torch.equal(found, expected)
+    annealed = create_objective(on_pairs(flow__flow_t_schedule=schedule, training__x0_randomness="fix_1"))
+    expected = create_objective(config_of(flow__flow_t_schedule=schedule))(theirs, batch_of(), Kept(seed), 0)
+    assert torch.equal(annealed(ours, batch_of(z0=noise(2) + shift), Kept(seed), 0), expected)
     assert torch.equal(ours.calls[0][0], theirs.calls[0][0]) and torch.equal(ours.calls[0][1], theirs.calls[0][1])
 
 
@@ -114,13 +112,15 @@ def test_a_warmup_moves_the_noise_from_fresh_to_paired():
 # What a loss is
 
 
-def test_the_plain_loss_is_the_papers_line():
-    objective, velocity = create_objective(config_of()), Recorder()
+@pytest.mark.parametrize("weight_schedule", ["uniform", "1mt"])
+def test_the_plain_loss_is_the_papers_line_weighted_by_the_time_drawn(weight_schedule):
+    objective, velocity = create_objective(config_of(training__weight_schedule=weight_schedule)), Recorder()
     found = objective(velocity, batch_of(), draws := Kept(), 0)
     z0, z1, t = draws.z, noise(1), draws.t.view(-1, 1, 1, 1)
     x_t = t * z1 + (1 - t) * z0
     expected = (0.5 * x_t + t - (z1 - z0)).square().mean(dim=(1, 2, 3))
-    assert torch.allclose(found, expected, rtol=1e-5)
+    weight = (1 - draws.t) ** 2 if weight_schedule == "1mt" else 1
+    assert torch.allclose(found, weight * expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("alpha", "place"), [("t0", 1e-3), ("t1", 1.0)])
@@ -130,12 +130,6 @@ def test_the_place_on_the_path_may_differ_from_the_time_the_network_sees(alpha, 
     x, t, _ = seen.calls[0]
     assert torch.allclose(x, place * noise(1) + (1 - place) * draws.z, atol=1e-6)
     assert torch.equal(t, draws.t)
-
-
-def test_losses_are_weighted_by_the_time_drawn():
-    plain = create_objective(config_of())(Recorder(), batch_of(), Kept(), 0)
-    weighted = create_objective(config_of(training__weight_schedule="1mt"))(Recorder(), batch_of(), draws := Kept(), 0)
-    assert torch.allclose(weighted, plain * (1 - draws.t) ** 2)
 
 
 @pytest.mark.parametrize("use_teacher", [False, True])
@@ -175,19 +169,22 @@ class Linear(torch.nn.Module):
         return self.w * x + self.b * t.view(-1, 1, 1, 1) + number
 
 
-def guided_objective(first_step, teacher, **fields):
-    return create_objective(on_pairs(flow__use_teacher=True, flow__flow_t_schedule="t0",
-                                     flow__guidance_first_step=first_step, **fields), teacher)
+def guided(first_step, label=None, count=3, **fields):
+    """Return (values, student, teacher, batch, fresh noise, guiding times) of a guided loss."""
+    student, teacher = Linear(0.3, -0.2), Linear(0.7, 0.4)
+    objective = create_objective(on_pairs(flow__use_teacher=True, flow__flow_t_schedule="t0",
+                                          flow__guidance_first_step=first_step, **fields), teacher)
+    batch, draws = batch_of(noise(1, count), noise(2, count), label), Kept(5, count)
+    values = objective(student, batch, draws, 0)
+    return values, student, teacher, batch, draws.z, draws.all_times[1].view(-1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("first_step", ["student", "teacher"])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("weight_schedule", ["uniform", "karras"])
 def test_the_loss_is_distillation_on_pairs_plus_the_two_step_term(first_step, labelled, weight_schedule):
-    student, teacher = Linear(0.3, -0.2), Linear(0.7, 0.4)
-    objective = guided_objective(first_step, teacher, training__weight_schedule=weight_schedule)
-    batch = batch_of(noise(1, 3), noise(2, 3), torch.eye(3) if labelled else None)
-    found = objective(student, batch, draws := Kept(5, 3), 0)
+    found, _, _, batch, xi, t = guided(first_step, torch.eye(3) if labelled else None,
+                                       training__weight_schedule=weight_schedule)
 
     def squared(difference):
         return difference.square().mean(dim=(1, 2, 3))
@@ -196,28 +193,24 @@ def test_the_loss_is_distillation_on_pairs_plus_the_two_step_term(first_step, la
         return 1 if weight_schedule == "uniform" else (t / (1 - t + EPS)) ** 2 + 4
 
     number = torch.arange(3.0).view(-1, 1, 1, 1) if labelled else 0
-    z0, z1, xi, t = batch.z0, batch.z1, draws.z, draws.all_times[1].view(-1, 1, 1, 1)
     # the two lines of the method, on v = w·x + b·t + number
     x_t = xi + t * ((0.3 * xi - 0.2 * EPS if first_step == "student" else 0.7 * xi + 0.4 * EPS) + number)
     x_1 = x_t + (1 - t) * (0.7 * x_t + 0.4 * t + number)
-    guided = squared(0.3 * xi - 0.2 * EPS + number - (x_1 - xi))
-    pairs = squared(0.3 * (EPS * z1 + (1 - EPS) * z0) - 0.2 * EPS + number - (z1 - z0))
-    expected = weight(torch.tensor(EPS)) * pairs + weight(t.flatten()) * guided
+    two_step = squared(0.3 * xi - 0.2 * EPS + number - (x_1 - xi))
+    pairs = squared(0.3 * (EPS * batch.z1 + (1 - EPS) * batch.z0) - 0.2 * EPS + number - (batch.z1 - batch.z0))
+    expected = weight(torch.tensor(EPS)) * pairs + weight(t.flatten()) * two_step
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("first_step", ["student", "teacher"])
 def test_the_gradient_reaches_the_student_only_and_as_if_the_target_were_a_number(first_step):
-    student, teacher = Linear(0.3, -0.2), Linear(0.7, 0.4)
-    objective = guided_objective(first_step, teacher)
-    batch = batch_of(noise(1, 3), noise(2, 3))
-    objective(student, batch, draws := Kept(5, 3), 0).sum().backward()
+    values, student, teacher, batch, xi, t = guided(first_step)
+    values.sum().backward()
     assert teacher.w.grad is None and teacher.b.grad is None
-
-    xi, t, start = draws.z, draws.all_times[1], torch.full((3,), EPS)
+    start = torch.full((3,), EPS)
     u = (student if first_step == "student" else teacher)(xi, start)
-    x_t = xi + t.view(-1, 1, 1, 1) * u
-    target = (x_t + (1 - t).view(-1, 1, 1, 1) * teacher(x_t, t) - xi).detach()
+    x_t = xi + t * u
+    target = (x_t + (1 - t) * teacher(x_t, t) - xi).detach()
     x_eps = EPS * batch.z1 + (1 - EPS) * batch.z0
     by_hand = ((student(xi, start) - target).square().mean(dim=(1, 2, 3))
                + (student(x_eps, start) - (batch.z1 - batch.z0)).square().mean(dim=(1, 2, 3))).sum()
@@ -227,9 +220,7 @@ def test_the_gradient_reaches_the_student_only_and_as_if_the_target_were_a_numbe
 
 @pytest.mark.parametrize(("first_step", "teacher_calls"), [("student", 1), ("teacher", 2)])
 def test_the_student_is_called_once_and_the_teacher_without_gradient(first_step, teacher_calls):
-    student, teacher = Linear(0.3, -0.2), Linear(0.7, 0.4)
-    objective = guided_objective(first_step, teacher)
-    objective(student, batch_of(noise(1, 3), noise(2, 3)), Kept(0, 3), 0)
+    _, student, teacher, *_ = guided(first_step)
     assert student.calls == [(6, True)]
     assert teacher.calls == [(3, False)] * teacher_calls
 
@@ -238,12 +229,8 @@ def test_the_perceptual_distance_of_the_guided_term_starts_from_its_noise(monkey
     images = []
     monkeypatch.setattr("flows.losses.load_lpips", lambda device: lambda image, reference: (
         images.append((image, reference)) or torch.zeros(len(image))))
-    student, teacher = Linear(0.3, -0.2), Linear(0.7, 0.4)
-    objective = guided_objective("student", teacher, training__loss_type="lpips")
-    batch = batch_of(noise(1, 3), noise(2, 3))
-    objective(student, batch, draws := Kept(5, 3), 0)
+    *_, batch, xi, t = guided("student", training__loss_type="lpips")
     (_, true_image), (image, guided_image) = images
-    xi, t = draws.z, draws.all_times[1].view(-1, 1, 1, 1)
     u = 0.3 * xi - 0.2 * EPS
     x_t = xi + t * u
     assert torch.allclose(true_image, batch.z1, atol=1e-6)
@@ -252,11 +239,9 @@ def test_the_perceptual_distance_of_the_guided_term_starts_from_its_noise(monkey
 
 
 def test_the_guided_term_takes_fresh_noise_and_a_time_in_the_middle():
-    objective = guided_objective("student", Linear(0.7, 0.4))
-    z1 = torch.zeros(5000, 1, 2, 2)
-    objective(Linear(0.3, -0.2), batch_of(z1, z1), draws := Kept(count=5000), 0)
-    times = draws.all_times[1]
-    assert stats.kstest(draws.z.flatten().numpy(), "norm").pvalue > 1e-3
+    *_, xi, t = guided("student", count=5000)
+    times = t.flatten()
+    assert stats.kstest(xi.flatten().numpy(), "norm").pvalue > 1e-3
     assert stats.kstest(times.numpy(), stats.uniform(0.2, 0.6).cdf).pvalue > 1e-3
     assert times.min() >= 0.2 and times.max() <= 0.8
 

@@ -50,10 +50,6 @@ def test_a_network_is_called_with_999_t_and_the_label():
 # The closed-form velocity
 
 
-def pixels(count, *shape, seed=0):
-    return torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
-
 def by_definition(data, x, t):
     """The formula of the conditional mean, word for word, in float64."""
     velocities = []
@@ -73,15 +69,9 @@ def test_velocity_is_the_formula_for_any_chunk(count, chunk, t):
     torch.testing.assert_close(v, by_definition(data, x, times), rtol=1e-9, atol=1e-9)
 
 
-def test_uint8_images_are_spread_over_minus_one_to_one():
-    data, x, t = pixels(7, 1, 4, 4), noise(3, 1, 4, 4, dtype=torch.float64), torch.full((3,), 0.6, dtype=torch.float64)
-    torch.testing.assert_close(analytic_velocity(data, 3)(x, t), analytic_velocity(data / 127.5 - 1.0)(x, t),
-                               rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("t", [0.0, 0.5, 1 - 1e-3])
-def test_float32_close_to_the_data_is_finite_and_as_exact_as_its_time(t):
-    data, x = pixels(50, 3, 8, 8), noise(4, 3, 8, 8, dtype=torch.float64)
+def test_float32_with_uint8_images_is_finite_and_exact_up_to_the_data(t):
+    data, x = (60 * noise(50, 3, 8, 8, seed=2) + 128).clamp(0, 255).byte(), noise(4, 3, 8, 8, dtype=torch.float64)
     on_path = t * (data[:4].double() / 127.5 - 1) + (1 - t) * x
     time = torch.full((4,), t, dtype=torch.float32)
     v = analytic_velocity(data, 16)(on_path.float(), time)

@@ -37,21 +37,13 @@ def constant(x, t, label=None):
     return v if label is None else v + label[:, 0].view(-1, *(1,) * (x.ndim - 1))
 
 
-def order_of(sampler, **options):
-    """Order of convergence between 64 and 128 steps, from t = 0."""
+@pytest.mark.parametrize(("sampler", "options", "order"), [(euler, {}, 1), (heun, {}, 2), (heun, {"rho": 0.5}, 2)])
+def test_errors_fall_with_the_order_of_the_rule(sampler, options, order):
+    """Between 64 and 128 steps, from t = 0."""
     z = noise(5, 3, dtype=torch.float64)
     errors = [(sampler(gaussian_velocity, z, steps=n, t_start=0.0, **options)[0] - gaussian_flow(z)).abs().max().item()
               for n in (64, 128)]
-    return math.log2(errors[0] / errors[1])
-
-
-def test_euler_has_order_one():
-    assert order_of(euler) == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.parametrize("rho", [1.0, 0.5])
-def test_heun_has_order_two(rho):
-    assert order_of(heun, rho=rho) == pytest.approx(2, abs=0.15)
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.05 if order == 1 else 0.15)
 
 
 def times_seen(sampler, **options):
@@ -66,28 +58,18 @@ def times_seen(sampler, **options):
     return times
 
 
-def test_one_step_looks_once_at_eps_and_steps_to_the_end():
+@pytest.mark.parametrize(("sampler", "options", "times", "moved"), [
+    (one_step, {"t_start": 0.01}, [0.01], 0.99),
+    # steps of 1/N at the times of the paper, and back from data
+    (euler, {"steps": 4, "t_start": 0.2}, [0.2, 0.4, 0.6, 0.8], 1),
+    (euler, {"steps": 4, "t_start": 1.0, "t_end": 0.2}, [1, 0.8, 0.6, 0.4], -1),
+    (heun, {"steps": 2, "t_start": 0.04, "rho": 0.5}, [0.04, 0.36, 0.36], 0.96),  # t = (0.2 + 0.8·i/N)²
+    (heun, {"steps": 1, "t_start": 0.04}, [0.04], 0.96),  # it ends with Euler
+])
+def test_fixed_steps_look_at_their_times_and_move_by_the_step(sampler, options, times, moved):
     z = noise(2, 3, dtype=torch.float64)
-    assert times_seen(one_step, t_start=0.01) == [0.01]
-    torch.testing.assert_close(one_step(constant, z, t_start=0.01)[0], z + 2 * 0.99)
-
-
-def test_euler_steps_are_one_over_n_at_the_times_of_the_paper():
-    z = noise(2, 3, dtype=torch.float64)
-    assert times_seen(euler, steps=4, t_start=0.2) == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    torch.testing.assert_close(euler(constant, z, steps=4, t_start=0.2)[0], z + 2)
-
-
-def test_reverse_euler_steps_back_from_data():
-    z = noise(2, 3, dtype=torch.float64)
-    assert times_seen(euler, steps=4, t_start=1.0, t_end=0.2) == pytest.approx([1, 0.8, 0.6, 0.4])
-    torch.testing.assert_close(euler(constant, z, steps=4, t_start=1.0, t_end=0.2)[0], z - 2)
-
-
-def test_heun_grid_is_curved_by_rho_and_ends_with_euler():
-    eps, rho = 0.04, 0.5  # t = (0.2 + 0.8·i/N)²
-    assert times_seen(heun, steps=2, t_start=eps, rho=rho) == pytest.approx([0.04, 0.36, 0.36])
-    assert times_seen(heun, steps=1, t_start=eps) == pytest.approx([0.04])
+    assert times_seen(sampler, **options) == pytest.approx(times)
+    torch.testing.assert_close(sampler(constant, z, **options)[0], z + 2 * moved)
 
 
 def test_edm_steps_over_its_noise_levels_and_ends_with_euler_at_noise_level_zero():
@@ -161,20 +143,11 @@ def test_fresh_noise_of_cm_stochastic_belongs_to_seed_and_sample():
 
 @ALL
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_every_sample_keeps_its_label(name, batch_size):
-    label = torch.arange(5.0).view(5, 1)
-    z = torch.zeros(5, 1, 2, 2)
-    x, _ = create_sampler(config_of(name, batch_size=batch_size))(constant, z, label)
-    without = create_sampler(config_of(name, batch_size=batch_size))(constant, z)[0]
-    gained = (x - without)[:, 0, 0, 0]
-    assert (gained.diff() > 0.5).all()
-
-
-@ALL
-def test_finished_samples_are_counted(name):
-    counts = []
-    create_sampler(config_of(name, batch_size=2))(gaussian_velocity, noise(5, 1, 2, 2), finished=counts.append)
-    assert sum(counts) == 5
+def test_every_sample_keeps_its_label_and_is_reported_as_finished(name, batch_size):
+    z, label, counts = torch.zeros(5, 1, 2, 2), torch.arange(5.0).view(5, 1), []
+    sample = create_sampler(config_of(name, batch_size=batch_size))
+    gained = (sample(constant, z, label, finished=counts.append)[0] - sample(constant, z)[0])[:, 0, 0, 0]
+    assert (gained.diff() > 0.5).all() and sum(counts) == 5
 
 
 @pytest.mark.parametrize("name", ["euler", "rk45"])
@@ -279,10 +252,8 @@ def test_fixed_steps_reach_the_recorded_images(name):
 FORWARD, REVERSE = ("rk45", 1e-3, 1.0), ("rk45_reverse", 1.0, 1e-3)
 
 
-@pytest.mark.parametrize(("name", "rule", "t_start", "t_end"), [
-    ("ncsnpp_unconditional_time", *FORWARD), ("ncsnpp_unconditional_time", *REVERSE),
-    ("ncsnpp_elu_fourier_scaled", *FORWARD), ("ncsnpp_elu_fourier_scaled", *REVERSE),
-])
+@pytest.mark.parametrize(("rule", "t_start", "t_end"), [("rk45", 1e-3, 1.0), ("rk45_reverse", 1.0, 1e-3)])
+@pytest.mark.parametrize("name", ["ncsnpp_unconditional_time", "ncsnpp_elu_fourier_scaled"])
 def test_joint_rk45_reaches_the_recorded_images_with_as_many_evaluations(name, rule, t_start, t_end):
     velocity, z, label, numbers = recorded_flow(name)
     x, nfe = rk45(velocity, z, label, step_control="batch", t_start=t_start, t_end=t_end, tol=1e-5)
@@ -294,8 +265,6 @@ def test_joint_rk45_reaches_the_recorded_images_with_as_many_evaluations(name, r
 def test_a_sample_of_a_real_network_is_the_same_bits_beside_any_others_and_in_any_order(name):
     velocity, z, label, _ = recorded_flow(name)
     order = [2, 0, 1, 2, 0]
-    label = torch.zeros(3, 1) if label is None else label
-    seen = velocity if name.startswith("dhariwal") else lambda x, t, label: velocity(x, t)
-    x, nfe = rk45(seen, z, label, tol=1e-2, slots=4)
-    again, nfe_again = rk45(seen, z[order], label[order], tol=1e-2, slots=4)
+    x, nfe = rk45(velocity, z, label, tol=1e-2, slots=4)
+    again, nfe_again = rk45(velocity, z[order], label if label is None else label[order], tol=1e-2, slots=4)
     assert torch.equal(again, x[order]) and torch.equal(nfe_again, nfe[order])
