@@ -50,15 +50,14 @@ def label_file(labels):
     return json.dumps({"labels": labels if labels is None else [[n, k] for n, k in labels.items()]}).encode()
 
 
-def write_cifar(folder, images, labels, batches=5):
+def write_cifar(folder, images, labels):
     """Write images and labels as CIFAR-10's python batches, as Python 2 pickled them (protocol 2)."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = zip(np.array_split(images, 5), np.array_split(labels, 5), strict=True)
     for number, (part, part_labels) in enumerate(parts, 1):
-        if number <= batches:
-            content = {"data": part.reshape(len(part), -1), "labels": part_labels.tolist(),
-                       "batch_label": f"training batch {number} of 5", "filenames": ["a.png"] * len(part)}
-            (folder / f"data_batch_{number}").write_bytes(pickle.dumps(content, protocol=2))
+        content = {"data": part.reshape(len(part), -1), "labels": part_labels.tolist(),
+                   "batch_label": f"training batch {number} of 5", "filenames": ["a.png"] * len(part)}
+        (folder / f"data_batch_{number}").write_bytes(pickle.dumps(content, protocol=2))
 
 
 def idx_bytes(values):

@@ -46,7 +46,7 @@ def entries(folder):
     return sorted(path.name for path in pathlib.Path(folder).iterdir() if path.is_dir())
 
 
-def test_first_use_decodes_and_later_ones_map_the_same_pixels(tmp_path, capsys):
+def test_first_use_decodes_and_tells_where_it_is_cached_and_later_ones_map_the_same_pixels(tmp_path, capsys):
     open_cached(make_source(), tmp_path)
     found = open_cached(make_source(unopened), tmp_path)
     np.testing.assert_array_equal(found.images, IMAGES)
@@ -54,11 +54,6 @@ def test_first_use_decodes_and_later_ones_map_the_same_pixels(tmp_path, capsys):
     assert isinstance(found.images, np.memmap) and found.labels.dtype == np.int64
     assert found.class_names == tuple("abcdefghij")
     assert found.skipped[1] == "bad2" and found.notes == {"turned": 5}
-
-
-def test_the_user_is_told_once_what_was_cached_where(tmp_path, capsys):
-    for _ in range(2):
-        found = open_cached(make_source(), tmp_path)
     said = capsys.readouterr().err
     assert said.count("cached tiny at somewhere: 10 images in") == 1 and found.cache in said
     assert "5 images: turned" in said and "5 images: skipped, the first: bad0" in said
@@ -94,8 +89,8 @@ def test_an_interrupt_at_the_last_moment_leaves_no_entry(tmp_path, monkeypatch):
         assert {path.name for path in self.iterdir()} == {"images.npy", "labels.npy", "about.json"}
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pathlib.Path, "rename", interrupt)
+    monkeypatch.setattr(pathlib.Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         open_cached(make_source(), tmp_path)
     assert entries(tmp_path) == []
 
@@ -103,28 +98,25 @@ def test_an_interrupt_at_the_last_moment_leaves_no_entry(tmp_path, monkeypatch):
 def decode_slowly(folder, marks):
     """Decode with a pause after the first chunk; leave a mark for each decode that began."""
     def chunks():
-        pathlib.Path(marks, str(os.getpid())).touch()
+        (marks / str(os.getpid())).touch()
         for number, chunk in enumerate(chunks_of_two()):
             yield chunk
-            time.sleep(60 if number == 0 and not pathlib.Path(marks, "go").exists() else 0.02)
+            time.sleep(60 if number == 0 and not (marks / "go").exists() else 0.02)
 
     open_cached(make_source(chunks), folder)
 
 
-def wait_until(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it never happened")
+@pytest.fixture
+def marks(tmp_path):
+    (tmp_path / "marks").mkdir()
+    return tmp_path / "marks"
 
 
-def test_a_killed_decode_is_not_trusted_and_its_lock_is_free(tmp_path):
-    marks = tmp_path / "marks"
-    marks.mkdir()
+def test_a_killed_decode_is_not_trusted_and_its_lock_is_free(tmp_path, marks):
     process = SERVER.Process(target=decode_slowly, args=(tmp_path / "cache", marks))
     process.start()
-    wait_until(lambda: list(marks.iterdir()))
+    while process.is_alive() and not list(marks.iterdir()):
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert entries(tmp_path / "cache")[0].endswith(".partial")  # what the killed process left
@@ -132,9 +124,7 @@ def test_a_killed_decode_is_not_trusted_and_its_lock_is_free(tmp_path):
     assert len(entries(tmp_path / "cache")) == 1  # and that is gone
 
 
-def test_processes_that_start_together_decode_once(tmp_path):
-    marks = tmp_path / "marks"
-    marks.mkdir()
+def test_processes_that_start_together_decode_once(tmp_path, marks):
     (marks / "go").touch()
     processes = [SERVER.Process(target=decode_slowly, args=(tmp_path / "cache", marks)) for _ in range(3)]
     for process in processes:
@@ -193,8 +183,5 @@ def test_a_cache_that_is_read_only_serves_what_it_has(tmp_path, monkeypatch):
 
 
 def test_a_source_of_unknown_count_without_labels_is_cached(tmp_path):
-    def chunks():
-        yield ImageSet(IMAGES[:7])
-
-    found = open_cached(make_source(chunks, count=None), tmp_path)
+    found = open_cached(make_source(lambda: iter([ImageSet(IMAGES[:7])]), count=None), tmp_path)
     assert found.images.shape == (7, 3, 8, 8) and found.labels is None

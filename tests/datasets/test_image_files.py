@@ -49,11 +49,9 @@ def test_a_name_that_an_archive_holds_twice_is_one_image_the_last_as_when_it_is_
 
 
 def test_no_image_is_one_sentence(tmp_path):
-    write_folder(tmp_path / "folder", {"readme.txt": b"-"})
-    write_zip(tmp_path / "images.zip", {"readme.txt": b"-"})
-    for root in ("folder", "images.zip"):
-        with pytest.raises(UserError, match=f"{root} holds no images"):
-            FileTree(tmp_path / root).names  # noqa: B018
+    for tree in make_trees(tmp_path, {"readme.txt": b"-"}):
+        with pytest.raises(UserError, match=f"{tree.root.name} holds no images"):
+            tree.names  # noqa: B018
 
 
 def test_what_is_no_zip_is_named(tmp_path):
@@ -188,37 +186,6 @@ def to_picture(image):
     return Image.fromarray(image.transpose(1, 2, 0))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_a_png_of_the_right_size_comes_through_unchanged_with_an_alpha_channel_without_holes_too(mode):
-    pixels, notes = decode_image(encode(to_picture(COLOUR).convert(mode), "PNG"), ImageSpec(6, 3))
-    np.testing.assert_array_equal(pixels, COLOUR)
-    assert pixels.dtype == np.uint8 and notes == []
-
-
-def test_grey_becomes_colour_and_says_so():
-    pixels, notes = decode_image(png(GREY), ImageSpec(6, 3))
-    np.testing.assert_array_equal(pixels, GREY.repeat(3, 0))
-    assert notes == [GREY_TO_COLOUR]
-
-
-def test_colour_becomes_luma_and_says_so():
-    pixels, notes = decode_image(png(COLOUR), ImageSpec(6, 1))
-    luma = np.tensordot([0.299, 0.587, 0.114], COLOUR.astype(float), 1)
-    assert np.abs(pixels[0] - luma).max() <= 1 and pixels.shape == (1, 6, 6)
-    assert notes == [COLOUR_TO_GREY]
-
-
-def test_16_bit_grey_keeps_its_whole_range():
-    values = np.array([[0, 257, 128 * 257], [65535, 300, 40000], [1, 65534, 129]], np.uint16)
-    pixels, _ = decode_image(encode(Image.fromarray(values), "PNG"), ImageSpec(3, 1))
-    np.testing.assert_array_equal(pixels[0], np.round(values / 257))
-
-
-def test_16_bit_colour_is_reduced_to_its_upper_8_bits():
-    pixels, _ = decode_image(png_16_bit_colour(COLOUR.astype(np.uint16) * 257), ImageSpec(6, 3))
-    np.testing.assert_array_equal(pixels, COLOUR)
-
-
 def png_16_bit_colour(values):
     """Return uint16 (3, H, W) as a 16-bit RGB PNG, which Pillow cannot write."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values.transpose(1, 2, 0))
@@ -230,13 +197,51 @@ def png_16_bit_colour(values):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def test_palette_png_shows_its_colours():
-    colours = Image.fromarray(np.kron(random_images(1, 3, 2)[0], np.ones((1, 3, 3), np.uint8)).transpose(1, 2, 0))
-    expected = np.asarray(colours).transpose(2, 0, 1)
-    indexed = colours.quantize(4)
-    assert indexed.mode == "P"
-    pixels, _ = decode_image(encode(indexed, "PNG"), ImageSpec(6, 3))
-    assert np.abs(pixels.astype(int) - expected).max() <= 1
+TRANSPARENT = "transparent, composited on white"
+VALUES = np.array([[0, 257, 128 * 257], [65535, 300, 40000], [1, 65534, 129]], np.uint16)
+WIDE, EIGHT, FLAT = random_images(1, 3, 10)[0][:, :4], random_images(1, 1, 8)[0], np.full((3, 6, 6), 77, np.uint8)
+FOUR_COLOURS = np.kron(random_images(1, 3, 2)[0], np.ones((1, 3, 3), np.uint8))
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # to be turned clockwise by 90 degrees
+HOLE = Image.new("P", (2, 2))
+HOLE.putpalette([200, 0, 0, 0, 100, 0])
+HOLE.putpixel((1, 1), 1)
+
+
+def flat_cmyk(colour):
+    return encode(Image.new("RGB", (8, 8), colour).convert("CMYK"), "JPEG", quality=95)
+
+
+@pytest.mark.parametrize(("data", "spec", "expected", "tolerance", "notes"), [
+    pytest.param(*row, id=name) for name, *row in (
+        ("of the right size", encode(to_picture(COLOUR), "PNG"), ImageSpec(6, 3), COLOUR, 0, []),
+        ("alpha without holes", encode(to_picture(COLOUR).convert("RGBA"), "PNG"), ImageSpec(6, 3), COLOUR, 0, []),
+        ("grey as colour", png(GREY), ImageSpec(6, 3), GREY.repeat(3, 0), 0, [GREY_TO_COLOUR]),
+        ("colour as luma", png(COLOUR), ImageSpec(6, 1), np.tensordot([[0.299, 0.587, 0.114]], COLOUR.astype(float), 1),
+         1, [COLOUR_TO_GREY]),
+        ("16-bit grey over its whole range", encode(Image.fromarray(VALUES), "PNG"), ImageSpec(3, 1),
+         np.round(VALUES / 257)[None], 0, ["16-bit grey, divided by 257"]),
+        ("16-bit colour", png_16_bit_colour(COLOUR.astype(np.uint16) * 257), ImageSpec(6, 3), COLOUR, 0, []),
+        ("palette", encode(to_picture(FOUR_COLOURS).quantize(4), "PNG"), ImageSpec(6, 3), FOUR_COLOURS, 1, []),
+        ("transparent palette colour", encode(HOLE, "PNG", transparency=1), ImageSpec(2, 3),
+         np.array([[[200, 200], [200, 255]], [[0, 0], [0, 255]], [[0, 0], [0, 255]]]), 0, [TRANSPARENT]),
+        ("CMYK is not inverted", flat_cmyk((200, 60, 30)), ImageSpec(8, 3),
+         np.array([200, 60, 30])[:, None, None].repeat(8, 1).repeat(8, 2), 4, []),
+        ("CMYK as grey", flat_cmyk((100,) * 3), ImageSpec(8, 1), np.full((1, 8, 8), 100), 4, [COLOUR_TO_GREY]),
+        ("photo upright", encode(to_picture(COLOUR), "PNG", exif=TURNED), ImageSpec(6, 3),
+         np.rot90(COLOUR, -1, (1, 2)), 0, []),
+        ("centre of a wide one", png(WIDE), ImageSpec(4, 3), WIDE[:, :, 3:7], 0, ["cropped to the central square"]),
+        ("centre of a tall one", png(WIDE.swapaxes(1, 2)), ImageSpec(4, 3), WIDE.swapaxes(1, 2)[:, 3:7], 0,
+         ["cropped to the central square"]),
+        ("means of blocks", png(EIGHT), ImageSpec(2, 1, "area"), EIGHT.reshape(1, 2, 4, 2, 4).mean((2, 4)), 1,
+         ["resampled to 2×2 with the area filter"]),
+        *((f"flat at {size} pixels", png(FLAT), ImageSpec(size, 3), np.full((3, size, size), 77), 0,
+           [f"resampled to {size}×{size} with the lanczos filter"]) for size in (3, 16)),
+    )])
+def test_an_image_is_read_as_it_looks_and_its_conversions_are_told(data, spec, expected, tolerance, notes):
+    pixels, found = decode_image(data, spec)
+    assert pixels.dtype == np.uint8 and pixels.shape == expected.shape and found == notes
+    assert np.abs(pixels.astype(float) - expected).max() <= tolerance
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -247,55 +252,7 @@ def test_transparent_places_are_white_and_half_transparent_ones_mixed(mode):
     pixels, notes = decode_image(encode(picture.convert(mode), "PNG"), ImageSpec(3, 3))
     assert pixels[:, 0, :2].tolist() == [[10, 255]] * 3
     assert np.abs(pixels[:, 0, 2].astype(int) - round(10 * 128 / 255 + 255 * 127 / 255)).max() <= 1
-    assert "transparent, composited on white" in notes
-
-
-def test_transparent_palette_colour_is_white():
-    picture = Image.new("P", (2, 2))
-    picture.putpalette([200, 0, 0, 0, 100, 0])
-    picture.putpixel((1, 1), 1)
-    pixels, notes = decode_image(encode(picture, "PNG", transparency=1), ImageSpec(2, 3))
-    assert pixels[:, 1, 1].tolist() == [255, 255, 255] and pixels[:, 0, 0].tolist() == [200, 0, 0]
-    assert notes == ["transparent, composited on white"]
-
-
-@pytest.mark.parametrize(("channels", "colour", "noted"), [(3, (200, 60, 30), []), (1, (100,) * 3, [COLOUR_TO_GREY])])
-def test_cmyk_jpeg_is_not_inverted_and_becomes_grey(channels, colour, noted):
-    picture = Image.new("RGB", (8, 8), colour).convert("CMYK")
-    pixels, notes = decode_image(encode(picture, "JPEG", quality=95), ImageSpec(8, channels))
-    assert np.abs(pixels[:, 4, 4].astype(int) - colour[:channels]).max() <= 4 and notes == noted
-
-
-def test_a_photo_is_turned_upright():
-    picture = to_picture(COLOUR)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
-    pixels, _ = decode_image(encode(picture, "PNG", exif=exif), ImageSpec(6, 3))
-    np.testing.assert_array_equal(pixels, np.rot90(COLOUR, -1, (1, 2)))
-
-
-def test_the_central_square_is_kept_of_a_wide_and_of_a_tall_picture():
-    wide = random_images(1, 3, 10)[0][:, :4]
-    pixels, notes = decode_image(png(wide), ImageSpec(4, 3))
-    np.testing.assert_array_equal(pixels, wide[:, :, 3:7])
-    tall, _ = decode_image(png(wide.swapaxes(1, 2)), ImageSpec(4, 3))
-    np.testing.assert_array_equal(tall, wide.swapaxes(1, 2)[:, 3:7])
-    assert notes == ["cropped to the central square"]
-
-
-def test_area_filter_averages_whole_blocks_and_is_named():
-    image = random_images(1, 1, 8)[0]
-    pixels, notes = decode_image(png(image), ImageSpec(2, 1, "area"))
-    means = image[0].reshape(2, 4, 2, 4).mean((1, 3))
-    assert np.abs(pixels[0] - means).max() <= 1
-    assert notes == ["resampled to 2×2 with the area filter"]
-
-
-def test_lanczos_filter_keeps_a_flat_picture_flat_when_enlarging_and_reducing():
-    for size in (3, 16):
-        pixels, notes = decode_image(png(np.full((3, 6, 6), 77, np.uint8)), ImageSpec(size, 3))
-        assert (pixels == 77).all() and pixels.shape == (3, size, size)
-        assert notes == [f"resampled to {size}×{size} with the lanczos filter"]
+    assert TRANSPARENT in notes
 
 
 def test_damaged_and_foreign_files_are_corrupt(tmp_path):

@@ -33,9 +33,15 @@ def write(folder, work, blocks):
         write_block(folder, work, block, rows_of(block, length), torch.full((length,), 10 + block))
 
 
+def begin(folder, work, blocks):
+    """Prepare a folder and write some blocks."""
+    prepare(folder, work)
+    write(folder, work, blocks)
+
+
 def make(folder, work):
     with locked(folder):
-        offered, todo = prepare(folder, work)
+        _, todo = prepare(folder, work)
         write(folder, work, todo)
         if todo:
             finish(folder, work, {})
@@ -53,8 +59,7 @@ def test_the_arrays_are_plain_npy_files_without_rows_beyond_the_count(tmp_path):
 
 
 def test_a_folder_promises_nothing_until_all_is_there(tmp_path):
-    prepare(tmp_path, job(10))
-    write(tmp_path, job(10), [0, 2])
+    begin(tmp_path, job(10), [0, 2])
     assert not read_metadata(tmp_path)["complete"] and len(np.load(tmp_path / "z0.npy")) == 0
     with pytest.raises(UserError, match="block 1 is missing"):
         finish(tmp_path, job(10), {})
@@ -67,27 +72,20 @@ def test_extending_keeps_the_folder_usable_and_redoes_at_most_the_last_block(tmp
     assert first_values(tmp_path) == list(range(10)) and read_metadata(tmp_path)["complete"]
     make(tmp_path, job(20))
     assert first_values(tmp_path) == list(range(20))
-
-
-def test_fewer_pairs_than_there_are_leave_the_folder_as_it_is(tmp_path):
-    make(tmp_path, job(10))
-    assert prepare(tmp_path, job(5)) == (10, [])
-    assert first_values(tmp_path) == list(range(10))
+    assert prepare(tmp_path, job(5)) == (20, [])  # fewer than there are leave the folder as it is
+    assert first_values(tmp_path) == list(range(20))
 
 
 def test_fewer_pairs_make_an_unfinished_folder_usable_and_lose_no_finished_block(tmp_path):
-    prepare(tmp_path, job(20))
-    write(tmp_path, job(20), [0, 1, 4])
-    make_first = job(8)
-    assert prepare(tmp_path, make_first) == (0, [])
-    finish(tmp_path, make_first, {})
+    begin(tmp_path, job(20), [0, 1, 4])
+    assert prepare(tmp_path, job(8)) == (0, [])
+    finish(tmp_path, job(8), {})
     assert first_values(tmp_path) == list(range(8))
     assert prepare(tmp_path, job(20)) == (8, [2, 3])
 
 
 def test_a_journal_line_that_was_cut_off_or_garbled_counts_for_nothing(tmp_path):
-    prepare(tmp_path, job(20))
-    write(tmp_path, job(20), [0, 1, 2, 3])
+    begin(tmp_path, job(20), [0, 1, 2, 3])
     journal = tmp_path / "blocks.jsonl"
     lines = journal.read_text().split("\n\n")
     journal.write_text(lines[0] + "\n" + "\0" * 40 + "\n" + lines[2] + "\n" + lines[3][:-2])
@@ -104,8 +102,7 @@ def test_a_damaged_journal_makes_its_blocks_again(tmp_path, line):
 
 
 def test_blocks_may_be_finished_in_any_order(tmp_path):
-    prepare(tmp_path, job(20))
-    write(tmp_path, job(20), [0, 2, 4, 1, 3])
+    begin(tmp_path, job(20), [0, 2, 4, 1, 3])
     finish(tmp_path, job(20), {})
     assert first_values(tmp_path) == list(range(20))
     record = json.loads((tmp_path / "pairs.json").read_text())
@@ -169,8 +166,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
 def test_a_disk_that_fills_up_is_named_and_loses_nothing_that_was_finished(tmp_path, limit, name):
     """The file size limit stands for the full disk: both make a write fail half-way."""
     work = job(20)
-    prepare(tmp_path, work)
-    write(tmp_path, work, [0])
+    begin(tmp_path, work, [0])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
@@ -190,8 +186,7 @@ def test_a_disk_that_fills_up_is_named_and_loses_nothing_that_was_finished(tmp_p
 def test_compact_arrays_hold_half_floats_and_class_numbers_and_the_loss_is_measured(tmp_path):
     compact = job(4, layouts={"z1.npy": np.dtype(("<f2", SHAPE)), "label.npy": np.dtype("<i4")})
     prepare(tmp_path, compact)
-    z1 = torch.full((4, *SHAPE), 0.1)
-    rows = {"z1.npy": z1, "label.npy": torch.eye(4)[[2, 0, 1, 3]]}
+    rows = {"z1.npy": torch.full((4, *SHAPE), 0.1), "label.npy": torch.eye(4)[[2, 0, 1, 3]]}
     write_block(tmp_path, compact, 0, rows, torch.zeros(4, dtype=torch.int64))
     finish(tmp_path, compact, {})
     assert np.load(tmp_path / "label.npy").tolist() == [2, 0, 1, 3]
@@ -200,21 +195,17 @@ def test_compact_arrays_hold_half_floats_and_class_numbers_and_the_loss_is_measu
     assert rounding == pytest.approx(float(np.float32(0.1)) - float(np.float16(0.1)), abs=1e-9) and rounding > 1e-5
 
 
-def test_images_beyond_the_range_of_half_floats_are_not_stored_as_infinity(tmp_path):
-    compact = job(4, layouts={"z1.npy": np.dtype(("<f2", SHAPE))})
-    prepare(tmp_path, compact)
-    with pytest.raises(UserError, match="beyond the range of float16"):
-        write_block(tmp_path, compact, 0, {"z1.npy": torch.full((4, *SHAPE), 1e5)}, torch.zeros(4, dtype=torch.int64))
-
-
-def test_the_pair_that_is_not_finite_is_named_and_not_written(tmp_path):
-    prepare(tmp_path, job(12))
-    rows = rows_of(2)
+@pytest.mark.parametrize(("dtype", "value", "sentence"), [
+    ("<f4", float("inf"), "z1.npy of pair 10 is not finite"), ("<f4", float("nan"), "z1.npy of pair 10 is not finite"),
+    ("<f2", 1e5, "beyond the range of float16")])
+def test_a_pair_that_is_not_finite_where_it_is_stored_is_named_and_not_written(tmp_path, dtype, value, sentence):
+    work, rows = job(12, layouts=LAYOUTS | {"z1.npy": np.dtype((dtype, SHAPE))}), rows_of(2)
+    prepare(tmp_path, work)
     rows["z1.npy"] = rows["z1.npy"].clone()
-    rows["z1.npy"][2, 0, 1, 1] = float("inf")
-    with pytest.raises(UserError, match="z1.npy of pair 10 is not finite"):
-        write_block(tmp_path, job(12), 2, rows, torch.zeros(4, dtype=torch.int64))
-    assert prepare(tmp_path, job(12)) == (0, [0, 1, 2])
+    rows["z1.npy"][2, 0, 1, 1] = value
+    with pytest.raises(UserError, match=sentence):
+        write_block(tmp_path, work, 2, rows, torch.zeros(4, dtype=torch.int64))
+    assert prepare(tmp_path, work) == (0, [0, 1, 2])
 
 
 def test_a_header_can_be_replaced_where_it_stands(tmp_path):

@@ -25,9 +25,16 @@ def make_config(root, **fields):
                      data__reflow_data_root=str(root), **fields)
 
 
+def with_real_pairs(root, labels=None, **fields):
+    """Write twenty pairs, 0 to 19, and as many real ones, from 500; return their config."""
+    for name, first in (("pairs", 0), ("real", 500)):
+        save_pairs(root / name / "0", first=first, labels=labels)
+    return make_config(root / "pairs", data__real_pairs_root=str(root / "real"), **fields)
+
+
 def save_pairs(folder, count=20, first=0, labels=None, z0=None, z1=None):
     """Files as the released code writes them; the first value of z0 and of z1 tells the pair."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(first).normal(size=(count, *SHAPE)).astype(np.float32)
     images = np.tanh(noise)
     noise[:, 0, 0, 0] = images[:, 0, 0, 0] = (np.arange(count) + first) / 1000
@@ -74,9 +81,7 @@ def test_every_epoch_has_every_pair_once_and_z0_stays_with_its_z1(tmp_path):
 @pytest.mark.parametrize("fields", [{}, {"flow__h_flip": True}, {"flow__real_data_share": 0.3},
                                     {"data__use_aug": True, "flow__h_flip": True}])
 def test_a_sample_depends_on_its_place_alone_not_on_slices_or_history(tmp_path, fields):
-    save_pairs(tmp_path / "pairs/0")
-    save_pairs(tmp_path / "real/0", first=500)
-    config = make_config(tmp_path / "pairs", data__real_pairs_root=str(tmp_path / "real"), **fields)
+    config = with_real_pairs(tmp_path, **fields)
     whole = create_batches(config, "cpu")
     expected = [whole.batch(update, 0, 8) for update in range(6)]
     slices = create_batches(config, "cpu")
@@ -122,10 +127,7 @@ def test_every_stretch_of_samples_has_its_share_of_real_pairs_and_uses_each_in_t
 
 
 def test_the_share_of_real_pairs_is_that_of_the_config(tmp_path):
-    save_pairs(tmp_path / "pairs/0")
-    save_pairs(tmp_path / "real/0", first=500)
-    config = make_config(tmp_path / "pairs", data__real_pairs_root=str(tmp_path / "real"), flow__real_data_share=0.25)
-    batches = create_batches(config, "cpu")
+    batches = create_batches(with_real_pairs(tmp_path, flow__real_data_share=0.25), "cpu")
     numbers = [pair_numbers(batches.batch(update, 0, 8).z0) for update in range(10)]
     assert [sum(n >= 500 for n in batch) for batch in numbers] == [2] * 10
     real = [n for batch in numbers for n in batch if n >= 500]
@@ -141,36 +143,37 @@ def test_labels_come_with_their_pairs(tmp_path, form):
     assert batch.label.dtype == torch.float32
     assert batch.label.argmax(1).tolist() == [n % 3 for n in pair_numbers(batch.z0)]
     assert torch.equal(batch.label.sum(1), torch.ones(8))
+    assert create_batches(make_config(tmp_path), "cpu").batch(0, 0, 8).label is None  # unconditional training
 
 
-def test_unconditional_training_ignores_labels(tmp_path):
-    save_pairs(tmp_path / "0", labels=np.eye(3, dtype=np.float32)[np.zeros(20, dtype=int)])
-    assert create_batches(make_config(tmp_path), "cpu").batch(0, 0, 8).label is None
-
-
-@pytest.mark.parametrize("labels, sentence", [
-    (None, "has no label.npy"),
-    (np.eye(4, dtype=np.float32)[np.zeros(20, dtype=int)], r"labels of shape \(20, 4\)"),
-    (np.arange(20) // 6, "label.npy has int64 labels of shape .20,., the first wrong one 3; .* from 0 to 2"),
-    (np.full(20, -1), "the first wrong one -1"),
-    (np.zeros((20, 3, 2)), r"labels of shape \(20, 3, 2\)"),
-    (np.full((20, 3), 0.5, dtype=np.float32), r"the first wrong one \[0.5 0.5 0.5\]"),
-    (np.eye(3, dtype=np.float32)[np.zeros(19, dtype=int)], "label.npy has rows .19, 3., those of z1.npy .20, 1, 8, 8."),
+@pytest.mark.parametrize("arrays, sentence", [
+    ({}, "has no label.npy"),
+    ({"labels": np.eye(4, dtype=np.float32)[np.zeros(20, dtype=int)]}, r"labels of shape \(20, 4\)"),
+    ({"labels": np.arange(20) // 6},
+     "label.npy has int64 labels of shape .20,., the first wrong one 3; .* from 0 to 2"),
+    ({"labels": np.full(20, -1)}, "the first wrong one -1"),
+    ({"labels": np.zeros((20, 3, 2))}, r"labels of shape \(20, 3, 2\)"),
+    ({"labels": np.full((20, 3), 0.5, dtype=np.float32)}, r"the first wrong one \[0.5 0.5 0.5\]"),
+    ({"labels": np.zeros((19, 3))}, "label.npy has rows .19, 3., those of z1.npy .20, 1, 8, 8."),
+    ({"z0": np.zeros((19, *SHAPE))}, "z0.npy has rows .19, 1, 8, 8., those of z1.npy .20,"),
+    ({"z0": np.zeros((20, 1, 8, 4))}, r"z0.npy has rows \(20, 1, 8, 4\)"),
+    ({"z1": np.zeros((20, 64)), "z0": np.zeros((20, 64))}, r"images \(N, C, H, W\) are needed"),
+    ({"z1": np.zeros((0, *SHAPE)), "z0": np.zeros((0, *SHAPE))}, "has shape .0, 1, 8, 8."),
+    ({"z1": np.zeros((20, 3, 8, 8)), "z0": np.zeros((20, 3, 8, 8))},
+     "num_channels and config.data.image_size ask for"),
 ])
-def test_labels_that_do_not_fit_are_refused(tmp_path, labels, sentence):
-    save_pairs(tmp_path / "0", labels=labels)
+def test_labels_and_arrays_that_do_not_fit_are_refused(tmp_path, arrays, sentence):
+    save_pairs(tmp_path / "0", **arrays)
     with pytest.raises(UserError, match=sentence):
         open_pairs(tmp_path, make_config(tmp_path, data__num_classes=3))
 
 
-def identity(seed=7, direction="from_z0", storage="full", scale=1.0, **more):
-    return {"seed": seed, "sampling.direction": direction, "sampling.pair_storage": storage,
-            "sampling.init_noise_scale": scale, "checkpoint": "a"} | more
-
-
-def write_record(folder, count, **fields):
-    record = {"complete": True, "count": count, "version": 1, "identity": identity(**fields), "nfe_mean": 7.0}
-    (folder / "pairs.json").write_text(json.dumps(record | {"software": {"numpy": "2.0"}}))
+def write_record(folder, count, seed=7, direction="from_z0", storage="full", scale=1.0, **more):
+    identity = {"seed": seed, "sampling.direction": direction, "sampling.pair_storage": storage,
+                "sampling.init_noise_scale": scale, "checkpoint": "a"} | more
+    (folder / "pairs.json").write_text(json.dumps({
+        "complete": True, "count": count, "version": 1, "identity": identity, "nfe_mean": 7.0,
+        "software": {"numpy": "2.0"}}))
 
 
 def save_compact(folder, digest, scale=1.0):
@@ -193,11 +196,15 @@ def test_compact_pairs_whose_noise_would_come_out_otherwise_are_refused(tmp_path
         open_pairs(tmp_path, make_config(tmp_path))
 
 
-def test_an_unfinished_folder_is_named_and_refused(tmp_path):
+@pytest.mark.parametrize("record, said", [
+    ('{"complete": false, "count": 0, "version": 1, "identity": {}}', "/1 is unfinished"),
+    (None, "/1 holds the same pairs as .*/0:")])
+def test_an_unfinished_folder_and_one_folder_twice_are_refused_by_name(tmp_path, record, said):
     save_pairs(tmp_path / "0")
     save_pairs(tmp_path / "1")
-    (tmp_path / "1/pairs.json").write_text('{"complete": false, "count": 0, "version": 1, "identity": {}}')
-    with pytest.raises(UserError, match="/1 is unfinished"):
+    if record:
+        (tmp_path / "1/pairs.json").write_text(record)
+    with pytest.raises(UserError, match=said):
         open_pairs(tmp_path, make_config(tmp_path))
 
 
@@ -255,21 +262,13 @@ def test_pairs_of_another_origin_are_refused_with_folder_and_field(tmp_path, oth
 
 
 def test_real_pairs_of_another_checkpoint_are_refused(tmp_path):
-    for name, first, fields in (("pairs", 0, {}), ("real", 500, {"direction": "from_z1", "checkpoint": "b"})):
-        save_pairs(tmp_path / name / "0", first=first)
-        write_record(tmp_path / name / "0", 20, **fields)
-    config = make_config(tmp_path / "pairs", data__real_pairs_root=str(tmp_path / "real"), flow__real_data_share=0.5)
+    config = with_real_pairs(tmp_path, flow__real_data_share=0.5)
+    write_record(tmp_path / "pairs/0", 20)
+    write_record(tmp_path / "real/0", 20, direction="from_z1", checkpoint="b")
     with pytest.raises(UserError, match="real/0 holds pairs of another origin, keep them apart: checkpoint is b there"):
         create_batches(config, "cpu")
     write_record(tmp_path / "real/0", 20, direction="from_z1")
     assert len(create_batches(config, "cpu")) == 20
-
-
-def test_one_folder_twice_is_refused_also_without_its_record(tmp_path):
-    save_pairs(tmp_path / "0")
-    save_pairs(tmp_path / "0 (copy)")
-    with pytest.raises(UserError, match=r"0 \(copy\) holds the same pairs as .*/0:"):
-        open_pairs(tmp_path, make_config(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", np.longdouble, "<f2"])
@@ -300,29 +299,15 @@ def test_arrays_without_rows_of_numbers_are_refused(tmp_path, array):
 
 
 def test_pairs_that_stay_on_the_device_give_the_batches_of_those_on_disk(tmp_path):
-    save_pairs(tmp_path / "pairs/0", labels=np.arange(20) % 3)
-    save_pairs(tmp_path / "real/0", first=500, labels=np.arange(20) % 3)
-    fields = {"data__real_pairs_root": str(tmp_path / "real"), "flow__real_data_share": 0.3, "data__num_classes": 3}
-    disk, resident = (create_batches(make_config(tmp_path / "pairs", data__on_device=choice, **fields), "cpu")
-                      for choice in ("false", "true"))
+    config = with_real_pairs(tmp_path, np.arange(20) % 3, flow__real_data_share=0.3, data__num_classes=3,
+                             data__on_device="false")
+    disk = create_batches(config, "cpu")
+    config.data.on_device = "true"
+    resident = create_batches(config, "cpu")
     assert resident.resident and not disk.resident
     for update in range(4):
         a, b = disk.batch(update, 1, 7), resident.batch(update, 1, 7)
         assert torch.equal(a.z0, b.z0) and torch.equal(a.z1, b.z1) and torch.equal(a.label, b.label)
-
-
-@pytest.mark.parametrize("change, sentence", [
-    ({"z0": np.zeros((19, *SHAPE), np.float32)}, "z0.npy has rows .19, 1, 8, 8., those of z1.npy .20,"),
-    ({"z0": np.zeros((20, 1, 8, 4), np.float32)}, r"z0.npy has rows \(20, 1, 8, 4\)"),
-    ({"z1": np.zeros((20, 64), np.float32), "z0": np.zeros((20, 64), np.float32)}, r"images \(N, C, H, W\) are needed"),
-    ({"z1": np.zeros((0, *SHAPE), np.float32), "z0": np.zeros((0, *SHAPE), np.float32)}, "has shape .0, 1, 8, 8."),
-    ({"z1": np.zeros((20, 3, 8, 8), np.float32), "z0": np.zeros((20, 3, 8, 8), np.float32)},
-     "num_channels and config.data.image_size ask for"),
-])
-def test_arrays_that_do_not_fit_are_refused(tmp_path, change, sentence):
-    save_pairs(tmp_path / "0", **change)
-    with pytest.raises(UserError, match=sentence):
-        open_pairs(tmp_path, make_config(tmp_path))
 
 
 def test_folders_without_pairs_are_refused(tmp_path):
