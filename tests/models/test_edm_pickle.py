@@ -16,6 +16,7 @@ import torch
 from models.checkpoint import read_checkpoint
 from models.edm_pickle import Bytes, Call, Reader
 from runtime.terminal import UserError
+from tests.helpers import same
 from tests.models.edm_networks import bytes_of, emit, golden_file, legacy_storage, state_of, text
 
 START = b"\x80\x04"
@@ -34,6 +35,12 @@ def snapshot():
     return Reader(Bytes(memoryview(golden_file("edm_ncsnpp.pkl").read_bytes()))).load()
 
 
+def read_changed(content, path):
+    """Return what `read_checkpoint` reads of a changed content."""
+    path.write_bytes(START + emit(content) + b".")
+    return read_checkpoint(path)["model"]
+
+
 def tensor_at(content):
     """Return the `Call` of a tensor whose arguments can be changed."""
     return state_of(content["ema"], "model", "map_layer0")["_parameters"].items["bias"].args[0]
@@ -50,10 +57,7 @@ def with_tensor(place, value):
 
 def with_storage(data):
     """Return a change of the bytes of a storage."""
-    def change(content):
-        tensor_at(content).args[0].args = (data,)
-
-    return change
+    return lambda content: setattr(tensor_at(content).args[0], "args", (data,))
 
 
 def nested_modules(depth):
@@ -223,10 +227,9 @@ def test_source_in_the_file_is_not_executed(tmp_path, canary):
     content = snapshot()
     for module in (content["ema"], state_of(content["ema"])["_modules"].items["model"]):
         module.args[0]["module_src"] = canaries(tmp_path)[1]
-    (tmp_path / "x.pkl").write_bytes(START + emit(content) + b".")
-    written, recorded = (read_checkpoint(p)["model"] for p in (tmp_path / "x.pkl", golden_file("edm_ncsnpp.pkl")))
+    written = read_changed(content, tmp_path / "x.pkl")
     assert not canary.exists()
-    assert all(torch.equal(written[name], recorded[name]) for name in recorded)
+    assert same(written, read_checkpoint(golden_file("edm_ncsnpp.pkl"))["model"])
 
 
 def test_tensors_that_claim_more_than_the_file_explains_are_refused(tmp_path):
@@ -235,9 +238,8 @@ def test_tensors_that_claim_more_than_the_file_explains_are_refused(tmp_path):
     for name in ("weight", "bias"):
         tensor = state_of(content["ema"], "model", "map_layer0")["_parameters"].items[name].args[0]
         tensor.args = (*tensor.args[:2], (2**20, 2**10), (0, 0), *tensor.args[4:])
-    (tmp_path / "x.pkl").write_bytes(START + emit(content) + b".")
     with pytest.raises(UserError, match="its tensors claim"):
-        read_checkpoint(tmp_path / "x.pkl")
+        read_changed(content, tmp_path / "x.pkl")
 
 
 def test_views_with_stride_and_offset_are_those_of_the_storage(tmp_path):
@@ -246,8 +248,7 @@ def test_views_with_stride_and_offset_are_those_of_the_storage(tmp_path):
     storage = legacy_storage(count=4100, numbers=0) + np.arange(4100, dtype="<f4").tobytes()
     tensor = state_of(content["ema"], "model", "map_layer1")["_parameters"].items["weight"].args[0]
     tensor.args = (Call("torch.storage._load_from_bytes", (storage,)), 4, (64, 64), (1, 64), False)
-    (tmp_path / "x.pkl").write_bytes(START + emit(content) + b".")
-    weight = read_checkpoint(tmp_path / "x.pkl")["model"]["net.time_embedding.linear1.weight"]
+    weight = read_changed(content, tmp_path / "x.pkl")["net.time_embedding.linear1.weight"]
     assert torch.equal(weight, torch.arange(4, 4100.0).view(64, 64).t())
 
 

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import random
 import zipfile
 
@@ -49,9 +48,7 @@ def read_or_refused(path):
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """Every bit that is not a checksummed content either changes nothing or ends in a refusal."""
-    good, path, chance = tmp_path / "good.pth", tmp_path / "bad.pth", random.Random(0)
-    torch.save(content(), good)
-    whole = good.read_bytes()
+    whole, path, chance = archive(), tmp_path / "bad.pth", random.Random(0)
     places = range(8 * len(whole)) if LONG else chance.sample(range(8 * len(whole)), 60)
     weights = [whole.find(w.numpy().tobytes()) for w in content()["model"].values()]
     refused = 0
@@ -68,8 +65,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
 
 def test_cut_and_stretched_files_are_refused(tmp_path):
     """At every kind of place: in the first record, among the weights, in the directory, at the end."""
-    torch.save(content(), tmp_path / "good.pth")
-    whole, path = (tmp_path / "good.pth").read_bytes(), tmp_path / "bad.pth"
+    whole, path = archive(), tmp_path / "bad.pth"
     cuts = range(len(whole)) if LONG else [0, 1, 3, 40, 300, len(whole) // 2, len(whole) - 400, len(whole) - 23,
                                            len(whole) - 1]
     for cut in cuts:
@@ -92,21 +88,22 @@ def test_records_of_another_length_or_compressed_are_refused(tmp_path, records, 
     """With right checksums: what a record holds must be as long as its tensor, and cannot grow in memory."""
     (tmp_path / "bad.pth").write_bytes(archive(records, compression))
     assert read_or_refused(tmp_path / "bad.pth") is None
-
-
-def test_the_archive_of_these_tests_is_read_when_nothing_is_changed(tmp_path):
-    (tmp_path / "good.pth").write_bytes(archive())
+    (tmp_path / "good.pth").write_bytes(archive())  # of which nothing is changed
     assert same(read_file(tmp_path / "good.pth")[0], content())
 
 
-def test_pipes_devices_and_empty_files_are_one_sentence(tmp_path):
+@pytest.mark.parametrize("name, phrase", [
+    ("pipe", "is a pipe or a device"), ("zero", "is a pipe or a device"), ("empty", "is empty"),
+    ("absent", r"cannot be opened \(No such file"), ("folder", r"cannot be opened \(Is a directory"),
+])
+def test_what_is_no_file_is_one_sentence(tmp_path, name, phrase):
     """A pipe without a writer would be waited for, a device read, for ever."""
     os.mkfifo(tmp_path / "pipe.pth")
     (tmp_path / "zero.pth").symlink_to("/dev/zero")
     (tmp_path / "empty.pth").touch()
-    for name, phrase in (("pipe", "is a pipe or a device"), ("zero", "is a pipe or a device"), ("empty", "is empty")):
-        with pytest.raises(UserError, match=rf"{name}\.pth {phrase}"):
-            read_checkpoint(tmp_path / f"{name}.pth")
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(UserError, match=rf"{name}\.pth {phrase}"):
+        read_checkpoint(tmp_path / f"{name}.pth")
 
 
 def test_digest_is_that_of_the_bytes_that_were_read(tmp_path, monkeypatch):
@@ -128,8 +125,8 @@ def test_digest_is_that_of_the_bytes_that_were_read(tmp_path, monkeypatch):
 
 def test_a_file_cut_into_parts_is_read_as_one(tmp_path):
     """PATH, PATH.part2, PATH.part3: a missing one is noticed, whichever it is."""
-    torch.save(content(), tmp_path / "whole.pth")
-    whole = (tmp_path / "whole.pth").read_bytes()
+    whole = archive()
+    (tmp_path / "whole.pth").write_bytes(whole)
     size = len(whole) // 3 + 1
     for number, name in enumerate(("a.pth", "a.pth.part2", "a.pth.part3")):
         (tmp_path / name).write_bytes(whole[number * size : (number + 1) * size])
@@ -154,12 +151,6 @@ def safetensors(change=lambda header, data: (header, data)):
     return len(text).to_bytes(8, "little") + text + data
 
 
-def test_safetensors_are_read(tmp_path):
-    path = pathlib.Path(tmp_path, "a.safetensors")
-    path.write_bytes(safetensors())
-    assert same(read_file(path)[0], {"step": 7, "model": content()["model"]})
-
-
 @pytest.mark.parametrize("change", [
     lambda header, data: (header, data[:-1]), lambda header, data: (header, data[:20] + b"x" + data[21:]),
     lambda header, data: (header | {"a": {"dtype": "F32", "shape": [9], "data_offsets": [150, 186]}}, data),
@@ -167,6 +158,9 @@ def test_safetensors_are_read(tmp_path):
     lambda header, data: (header | {"a": {"dtype": "F77", "shape": [1], "data_offsets": [0, 4]}}, data),
     lambda header, data: (header | {"a": 3}, data), lambda header, data: ([header], data),
 ])
-def test_damaged_safetensors_are_refused(tmp_path, change):
-    (tmp_path / "a.safetensors").write_bytes(safetensors(change))
-    assert read_or_refused(tmp_path / "a.safetensors") is None
+def test_safetensors_are_read_and_damaged_ones_refused(tmp_path, change):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors())
+    assert same(read_file(path)[0], {"step": 7, "model": content()["model"]})
+    path.write_bytes(safetensors(change))
+    assert read_or_refused(path) is None
