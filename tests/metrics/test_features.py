@@ -9,13 +9,13 @@ from cleanfid import fid as clean_fid
 from cleanfid.inception_torchscript import InceptionV3W
 from hypothesis import example, given
 from hypothesis import strategies as st
-from PIL import Image
 
 from configs.default import get_default_config
 from metrics.features import InceptionExtractor, PixelExtractor, create_extractor, full_float32
 from metrics.scores import frechet_distance, inception_score
 from metrics.statistics import measure, open_images, quantise
 from runtime.terminal import UserError
+from tests.datasets.image_files import png, write_folder
 from tests.helpers import ALONE
 from tests.metrics.inception_stand_in import CLASSES, write_stand_in
 
@@ -32,11 +32,13 @@ def extractor(inception_path):
 
 def pictures(folder, seed, count=24):
     """Write random PNGs; return them as uint8 (N, 3, 20, 20)."""
-    images = np.random.default_rng(seed).integers(0, 256, (count, 20, 20, 3), dtype=np.uint8)
-    folder.mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:03d}.png")
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    images = random_images(seed, count, size=20)
+    write_folder(folder, {f"{number:03}.png": png(image) for number, image in enumerate(images.numpy())})
+    return images
+
+
+def random_images(seed, count, channels=3, size=16):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, channels, size, size), dtype=np.uint8))
 
 
 def clean_fid_features(folder, inception_path):
@@ -56,7 +58,7 @@ def test_features_of_a_folder_are_those_of_clean_fids_whole_path(tmp_path, incep
 
 
 def test_features_of_generated_images_equal_those_of_clean_fids_generator_path(inception_path, extractor):
-    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (10, 3, 16, 16), dtype=np.uint8))
+    images = random_images(1, 10)
     network = InceptionV3W(str(inception_path.parent), download=False, resize_inside=True)
     theirs = clean_fid.get_model_features(lambda z: images.float(), network, mode="legacy_tensorflow", num_gen=10,
                                           batch_size=10, device=torch.device("cpu"), verbose=False)
@@ -80,21 +82,17 @@ def test_the_fid_of_two_folders_is_that_of_clean_fids_features(tmp_path, incepti
 
 
 def test_probabilities_come_from_the_features_without_the_bias_as_the_inception_score_wants(inception_path, extractor):
-    images = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (12, 3, 16, 16), dtype=np.uint8))
+    images = random_images(2, 12)
     ours = extractor.probabilities(extractor.features(images))
     theirs = torch.jit.load(str(inception_path))(images, no_output_bias=True)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert 1 <= inception_score(ours, splits=2)[0] <= CLASSES
 
 
-def test_grey_images_enter_inception_as_three_equal_channels(extractor):
-    grey = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (2, 1, 16, 16), dtype=np.uint8))
+def test_grey_images_enter_inception_as_three_equal_channels_and_many_images_in_parts(extractor):
+    grey, many = random_images(3, 2, channels=1), random_images(4, 130, size=4)
     assert torch.equal(extractor.features(grey), extractor.features(grey.repeat(1, 3, 1, 1)))
-
-
-def test_many_images_go_through_inception_in_parts_with_equal_features(extractor):
-    images = torch.from_numpy(np.random.default_rng(4).integers(0, 256, (130, 3, 4, 4), dtype=np.uint8))
-    torch.testing.assert_close(extractor.features(images)[128:], extractor.features(images[128:]))
+    torch.testing.assert_close(extractor.features(many)[128:], extractor.features(many[128:]))
 
 
 @given(value=st.floats(-1.5, 1.5, width=32))
@@ -106,31 +104,22 @@ def test_quantisation_truncates_as_the_literature_does(value):
     assert quantise(torch.full((1, 1, 1, 1), value)).item() == int(clipped)
 
 
-def test_pixels_are_mapped_back_to_minus_one_to_one_and_flattened():
+def test_pixels_are_mapped_back_to_minus_one_to_one_and_flattened_unless_they_are_many():
     images = torch.tensor([0, 51, 255, 0], dtype=torch.uint8).reshape(1, 1, 2, 2)
     torch.testing.assert_close(PixelExtractor(4).features(images), torch.tensor([[-1.0, -0.6, 1.0, -1.0]]))
-
-
-def test_pixels_of_large_images_are_refused():
     with pytest.raises(UserError, match="inception"):
         PixelExtractor(3 * 64 * 64)
 
 
-def test_tf32_is_off_for_features_cudnn_stays_on_and_all_comes_back_after_an_error():
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    enabled = torch.backends.cudnn.enabled
-    try:
-        for backend in backends:
-            backend.allow_tf32 = True
-        with pytest.raises(ZeroDivisionError), full_float32():
-            assert not any(backend.allow_tf32 for backend in backends)
-            assert torch.backends.cudnn.enabled is enabled
-            raise ZeroDivisionError
-        assert all(backend.allow_tf32 for backend in backends)
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+def test_tf32_is_off_for_features_cudnn_stays_on_and_all_comes_back_after_an_error(monkeypatch):
+    backends, enabled = (torch.backends.cuda.matmul, torch.backends.cudnn), torch.backends.cudnn.enabled
+    for backend in backends:
+        monkeypatch.setattr(backend, "allow_tf32", True)
+    with pytest.raises(ZeroDivisionError), full_float32():
+        assert not any(backend.allow_tf32 for backend in backends)
+        assert torch.backends.cudnn.enabled is enabled
+        raise ZeroDivisionError
+    assert all(backend.allow_tf32 for backend in backends)
 
 
 def test_reading_inception_shows_no_warnings(inception_path):

@@ -21,22 +21,14 @@ def result(**changes):
     } | changes
 
 
-def test_results_are_appended_and_read_back(tmp_path):
+def test_results_are_read_back_without_a_line_torn_by_a_crash_which_does_not_spoil_the_next(tmp_path):
     path = tmp_path / "eval" / "results.jsonl"
     assert read_results(path) == []
     append_result(path, result())
-    append_result(path, result(fid=3.0, reference="naïve"))
-    assert read_results(path) == [result(), result(fid=3.0, reference="naïve")]
-    assert len(path.read_text().splitlines()) == 2
-
-
-def test_a_line_torn_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path):
-    path = tmp_path / "eval" / "results.jsonl"
-    append_result(path, result())
     with open(path, "a") as opened:
         opened.write(json.dumps(result(fid=1.0))[:40])
-    append_result(path, result(fid=2.0))
-    assert [r["fid"] for r in read_results(path)] == [4.5321, 2.0]
+    append_result(path, result(fid=3.0, reference="naïve"))
+    assert read_results(path) == [result(), result(fid=3.0, reference="naïve")]
 
 
 @pytest.mark.parametrize("change", [
