@@ -161,12 +161,13 @@ def test_other_contents_are_reported(tmp_path, content, phrase):
         read_checkpoint(tmp_path / "other.pth")
 
 
-@pytest.mark.parametrize("name, fields", [("ours", None), ("released", fields_of("ncsnpp_cifar"))])
-def test_averages_of_another_network_are_reported(ours, tmp_path, name, fields):
+@pytest.mark.parametrize("name, said, fields", [("ours", "", None),
+                                                ("released", "is damaged.*", fields_of("ncsnpp_cifar"))])
+def test_averages_of_another_network_are_reported(ours, tmp_path, name, said, fields):
     checkpoint = read_file(ours if name == "ours" else path_of("ncsnpp_cifar"))[0]
     checkpoint["ema"]["shadow_params"] = checkpoint["ema"]["shadow_params"][1:]
     write_checkpoint(tmp_path / f"{name}.pth", checkpoint)
-    with pytest.raises(UserError, match=rf"{name}\.pth .*the EMA has \d+ tensors there and \d+ here"):
+    with pytest.raises(UserError, match=rf"{name}\.pth {said}.*the EMA has \d+ tensors there and \d+ here"):
         load_model(tmp_path / f"{name}.pth", fields=fields)
 
 
@@ -302,22 +303,25 @@ def test_matching_load_takes_raw_weights_of_a_released_file():
 # hf://
 
 
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch, ours, data_folder):
-    """A Hugging Face cache that holds two files of hf://someone/SlimFlow, and no network."""
-    repository, revision = tmp_path / "hub/models--someone--SlimFlow", "0123456789abcdef0123456789abcdef01234567"
-    files = repository / "snapshots" / revision
-    for folder in (repository / "refs", files / "models"):
-        folder.mkdir(parents=True)
+def fill_cache(monkeypatch, folder, **files):
+    """Make a Hugging Face cache of the files {stem: path} of hf://someone/SlimFlow, and no network."""
+    repository, revision = folder / "models--someone--SlimFlow", "0123456789abcdef0123456789abcdef01234567"
+    (repository / "snapshots" / revision / "models").mkdir(parents=True)
+    (repository / "refs").mkdir()
     (repository / "refs/main").write_text(revision)
-    (files / "models/ours.pth").symlink_to(ours)
-    (files / "edm.pkl").symlink_to(data_folder / "edm/edm_ddpmpp_cond.pkl")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for stem, path in files.items():
+        (repository / "snapshots" / revision / f"models/{stem}{path.suffix}").write_bytes(path.read_bytes())
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, ours, data_folder):
+    fill_cache(monkeypatch, tmp_path / "hub", ours=ours, edm=data_folder / "edm/edm_ddpmpp_cond.pkl")
+
+
 def test_a_snapshot_of_edm_is_read_from_the_hub_too(hub_cache):
-    net = load_model("hf://someone/SlimFlow/edm.pkl")
+    net = load_model("hf://someone/SlimFlow/models/edm.pkl")
     assert net.config_fields["model.preconditioning"] == "edm" and net.config_fields["data.num_classes"] == 10
 
 
@@ -365,10 +369,10 @@ def test_a_hub_file_as_long_as_a_part_is_whole_or_found_to_be_cut(hub_cache, tmp
     monkeypatch.setattr("models.checkpoint.PART_BYTES", ours.stat().st_size)
     assert load_model("hf://someone/SlimFlow/models/ours.pth").config_fields == load_model(ours).config_fields
     (tmp_path / "cut.pth").write_bytes(ours.read_bytes()[:1000])
-    fill_cache(monkeypatch, tmp_path / "other", {"cut.pth": tmp_path / "cut.pth"})
+    fill_cache(monkeypatch, tmp_path / "other", cut=tmp_path / "cut.pth")
     monkeypatch.setattr("models.checkpoint.PART_BYTES", 1000)
     with pytest.raises(UserError, match="cut.pth cannot be read as a checkpoint; it is cut short"):
-        load_model("hf://someone/SlimFlow/cut.pth")
+        load_model("hf://someone/SlimFlow/models/cut.pth")
 
 
 def test_missing_hub_package_is_named(monkeypatch):
