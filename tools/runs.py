@@ -28,7 +28,7 @@ def describe_run(path, root):
         figure = f"{TITLES[metric]} {result[metric]:.4g} ({checkpoint}, {sampler_name(result).split()[0]})"
     written = max(p.stat().st_mtime for p in path.iterdir())
     return {"run": str(path.relative_to(root)), "step": f"{last.get('step', 0)} of {updates}",
-            "loss": "-" if last.get("loss") is None else f"{last['loss']:.4f}",
+            "loss": "-" if last.get("loss") is None else f"{last['loss']:.4g}",
             "images/s": "-" if last.get("images_per_second") is None else f"{last['images_per_second']:.0f}",
             "newest": ["-", *map(str, numbered_checkpoints(path / CHECKPOINTS))][-1],
             "last figure": figure, "last written": time.strftime("%m-%d %H:%M", time.localtime(written))}

@@ -139,7 +139,7 @@ class RunLogger:
         }
         with open(self.path / LOG, "a") as opened:
             opened.write(json.dumps(entry) + "\n")
-        self.bar.set_postfix(refresh=False, loss=f"{entry['loss']:.4f}" if count else "none")
+        self.bar.set_postfix(refresh=False, loss=f"{entry['loss']:.4g}" if count else "none")
         for name in ("loss", "grad_norm", "lr", "beta", "images_per_second"):
             if entry[name] is not None:
                 self.board.add_scalar(name, entry[name], step)

@@ -37,7 +37,7 @@ def test_a_row_has_step_loss_newest_checkpoint_and_the_last_figure(tmp_path, cap
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["run", "step", "loss", "images/s", "newest", "last", "figure", "last", "written"]
     row = next(row for row in rows if row.startswith("a/distilled"))
-    for text in ("500 of 1300001", "0.2500", " 2    ", "FID 4.532 (checkpoint_2, euler-1)"):
+    for text in ("500 of 1300001", " 0.25 ", " 2    ", "FID 4.532 (checkpoint_2, euler-1)"):
         assert text in row
     assert len(rows) == 2 and all(len(row) < 120 for row in rows)
 
