@@ -191,11 +191,7 @@ def sample_batches(net, config, processes, title, count_evaluations):
 
 
 def metrics_of(samples, asked, target, reference, started):
-    """Return {name: value} of the metrics of two `Statistics`.
-
-    asked: the images of this process, uint8 (n, C, H, W), whose nearest training image is searched. started: when the
-    measurement of the samples did.
-    """
+    """Return {name: value} of the metrics of two `Statistics`; asked: images whose nearest ones are searched."""
     config, processes, training_images = reference.config, reference.processes, reference.training_images
     distances = [torch.zeros(0)]
     if training_images is not None and len(asked) and asked.shape[1:] == training_images.images.shape[1:]:

@@ -27,9 +27,8 @@ from configs.default import SAMPLING_READS, Field, get_field
 from datasets import pair_writer
 from datasets.pair_writer import InitialPoints
 from datasets.pairs import NoiseSource, PairFolder, image_shape
-from flows.couplings import COUPLINGS, create_coupling
 from flows.rectified_flow import analytic_velocity, interpolate, velocity_from_network
-from flows.samplers import SAMPLERS
+from flows.samplers import COUPLINGS, SAMPLERS, create_coupling
 from models.checkpoint import load_with_config
 from runtime.devices import autocast, compiled, explained, gather, set_precision, start_processes
 from runtime.pictures import save_grid

@@ -18,6 +18,7 @@ Figures are medians; operations are those that torch dispatches.
 """
 
 import copy
+import functools
 import itertools
 import math
 import statistics
@@ -145,10 +146,14 @@ def forward_backward(net, inputs):
     net.zero_grad(set_to_none=True)
 
 
-def seconds(work, *args):
-    start = time.perf_counter()
-    work(*args)
-    return time.perf_counter() - start
+def medians_in_turns(works, rounds):
+    """Return {name: [wall-clock, CPU]} of {name: function}, called in turns: medians of rounds after a warm-up."""
+    times = {name: [] for name in works}
+    for name in [*works] * (1 + rounds):
+        started = time.perf_counter(), time.process_time()
+        works[name]()
+        times[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    return {name: [*map(statistics.median, zip(*taken[1:], strict=True))] for name, taken in times.items()}
 
 
 def compare(name, fields):
@@ -170,11 +175,10 @@ def compare(name, fields):
         torch.testing.assert_close(net(x, t999, label), arms["peer"][0](x, t999, label), rtol=1e-3, atol=1e-4)
     line, ratios, rates = f"{name:<17} {gmacs:>7.2f} {batch:>5}", [], []
     for work, names in ((forward, arms), (forward_backward, ("ours", "peer"))):
-        rounds = [{arm: seconds(work, *arms[arm]) for arm in names} for _ in range(ROUNDS + 1)][1:]  # after a warm-up
-        taken = {arm: statistics.median(times[arm] for times in rounds) for arm in names}
-        ratios.append(taken["peer"] / taken["ours"])
-        rates.append(2 * gmacs * batch / taken["ours"])
-        line += "".join(f" {batch / value:>9.2f}" for value in taken.values()) + f" {ratios[-1]:>6.2f}"
+        taken = medians_in_turns({arm: functools.partial(work, *arms[arm]) for arm in names}, ROUNDS)
+        ratios.append(taken["peer"][0] / taken["ours"][0])
+        rates.append(2 * gmacs * batch / taken["ours"][0])
+        line += "".join(f" {batch / wall:>9.2f}" for wall, _ in taken.values()) + f" {ratios[-1]:>6.2f}"
     print(f"{line} {rates[0]:>8.1f}", flush=True)
     return ratios
 
@@ -190,7 +194,7 @@ def compare_networks():
                 work(arm, inputs)
             print(f"aten operations of CIFAR32 3.4M, {name}, {work.__name__}: {count.operations}")
     a, b = torch.randn(2, 2048, 2048)
-    print(f"torch.mm: {max(2 * 2048**3 / seconds(torch.mm, a, b) / 1e9 for _ in range(5)):.1f} GFLOP/s")
+    print(f"torch.mm: {2 * 2048**3 / medians_in_turns({'mm': lambda: torch.mm(a, b)}, 5)['mm'][0] / 1e9:.1f} GFLOP/s")
     both = f" {'ours':>9} {'peer':>9}"
     print(f"{'':<31} {'forward, images/s':^36} {'forward+backward, images/s':^26}")
     print(f"{'configuration':<17} {'GMACs':>7} {'batch':>5}{both} {'ours c.l.':>9} {'ratio':>6}{both} {'ratio':>6} "
@@ -253,20 +257,14 @@ def compare_steps():
     steps = {"released way": released(training), "ours": ours(training)}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CIFAR 3.4M, float32, "
           f"batch {STEP_BATCH}, medians of {STEP_ROUNDS} rounds, commit {git_commit()}")
-    times = {name: [] for name in steps}
-    for name in [*steps] * (1 + STEP_ROUNDS):  # the first is a warm-up
-        started = time.perf_counter(), time.process_time()
-        next(steps[name])
-        times[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
-    wall, cpu = ({name: statistics.median(one[clock] for one in taken[1:]) for name, taken in times.items()}
-                 for clock in (0, 1))
-    for name, step in steps.items():
+    taken = medians_in_turns({name: step.__next__ for name, step in steps.items()}, STEP_ROUNDS)
+    for name, (wall, cpu) in taken.items():
         with Count() as count:
-            next(step)
-        print(f"{name:<13} {1e3 * wall[name]:8.1f} ms wall, {1e3 * cpu[name]:8.1f} ms CPU, "
-              f"{STEP_BATCH / wall[name]:8.1f} images/s, {count.operations:>5} operations")
-    print(f"ours is {wall['released way'] / wall['ours']:.2f} times as fast in wall time, "
-          f"{cpu['released way'] / cpu['ours']:.2f} in CPU time")
+            next(steps[name])
+        print(f"{name:<13} {1e3 * wall:8.1f} ms wall, {1e3 * cpu:8.1f} ms CPU, {STEP_BATCH / wall:8.1f} images/s, "
+              f"{count.operations:>5} operations")
+    wall, cpu = (peer / own for peer, own in zip(taken["released way"], taken["ours"], strict=True))
+    print(f"ours is {wall:.2f} times as fast in wall time, {cpu:.2f} in CPU time")
 
 
 def main(args):

@@ -9,9 +9,8 @@ from collections.abc import Collection
 import ml_collections
 
 from datasets.sources import DATASETS
-from flows.couplings import COUPLINGS
 from flows.losses import DISTANCES, WEIGHTS
-from flows.samplers import SAMPLERS, sampler_fields
+from flows.samplers import COUPLINGS, SAMPLERS, sampler_fields
 from flows.schedules import ALPHA_SCHEDULES, ANNEALING_SCHEDULES, TIME_SCHEDULES, name_pattern
 from models import NETWORKS
 from runtime.terminal import UserError

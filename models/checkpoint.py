@@ -31,7 +31,7 @@ from runtime.terminal import UserError, print_message
 # Fields without effect once a network is trained: places of data on this machine, and augmentation.
 NOT_OF_THE_RUN = ("data.cache_dir", "data.on_device", "data.random_flip", "data.use_aug", "data.reflow_data_root",
                   "data.real_pairs_root")
-# Beginnings of names.
+# What training determines besides the architecture: the beginnings of the names of these fields.
 RUN_FIELDS = ("data.", "flow.eps", "flow.flow_t_schedule", "sampling.init_noise_scale", "sampling.train_subset")
 ROOTS = {"data.data_root", "data.custom_data_root"}
 PATIENCE = 4.0  # seconds for the first answer of hf://

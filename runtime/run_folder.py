@@ -27,7 +27,7 @@ def run_path(config):
 def run_folder(path, work_dir="logs"):
     """Return the run folder of a checkpoint: the parent of checkpoints/, or else its own folder; a folder as it is.
 
-    A file to be shared, remote or beside a model card (README.md), gets a folder in `work_dir` instead.
+    A shared file, remote or beside a model card (README.md), has one in `work_dir`.
     """
     if "://" in str(path):  # named after the whole address, since other repositories may have the same file name
         return pathlib.Path(work_dir, re.sub(r"\W+", "_", str(path).partition("://")[2].rpartition(".")[0]))

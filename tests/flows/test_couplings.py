@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flows.couplings import create_coupling
 from flows.runge_kutta import rk45
+from flows.samplers import create_coupling
 from runtime.seeds import index_noise
 from tests.flows.flows_with_solutions import gaussian_flow, gaussian_velocity, tiny_network
 from tests.helpers import config_of
