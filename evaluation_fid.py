@@ -168,8 +168,8 @@ def sample_batches(net, config, processes, title, count_evaluations):
     with progress_bar(total=len(indices), desc=f"sampling {title}", unit="images",
                       enabled=config.training.progress if processes.is_main else "false") as bar:
         while low < len(indices):
-            velocity = velocity or velocity_from_network(
-                in_precision(compiled(net, config.training), config.training.precision, device))
+            velocity = velocity or velocity_from_network(in_precision(
+                compiled(net, config.training, processes.say), config.training.precision, device))
             part = indices[low : low + size * BATCHES_AT_ONCE]
             z = index_noise(config.seed, part, image_shape(config), EVALUATION)
             z = z.to(device) * config.sampling.init_noise_scale

@@ -55,7 +55,7 @@ def main(config, args, given):
     with start_processes(patience=datetime.timedelta(days=7)) as processes:  # one may be hours behind the others
         config, net, teacher = load_teacher(config, args, given, processes)
         points = InitialPoints(config, args.z0_path, args.z1_path, args.label_path)
-        velocity = net and velocity_from_network(compiled(net, config.training))
+        velocity = net and velocity_from_network(compiled(net, config.training, processes.say))
         if COUPLINGS[points.direction].velocity == "closed form":
             velocity = analytic_velocity(torch.from_numpy(np.array(points.image_set.images)).to(processes.device))
         coupling = create_coupling(config, velocity, points, processes.device)

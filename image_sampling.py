@@ -80,7 +80,8 @@ def checkpoint_paths(sampling_dir, settings, given):
 def sample_checkpoint(path, config, args, given, device):
     """Sample one checkpoint and write all its files, once everything is sampled."""
     config, net, digest = load_with_config(path, config, given, args.use_ema, device)
-    velocity = velocity_from_network(in_precision(compiled(net, config.training), config.training.precision, device))
+    network = compiled(net, config.training, print_message)
+    velocity = velocity_from_network(in_precision(network, config.training.precision, device))
     classes, class_titles = class_rows(args.classes, config, given)
     z, label = initial_points(classes, config, given, device)
     name, grids, survey = pathlib.Path(path).stem + ("" if args.use_ema else "_raw"), [], SURVEY

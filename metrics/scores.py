@@ -24,6 +24,9 @@ def compare(samples, reference, extractor, seed, radii=None, progress="auto"):
                           "and the Fréchet distance too large (its bias falls as 1 / number); compare it only with "
                           "distances of equally many images, and quote none below 50,000", stderr=True)
     features = samples.features.to(samples.mu.device)
+    if extractor.dimension >= 1024:
+        print_message(f"computing the Fréchet distance of {extractor.dimension} features, which takes seconds",
+                      stderr=True)
     values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
     if reference.features is not None:
         real = reference.features.to(features.device)

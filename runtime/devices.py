@@ -125,14 +125,16 @@ def in_precision(network, precision, device):
     return call
 
 
-def compiled(network, options):
+def compiled(network, options, say=lambda text: None):
     """Return `network(x, t, label)` without gradients, compiled if config.training (`options`) asks for it.
 
     All calls run one graph, with as many rows as the largest batch so far: in a smaller one, the last rows are those of
     an earlier call, and their results are dropped. Results are copies: a CUDA graph writes all into the same memory.
+    say: called with a sentence about the time that this takes.
     """
     if not options.compile:
         return network
+    say("compiling the network; the first time takes a minute or more")
     # dynamic: otherwise batches of two sizes, as of student and teacher, make the second graph one for all sizes
     run, inputs = torch.compile(network, mode=options.compile_mode, dynamic=False), []
 

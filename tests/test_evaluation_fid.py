@@ -296,7 +296,7 @@ def test_a_batch_whose_samples_share_their_steps_is_not_halved():
         samples(Linear(limit=2), config)
 
 
-def test_a_compiled_batch_that_is_halved_is_compiled_again_in_the_smaller_size(monkeypatch):
+def test_a_compiled_batch_that_is_halved_is_compiled_again_in_the_smaller_size(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda network, **options: network)
     net, config = Linear(), small_config(eval__batch_size=10)
     expected, _ = samples(net, config)
@@ -304,6 +304,7 @@ def test_a_compiled_batch_that_is_halved_is_compiled_again_in_the_smaller_size(m
     net.seen.clear()
     found, _ = samples(net, config)
     assert (expected.int() - found.int()).abs().max() <= 1 and [len(x) for x in net.seen] == [5] * 9
+    assert capsys.readouterr().out.count("the first time takes a minute or more") == 2
 
 
 def test_weights_are_cast_once_for_all_evaluations_of_a_batch_in_bf16():

@@ -372,6 +372,7 @@ def test_a_compiled_teacher_is_one_graph_and_makes_the_same_pairs(tmp_path, netw
     assert not cuda_graphs
     compiled = make_by_network(tmp_path / "compiled", network, training__compile=True, **fields)
     assert cuda_graphs == [fields.get("training__compile_mode", "default")]
+    assert "the first time takes a minute or more" in (tmp_path / "compiled/log").read_text()
     tolerance = 0.05 if "training__precision" in fields else 1e-3
     for a, b in zip(*(PairFolder(folder).take(np.arange(19)) for folder in (eager, compiled)), strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)

@@ -78,13 +78,15 @@ def test_survey_of_a_checkpoint_is_pictures_and_their_description_and_one_sample
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_checkpoints_are_one_graph_and_the_same_pictures(tmp_path, precision, monkeypatch, cuda_graphs):
+def test_compiled_checkpoints_are_one_graph_and_the_same_pictures(
+        tmp_path, precision, monkeypatch, cuda_graphs, capsys):
     monkeypatch.setattr(image_sampling, "SURVEY", [("rk45", 1), ("euler", 1), ("euler", 4)])
     runs = [write_run(tmp_path / name, (1, 2), data__num_classes=10) for name in ("eager", "compiled")]
     for folder in runs:
         sample(folder, eval__batch_size=6, batch_size=4, training__precision=precision,
                training__compile=folder.name == "compiled")
     assert cuda_graphs == ["default"]
+    assert capsys.readouterr().out.count("the first time takes a minute or more") == 2
     for checkpoint in ("checkpoint_1", "checkpoint_2"):
         eager, ours = (entries(folder, checkpoint) for folder in runs)
         assert [e["file"] for e in ours[1:]] == [e["file"] for e in eager[1:]]
