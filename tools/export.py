@@ -86,6 +86,7 @@ def main(args):
     run = pathlib.Path() if is_remote(args.checkpoint) else run_folder(args.checkpoint)
     path = (pathlib.Path(args.out) if args.out else run / "export") / f"{pathlib.Path(args.checkpoint).stem}.onnx"
     small = path.with_name(f"{path.stem}_int8.onnx")
+    print_message(f"exporting {args.checkpoint}; the first stage, tracing it, takes most of the time", stderr=True)
     with progress_bar(total=2 + CALIBRATED // BATCH + 3, desc="exporting", unit="stages") as bar:
         write_onnx(model, path, {name: args[name].value for name in FLAGS}, bar.update)
         write_int8(model, path, small, bar.update)

@@ -173,7 +173,7 @@ def test_a_number_that_is_no_class_is_refused_by_the_file_itself(conditional, ki
         session(folder / f"dhariwal_cond{kind}.onnx").run(None, {"noise": noise, "label": np.array([0, label])})
 
 
-def test_a_file_that_differs_from_pytorch_fails_the_command(conditional, tmp_path, monkeypatch):
+def test_a_file_that_differs_from_pytorch_fails_the_command(conditional, tmp_path, monkeypatch, capsys):
     """Three Euler steps are asked for, and the file of a single one is put in their place."""
     checkpoint, folder = conditional
     other = (folder / "dhariwal_cond.onnx").read_bytes()
@@ -182,3 +182,4 @@ def test_a_file_that_differs_from_pytorch_fails_the_command(conditional, tmp_pat
     with pytest.raises(UserError, match="do not use it"):
         run(checkpoint, "--sampler", "euler", "--steps", 3, "--out", tmp_path, "--config",
             config_file(tmp_path, "dhariwal_cond"))
+    assert f"exporting {checkpoint}; the first stage, tracing it, takes most of the time\n" in capsys.readouterr().err
