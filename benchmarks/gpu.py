@@ -81,7 +81,7 @@ class Programme:
         try:
             found = part(**values)
         except Exception as error:  # such as no memory or a missing kernel: continue with the other rows
-            found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+            found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:150]}
         gc.collect()  # or the next row's peak memory includes this row's network
         torch.cuda.empty_cache()  # does nothing on a CPU
         entry = {"part": part.__name__, **values, **found}

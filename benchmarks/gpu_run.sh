@@ -13,7 +13,7 @@ if ls .whl/*.whl > /dev/null 2>&1; then
     .whl/*.whl || exit
 fi
 START=$SECONDS
-{ nvidia-smi; nproc; free -g
+{ nvidia-smi; nproc --all; free -g
   python3 -m pip list 2> /dev/null | grep -iE '^(torch|torchvision|triton|numpy|nvidia-cudnn)'
 } > "$OUT/machine.txt" 2>&1
 python3 -c "import pytest, xdist, evaluation_fid, generate_data, image_sampling, train" || exit # names what is missing
@@ -26,14 +26,14 @@ else
     (TORCHINDUCTOR_COMPILE_THREADS=4 timeout 170 python3 -m benchmarks.gpu --warm $size > .gpu/warm_$size.txt 2>&1) &
   done
 fi
-timeout -s INT -k 10 170 python3 -m pytest -p no:cacheprovider -o addopts= --import-mode=importlib -n 4 \
+env --default-signal=INT timeout -s INT -k 10 170 python3 -m pytest -p no:cacheprovider -o addopts= --import-mode=importlib -n 4 \
   --dist worksteal -v -rs --durations=8 tests/test_cuda.py > "$OUT/tests.txt" 2>&1 # stopped, it still reports failures
 echo "tests: status $?, $((SECONDS - START)) s"; tail -30 "$OUT/tests.txt"
 wait
 cat .gpu/warm_*.txt > "$OUT/warm.txt" 2> /dev/null; grep -h compiled "$OUT/warm.txt"
 find .gpu/inductor -name '*.so' -delete 2> /dev/null # a compiler that was stopped leaves half a library
 LEFT=$((520 - SECONDS + START))
-timeout $((LEFT + 15)) python3 -m benchmarks.gpu --seconds $((LEFT - 15)) --out "$OUT" "${@:2}" 2> "$OUT/errors.txt" |
+timeout $((LEFT + 15)) python3 -m benchmarks.gpu --seconds $((LEFT - 30)) --out "$OUT" "${@:2}" 2> "$OUT/errors.txt" |
   tee "$OUT/gpu.txt"
 nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used --format=csv \
   >> "$OUT/machine.txt" 2>&1

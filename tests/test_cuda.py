@@ -220,4 +220,4 @@ def test_the_scripts_run_and_a_run_continues(own, repository, tmp_path):
           data__reflow_data_root=tmp_path / "pairs", flow__flow_t_schedule="t0", flow__pre_train_model=checkpoint,
           training__batch_size=16)
     start("evaluation_fid.py", "--ckpt_dir", checkpoint, eval__num_samples=256, sampling__use_ode_sampler="euler")
-    start("image_sampling.py", "--sampling_dir", checkpoint)
+    start("image_sampling.py", "--sampling_dir", checkpoint, sampling__use_ode_sampler="euler")
