@@ -1,15 +1,14 @@
 """The programme for one stay on a GPU runs every part on a CPU in its tiny form."""
 
-import functools
 import json
 import math
-import subprocess
 import sys
 import time
+import types
 
 import torch
 
-from benchmarks import released
+from benchmarks import gpu, released
 from benchmarks.gpu import COMPILED, FIRST, LAST, SAMPLING
 from tests.processes import HANGING, output_of
 
@@ -21,17 +20,14 @@ ROWS += [{"part": "released", "size": "15.7M"}, {"part": "pretrain", "size": "15
          *({"part": "repeats", "deterministic": value} for value in (False, True))]
 
 
-def quickly(folder):
-    """Leave networks uncompiled, since the compiler is slow on a CPU and tested elsewhere; import once for scripts."""
-    start = subprocess.run
-    torch.compile = lambda network, **options: network
-    subprocess.run = lambda words, **options: (output_of(folder, *words[1:]) if words[0] == sys.executable
-                                               else start(words, **options))
-
-
-def test_every_row_of_the_gpu_programme_has_figures(tmp_path):
-    printed = output_of(tmp_path, "benchmarks.gpu", "--tiny", "--seconds", HANGING, "--out", tmp_path,
-                        prepare=functools.partial(quickly, tmp_path))
+def test_every_row_of_the_gpu_programme_has_figures(tmp_path, monkeypatch, capsys):
+    """Networks stay uncompiled, since the compiler is slow on a CPU and tested elsewhere."""
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network)
+    monkeypatch.setattr(gpu, "subprocess", types.SimpleNamespace(
+        run=lambda words, **options: output_of(tmp_path, *words[1:]), DEVNULL=None))  # without paying for the imports
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--seconds", str(HANGING), "--out", str(tmp_path)])
+    gpu.main()
+    printed = capsys.readouterr().out
     assert "not reached: nothing" in printed and printed.count(" commit ") == 1
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert not [row for row in rows if "error" in row]
