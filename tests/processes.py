@@ -120,6 +120,13 @@ def output_of(folder, script, *words, **options):
     return printed
 
 
+def without_curves():
+    """Let train.py leave out loss.png, which costs as much as many tiny updates: a `prepare` of `run_script`."""
+    from training.run import RunLogger
+
+    RunLogger.draw = lambda logger: None
+
+
 def run_ranks(folder, script, *words, count=2):
     """Run a script in `count` gloo processes as torchrun would; return the list of (exit status, output)."""
     started = start_ranks(folder, script, *words, count=count)
@@ -134,21 +141,3 @@ def start_ranks(folder, script, *words, count=2):
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [Script(folder, script, words, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(count)]
-
-
-def run_study():
-    """Run experiments.run in a process of `run_script`, its steps without paying for the imports."""
-    from experiments import run
-
-    run.Study.launch = launch_step
-    run.run_program(run.main, run.__doc__, run.FLAGS)
-
-
-def launch_step(study, words, output, environment, lock):
-    """Run the command of an experiment's step as `Study.launch` does, without paying for the imports."""
-    log = pathlib.Path(output) if output else study.root / "output.txt"
-    script = Script(log.parent, words[1], words[2:], {"OMP_NUM_THREADS": "1"})
-    status = script.wait()
-    with open(log, "a") as opened:
-        opened.write(script.log)
-    return status, 0.5

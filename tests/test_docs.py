@@ -68,7 +68,7 @@ def test_the_chain_of_the_page_on_own_images_runs(tmp_path):
             Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "data/images" / part / f"{number}.png")
     run_commands("docs/own-images.md", tmp_path, TINY | {
         "tools.look": "--config.training.batch_size 4",
-        "train.py": TINY["train.py"].replace("n_iters 17", "n_iters 11") + " --config.training.loss_type huber",
+        "train.py": TINY["train.py"].replace("n_iters 16", "n_iters 10") + " --config.training.loss_type huber",
         "evaluation_fid.py": TINY["evaluation_fid.py"].replace("begin_ckpt 16", "begin_ckpt 1")})
     assert (tmp_path / "logs/my_one_step/eval/results.jsonl").exists()
 
@@ -94,7 +94,7 @@ def test_hours_of_training_on_own_images_follow_from_their_basis():
 def test_the_recommended_chain_of_the_miniature_runs(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     run_commands("docs/miniature.md", tmp_path, TINY | {
-        "train.py": TINY["train.py"].replace("n_iters 17", "n_iters 2")})
+        "train.py": TINY["train.py"].replace("n_iters 16", "n_iters 2")})
     assert (tmp_path / "logs/digits_one_step/checkpoints/checkpoint_2.pth").exists()
 
 

@@ -70,6 +70,12 @@ def pretrained(tmp_path_factory):
     return finish(tmp_path_factory.mktemp("pretrained"), training__n_iters=10) / "checkpoints" / "checkpoint_1.pth"
 
 
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    """Trainings in this process leave out loss.png, which costs as much as many of their updates."""
+    monkeypatch.setattr(run.RunLogger, "draw", lambda logger: None)
+
+
 OBJECTIVES = {
     "1-flow": lambda pairs, pretrained: {"data__random_flip": True},
     "annealing": lambda pairs, pretrained: {

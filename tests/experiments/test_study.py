@@ -205,7 +205,8 @@ def test_every_step_of_every_study_has_a_name_of_its_own_and_comes_after_its_nee
         assert seen
 
 
-def test_part_of_the_demo_ends_without_the_report_of_the_whole(tmp_path):
+def test_part_of_the_demo_that_is_there_runs_nothing_and_ends_without_the_report_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(Study, "launch", lambda *arguments: pytest.fail("a finished step runs again"))
     (digest,) = (step.digest for step in STUDIES["demo"]() if step.name == "pairs")
     write_table(tmp_path / "results.csv", {"pairs": dict.fromkeys(COLUMNS, "") | {"step": "pairs", "digest": digest}})
     printed = run_program("--study", "demo", "--steps", "pairs", "--root", tmp_path)
@@ -252,37 +253,15 @@ def test_cifar_runs_end_to_end_from_zips_of_class_folders(tmp_path):
         assert all(torch.equal(a.half().float(), b) for a, b in zip(whole, slim, strict=True))
 
 
-# `make demo` at 1/250 of its length: the whole method through the four scripts, its report, a second start
-
-
-def run_demo(folder):
-    return run_program("--study", "demo", "--scale", "0.004", "--root", folder)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The folder of a finished short demo, and what it printed; a few coarse samples are enough."""
+def test_make_demo_at_a_250th_of_its_length_runs_the_whole_method_and_reports_every_stage(tmp_path, monkeypatch):
     coarse = overrides(sampling__ode_tol=0.1, eval__num_samples=16, eval__batch_size=16)
-    folder = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Study, "launch", lambda study, words, *others: launch_step(study, [*words, *coarse], *others))
-        return folder, run_demo(folder)
-
-
-def test_whole_method_runs_through_the_four_scripts_and_reports_every_stage(demo):
-    folder, printed = demo
-    rows = read_table(folder / "results.csv")
+    monkeypatch.setattr(Study, "launch", lambda study, words, *others: launch_step(study, [*words, *coarse], *others))
+    printed = run_program("--study", "demo", "--scale", "0.004", "--root", tmp_path)
+    rows = read_table(tmp_path / "results.csv")
     figures = ["1_flow/one_step", "1_flow/rk45", "2_flow/one_step", "distilled/one_step"]
     assert [rows[name]["parameters"] for name in figures] == [748737, 748737, 188769, 188769]
     assert all(rows[name]["pixel_distance"] > 0 for name in figures) and rows["distilled/one_step"]["nfe"] == 1
-    report = (folder / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
     assert all(f"| {name} |" in report for name in rows) and report in printed
     assert "1_flow/rk45: pixel Fréchet distance" in report
-    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_second_start_redoes_no_finished_stage(demo):
-    folder, _ = demo
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pth")}
-    assert "train.py" not in run_demo(folder) and len(before) > 5
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.pth")}
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
