@@ -31,7 +31,7 @@ TINY = {
     "generate_data.py": "--config.sampling.total_number_of_samples 8 --config.training.batch_size 4 "
                         "--config.sampling.ode_tol 0.3",
     "experiments.run": "--dry_run",
-    "experiments.report": "--plots plots",
+    "experiments.report": "--table experiments/results.csv --plots plots",
 }
 LPIPS = "--config.training.n_iters 1 --config.training.batch_size 1"  # VGG16 at 64×64 takes a second an image
 
