@@ -131,15 +131,6 @@ def sampler_values(config):
     return {field: config.sampling[field] if field in own else None for field in sampler_fields()}
 
 
-def sampler_title(name, values):
-    """Return a title of a sampler with its `sampler_values`: `euler-2`, `rk45 (ode_tol 1e-05, step_control sample)`."""
-    known = {field: values[field] for field in sampler_fields() if values.get(field) is not None}
-    steps = f"-{known.pop('sample_N')}" if "sample_N" in known else ""
-    others = [f"{field} {value:g}" if isinstance(value, float) else f"{field} {value}"
-              for field, value in known.items()]
-    return name + steps + (f" ({', '.join(others)})" if others else "")
-
-
 @torch.no_grad()
 def straightness(velocity, z0, label=None, *, steps=100, t_start=1e-3, t_end=1.0):
     """Return (straightness, times, states) of Euler trajectories with N = `steps`, all of them held in memory.

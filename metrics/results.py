@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from configs.default import FIELDS
-from flows.samplers import sampler_fields, sampler_title
+from flows.samplers import sampler_fields
 from runtime.files import atomic_path, read_json_lines
 from runtime.pictures import label_log_axis
 from runtime.run_folder import git_commit
@@ -92,10 +92,15 @@ def sampler_name(result, brief=False):
 
     brief: without those at their defaults, and in fewer words: `rk45 tol 0.01 batch`.
     """
-    values = {name: result.get(name) for name in sampler_fields() if name == "sample_N" or not brief
-              or result.get(name) != FIELDS[f"sampling.{name}"].default}
-    title = "files" if result["sampler"] is None else sampler_title(result["sampler"], values)
-    return re.sub("step_control |(?<=[( ])[a-z]+_|[(),]", "", title) if brief else title
+    if result["sampler"] is None:
+        return "files"
+    values = {name: result[name] for name in sampler_fields() if result.get(name) is not None}
+    steps = f"-{values.pop('sample_N')}" if "sample_N" in values else ""
+    options = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+               if not brief or value != FIELDS[f"sampling.{name}"].default]
+    if brief:
+        return " ".join([result["sampler"] + steps, *(re.sub("^(step_control |[a-z]+_)", "", o) for o in options)])
+    return result["sampler"] + steps + (f" ({', '.join(options)})" if options else "")
 
 
 def table(results):

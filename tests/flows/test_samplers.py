@@ -15,6 +15,7 @@ from flows import samplers
 from flows.rectified_flow import velocity_from_network
 from flows.runge_kutta import rk45
 from flows.samplers import cm_stochastic, create_sampler, edm, euler, heun, one_step, straightness
+from metrics.results import sampler_name
 from models.checkpoint import load_model
 from runtime.seeds import PATH_NOISE, index_noise
 from runtime.terminal import UserError
@@ -211,13 +212,13 @@ def test_noise_levels_that_rise_are_refused():
         create_sampler(config_of("edm", sigma_min=3.0, sigma_max=2.0))(lambda x, t, label: x, torch.zeros(1, 1))
 
 
-def test_values_and_titles_have_just_the_fields_that_a_sampler_reads():
+def test_values_and_names_have_just_the_fields_that_a_sampler_reads():
     values = {name: {k: v for k, v in samplers.sampler_values(config_of(name)).items() if v is not None}
               for name in samplers.SAMPLERS}
     assert values == {"one_step": {}, "euler": {"sample_N": 3}, "heun": {"sample_N": 3, "rho": 1.0},
                       "edm": {"sample_N": 3, "sigma_max": 80.0, "sigma_min": 0.002},
                       "rk45": {"ode_tol": 1e-3, "step_control": "sample"}, "cm_stochastic": {"sample_N": 3}}
-    assert [samplers.sampler_title(name, values[name]) for name in ("one_step", "euler", "heun", "rk45")] == [
+    assert [sampler_name({"sampler": name} | values[name]) for name in ("one_step", "euler", "heun", "rk45")] == [
         "one_step", "euler-3", "heun-3 (rho 1)", "rk45 (ode_tol 0.001, step_control sample)"]
 
 
