@@ -106,16 +106,9 @@ def run(name, velocity, z, tol, batch):
     return x, rows if nfe is None else nfe.double().mean().item(), rows
 
 
-@torch.no_grad()
-def compare_libraries(checkpoint, samples, batch):
+def compare_libraries(velocity, z, title, batch):
     """Print the table of the network of a 1-flow and draw the plot."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = load_model(checkpoint, device=device).requires_grad_(False)
-    shape = [net.config_fields[f"data.{name}"] for name in ("num_channels", "image_size", "image_size")]
-    velocity, z = velocity_from_network(net), index_noise(0, range(samples), shape).to(device)
-    title = f"{samples} samples {shape} of a 1-flow of {sum(p.numel() for p in net.parameters()):,} parameters"
-    print(f"{device.type}, 1 thread, commit {git_commit()}",
-          *(f"{name} {metadata.version(name)}" for name in ("torch", "scipy", "torchdiffeq", "torchode")), sep=", ")
+    print(*(f"{name} {metadata.version(name)}" for name in ("scipy", "torchdiffeq", "torchode")), sep=", ")
     print(f"{title}, batches (slots) of {batch}\n{'tolerance':>9}  {'solver':20}{'evaluations':>12}{'rows':>8}"
           f"{'mean error':>12}{'median':>10}{'worst':>10}{'over':>7}", flush=True)
     tight = run(OURS, velocity, z, TIGHT, batch)[0]
@@ -168,26 +161,25 @@ def compare_samplers(velocity, z, label=None, tolerance=1e-6):
               f"error {errors(x, tight).median():.1e}   {speed:8.2f} images/s", flush=True)
 
 
-def compare_on_snapshot(path):
-    """Print the lines of the mixture of Gaussians and of the network of an EDM snapshot."""
-    print(f"torch {torch.__version__}, one thread, commit {git_commit()}; processor seconds")
-    print("mixture of 20 Gaussians, images (3, 8, 8)")
-    compare_samplers(mixture_velocity, index_noise(0, range(256), (3, 8, 8)), tolerance=1e-7)
-    net = load_model(path)
-    size, classes = net.config_fields["data.image_size"], net.config_fields["data.num_classes"]
-    z = index_noise(0, range(IMAGES), (net.config_fields["data.num_channels"], size, size))
-    label = torch.eye(classes)[torch.arange(IMAGES) % classes] if classes else None
-    print(f"{path}: {sum(p.numel() for p in net.parameters()):,} parameters")
-    compare_samplers(velocity_from_network(net), z, label)
-
-
+@torch.no_grad()
 def main(args):
     """Compare solvers on the network that the flags name."""
     torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.snapshot else "cpu")
+    net = load_model(args.snapshot or args.checkpoint, device=device)
+    fields, velocity, size = net.config_fields, velocity_from_network(net), sum(p.numel() for p in net.parameters())
+    shape = [fields[f"data.{name}"] for name in ("num_channels", "image_size", "image_size")]
+    print(f"{device.type}, 1 thread, commit {git_commit()}, torch {torch.__version__}")
     if args.snapshot:
-        compare_on_snapshot(args.snapshot)
+        print("processor seconds; mixture of 20 Gaussians, images (3, 8, 8)")
+        compare_samplers(mixture_velocity, index_noise(0, range(256), (3, 8, 8)), tolerance=1e-7)
+        print(f"{args.snapshot}: {size:,} parameters")
+        classes = fields["data.num_classes"]
+        label = torch.eye(classes)[torch.arange(IMAGES) % classes] if classes else None
+        compare_samplers(velocity, index_noise(0, range(IMAGES), shape), label)
     else:
-        compare_libraries(args.checkpoint, args.samples, args.batch)
+        z = index_noise(0, range(args.samples), shape).to(device)
+        compare_libraries(velocity, z, f"{args.samples} samples {shape} of a 1-flow of {size:,} parameters", args.batch)
 
 
 if __name__ == "__main__":
