@@ -1,5 +1,7 @@
 """What many tests need: configs with fields set, command lines, a small checkpoint, and the operations of a call."""
 
+import contextlib
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,6 +55,20 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+@contextlib.contextmanager
+def tf32(allowed):
+    """Allow or forbid TF32 within, which monkeypatch cannot restore; give the two backends that have the setting."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield backends
+    finally:
+        for backend, previous in zip(backends, before, strict=True):
+            backend.allow_tf32 = previous
 
 
 class Operations(TorchDispatchMode):

@@ -125,16 +125,15 @@ def test_an_unfinished_folder_names_the_checkpoint_it_was_begun_with(tmp_path):
         prepare(tmp_path, dataclasses.replace(job(8, checkpoint="bb"), checkpoint="b.pth"))
 
 
-def test_pairs_that_another_program_made_are_not_written_over(tmp_path):
-    np.save(tmp_path / "z1.npy", np.zeros((3, *SHAPE)))
-    with pytest.raises(UserError, match="has arrays but no pairs.json: another program made them"):
-        prepare(tmp_path, job(8))
-
-
-def test_a_deleted_array_is_not_mistaken_for_finished_pairs(tmp_path):
+@pytest.mark.parametrize(("left", "message"), [
+    ("z0.npy", "has arrays but no pairs.json: another program made them"),  # and its pairs are not written over
+    ("pairs.json", "z1.npy is missing or cut short, although 2 blocks"),
+])
+def test_a_folder_of_which_a_part_is_deleted_is_refused(tmp_path, left, message):
     make(tmp_path, job(8))
-    (tmp_path / "z1.npy").unlink()
-    with pytest.raises(UserError, match="z1.npy is missing or cut short, although 2 blocks"):
+    for name in {"z0.npy": ["pairs.json", "blocks.jsonl"], "pairs.json": ["z1.npy"]}[left]:
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=message):
         prepare(tmp_path, job(12))
 
 

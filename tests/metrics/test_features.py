@@ -16,7 +16,7 @@ from metrics.scores import frechet_distance, inception_score
 from metrics.statistics import measure, open_images, quantise
 from runtime.terminal import UserError
 from tests.datasets.image_files import png, write_folder
-from tests.helpers import ALONE
+from tests.helpers import ALONE, tf32
 from tests.metrics.inception_stand_in import CLASSES, write_stand_in
 
 
@@ -111,15 +111,14 @@ def test_pixels_are_mapped_back_to_minus_one_to_one_and_flattened_unless_they_ar
         PixelExtractor(3 * 64 * 64)
 
 
-def test_tf32_is_off_for_features_cudnn_stays_on_and_all_comes_back_after_an_error(monkeypatch):
-    backends, enabled = (torch.backends.cuda.matmul, torch.backends.cudnn), torch.backends.cudnn.enabled
-    for backend in backends:
-        monkeypatch.setattr(backend, "allow_tf32", True)
-    with pytest.raises(ZeroDivisionError), full_float32():
-        assert not any(backend.allow_tf32 for backend in backends)
-        assert torch.backends.cudnn.enabled is enabled
-        raise ZeroDivisionError
-    assert all(backend.allow_tf32 for backend in backends)
+def test_tf32_is_off_for_features_cudnn_stays_on_and_all_comes_back_after_an_error():
+    enabled = torch.backends.cudnn.enabled
+    with tf32(True) as backends:
+        with pytest.raises(ZeroDivisionError), full_float32():
+            assert not any(backend.allow_tf32 for backend in backends)
+            assert torch.backends.cudnn.enabled is enabled
+            raise ZeroDivisionError
+        assert all(backend.allow_tf32 for backend in backends)
 
 
 def test_reading_inception_shows_no_warnings(inception_path):

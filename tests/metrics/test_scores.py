@@ -16,7 +16,7 @@ from metrics.features import INCEPTION_NAMES, PixelExtractor
 from metrics.scores import compare, frechet_distance, inception_score, kernel_distance, nearest_distances
 from metrics.statistics import Statistics, measure
 from runtime.terminal import UserError
-from tests.helpers import ALONE
+from tests.helpers import ALONE, tf32
 
 
 def gaussian(generator, dimension, samples, scale=1.0):
@@ -224,9 +224,9 @@ def test_the_inception_score_does_not_depend_on_the_order_of_the_samples():
 
 
 def test_nearest_images_are_searched_in_float32_also_where_the_network_uses_tf32(monkeypatch):
-    seen, matmul = [], torch.backends.cuda.matmul
+    seen = []
     monkeypatch.setattr(scores, "pixel_features", lambda images: (
-        seen.append(matmul.allow_tf32), images.flatten(1).float())[1])
-    monkeypatch.setattr(matmul, "allow_tf32", True)
-    nearest_distances(torch.from_numpy(images(0, 3)), images(1, 5))
+        seen.append(torch.backends.cuda.matmul.allow_tf32), images.flatten(1).float())[1])
+    with tf32(True):
+        nearest_distances(torch.from_numpy(images(0, 3)), images(1, 5))
     assert seen and not any(seen)

@@ -252,7 +252,6 @@ def test_unpublished_architecture_is_asked_for_with_the_first_difference():
 
 
 def test_config_takes_the_checkpoints_architecture_and_keeps_the_rest(ours):
-    """Fields that were not given follow the checkpoint, others stay, and the given config is not changed."""
     config = get_default_config()
     config.training.batch_size = 5
     result = apply_architecture(config, read_checkpoint(ours), {"training.batch_size", "model.dropout"})

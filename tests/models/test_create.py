@@ -12,7 +12,6 @@ WIDE = TINY | {"model.name": "DhariwalUNet"}
 
 
 def test_config_makes_the_network_and_its_fields_make_the_config():
-    """`config_fields` names every architecture field with its value."""
     config = get_default_config()
     config.model.nf, config.model.ch_mult, config.model.num_res_blocks = 8, (1, 2), 1
     net = create_model(config)

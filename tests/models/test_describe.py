@@ -72,7 +72,6 @@ def test_activations_are_those_of_a_real_forward_pass(network):
 
 
 def test_parts_have_the_sizes_and_parameters_of_their_levels():
-    """Encoder from fine to coarse, decoder back; the parameters of a part are those of its modules."""
     rows = {row.part: row for row in describe(SMALL)}
     order = ("input", "encoder 1", "encoder 2", "middle", "decoder 1", "decoder 2", "output")
     assert [rows[part].size for part in order] == [16, 16, 8, 8, 8, 16, 16]
@@ -125,7 +124,6 @@ def told(monkeypatch, capsys):
 
 
 def test_configuration_is_described_in_a_table(told):
-    """The smallest published network: 3,437,123 parameters, 0.74 GMACs."""
     status, lines, _ = told(model__nf=64, model__num_res_blocks=1, model__ch_mult=(1, 1, 2))
     titles = next(line for line in lines if line.startswith("part")).split()
     assert titles == ["part", "size", "parameters", "GMACs", "no", "attention", "activations"]

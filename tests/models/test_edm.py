@@ -105,7 +105,6 @@ def test_samplers_run_on_a_snapshot_in_both_directions(sampler, reverse):
 
 
 def test_architecture_comes_from_the_file_and_any_config_serves():
-    """Image size, channels and classes are the file's; a flag that contradicts them is refused."""
     file, config = golden_file("edm_ddpmpp_cond.pkl"), get_default_config()
     changed, net, _ = load_with_config(file, config, frozenset())
     assert (changed.data.image_size, changed.data.num_classes, changed.model.preconditioning) == (16, 10, "edm")

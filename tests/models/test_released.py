@@ -62,14 +62,6 @@ def test_configuration_of_the_paper_has_the_released_layout(name):
     assert [prefix + r.name for r in table if not r.parameter] == LAYOUTS[name]["buffers"]
 
 
-@pytest.mark.parametrize("name", ["cifar10_1flow_61.8M", "imagenet64_80.7M"])
-def test_released_state_dict_leaves_nothing_missing_or_over(name):
-    with torch.device("meta"):
-        net = create_from_fields(layout_fields(name))
-    translated = from_released({"model": plain(layout_state(name))}, net)["model"]
-    assert {k: v.shape for k, v in translated.items()} == {k: v.shape for k, v in net.state_dict().items()}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_translating_there_and_back_changes_no_bit(name):
     """Weights, averages and, where recorded, Adam's moments, steps and settings return in the released order."""

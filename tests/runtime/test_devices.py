@@ -10,7 +10,7 @@ from models.create import create_model
 from models.edm import Preconditioned
 from runtime.devices import compiled, explained, in_precision, set_precision
 from runtime.terminal import UserError
-from tests.helpers import DIGITS, SMALL, config_of
+from tests.helpers import DIGITS, SMALL, config_of, tf32
 
 CLASSES = {"data__num_classes": 10}
 ADM = {"model__name": "DhariwalUNet", **CLASSES}
@@ -18,16 +18,9 @@ ADM = {"model__name": "DhariwalUNet", **CLASSES}
 
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("bf16", True), ("fp16", True)])
 def test_tf32_is_allowed_at_every_precision_except_fp32(precision, allowed):
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = not allowed
+    with tf32(not allowed) as backends:
         set_precision(precision)
         assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
-    finally:
-        for backend, previous in zip(backends, before, strict=True):
-            backend.allow_tf32 = previous
 
 
 def lively(config, kind=None, seed=0):

@@ -7,16 +7,8 @@ import time
 
 import pytest
 
-import runtime.run_folder
-from runtime.run_folder import (
-    checkpoint_folder,
-    checkpoint_path,
-    git_commit,
-    numbered_checkpoints,
-    run_folder,
-    sweep,
-    uncommitted_changes,
-)
+from runtime import run_folder as folders
+from runtime.run_folder import checkpoint_folder, git_commit, numbered_checkpoints, sweep, uncommitted_changes
 from runtime.terminal import UserError
 
 
@@ -50,20 +42,16 @@ def test_the_numbers_in_the_names_decide_and_other_files_do_not_count(tmp_path):
     assert numbered_checkpoints(tmp_path / "absent") == {}
     touch(tmp_path / "run" / "checkpoints", 0, 30)
     assert numbered_checkpoints(checkpoint_folder(tmp_path / "run")) == {
-        k: checkpoint_path(tmp_path / "run", k) for k in (0, 30)}
+        k: folders.checkpoint_path(tmp_path / "run", k) for k in (0, 30)}
 
 
-def test_an_open_sweep_goes_to_the_newest_and_tells_of_gaps(tmp_path, capsys):
-    touch(tmp_path, 1, 2, 4, 5)
-    assert numbers(tmp_path, 2, 0) == [2, 4, 5]
+def test_an_open_sweep_goes_to_the_newest_and_tells_of_gaps_without_counting_through_them(tmp_path, capsys):
+    touch(tmp_path, 1, 2, 4, 99999999)
+    assert numbers(tmp_path, 2, 0) == [2, 4, 99999999]
     assert "checkpoints 3 to 3 are not in" in capsys.readouterr().out
     assert numbers(tmp_path, 1, 2) == [1, 2]
-
-
-def test_a_checkpoint_of_a_huge_number_is_reached_without_counting(tmp_path, capsys):
-    touch(tmp_path, 1, 99999999)
-    assert numbers(tmp_path, 1, 10**9) == [1, 99999999]
-    assert "checkpoints 2 to 99999998 are" in (said := capsys.readouterr().out)
+    assert numbers(tmp_path, 4, 10**9) == [4, 99999999]
+    assert "checkpoints 5 to 99999998 are" in (said := capsys.readouterr().out)
     assert "checkpoints 100000000 to 1000000000 are" in said
 
 
@@ -76,21 +64,14 @@ def test_a_checkpoint_that_training_deletes_during_the_sweep_is_told_of_and_left
     assert "checkpoints 2 to 2 are" in capsys.readouterr().out
 
 
-def test_a_sweep_without_any_checkpoint_says_what_is_there(tmp_path):
-    touch(tmp_path, 1, 2, 3)
-    with pytest.raises(UserError, match=r"of the checkpoints 9 to 26 in .* none exists \(found: 1, 2, 3\)"):
-        numbers(tmp_path, 9, 26)
-    with pytest.raises(UserError, match="found: none"):
-        numbers(tmp_path / "absent", 1, 0)
-
-
 def test_the_run_folder_of_a_checkpoint_is_above_its_checkpoints_folder(tmp_path):
-    assert run_folder("logs/run/checkpoints/checkpoint_1.pth").as_posix() == "logs/run"
-    assert run_folder("downloads/slimflow.pth").as_posix() == "downloads"
-    assert run_folder("hf://someone/Slim-Flow/a/x.pth", "w").as_posix() == "w/someone_Slim_Flow_a_x"
-    assert run_folder("https://host.org/y/x.pkl", "w").as_posix() == "w/host_org_y_x"
+    assert folders.run_folder("logs/run/checkpoints/checkpoint_1.pth").as_posix() == "logs/run"
+    assert folders.run_folder("downloads/slimflow.pth").as_posix() == "downloads"
+    assert folders.run_folder("hf://someone/Slim-Flow/a/x.pth", "w").as_posix() == "w/someone_Slim_Flow_a_x"
+    assert folders.run_folder("https://host.org/y/x.pkl", "w").as_posix() == "w/host_org_y_x"
     (tmp_path / "README.md").touch()
-    assert run_folder(tmp_path / "model.safetensors", "w").as_posix() == f"w/{tmp_path.name}"  # a folder to be shared
+    # a folder to be shared
+    assert folders.run_folder(tmp_path / "model.safetensors", "w").as_posix() == f"w/{tmp_path.name}"
     assert checkpoint_folder(tmp_path) == tmp_path / "checkpoints"
     touch(tmp_path, 1)
     assert checkpoint_folder(tmp_path) == tmp_path
@@ -134,14 +115,18 @@ def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_passed_over(tmp_p
         (tmp_path / "checkpoint_1.pth").unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(runtime.run_folder, "numbered_checkpoints", delete_after_listing)
+    monkeypatch.setattr(folders, "numbered_checkpoints", delete_after_listing)
     assert numbers(tmp_path, 1, 2, 30) == [2]
 
 
-def test_a_checkpoint_that_never_comes_or_never_completes_is_named(tmp_path):
+def test_checkpoints_that_are_missing_never_come_or_never_complete_are_named_with_what_is_there(tmp_path):
     touch(tmp_path, 1)
-    with pytest.raises(UserError, match="of the checkpoints 2 to 2 in .* none appeared within config.eval.wait_limit"):
-        numbers(tmp_path, 1, 2, 0.1)
+    for folder, begin, limit, said in (
+            (tmp_path, 9, 0.0, r"of the checkpoints 9 to 26 in .* none exists \(found: 1\)"),
+            (tmp_path / "absent", 1, 0.0, "found: none"),
+            (tmp_path, 9, 0.1, "of the checkpoints 9 to 26 in .* none appeared within config.eval.wait_limit")):
+        with pytest.raises(UserError, match=said):
+            numbers(folder, begin, 26, limit)
     (tmp_path / "checkpoint_2.pth").write_bytes(b"comp")
     with pytest.raises(UserError, match="cut short"):
         numbers(tmp_path, 1, 2, 0.1)
@@ -163,7 +148,7 @@ def checkout(tmp_path, monkeypatch):
     (folder / ".gitignore").write_text("logs/\n")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "start")
-    monkeypatch.setattr(runtime.run_folder, "CHECKOUT", folder)
+    monkeypatch.setattr(folders, "CHECKOUT", folder)
     return folder
 
 
@@ -183,6 +168,6 @@ def test_patch_has_tracked_changes_alone_and_names_what_is_untracked(checkout, t
 
 
 def test_code_outside_git_has_neither_commit_nor_patch(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime.run_folder, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(folders, "CHECKOUT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_commit() is None and uncommitted_changes() == (b"", [])
