@@ -73,26 +73,23 @@ def test_another_source_or_spec_is_another_entry(tmp_path):
     assert len(entries) == 5
 
 
-def test_a_failed_decode_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("error", [UserError("corrupt image"), KeyboardInterrupt()])
+@pytest.mark.parametrize("last_moment", [False, True])
+def test_a_failed_or_interrupted_decode_leaves_nothing(tmp_path, monkeypatch, error, last_moment):
     def failing():
         yield from list(chunks_of_two())[:2]
-        raise UserError("corrupt image")
+        raise error
 
-    with pytest.raises(UserError, match="corrupt image"):
-        open_cached(make_source(failing), tmp_path)
+    def rename(self, target):
+        assert {path.name for path in self.iterdir()} == {"images.npy", "labels.npy", "about.json"}
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        if last_moment:
+            patched.setattr(pathlib.Path, "rename", rename)
+        open_cached(make_source() if last_moment else make_source(failing), tmp_path)
     assert entries(tmp_path) == []
     assert len(open_cached(make_source(), tmp_path)) == 10
-
-
-def test_an_interrupt_at_the_last_moment_leaves_no_entry(tmp_path, monkeypatch):
-    def interrupt(self, target):
-        assert {path.name for path in self.iterdir()} == {"images.npy", "labels.npy", "about.json"}
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pathlib.Path, "rename", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        open_cached(make_source(), tmp_path)
-    assert entries(tmp_path) == []
 
 
 def decode_slowly(folder, marks):

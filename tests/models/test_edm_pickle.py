@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from models.checkpoint import read_checkpoint
-from models.edm_pickle import Bytes, Call, Reader
+from models.edm_pickle import Bytes, Call, Name, Reader
 from runtime.terminal import UserError
 from tests.helpers import same
 from tests.models.edm_networks import bytes_of, emit, golden_file, legacy_storage, state_of, text
@@ -26,8 +26,7 @@ MEMORY = 2**27  # bytes that reading the small files of this module may take
 
 def call(name, *args):
     """Return the opcodes of a call of the dotted `name` with pickled arguments."""
-    module, _, function = name.rpartition(".")
-    return b"c" + f"{module}\n{function}\n".encode() + b"(" + b"".join(args) + b"tR"
+    return emit(Name(name)) + b"(" + b"".join(args) + b"tR"
 
 
 def snapshot():
