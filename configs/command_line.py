@@ -182,14 +182,12 @@ def require_field(name, source="config"):
 
 def nearest_fields(name):
     """Return the dotted fields nearest to an unknown `name`: one, several that are equally near, or none."""
-    def score(field):
-        group, last = (difflib.SequenceMatcher(None, *parts).ratio()
-                       for parts in zip(name.rpartition(".")[::2], field.rpartition(".")[::2], strict=True))
-        return (last == 1, group + last) if last >= 0.6 else (False, 0)
+    def ratio(field, part):
+        return difflib.SequenceMatcher(None, name.rpartition(".")[part], field.rpartition(".")[part]).ratio()
 
-    scores = {field: score(field) for field in FIELDS}
-    best = max(scores.values())
-    return difflib.get_close_matches(name, FIELDS, 1, 0.9) or [f for f in FIELDS if scores[f] == best and best[1]]
+    scores = {field: (ratio(field, 2) == 1, ratio(field, 2) + ratio(field, 0)) for field in FIELDS
+              if ratio(field, 2) >= 0.6}
+    return difflib.get_close_matches(name, FIELDS, 1, 0.9) or [f for f in scores if scores[f] == max(scores.values())]
 
 
 def did_you_mean(names, prefix):

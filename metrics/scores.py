@@ -25,8 +25,7 @@ def compare(samples, reference, extractor, seed, radii=None, progress="auto"):
                           "distances of equally many images, and quote none below 50,000", stderr=True)
     features = samples.features.to(samples.mu.device)
     if extractor.dimension >= 1024:
-        print_message(f"computing the Fréchet distance of {extractor.dimension} features, which takes seconds",
-                      stderr=True)
+        print_message(f"the Fréchet distance of {extractor.dimension} features takes some seconds", stderr=True)
     values = {"frechet": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
     if reference.features is not None:
         real = reference.features.to(features.device)

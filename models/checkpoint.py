@@ -9,15 +9,14 @@ that the rest of the program has to know one layout only.
 import contextlib
 import functools
 import hashlib
-import http.client
 import itertools
 import os
 import pathlib
 import re
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from multiprocessing.pool import ThreadPool
 
 import torch
 
@@ -92,20 +91,12 @@ def local_file(path):
 
 def _is_answered(address):
     """Return whether a server answers within `PATIENCE` seconds in all; a timeout of sockets bounds each step alone."""
-    answers = []
-
-    def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE).close()
-        except (OSError, http.client.HTTPException) as error:
-            if not isinstance(error, urllib.error.HTTPError):  # which is an answer
-                return
-        answers.append(address)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return bool(answers)
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        ThreadPool(1).apply_async(urllib.request.urlopen, (request,), {"timeout": PATIENCE}).get(PATIENCE)
+    except Exception as error:  # of the network, of a server that does not speak HTTP, or of waiting
+        return isinstance(error, urllib.error.HTTPError)  # the server has answered
+    return True
 
 
 def read_checkpoint(path):

@@ -81,11 +81,10 @@ def progress_bar(iterable=None, *, total=None, desc="", unit="it", enabled="auto
                             **options)
         bar._decr_instances(bar)  # otherwise every message would be followed by another line
         return bar
-    if sizeless:
-        options |= {"ncols": 79, "nrows": 24}
+    options |= {"ncols": 79, "nrows": 24} if sizeless else {"dynamic_ncols": True}
     if total or iterable is not None:  # what a narrow terminal cuts off is the rate
         options["bar_format"] = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}, {rate_fmt}]"
-    return tqdm(iterable, disable=enabled == "false", dynamic_ncols=not sizeless, unit_scale=unit == "B", **options)
+    return tqdm(iterable, disable=enabled == "false", unit_scale=unit == "B", **options)
 
 
 class PlainProgress(tqdm):

@@ -203,14 +203,15 @@ def test_fewer_images_than_the_covariance_needs_are_warned_of_with_the_bias(caps
     assert said.startswith(f"warning: {warned} for 6 features") if warned else said == ""
 
 
-@pytest.mark.parametrize(("dimension", "said"), [(1024, "computing the Fréchet distance of 1024 features"), (8, "")])
+@pytest.mark.parametrize(("dimension", "said"), [
+    (1024, "the Fréchet distance of 1024 features takes some seconds\n"), (8, "")])
 def test_a_distance_that_takes_seconds_is_announced(capsys, monkeypatch, dimension, said):
     monkeypatch.setattr(scores, "frechet_distance", lambda *gaussians: 1.0)
     samples, reference = (Statistics(torch.zeros(dimension), torch.eye(dimension), features, None, "")
                           for features in (torch.zeros(1, dimension), None))
     extractor = types.SimpleNamespace(dimension=dimension, probabilities=None, names={"frechet": "fid"})
     assert compare(samples, reference, extractor, seed=1) == {"fid": 1.0}
-    assert capsys.readouterr().err.partition(",")[0] == said
+    assert capsys.readouterr().err == said
 
 
 def test_the_inception_score_does_not_depend_on_the_order_of_the_samples():
