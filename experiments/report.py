@@ -155,6 +155,7 @@ def write_demo(root, rows):
         f"{sum(row['seconds'] for row in rows.values()):.0f} seconds in all.", "",
         *(f"- {'met' if holds else 'MISSED'}: {sentence}" for sentence, holds in checks), "",
         "![data, 1-flow, 2-flow and distilled samples from the same noise](demo.png)", ""])
+    print(f"drawing samples: {root}/demo.png", flush=True)
     draw_samples(root / "demo.png", [root / name for name in ("1_flow", "2_flow", "distilled")])
     write_text(root / "report.md", text)
     print(f"\n{text}\nreport: {root}/report.md, demo.png")

@@ -263,5 +263,5 @@ def test_make_demo_at_a_250th_of_its_length_runs_the_whole_method_and_reports_ev
     assert all(rows[name]["pixel_distance"] > 0 for name in figures) and rows["distilled/one_step"]["nfe"] == 1
     report = (tmp_path / "report.md").read_text()
     assert all(f"| {name} |" in report for name in rows) and report in printed
-    assert "1_flow/rk45: pixel Fréchet distance" in report
+    assert "1_flow/rk45: pixel Fréchet distance" in report and f"drawing samples: {tmp_path}/demo.png" in printed
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
