@@ -33,9 +33,8 @@ from models.describe import describe, fastest_layout, median_seconds
 from runtime.devices import compiled, in_precision, set_precision
 from runtime.run_folder import git_commit
 
-PEAKS = {"A100": {"fp32": 19.5, "tf32": 156, "bf16": 312},  # dense TFLOP/s, by a part of the card's name
-         "H100 80GB HBM3": {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4}}
-PEAKS["H200"] = PEAKS["H100 80GB HBM3"]
+H100 = {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4}  # dense TFLOP/s, by a part of the card's name
+PEAKS = {"A100": {"fp32": 19.5, "tf32": 156, "bf16": 312}, "H100 80GB HBM3": H100, "H200": H100}
 SIZES = {
     "61.8M": {}, "15.7M": {"model.nf": 96, "model.num_res_blocks": 2, "model.ch_mult": (1, 2, 2)}, "3.4M": SMALL,
     "80.7M": {"model.name": "DhariwalUNet", "model.num_res_blocks": 2, "model.ch_mult": (1, 2, 2, 4),
