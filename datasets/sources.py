@@ -289,7 +289,9 @@ _KNOWN = {
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class _ArrayUnpickler(pickle._Unpickler):  # Python's: a few bytes make C's allocate gigabytes, a memo of any size
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}  # as large as read
+
     def find_class(self, module, name):
         known = _KNOWN.get(f"{module}.{name}".replace("numpy._core.", "numpy.core."))
         if known is None:

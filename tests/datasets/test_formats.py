@@ -1,5 +1,6 @@
 """CIFAR-10, MNIST and ImageNet64 in the forms in which they are distributed; files that are hostile or damaged."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -8,6 +9,7 @@ import io
 import os
 import pickle
 import random
+import resource
 import tarfile
 import threading
 
@@ -299,6 +301,14 @@ def test_no_function_is_called(load_pickle, tmp_path, function):
     assert not mark.exists()
     with pytest.raises(UserError, match="rot13"):  # another codec of byte strings than latin1
         load_pickle(b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.")
+
+
+@pytest.mark.parametrize("data", [b")r\x81\x00\x86\x30.", b"\x80\x05\x96\x00\x00\x00\x00\x01\x00\x00\x00."])
+def test_a_few_bytes_take_no_gigabytes(load_pickle, data):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(UserError):
+        load_pickle(data)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**20  # KiB
 
 
 @given(st.binary(max_size=60), st.integers(0, 200))
