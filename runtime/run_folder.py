@@ -27,14 +27,14 @@ def run_path(config):
 def run_folder(path, work_dir="logs"):
     """Return the run folder of a checkpoint: the parent of checkpoints/, or else its own folder; a folder as it is.
 
-    A shared file, remote or beside a model card (README.md), has one in `work_dir`.
+    A shared file, remote or in a folder of `tools.convert --hub`, has one in `work_dir`.
     """
     if "://" in str(path):  # named after the whole address, since other repositories may have the same file name
         return pathlib.Path(work_dir, re.sub(r"\W+", "_", str(path).partition("://")[2].rpartition(".")[0]))
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
     parent = pathlib.Path(path).parent
-    if (parent / "README.md").is_file():
+    if (parent / "README.md").is_file() and (parent / CONFIG).is_file():
         return pathlib.Path(work_dir, parent.resolve().name)
     return parent.parent if parent.name in (CHECKPOINTS, pathlib.Path(STATE).parent.name) else parent
 

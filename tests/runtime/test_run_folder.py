@@ -70,7 +70,8 @@ def test_the_run_folder_of_a_checkpoint_is_above_its_checkpoints_folder(tmp_path
     assert folders.run_folder("hf://someone/Slim-Flow/a/x.pth", "w").as_posix() == "w/someone_Slim_Flow_a_x"
     assert folders.run_folder("https://host.org/y/x.pkl", "w").as_posix() == "w/host_org_y_x"
     (tmp_path / "README.md").touch()
-    # a folder to be shared
+    assert folders.run_folder(tmp_path / "model.safetensors") == tmp_path
+    (tmp_path / "config.json").touch()  # a folder to be shared
     assert folders.run_folder(tmp_path / "model.safetensors", "w").as_posix() == f"w/{tmp_path.name}"
     assert checkpoint_folder(tmp_path) == tmp_path / "checkpoints"
     touch(tmp_path, 1)
