@@ -134,8 +134,8 @@ def test_the_card_quotes_the_results_of_this_checkpoint(tmp_path, ours):
 def test_the_folder_shared_on_hugging_face_is_read_back_by_its_address(tmp_path, ours, monkeypatch):
     """The command that the card shows: hf://OWNER/REPO/model.safetensors, here from the local cache."""
     main(ours, tmp_path / "hub", "--hub", "--slim")
-    fill_cache(monkeypatch, tmp_path / "cache", {path.name: path for path in (tmp_path / "hub").iterdir()})
-    address, source = "hf://someone/SlimFlow/model.safetensors", load_model(ours)
+    fill_cache(monkeypatch, tmp_path / "cache", model=tmp_path / "hub" / "model.safetensors")
+    address, source = "hf://someone/SlimFlow/models/model.safetensors", load_model(ours)
     net = load_model(address)
     assert net.config_fields == source.config_fields and read_checkpoint(address)["step"] == 7
     assert all(torch.equal(a, b.half().float()) for a, b in zip(net.parameters(), source.parameters(), strict=True))
