@@ -65,8 +65,6 @@ def edm(velocity, z, label=None, *, steps, sigma_max=80.0, sigma_min=0.002, t_st
     over σ_i = (σ_max^(1/7) + i/(N-1)·(σ_min^(1/7) - σ_max^(1/7)))^7 to σ = 0, with an Euler step at the end. The times
     are 1/(1+σ); t_start and t_end are ignored. The state is float64, as in EDM's code.
     """
-    if sigma_min > sigma_max:
-        raise UserError(f"config.sampling.sigma_min {sigma_min:g} is above config.sampling.sigma_max {sigma_max:g}")
     high, low = sigma_max ** (1 / EDM_RHO), sigma_min ** (1 / EDM_RHO)
     sigmas = [(high + i / max(1, steps - 1) * (low - high)) ** EDM_RHO for i in range(steps)] + [0.0]
 
@@ -160,15 +158,18 @@ def path_noise(seed, indices, shape, device):
 def create_sampler(config, reverse=False, T=1.0, shrink_slots=False):
     """Return the sampler that `config.sampling` selects: `sample(velocity, z, label=None, …) -> (x, nfe)`.
 
-    It is `sample_in_batches`, and runs from noise at config.flow.eps to data at T, or back with `reverse` (UserError
-    where a sampler cannot). T < 1 is for velocities that are singular at t = 1, such as the closed form. shrink_slots:
-    see `rk45`.
+    It is `sample_in_batches`, and runs from noise at config.flow.eps to data at T, or back with `reverse`. T < 1 is for
+    velocities that are singular at t = 1, such as the closed form. shrink_slots: see `rk45`. Raises UserError if the
+    sampler cannot run back, and for noise levels that rise.
     """
     settings, row = config.sampling, SAMPLERS[config.sampling.use_ode_sampler]
     if reverse and not row.reverse:
         able = " or ".join(name for name, other in SAMPLERS.items() if other.reverse)
         raise UserError(f"config.sampling.use_ode_sampler {settings.use_ode_sampler} does not run from data to noise; "
                         f"use {able}")
+    if "sigma_max" in row.fields and settings.sigma_min > settings.sigma_max:
+        raise UserError(f"config.sampling.sigma_min {settings.sigma_min:g} is above config.sampling.sigma_max "
+                        f"{settings.sigma_max:g}")
     t_start, t_end = (T, config.flow.eps) if reverse else (config.flow.eps, T)
     arguments = {argument: settings[field] for field, argument in row.fields.items()}
     if row.adaptive:

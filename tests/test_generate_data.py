@@ -302,6 +302,7 @@ def test_another_checkpoint_or_config_on_the_same_folder_is_refused(tmp_path, ne
     ({"sampling__init_noise_scale": 2.0, "sampling__direction": "from_z0"}, {"z0_path": "x.npy", "ckpt_path": "y.pth"},
      "init_noise_scale does not apply to --z0_path"),
     ({"sampling__init_noise_scale": 2.0, "sampling__direction": "gt_v_from_z1"}, {}, "init_noise_scale does not apply"),
+    ({"sampling__use_ode_sampler": "edm", "sampling__sigma_min": 90.0}, {}, "sigma_min 90 is above"),
     ({"data__num_classes": 10}, {}, "has no classes: set config.sampling.class_label"),
     ({"data__num_classes": 10, "sampling__direction": "gt_v_from_z1"}, {}, "has no classes: set config.sampling"),
     ({"data__num_classes": 5, "sampling__direction": "random_paired", "sampling__train_subset": "all"}, {},
