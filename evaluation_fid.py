@@ -133,7 +133,7 @@ def measure_files(config, args, given, processes):
 def sampling_identity(config, world_size=1):
     """Return what a result of sampling depends on: sampler, steps, tolerance, noise, classes and shared step sizes."""
     sampling = config.sampling
-    shared = sampling.use_ode_sampler == "rk45" and sampling.step_control == "batch"  # one step size for a batch
+    shared = sampler_values(config)["step_control"] == "batch"  # one step size for a batch
     return {
         "sampler": sampling.use_ode_sampler, **sampler_values(config), "eps": config.flow.eps,
         "arithmetic": config.training.precision, "init_noise_scale": sampling.init_noise_scale,
