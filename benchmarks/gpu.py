@@ -157,14 +157,14 @@ class Programme:
     def script(self, name, tol):
         """Pairs, or samples compared with them, timed by the difference of two runs, without the start."""
         work, seconds = self.work.name, []
-        words = {"pairs": ["generate_data.py", f"--ckpt_path={self.checkpoint}", f"--data_root={work}"],
+        calls = {"pairs": ["generate_data.py", f"--ckpt_path={self.checkpoint}", f"--data_root={work}"],
                  "evaluate": ["evaluation_fid.py", f"--ckpt_dir={self.checkpoint}", f"--target_path={work}/5/z1.npy"]}
         for seed, count in ((1, self.many), (5, 5 * self.many)):
             fields = {"seed": seed, "sampling.ode_tol": tol, "training.progress": "false", "training.batch_size":
                       self.many, "eval.batch_size": self.many, "eval.feature_extractor": "pixels", "eval.num_samples":
                       count, "sampling.pair_storage": "compact", "sampling.total_number_of_samples": count}
             started, own = time.perf_counter(), [f"--config.{field}={value}" for field, value in fields.items()]
-            subprocess.run([sys.executable, *words[name], "--config=configs/rectified_flow/cifar10_rf_gaussian.py",
+            subprocess.run([sys.executable, *calls[name], "--config=configs/rectified_flow/cifar10_rf_gaussian.py",
                             *own], stdout=subprocess.DEVNULL, check=True)
             seconds.append(time.perf_counter() - started)
         return {"images_s": 4 * self.many / (seconds[1] - seconds[0]), "start_s": seconds[0]}

@@ -31,7 +31,7 @@ from experiments.report import NUMBERS, read_table, write_demo, write_table
 from experiments.studies import ROOT, STUDIES
 from metrics.results import read_results
 from models.checkpoint import load_model, read_checkpoint
-from runtime.files import file_lock, read_json, write_json
+from runtime.files import file_lock, read_json, read_json_lines, write_json
 from runtime.run_folder import GRIDS, LOG, RESULTS, checkpoint_path, git_commit
 from runtime.terminal import UserError
 from tools import convert
@@ -203,7 +203,7 @@ class Study:
                 path = checkpoint_path(self.root / step.name, 1)
                 slim = convert.averaged(read_checkpoint(path), load_model(path), half=True)
                 convert.write_parts(self.root / "slim" / f"{step.name}.pth", slim)
-            return {"loss": json.loads((self.root / step.name / LOG).read_text().splitlines()[-1])["loss"]}
+            return {"loss": read_json_lines(self.root / step.name / LOG)[-1]["loss"]}
         if step.script == "generate_data.py":
             return {"nfe": read_json(self.root / step.name / str(step.seed) / "pairs.json")["nfe_mean"]}
         run = self.root / dict(step.needs)["flow"].name

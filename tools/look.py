@@ -38,7 +38,7 @@ def main(config, args, given):
 
 def describe_images(image_set):
     """Return lines of text about an `ImageSet`."""
-    mean, deviation = (" ".join(f"{value:.4f}" for value in values) for values in moments(image_set.images))
+    mean, std = (" ".join(f"{value:.4f}" for value in values) for values in moments(image_set.images))
     lines = [f"source: {image_set.source}",
              f"cached: {image_set.cache or 'not needed'}",
              f"images: {len(image_set)} of shape {image_set.images.shape[1:]} (C, H, W), uint8"]
@@ -47,13 +47,13 @@ def describe_images(image_set):
         lines.append(f"skipped: {len(image_set.skipped)} images, the first: {image_set.skipped[0]}")
     counts, named = ([], "none") if image_set.labels is None else count_classes(image_set)
     return [*lines, f"classes: {len(counts)} ({named})", f"mean per channel: {mean} (of pixels in [0, 1])",
-            f"standard deviation: {deviation}"]
+            f"standard deviation: {std}"]
 
 
 def moments(images):
     """Return mean and standard deviation of each channel, `(C,)` in [0, 1], of uint8 images `(N, C, H, W)`."""
     sums = np.zeros((2, images.shape[1]))
-    for start in progress_bar(range(0, len(images), CHUNK), desc="mean and deviation", unit="blocks"):
+    for start in progress_bar(range(0, len(images), CHUNK), desc="statistics", unit="blocks"):
         part = images[start : start + CHUNK] / np.float32(255)
         sums += [part.sum((0, 2, 3), np.float64), (part**2).sum((0, 2, 3), np.float64)]
     mean, square = sums / (images.size / images.shape[1])
