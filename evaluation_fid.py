@@ -18,8 +18,7 @@ import torch
 
 from configs.command_line import run_script
 from configs.default import SAMPLING_READS, Field
-from datasets import one_hot
-from datasets.batches import check_finite
+from datasets.batches import check_finite, one_hot
 from datasets.pairs import image_shape
 from flows.rectified_flow import velocity_from_network
 from flows.samplers import create_sampler, sampler_values

@@ -25,7 +25,6 @@ import torch
 from configs.command_line import config_to_dict, run_script
 from configs.default import SAMPLING_READS, Field, get_field
 from datasets import pair_writer
-from datasets.pair_writer import InitialPoints
 from datasets.pairs import NoiseSource, PairFolder, image_shape
 from flows.rectified_flow import analytic_velocity, interpolate, velocity_from_network
 from flows.samplers import COUPLINGS, SAMPLERS, create_coupling
@@ -54,7 +53,7 @@ def main(config, args, given):
     set_precision(config.training.precision)
     with start_processes(patience=datetime.timedelta(days=7)) as processes:  # one may be hours behind the others
         config, net, teacher = load_teacher(config, args, given, processes)
-        points = InitialPoints(config, args.z0_path, args.z1_path, args.label_path)
+        points = pair_writer.InitialPoints(config, args.z0_path, args.z1_path, args.label_path)
         velocity = net and velocity_from_network(compiled(net, config.training, processes.say))
         if COUPLINGS[points.direction].velocity == "closed form":
             velocity = analytic_velocity(torch.from_numpy(np.array(points.image_set.images)).to(processes.device))

@@ -27,7 +27,7 @@ from runtime.devices import compiled, explained, gather, in_precision, set_deter
 from runtime.run_folder import run_path
 from runtime.seeds import DRAWS, seed_dropout, step_generator
 from training import run, state
-from training.update import ExponentialMovingAverage, UpdateStats, apply_update, check_finite, create_optimizer
+from training.update import ExponentialMovingAverage, UpdateStats, apply_update, check_skipped, create_optimizer
 
 READS = ("seed", "work_dir", "expr", "training.", "flow.", "data.", "model.", "optim.", "sampling.init_noise_scale",
          "sampling.train_subset")
@@ -81,7 +81,7 @@ def train(config, processes, messages, held):
 
             if step % options.record_iters == 0 or ended:
                 stats = training.stats.read()  # the one regular read from the device
-                check_finite(stats, options.max_skipped)
+                check_skipped(stats, options.max_skipped)
                 training.stats.restart()
                 logger.write(step, stats, lr=training.learning_rate(step - 1),
                              beta=create_annealing(options.x0_randomness)(step - 1), device=processes.device)
@@ -92,7 +92,7 @@ def train(config, processes, messages, held):
 
             paths = state.due_paths(path, step, ended, signal, options)
             if paths:
-                check_finite(training.stats.read(), options.max_skipped)
+                check_skipped(training.stats.read(), options.max_skipped)
                 logger.draw()
             if paths and processes.is_main:
                 writer.submit(training.state(step), paths, options.keep_checkpoints)

@@ -56,7 +56,7 @@ def load_images(config):
     if name != "all" and older not in ("all", name):
         raise UserError(f"data.train_subset is {name}, but sampling.train_subset, its older name, is {older}: set one")
     spec = ImageSpec(data.image_size, data.num_channels, row.resample, data.skip_corrupt)
-    root = pathlib.Path(data.data_root or data.custom_data_root or f"data/{data.dataset}").expanduser()
+    root = pathlib.Path(root_of(data)).expanduser()
     if row.files and not root.exists():
         raise UserError(f"{data.dataset}: there is nothing at {root}: put {row.files} there, or set data.data_root")
     image_set = row.open(root, spec)
@@ -65,6 +65,11 @@ def load_images(config):
     if data.num_classes:
         check_classes(image_set, data.num_classes)
     return subset(image_set, older, "sampling.train_subset") if name == "all" else subset(image_set, name)
+
+
+def root_of(data):
+    """Return the file or folder of the data set that a `config.data` names."""
+    return data.data_root or data.custom_data_root or f"data/{data.dataset}"
 
 
 def array_set(images, labels, spec, source="", class_names=None):

@@ -140,8 +140,7 @@ def draw_figure(path, results):
 
     Results that can be compared share a row of panels, whose title names their reference.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since importing it takes a second
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here, since importing it takes a second
     from matplotlib.ticker import MaxNLocator
 
     rows = {}
@@ -180,7 +179,7 @@ def draw_figure(path, results):
             row_of_panels[0].set_yscale("log")
             label_log_axis(row_of_panels[0].yaxis)
     with atomic_path(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
+        figure.savefig(temporary)
 
 
 def _lines(row, axis):

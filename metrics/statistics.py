@@ -8,11 +8,10 @@ import pathlib
 import numpy as np
 import torch
 
-from datasets import load_images
 from datasets.batches import check_finite, some_of
 from datasets.image_files import FileTree, ImageSpec, fit_images
 from datasets.pairs import open_rows
-from datasets.sources import DATASETS, load_arrays
+from datasets.sources import DATASETS, load_arrays, load_images
 from metrics.features import create_extractor
 from metrics.scores import check_gaussian, nearest_distances, neighbour_radii
 from runtime.devices import gather

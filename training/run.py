@@ -18,7 +18,7 @@ from PIL import Image
 from configs.command_line import config_to_dict
 from configs.default import get_field
 from datasets import one_hot
-from datasets.sources import DATASETS
+from datasets.sources import DATASETS, root_of
 from flows import samplers
 from flows.objective import check_config
 from flows.rectified_flow import velocity_from_network
@@ -79,7 +79,7 @@ def open_run(config):
     write_json(path / "versions.json",
                {"commit": run_folder.git_commit(), "untracked": untracked, **run_folder.versions()})
     (path / "uncommitted.patch").write_bytes(patch)
-    trained_on = data.reflow_data_root or data.data_root or data.custom_data_root or f"data/{data.dataset}"
+    trained_on = data.reflow_data_root or root_of(data)
     found = {root: state_digest(root) for root in (trained_on, data.real_pairs_root) if root and os.path.exists(root)}
     before = read_json(path / DATA) if (path / DATA).exists() else {}
     write_json(path / DATA, found)

@@ -142,7 +142,7 @@ class UpdateStats:
             self.values[6:] = values[6:]
 
 
-def check_finite(stats, limit):
+def check_skipped(stats, limit):
     """Raise UserError if more than `limit` updates in a row were non-finite (`stats` is what `UpdateStats` read)."""
     if stats["most_consecutive"] > limit:
         raise UserError(f"the loss or its gradient was not finite for {stats['most_consecutive']:.0f} updates in a "

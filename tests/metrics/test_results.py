@@ -2,7 +2,6 @@
 
 import json
 import re
-import types
 
 import pytest
 
@@ -116,8 +115,8 @@ def panels(monkeypatch, tmp_path):
     """A function that returns the panels of the figure of some results."""
     def draw(results):
         drawn = []
-        monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg", lambda figure: (
-            drawn.append(figure), types.SimpleNamespace(print_png=lambda path: path.write_bytes(b"")))[1])
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: (
+            drawn.append(figure), path.write_bytes(b"")))
         draw_figure(tmp_path / "fid.png", results)
         return drawn[0].axes
 
