@@ -30,7 +30,7 @@ from flows.rectified_flow import analytic_velocity, interpolate, velocity_from_n
 from flows.samplers import COUPLINGS, SAMPLERS, create_coupling
 from models.checkpoint import load_with_config
 from runtime.devices import autocast, compiled, explained, gather, set_precision, start_processes
-from runtime.pictures import save_grid
+from runtime.plots import save_grid
 from runtime.terminal import progress_bar
 
 FLAGS = {
@@ -44,7 +44,7 @@ READS = (*SAMPLING_READS, "training.batch_size", "sampling.direction", "sampling
          "sampling.block_size", "sampling.pair_storage", "sampling.random_flip")
 
 BLOCK_BATCHES = 4  # batches per block: few are lost at a stop, and rk45 can refill its slots for most of the block
-PICTURED = 10  # pairs in pairs.png
+DRAWN = 10  # pairs in pairs.png
 
 
 def main(config, args, given):
@@ -161,7 +161,7 @@ def complete(folder, job, config, teacher):
     """Write the arrays' headers, `pairs.json`, and `pairs.png`: the first pairs as noise, midpoint and image."""
     software = {"torch": torch.__version__, "numpy": np.__version__}
     pair_writer.finish(folder, job, {**teacher, "software": software, "config": config_to_dict(config)})
-    pairs, indices = PairFolder(folder), np.arange(min(PICTURED, job.count))
+    pairs, indices = PairFolder(folder), np.arange(min(DRAWN, job.count))
     if pairs.shape[0] in (1, 3):
         z0, z1 = pairs.take(indices)
         save_grid(folder / "pairs.png", torch.cat([z0, interpolate(z0, z1, 0.5), z1]), len(indices),

@@ -29,7 +29,7 @@ from flows.samplers import SAMPLERS, create_sampler, sampler_values, straightnes
 from models.checkpoint import is_remote, load_with_config
 from runtime.devices import compiled, explained, in_precision, set_precision, start_processes
 from runtime.files import write_json
-from runtime.pictures import save_grid, save_lines
+from runtime.plots import save_grid, save_lines
 from runtime.run_folder import GRIDS, checkpoint_folder, numbered_checkpoints, run_folder
 from runtime.seeds import index_labels, index_noise
 from runtime.terminal import print_message, progress_bar

@@ -24,7 +24,7 @@ from flows import samplers
 from flows.rectified_flow import velocity_from_network
 from models.checkpoint import load_model
 from runtime.files import atomic_path, write_text
-from runtime.pictures import label_log_axis, save_grid
+from runtime.plots import label_log_axis, save_grid
 from runtime.run_folder import CONFIG, checkpoint_path
 from runtime.seeds import index_noise
 from runtime.terminal import UserError

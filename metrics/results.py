@@ -11,7 +11,7 @@ import torch
 from configs.default import FIELDS
 from flows.samplers import sampler_fields
 from runtime.files import atomic_path, read_json_lines
-from runtime.pictures import label_log_axis
+from runtime.plots import label_log_axis
 from runtime.run_folder import git_commit
 from runtime.terminal import print_message
 

@@ -282,10 +282,10 @@ def test_samples_that_share_their_steps_belong_to_their_batch_size_and_number_of
 
 def test_the_images_of_a_folder_that_are_searched_are_of_all_its_classes(tmp_path):
     images = load_images(load_config(DIGITS)).images
-    for name, pictures in (("copies", images[:8, 0]), ("others", 255 - images[:12, 0])):
+    for name, part in (("copies", images[:8, 0]), ("others", 255 - images[:12, 0])):
         (tmp_path / "folder" / name).mkdir(parents=True)
-        for number, picture in enumerate(pictures):
-            Image.fromarray(picture).save(tmp_path / "folder" / name / f"{number}.png")
+        for number, image in enumerate(part):
+            Image.fromarray(image).save(tmp_path / "folder" / name / f"{number}.png")
     run_main("--data_dir", tmp_path / "folder", "--config.eval.nearest=5", "--config.eval.num_samples=20")
     assert results(tmp_path)[-1]["nn_distance"] > 1  # the median of two copies and three others
 

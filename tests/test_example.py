@@ -16,7 +16,7 @@ import example
 from models.checkpoint import load_model
 from models.create import create_from_fields
 from models.released import PUBLISHED, to_released
-from runtime.pictures import GAP, SMALLEST_CELL, to_uint8
+from runtime.plots import GAP, SMALLEST_CELL, to_uint8
 from runtime.seeds import index_noise
 from tests.processes import ROOT
 from tests.test_image_sampling import write_run
@@ -67,7 +67,7 @@ def test_a_file_that_is_missing_is_one_sentence(repository, monkeypatch, capsys)
 
 def test_without_a_checkpoint_it_says_how_it_is_used(repository, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["example.py"])
-    with pytest.raises(SystemExit, match=r"^usage: python example.py CHECKPOINT \[PICTURE\]$"):  # text: status 1
+    with pytest.raises(SystemExit, match=r"^usage: python example.py CHECKPOINT \[GRID\]$"):  # text: status 1
         runpy.run_path(str(repository / "example.py"), run_name="__main__")
 
 

@@ -73,7 +73,7 @@ def refused(root, flags=None, **fields):
 
 
 def contents(folder):
-    """All files but the picture and the lock, by name: they must not depend on how the pairs came about."""
+    """All files but the plot and the lock, by name: they must not depend on how the pairs came about."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

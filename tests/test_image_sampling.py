@@ -1,4 +1,4 @@
-"""image_sampling.py from checkpoints to pictures, and its one-sentence errors."""
+"""image_sampling.py from checkpoints to images, and its one-sentence errors."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ import image_sampling
 from configs.command_line import parse_command_line
 from models.checkpoint import write_checkpoint
 from runtime.files import write_json
-from runtime.pictures import GAP, SMALLEST_CELL
+from runtime.plots import GAP, SMALLEST_CELL
 from runtime.terminal import UserError
 from tests.helpers import CIFAR10, overrides, small_checkpoint
 from tests.processes import run_script
@@ -23,7 +23,7 @@ CELL = SMALLEST_CELL + GAP
 
 @pytest.fixture(scope="module", autouse=True)
 def few_images():
-    """Smaller pictures and measures of straightness, which saves seconds."""
+    """Smaller images and measures of straightness, which saves seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_sampling, "STRAIGHTNESS_STEPS", 4)
         patch.setattr(image_sampling, "IMAGES", 4)
@@ -56,7 +56,7 @@ def entries(folder, checkpoint="checkpoint_1"):
     return json.loads((folder / "eval_sample" / checkpoint / "samples.json").read_text())
 
 
-def test_survey_of_a_checkpoint_is_pictures_and_their_description_and_one_sampler_leaves_its_sheet(tmp_path):
+def test_survey_of_a_checkpoint_is_images_and_their_description_and_one_sampler_leaves_its_sheet(tmp_path):
     folder = write_run(tmp_path / "run")
     sample(folder)
     out = folder / "eval_sample" / "checkpoint_1"
@@ -77,7 +77,7 @@ def test_survey_of_a_checkpoint_is_pictures_and_their_description_and_one_sample
     assert (out / "contact_sheet.png").read_bytes() == sheet and (out / "heun_sample_5.png").exists()
 
 
-def test_compiled_checkpoints_are_one_graph_and_the_same_pictures(tmp_path, monkeypatch, cuda_graphs, capsys):
+def test_compiled_checkpoints_are_one_graph_and_the_same_images(tmp_path, monkeypatch, cuda_graphs, capsys):
     monkeypatch.setattr(image_sampling, "SURVEY", [("rk45", 1), ("euler", 1), ("euler", 4)])
     runs = [write_run(tmp_path / name, (1, 2), data__num_classes=10) for name in ("eager", "compiled")]
     for folder in runs:
@@ -126,17 +126,17 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
-def test_one_file_can_be_sampled_and_the_same_noise_gives_the_same_picture(run_folder):
+def test_one_file_can_be_sampled_and_the_same_noise_gives_the_same_image(run_folder):
     path = run_folder / "checkpoints" / "checkpoint_2.pth"
-    picture = run_folder / "eval_sample" / "checkpoint_2" / "euler_sample_2.png"
+    drawn = run_folder / "eval_sample" / "checkpoint_2" / "euler_sample_2.png"
     found = []
     for batch_size in (128, 3):
         sample(run_folder, "--sampling_dir", path, use_ode_sampler="euler", sample_N=2, batch_size=batch_size)
-        found.append(pixels(picture))
+        found.append(pixels(drawn))
     assert (found[0] == found[1]).all()
 
 
-def test_raw_weights_are_other_pictures_in_another_folder(run_folder):
+def test_raw_weights_are_other_images_in_another_folder(run_folder):
     for words in ((), ("--nouse_ema",)):
         sample(run_folder, *words, use_ode_sampler="one_step", eval__end_ckpt=1)
     ema, raw = (pixels(run_folder / "eval_sample" / name / "one_step_sample_1.png")
@@ -164,17 +164,17 @@ def conditional_folder(tmp_path_factory):
 def test_classes_get_a_row_each_drawn_or_chosen(conditional_folder):
     folder = conditional_folder / "eval_sample" / "checkpoint_1"
 
-    def picture_of(name, *words, **fields):
+    def grid_of(name, *words, **fields):
         sample(conditional_folder, *words, use_ode_sampler="one_step", **fields)
         return pixels(folder / f"one_step_sample_1{name}.png")
 
-    drawn = picture_of("")
-    zero, one = (picture_of(f"_class{k}", class_label=k) for k in (0, 1))
+    drawn = grid_of("")
+    zero, one = (grid_of(f"_class{k}", class_label=k) for k in (0, 1))
     assert drawn.shape[2] == 3 and (zero != one).any() and (drawn != one).any()
-    rows = picture_of("_classes2-0", "--classes", "2,0")
+    rows = grid_of("_classes2-0", "--classes", "2,0")
     assert rows.shape[0] == 2 * CELL + GAP and rows.shape[1] > 10 * CELL + GAP
-    assert picture_of("_classes0-1-2", "--classes", "all").shape[0] == 3 * CELL + GAP
-    by_name = picture_of("_classes2-0", "--classes", "eel, cat")
+    assert grid_of("_classes0-1-2", "--classes", "all").shape[0] == 3 * CELL + GAP
+    by_name = grid_of("_classes2-0", "--classes", "eel, cat")
     assert (by_name[:, -10 * CELL:] == rows[:, -10 * CELL:]).all() and by_name.shape[1] < rows.shape[1]  # shorter words
     assert {entry["file"] for entry in entries(conditional_folder)} == {
         f"one_step_sample_1{name}.png" for name in ("", "_class0", "_class1", "_classes2-0", "_classes0-1-2")}
@@ -192,16 +192,16 @@ def test_long_lists_of_classes_that_begin_alike_have_their_own_files(tmp_path):
 def test_what_makes_an_image_another_is_in_its_name(run_folder):
     folder = run_folder / "eval_sample" / "checkpoint_1"
 
-    def picture_of(name, **fields):
+    def grid_of(name, **fields):
         sample(run_folder, **({"eval__end_ckpt": 1, "use_ode_sampler": "heun", "sample_N": 1} | fields))
         return pixels(folder / f"heun_sample_{name}.png")
 
-    first = picture_of("1")
-    assert (picture_of("1_seed7", seed=7) != first).any()
-    assert (picture_of("1_scale0.5", init_noise_scale=0.5) != first).any()
-    assert picture_of("1_9images", eval__batch_size=9).shape[0] == 3 * CELL + GAP
-    assert (picture_of("1_seed42", seed=42) == first).all()  # the default, but a config file may have another seed
-    picture_of("3_rho2.0", rho=2, sample_N=2)
+    first = grid_of("1")
+    assert (grid_of("1_seed7", seed=7) != first).any()
+    assert (grid_of("1_scale0.5", init_noise_scale=0.5) != first).any()
+    assert grid_of("1_9images", eval__batch_size=9).shape[0] == 3 * CELL + GAP
+    assert (grid_of("1_seed42", seed=42) == first).all()  # the default, but a config file may have another seed
+    grid_of("3_rho2.0", rho=2, sample_N=2)
     assert (pixels(folder / "heun_sample_1.png") == first).all()
 
 
@@ -234,7 +234,7 @@ def test_what_cannot_be_sampled_is_one_sentence(request, folder, words, message)
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_network_that_diverged_leaves_no_picture(tmp_path):
+def test_a_network_that_diverged_leaves_no_image(tmp_path):
     folder = write_run(tmp_path / "run")
     path = folder / "checkpoints" / "checkpoint_1.pth"
     state = torch.load(path, weights_only=True)

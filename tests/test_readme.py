@@ -13,7 +13,7 @@ from PIL import Image
 import example
 from experiments.report import read_table
 from models.create import create_model
-from runtime.pictures import GAP, SMALLEST_CELL
+from runtime.plots import GAP, SMALLEST_CELL
 from tests.datasets.image_files import random_images, write_cifar
 from tests.processes import ROOT, run_script, without_curves
 from tests.test_image_sampling import write_run
@@ -128,7 +128,7 @@ def test_the_readme_shows_what_example_py_does():
     assert python_blocks()[0] == inspect.getsource(example.main)
 
 
-def test_the_notebook_cell_of_the_readme_ends_with_a_picture(tmp_path, monkeypatch):
+def test_the_notebook_cell_of_the_readme_ends_with_a_grid(tmp_path, monkeypatch):
     write_run(tmp_path)
     cell = python_blocks()[1].replace("logs/demo/distilled", str(tmp_path))
     assert cell.count("\n") == 6

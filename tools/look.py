@@ -11,7 +11,7 @@ from configs.command_line import run_script
 from configs.default import Field
 from datasets import create_batches
 from datasets.sources import count_classes
-from runtime.pictures import save_grid
+from runtime.plots import save_grid
 from runtime.terminal import print_message, progress_bar
 
 FLAGS = {

@@ -25,7 +25,7 @@ from flows.rectified_flow import velocity_from_network
 from models.create import create_model
 from runtime import run_folder
 from runtime.files import file_lock, read_json, read_json_lines, state_digest, write_json, write_text
-from runtime.pictures import save_grid, save_lines
+from runtime.plots import save_grid, save_lines
 from runtime.run_folder import CHECKPOINTS, CONFIG, DATA, LOG, SAMPLES, run_path
 from runtime.seeds import index_labels, index_noise
 from runtime.terminal import UserError, print_message, progress_bar

@@ -23,10 +23,10 @@ def png(image):
     return encode(Image.fromarray(image.squeeze(0) if len(image) == 1 else image.transpose(1, 2, 0)), "PNG")
 
 
-def encode(picture, kind, **options):
-    """Return a Pillow picture as the bytes of a file."""
+def encode(image, kind, **options):
+    """Return a Pillow image as the bytes of a file."""
     written = io.BytesIO()
-    picture.save(written, kind, **options)
+    image.save(written, kind, **options)
     return written.getvalue()
 
 

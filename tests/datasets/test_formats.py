@@ -323,15 +323,15 @@ def test_damaged_pickles_end_in_one_sentence(load_pickle, noise, cut):
 
 # Files damaged at random are read as something, or refused in one sentence; never a traceback
 
-PICTURES = {f"{k}/{n}.png": files.png(files.random_images(1, 3, 8, n)[0]) for k in "ab" for n in range(3)}
-LABEL_FILES = {"dataset.json": files.label_file({name: 0 for name in PICTURES})}
+IMAGE_FILES = {f"{k}/{n}.png": files.png(files.random_images(1, 3, 8, n)[0]) for k in "ab" for n in range(3)}
+LABEL_FILES = {"dataset.json": files.label_file({name: 0 for name in IMAGE_FILES})}
 DAMAGES = int(os.environ.get("DAMAGES", "12"))  # of each kind; more for a long form of the test
 
 
 def make_image(root, draw):
     kind = draw.choice(["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
-    picture = Image.fromarray(files.random_images(1, 3, 8)[0].transpose(1, 2, 0)).convert(draw.choice(["RGB", "L"]))
-    files.write_folder(root, {f"a.{kind.lower()}": files.encode(picture, kind)})
+    image = Image.fromarray(files.random_images(1, 3, 8)[0].transpose(1, 2, 0)).convert(draw.choice(["RGB", "L"]))
+    files.write_folder(root, {f"a.{kind.lower()}": files.encode(image, kind)})
 
 
 def make_npz_batch(root, draw):
@@ -346,13 +346,13 @@ def make_array(root, draw):
 
 KINDS = {  # how the files are made, the data set, and the size of its images
     "image": (make_image, "custom", 8),
-    "folder": (lambda root, draw: files.write_folder(root, PICTURES | LABEL_FILES), "custom", 8),
-    "zip": (lambda root, draw: files.write_zip(root.with_suffix(".zip"), PICTURES | LABEL_FILES), "custom", 8),
+    "folder": (lambda root, draw: files.write_folder(root, IMAGE_FILES | LABEL_FILES), "custom", 8),
+    "zip": (lambda root, draw: files.write_zip(root.with_suffix(".zip"), IMAGE_FILES | LABEL_FILES), "custom", 8),
     "idx": (lambda root, draw: files.write_mnist(root, DIGITS, DIGIT_LABELS, draw.random() < 0.5), "MNIST", 28),
     "pickle": (lambda root, draw: WRITE["CIFAR10"](root), "CIFAR10", 32),
     "npz batch": (make_npz_batch, "ImageNet64", 64),
     "array": (make_array, "custom", 8),
-    "cache": (lambda root, draw: files.write_folder(root, PICTURES), "custom", 8),
+    "cache": (lambda root, draw: files.write_folder(root, IMAGE_FILES), "custom", 8),
 }
 
 

@@ -167,7 +167,7 @@ def test_an_array_and_a_file_of_the_same_image_are_read_alike(array, channels):
     assert dict(counts) == dict.fromkeys(notes, 1)
 
 
-def to_picture(image):
+def to_image(image):
     return Image.fromarray(image.transpose(1, 2, 0))
 
 
@@ -199,21 +199,21 @@ def flat_cmyk(colour):
 
 @pytest.mark.parametrize(("data", "spec", "expected", "tolerance", "notes"), [
     pytest.param(*row, id=name) for name, *row in (
-        ("of the right size", encode(to_picture(COLOUR), "PNG"), ImageSpec(6, 3), COLOUR, 0, []),
-        ("alpha without holes", encode(to_picture(COLOUR).convert("RGBA"), "PNG"), ImageSpec(6, 3), COLOUR, 0, []),
+        ("of the right size", encode(to_image(COLOUR), "PNG"), ImageSpec(6, 3), COLOUR, 0, []),
+        ("alpha without holes", encode(to_image(COLOUR).convert("RGBA"), "PNG"), ImageSpec(6, 3), COLOUR, 0, []),
         ("grey as colour", png(GREY), ImageSpec(6, 3), GREY.repeat(3, 0), 0, [GREY_TO_COLOUR]),
         ("colour as luma", png(COLOUR), ImageSpec(6, 1), np.tensordot([[0.299, 0.587, 0.114]], COLOUR.astype(float), 1),
          1, [COLOUR_TO_GREY]),
         ("16-bit grey over its whole range", encode(Image.fromarray(VALUES), "PNG"), ImageSpec(3, 1),
          np.round(VALUES / 257)[None], 0, ["16-bit grey, divided by 257"]),
         ("16-bit colour", png_16_bit_colour(COLOUR.astype(np.uint16) * 257), ImageSpec(6, 3), COLOUR, 0, []),
-        ("palette", encode(to_picture(FOUR_COLOURS).quantize(4), "PNG"), ImageSpec(6, 3), FOUR_COLOURS, 1, []),
+        ("palette", encode(to_image(FOUR_COLOURS).quantize(4), "PNG"), ImageSpec(6, 3), FOUR_COLOURS, 1, []),
         ("transparent palette colour", encode(HOLE, "PNG", transparency=1), ImageSpec(2, 3),
          np.array([[[200, 200], [200, 255]], [[0, 0], [0, 255]], [[0, 0], [0, 255]]]), 0, [TRANSPARENT]),
         ("CMYK is not inverted", flat_cmyk((200, 60, 30)), ImageSpec(8, 3),
          np.array([200, 60, 30])[:, None, None].repeat(8, 1).repeat(8, 2), 4, []),
         ("CMYK as grey", flat_cmyk((100,) * 3), ImageSpec(8, 1), np.full((1, 8, 8), 100), 4, [COLOUR_TO_GREY]),
-        ("photo upright", encode(to_picture(COLOUR), "PNG", exif=TURNED), ImageSpec(6, 3),
+        ("photo upright", encode(to_image(COLOUR), "PNG", exif=TURNED), ImageSpec(6, 3),
          np.rot90(COLOUR, -1, (1, 2)), 0, []),
         ("centre of a wide one", png(WIDE), ImageSpec(4, 3), WIDE[:, :, 3:7], 0, ["cropped to the central square"]),
         ("centre of a tall one", png(WIDE.swapaxes(1, 2)), ImageSpec(4, 3), WIDE.swapaxes(1, 2)[:, 3:7], 0,
@@ -231,16 +231,16 @@ def test_an_image_is_read_as_it_looks_and_its_conversions_are_told(data, spec, e
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparent_places_are_white_and_half_transparent_ones_mixed(mode):
-    picture = Image.new("RGBA", (3, 3), (10, 10, 10, 255))
-    picture.putpixel((1, 0), (10, 10, 10, 0))
-    picture.putpixel((2, 0), (10, 10, 10, 128))
-    pixels, notes = decode_image(encode(picture.convert(mode), "PNG"), ImageSpec(3, 3))
+    image = Image.new("RGBA", (3, 3), (10, 10, 10, 255))
+    image.putpixel((1, 0), (10, 10, 10, 0))
+    image.putpixel((2, 0), (10, 10, 10, 128))
+    pixels, notes = decode_image(encode(image.convert(mode), "PNG"), ImageSpec(3, 3))
     assert pixels[:, 0, :2].tolist() == [[10, 255]] * 3
     assert np.abs(pixels[:, 0, 2].astype(int) - round(10 * 128 / 255 + 255 * 127 / 255)).max() <= 1
     assert TRANSPARENT in notes
 
 
-JPEG = encode(to_picture(random_images(1, 3, 64)[0]), "JPEG")
+JPEG = encode(to_image(random_images(1, 3, 64)[0]), "JPEG")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
 
 

@@ -115,7 +115,7 @@ def test_corrupt_images_are_skipped_and_counted_when_asked(tmp_path, capsys):
         load_images(make_config(tmp_path, "custom", tmp_path / "own", 64))
 
 
-def test_many_pictures_keep_their_order_and_labels_through_parallel_decoding(tmp_path, monkeypatch):
+def test_many_images_keep_their_order_and_labels_through_parallel_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "FILES_AT_ONCE", 3)
     images = random_images(50, 1, 4)
     files = {f"{n % 7}/{n:03}.png": png(image) for n, image in enumerate(images)}

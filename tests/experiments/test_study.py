@@ -213,7 +213,7 @@ def test_part_of_the_demo_that_is_there_runs_nothing_and_ends_without_the_report
     assert "all 1 steps are in" in printed and not (tmp_path / "report.md").exists()
 
 
-def test_samples_of_runs_of_one_name_are_all_in_the_picture(tmp_path, monkeypatch):
+def test_samples_of_runs_of_one_name_are_all_in_the_grid(tmp_path, monkeypatch):
     for seed in ("seed0", "seed1"):
         content = small_checkpoint()
         write_checkpoint(tmp_path / seed / "flow/checkpoints/checkpoint_1.pth", content)

@@ -30,7 +30,7 @@ def extractor(inception_path):
     return InceptionExtractor(inception_path, "cpu")
 
 
-def pictures(folder, seed, count=24):
+def write_images(folder, seed, count=24):
     """Write random PNGs; return them as uint8 (N, 3, 20, 20)."""
     images = random_images(seed, count, size=20)
     write_folder(folder, {f"{number:03}.png": png(image) for number, image in enumerate(images.numpy())})
@@ -49,7 +49,7 @@ def clean_fid_features(folder, inception_path):
 
 
 def test_features_of_a_folder_are_those_of_clean_fids_whole_path(tmp_path, inception_path, extractor):
-    images = pictures(tmp_path / "images", 0)
+    images = write_images(tmp_path / "images", 0)
     source = open_images(tmp_path / "images", get_default_config())
     ours = extractor.features(source.read(range(len(source))))
     theirs = clean_fid_features(tmp_path / "images", inception_path)
@@ -71,7 +71,7 @@ def test_the_fid_of_two_folders_is_that_of_clean_fids_features(tmp_path, incepti
     """
     statistics, theirs = [], []
     for seed in (0, 1):
-        images = pictures(tmp_path / str(seed), seed)
+        images = write_images(tmp_path / str(seed), seed)
         statistics.append(measure(images.split(7), extractor, 24, ALONE, "folder"))
         theirs.append(clean_fid_features(tmp_path / str(seed), inception_path)[:, :256].astype(np.float64))
     ours = frechet_distance(*(part for s in statistics for part in (s.mu[:256], s.sigma[:256, :256])))

@@ -100,13 +100,13 @@ def test_files_that_hold_no_arrays_and_files_of_other_kinds_are_refused(tmp_path
 def kinds_of_images():
     """Return image files of 6×6 by name, each of a kind that is easily read in two ways."""
     colour, grey = uint8_images(1)[0], Image.fromarray(np.arange(36, dtype=np.uint16).reshape(6, 6) * 1800)
-    picture = Image.fromarray(colour.transpose(1, 2, 0))
-    turned, holes = Image.Exif(), picture.convert("RGBA")
+    image = Image.fromarray(colour.transpose(1, 2, 0))
+    turned, holes = Image.Exif(), image.convert("RGBA")
     turned[0x0112] = 6
     holes.putpixel((1, 2), (0, 0, 0, 0))
-    return {"16-bit.png": encode(grey, "PNG"), "turned.png": encode(picture, "PNG", exif=turned),
-            "holes.png": encode(holes, "PNG"), "palette.gif": encode(picture, "GIF"),
-            ".hidden/a.png": encode(picture, "PNG"), "__MACOSX/a.png": b"-", "sub/plain.bmp": encode(picture, "BMP")}
+    return {"16-bit.png": encode(grey, "PNG"), "turned.png": encode(image, "PNG", exif=turned),
+            "holes.png": encode(holes, "PNG"), "palette.gif": encode(image, "GIF"),
+            ".hidden/a.png": encode(image, "PNG"), "__MACOSX/a.png": b"-", "sub/plain.bmp": encode(image, "BMP")}
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -115,7 +115,7 @@ def run_without_torch(lines, folder):
     return done.returncode, done.stderr
 
 
-def test_the_ten_lines_shown_make_a_picture_without_torch_of_what_the_command_shown_exports(tmp_path, monkeypatch):
+def test_the_ten_lines_shown_make_an_image_without_torch_of_what_the_command_shown_exports(tmp_path, monkeypatch):
     checkpoint, lines = shown_lines()
     assert len([line for line in lines.splitlines() if line]) <= 10
     write_checkpoint(tmp_path / checkpoint, small_checkpoint(
@@ -135,7 +135,7 @@ def test_the_ten_lines_shown_make_a_picture_without_torch_of_what_the_command_sh
     assert np.abs(found.astype(int) - expected).max() <= 1  # truncation turns the last bit of a float into a level
 
 
-def test_the_lines_shown_make_colour_pictures_too(two_steps, tmp_path):
+def test_the_lines_shown_make_colour_images_too(two_steps, tmp_path):
     _, folder = two_steps
     _, lines = shown_lines()
     path = tmp_path / re.search(r'"(logs/[^"]+\.onnx)"', lines)[1]

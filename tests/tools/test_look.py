@@ -1,4 +1,4 @@
-"""python -m tools.look: what a data set is, and a picture of what the loader yields."""
+"""python -m tools.look: what a data set is, and a grid of what the loader yields."""
 
 import types
 
@@ -14,13 +14,13 @@ from tools import look
 from tools.look import describe_images, main, moments
 
 
-def test_one_command_describes_the_digits_and_writes_a_picture(tmp_path):
+def test_one_command_describes_the_digits_and_writes_a_grid(tmp_path):
     log = output_of(tmp_path, "tools.look", "--config", DIGITS, *overrides(data__use_aug=True), "--out",
                     tmp_path / "look.png", "--images", 20)
     assert "images: 1797 of shape (1, 8, 8)" in log and "classes: 10 (0: 178, 1: 182, " in log
     assert "mean per channel: 0.3053 " in log and "standard deviation: 0.3759" in log
-    with Image.open(tmp_path / "look.png") as picture:
-        assert picture.width > picture.height > 2 * 8
+    with Image.open(tmp_path / "look.png") as grid:
+        assert grid.width > grid.height > 2 * 8
 
 
 def test_moments_are_those_of_the_pixels():
@@ -45,7 +45,7 @@ def test_cache_conversions_and_skipped_images_are_told():
     assert "skipped: 1 images, the first: bad" in text and "classes: 0 (none)" in text
 
 
-def test_the_picture_shows_what_training_sees(monkeypatch, capsys):
+def test_the_grid_shows_what_training_sees(monkeypatch, capsys):
     config, shown = get_config(), []
     config.data.use_aug, config.training.batch_size = True, 64
     monkeypatch.setattr(look, "save_grid", lambda path, images, columns: shown.append(images))

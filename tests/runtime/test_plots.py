@@ -1,4 +1,4 @@
-"""Pictures of samples show every image in its place, whole or not at all."""
+"""A grid of samples shows every image in its place, whole or not at all."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from runtime.pictures import GAP, SMALLEST_CELL, save_grid, save_lines, to_uint8
+from runtime.plots import GAP, SMALLEST_CELL, save_grid, save_lines, to_uint8
 from runtime.terminal import UserError
 
 
@@ -21,11 +21,11 @@ def ramp(count, channels, size):
 def test_grid_shows_each_image_in_its_place_at_a_size_people_can_see(tmp_path, channels, size, cell):
     save_grid(tmp_path / "short.png", ramp(6, channels, size)[:5], columns=3)  # a last row may be short
     save_grid(tmp_path / "grid.png", ramp(6, channels, size), columns=3)
-    picture, short = (np.asarray(Image.open(tmp_path / name)) for name in ("grid.png", "short.png"))
+    grid, short = (np.asarray(Image.open(tmp_path / name)) for name in ("grid.png", "short.png"))
     step = cell + GAP
-    assert short.shape == picture.shape and (short[:, : 2 * step] == picture[:, : 2 * step]).all()
-    assert picture.shape[:2] == (2 * step + GAP, 3 * step + GAP) and picture.ndim == (2 if channels == 1 else 3)
-    centres = [picture[GAP + row * step + cell // 2, GAP + column * step + cell // 2].ravel()[0]
+    assert short.shape == grid.shape and (short[:, : 2 * step] == grid[:, : 2 * step]).all()
+    assert grid.shape[:2] == (2 * step + GAP, 3 * step + GAP) and grid.ndim == (2 if channels == 1 else 3)
+    centres = [grid[GAP + row * step + cell // 2, GAP + column * step + cell // 2].ravel()[0]
                for row in range(2) for column in range(3)]
     assert centres == [0, 51, 102, 153, 204, 255]
 
@@ -33,8 +33,8 @@ def test_grid_shows_each_image_in_its_place_at_a_size_people_can_see(tmp_path, c
 def test_enlarged_pixels_stay_as_they_are(tmp_path):
     images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     save_grid(tmp_path / "grid.png", images, columns=1)
-    picture = np.asarray(Image.open(tmp_path / "grid.png"))[GAP : GAP + 64, GAP : GAP + 64]
-    assert (picture[::8, ::8] == to_uint8(images)[0]).all() and (picture[7::8, 7::8] == to_uint8(images)[0]).all()
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))[GAP : GAP + 64, GAP : GAP + 64]
+    assert (grid[::8, ::8] == to_uint8(images)[0]).all() and (grid[7::8, 7::8] == to_uint8(images)[0]).all()
 
 
 def test_values_outside_the_range_are_clipped():

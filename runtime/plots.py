@@ -35,12 +35,12 @@ def save_grid(path, images, columns, labels=()):
     canvas = to_uint8(grid[None, : images.shape[1]])[0]
     font = ImageFont.load_default(size=FONT_SIZE)
     margin = max((int(font.getlength(text)) + 12 for text in labels), default=0)
-    picture = Image.fromarray(np.pad(canvas, ((0, 0), (margin, 0), (0, 0)), constant_values=255).squeeze())
-    draw, height = ImageDraw.Draw(picture), cells.shape[2]
+    image = Image.fromarray(np.pad(canvas, ((0, 0), (margin, 0), (0, 0)), constant_values=255).squeeze())
+    draw, height = ImageDraw.Draw(image), cells.shape[2]
     for row, text in enumerate(labels):
         draw.text((margin - 6, GAP + row * (height + GAP) + height // 2), text, fill=0, font=font, anchor="rm")
     with atomic_path(path) as temporary:
-        picture.save(temporary)
+        image.save(temporary)
 
 
 def save_lines(path, curves, title, x_label, y_label, y_scale="linear"):
