@@ -29,7 +29,7 @@ def config_of(path="", /, **fields):
 
 
 def overrides(**fields):
-    """Return the words of a command line that set config fields."""
+    """Return the arguments of a command line that set config fields."""
     return [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
 
 

@@ -134,10 +134,10 @@ def notices(tree, file, text, wrong, tests):
     return status == pytest.ExitCode.TESTS_FAILED
 
 
-def main(*words):
+def main(*arguments):
     """Run the rows; return the number of survivors."""
-    rows, survivors = [row for number, row in enumerate(MUTATIONS, 1) if not words or str(number) in words
-                       or any(word in row[0] for word in words)], 0
+    rows, survivors = [row for number, row in enumerate(MUTATIONS, 1) if not arguments or str(number) in arguments
+                       or any(word in row[0] for word in arguments)], 0
     with tempfile.TemporaryDirectory() as folder:
         tree = pathlib.Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "logs", "reflow_data",

@@ -27,7 +27,7 @@ SERVER.set_forkserver_preload(["torch", "torch.optim", "torchvision", "ml_collec
                                "tests.processes"])
 
 
-def _run(script, words, log, cwd, environment, prepare):
+def _run(script, arguments, log, cwd, environment, prepare):
     """Run a script, or a module of tools/, as `python` would, output in the file `log` (the body of the child)."""
     os.environ.clear()
     os.environ.update(environment)
@@ -40,7 +40,7 @@ def _run(script, words, log, cwd, environment, prepare):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    sys.argv = [script, *words]
+    sys.argv = [script, *arguments]
     for module, found in flags.FLAGS.flags_by_module_dict().items():  # those of scripts that tests imported
         if not module.startswith("absl."):
             for flag in list(found):
@@ -66,11 +66,11 @@ def _run(script, words, log, cwd, environment, prepare):
 class Script:
     """A script in a process of its own; `log` is what it printed. `prepare`, if given, is called there first."""
 
-    def __init__(self, folder, script, words, environment=None, cwd=ROOT, prepare=None):
+    def __init__(self, folder, script, arguments, environment=None, cwd=ROOT, prepare=None):
         self._log = pathlib.Path(folder) / f"output-{pathlib.Path(script).stem}-{time.monotonic_ns()}.txt"
-        arguments = (script, [str(w) for w in words], str(self._log), cwd, {**os.environ, **(environment or {})},
-                     prepare)
-        self.process = SERVER.Process(target=_run, args=arguments)
+        environment = {**os.environ, **(environment or {})}
+        self.process = SERVER.Process(target=_run, args=(
+            script, [str(argument) for argument in arguments], str(self._log), cwd, environment, prepare))
         self.process.start()
 
     @property
@@ -106,16 +106,16 @@ class Script:
         self.kill()
 
 
-def run_script(folder, script, *words, environment=None, cwd=ROOT, prepare=None):
+def run_script(folder, script, *arguments, environment=None, cwd=ROOT, prepare=None):
     """Run a script ("train.py") or module ("tools.look") to its end; return (exit status, what it printed)."""
-    started = Script(folder, script, words, environment, cwd, prepare)
+    started = Script(folder, script, arguments, environment, cwd, prepare)
     status = started.wait()
     return status, started.log
 
 
-def output_of(folder, script, *words, **options):
+def output_of(folder, script, *arguments, **options):
     """Run a script to its end, which must be a good one; return what it printed."""
-    status, printed = run_script(folder, script, *words, **options)
+    status, printed = run_script(folder, script, *arguments, **options)
     assert status == 0, printed
     return printed
 
@@ -127,17 +127,17 @@ def without_curves():
     RunLogger.draw = lambda logger: None
 
 
-def run_ranks(folder, script, *words, count=2):
+def run_ranks(folder, script, *arguments, count=2):
     """Run a script in `count` gloo processes as torchrun would; return the list of (exit status, output)."""
-    started = start_ranks(folder, script, *words, count=count)
+    started = start_ranks(folder, script, *arguments, count=count)
     return [(one.wait(), one.log) for one in started]
 
 
-def start_ranks(folder, script, *words, count=2):
+def start_ranks(folder, script, *arguments, count=2):
     """Start a script in `count` gloo processes; return the list of `Script`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [Script(folder, script, words, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    return [Script(folder, script, arguments, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(count)]

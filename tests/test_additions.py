@@ -81,12 +81,12 @@ def test_a_checkpoint_of_such_a_network_is_converted_with_its_config_file(page, 
     write_checkpoint(tmp_path / "checkpoint_1.pth", {
         "model": net.state_dict(), "weights": "EMA", "config": json.loads(config.to_json())})
     (tmp_path / "my_config.py").write_text("\n\n".join(blocks("extending.md")))
-    words = [str(tmp_path / name) for name in ("checkpoint_1.pth", "model.safetensors")]
+    arguments = [str(tmp_path / name) for name in ("checkpoint_1.pth", "model.safetensors")]
     del NETWORKS["small"]
     with pytest.raises(UserError, match="model.name must be one of ncsnpp, DhariwalUNet, not 'small'"):
-        convert.main(parse_flags(words, convert.FLAGS, positional=("source", "target")))
-    words += ["--config", str(tmp_path / "my_config.py")]
-    convert.main(parse_flags(words, convert.FLAGS, positional=("source", "target")))
+        convert.main(parse_flags(arguments, convert.FLAGS, positional=("source", "target")))
+    arguments += ["--config", str(tmp_path / "my_config.py")]
+    convert.main(parse_flags(arguments, convert.FLAGS, positional=("source", "target")))
     assert same(load_model(tmp_path / "model.safetensors").state_dict(), net.state_dict())
 
 
@@ -124,9 +124,9 @@ def test_a_weight_and_a_time_schedule_train(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     losses = []
     for weight in ("t", "uniform"):
-        words = overrides(expr=weight, training__n_iters=1, training__batch_size=4, training__snapshot_sampling=0,
+        arguments = overrides(expr=weight, training__n_iters=1, training__batch_size=4, training__snapshot_sampling=0,
                           training__progress="false", flow__eps=0.0, training__weight_schedule=weight,
                           flow__flow_t_schedule="half_2", **SMALL)
-        assert not train.main(*parse_command_line(["train.py", "--config", DIGITS, *words]))
+        assert not train.main(*parse_command_line(["train.py", "--config", DIGITS, *arguments]))
         losses.append(json.loads((tmp_path / f"logs/{weight}/log.jsonl").read_text())["loss"])
     assert losses[0] == pytest.approx(losses[1] / 4, rel=1e-5)

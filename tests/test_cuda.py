@@ -189,10 +189,10 @@ def test_features_in_full_float32_keep_cudnn():
         assert torch.backends.cudnn.enabled and not torch.backends.cudnn.allow_tf32
 
 
-def run(log, *words):
+def run(log, *arguments):
     """Run a script to its end. Its output goes to a file: a pipe stays open as long as the compiler's helpers live."""
     with open(log, "w") as opened:
-        done = subprocess.run([sys.executable, *map(str, words)], stdout=opened, stderr=opened, timeout=HANGING)
+        done = subprocess.run([sys.executable, *map(str, arguments)], stdout=opened, stderr=opened, timeout=HANGING)
     assert done.returncode == 0, log.read_text()[-2000:]
 
 
@@ -203,8 +203,8 @@ def test_the_scripts_run_and_a_run_continues(own, repository, tmp_path):
               "training__precision": precision, "training__batch_size": 32, "eval__batch_size": 32}
     fields |= {"training__compile": True, "training__compile_mode": "reduce-overhead"} if compiled else {}
 
-    def start(script, *words, **more):  # batches are equal, so that the compiler finds most graphs in its cache
-        run(tmp_path / "log", repository / script, "--config", DIGITS, *words, *overrides(**(fields | more)))
+    def start(script, *arguments, **more):  # batches are equal, so that the compiler finds most graphs in its cache
+        run(tmp_path / "log", repository / script, "--config", DIGITS, *arguments, *overrides(**(fields | more)))
 
     for updates in (20, 40):
         start("train.py", work_dir=tmp_path, expr="flow", training__snapshot_freq=20, training__record_iters=5,

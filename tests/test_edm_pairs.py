@@ -21,7 +21,7 @@ STUDENT = {"training__batch_size": 4, "training__snapshot_freq": 4, "training__s
            "model__num_res_blocks": 1, "model__attn_resolutions": (8,)}
 
 
-def pair_words(root, *flags, teacher=None, **fields):
+def pair_arguments(root, *flags, teacher=None, **fields):
     return ["--config", CIFAR10, "--ckpt_path", teacher or golden_file(f"{TEACHER}.pkl"), "--data_root", root, *flags,
             *overrides(**(FAST | fields))]
 
@@ -37,7 +37,7 @@ def train(folder, expr, pairs, **fields):
 def pairs(tmp_path_factory):
     """A folder of 16 pairs of the teacher."""
     folder = tmp_path_factory.mktemp("edm")
-    (folder / "log").write_text(output_of(folder, "generate_data.py", *pair_words(folder)))
+    (folder / "log").write_text(output_of(folder, "generate_data.py", *pair_arguments(folder)))
     return folder / "42"
 
 
@@ -56,7 +56,7 @@ def test_recorded_latents_become_the_recorded_images(tmp_path):
     """--z0_path and the sampler edm: EDM's own protocol through our script."""
     _, numbers = golden_numbers("edm_ncsnpp")
     np.save(tmp_path / "z0.npy", numbers["latents"].float().numpy())
-    output_of(tmp_path, "generate_data.py", *pair_words(
+    output_of(tmp_path, "generate_data.py", *pair_arguments(
         tmp_path, "--z0_path", tmp_path / "z0.npy", teacher=golden_file("edm_ncsnpp.pkl"),
         sampling__use_ode_sampler="edm", sampling__sample_N=18, sampling__total_number_of_samples=3))
     images = np.load(tmp_path / "42/z1.npy")
@@ -87,7 +87,7 @@ def test_student_that_starts_as_its_teacher_is_trained_resumed_and_used(pairs, t
     files = [tmp_path / f"{name}/checkpoints/checkpoint_2.pth" for name in ("twice", "once")]
     twice, once = (read_checkpoint(file)["model"] for file in files)
     assert all(torch.equal(twice[name], once[name]) for name in once)
-    output_of(tmp_path, "generate_data.py", *pair_words(tmp_path / "pairs", teacher=files[0]))
+    output_of(tmp_path, "generate_data.py", *pair_arguments(tmp_path / "pairs", teacher=files[0]))
     assert np.isfinite(np.load(tmp_path / "pairs/42/z1.npy")).all()
 
 

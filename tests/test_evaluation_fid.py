@@ -51,9 +51,9 @@ def without_cost_and_figures(monkeypatch):
     monkeypatch.setattr(evaluation_fid.results, "draw_figure", lambda *arguments: None)
 
 
-def run_main(*words):
+def run_main(*arguments):
     """Run main() in this process."""
-    evaluation_fid.main(*parse_command_line(["evaluation_fid.py", "--config", DIGITS, *map(str, words)], "",
+    evaluation_fid.main(*parse_command_line(["evaluation_fid.py", "--config", DIGITS, *map(str, arguments)], "",
                                             evaluation_fid.FLAGS))
 
 
@@ -79,12 +79,12 @@ def test_a_sweep_measures_every_checkpoint_and_names_the_best(run):
 
 
 def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measure_the_same(run):
-    words = ("--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, "--config.eval.save_samples=true")
-    run_main(*words)
+    arguments = ("--ckpt_dir", run / "checkpoints" / "checkpoint_1.pth", *QUICK, "--config.eval.save_samples=true")
+    run_main(*arguments)
     (file,) = (run / "eval").glob("checkpoint_1_one_step_*.npy")
     alone = np.load(file)
     file.unlink()  # samples that are asked for and missing are drawn again
-    ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", DIGITS, *words, "--config.eval.batch_size=7")
+    ranks = start_ranks(run.parent, "evaluation_fid.py", "--config", DIGITS, *arguments, "--config.eval.batch_size=7")
     assert [rank.wait() for rank in ranks] == [0, 0], "\n".join(rank.log for rank in ranks)
     assert ["best: " in rank.log for rank in ranks] == [True, False]
     together = np.load(file)
@@ -104,12 +104,12 @@ def test_processes_and_batch_size_change_nothing_and_files_of_the_samples_measur
 
 def test_samples_of_another_tolerance_seed_or_checkpoint_of_the_same_name_have_their_own_file(run):
     checkpoint = run / "checkpoints/checkpoint_1.pth"
-    words = ("--ckpt_dir", checkpoint, "--config.sampling.use_ode_sampler=rk45", "--config.eval.num_samples=8",
+    arguments = ("--ckpt_dir", checkpoint, "--config.sampling.use_ode_sampler=rk45", "--config.eval.num_samples=8",
              "--config.eval.save_samples=true", "--config.eval.nearest=0", "--config.sampling.ode_tol=0.1")
     for more in ((), ("--config.sampling.ode_tol=0.01",), ("--config.seed=1",), ("--use_ema=false",)):
-        run_main(*words, *more)
+        run_main(*arguments, *more)
     write_checkpoint(checkpoint, tiny_checkpoint(2))
-    run_main(*words)
+    run_main(*arguments)
     assert len({r["samples"] for r in results(run)}) == 5
     arrays = [np.load(run / "eval" / r["samples"]) for r in results(run)]
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(arrays, 2) if a is not arrays[3])
@@ -131,12 +131,12 @@ def test_a_killed_sweep_goes_on_with_what_is_missing_and_waits_until_the_last_ch
     second = run / "checkpoints" / "checkpoint_2.pth"
     content = second.read_bytes()
     second.unlink()
-    words = ("--config", DIGITS, "--ckpt_dir", run, *QUICK, "--config.eval.wait=true")
-    Script(run.parent, "evaluation_fid.py", words).kill_when(lambda: results(run))
+    arguments = ("--config", DIGITS, "--ckpt_dir", run, *QUICK, "--config.eval.wait=true")
+    Script(run.parent, "evaluation_fid.py", arguments).kill_when(lambda: results(run))
     before = results(run)
     assert [r["checkpoint"] for r in before] == ["checkpoint_1.pth"]
     second.write_bytes(content[: len(content) // 2])  # a copy on its way
-    again = Script(run.parent, "evaluation_fid.py", words)
+    again = Script(run.parent, "evaluation_fid.py", arguments)
     while "checkpoint_1.pth: already measured" not in again.log:
         assert again.process.is_alive(), again.log
         time.sleep(0.02)
@@ -172,11 +172,11 @@ def test_what_was_measured_is_measured_again_when_its_files_or_the_targets_chang
     images = load_images(load_config(DIGITS)).images
     np.save(source, images[:60])
     np.save(target, images[:500])
-    words = ("--data_dir", source, "--target_path", target, "--config.eval.nearest=0")
+    arguments = ("--data_dir", source, "--target_path", target, "--config.eval.nearest=0")
     for changed in (None, None, source, target):
         if changed:
             np.save(changed, images[-len(np.load(changed)):])
-        run_main(*words)
+        run_main(*arguments)
     found = [r["pixel_frechet_distance"] for r in results(run)]
     assert len(found) == len(set(found)) == 3  # the second call has found what the first one wrote
 
@@ -337,9 +337,9 @@ def test_a_result_that_cannot_be_written_is_printed(tmp_path, capsys, monkeypatc
 
 
 def test_compiled_checkpoints_of_a_sweep_share_one_graph_and_measure_the_same(run, cuda_graphs):
-    words = ("--ckpt_dir", run, *QUICK, "--config.eval.batch_size=30", "--config.training.progress=false")
-    run_main(*words)
-    run_main(*words, "--config.training.compile=true", "--force")
+    arguments = ("--ckpt_dir", run, *QUICK, "--config.eval.batch_size=30", "--config.training.progress=false")
+    run_main(*arguments)
+    run_main(*arguments, "--config.training.compile=true", "--force")
     assert cuda_graphs == ["default"]
     first, second, *again = (r["pixel_frechet_distance"] for r in results(run))
     assert again == pytest.approx([first, second], rel=1e-3) and first != pytest.approx(second, rel=1e-2)

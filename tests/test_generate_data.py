@@ -38,19 +38,19 @@ def in_repository(repository, monkeypatch):
     monkeypatch.chdir(repository)
 
 
-def words_for(root, flags=None, **fields):
+def arguments_for(root, flags=None, **fields):
     """The command line: flags, and config fields (None: leave the field out)."""
     fields = {name: value for name, value in (CLOSED_FORM | fields).items() if value is not None}
     flags = {"config": DIGITS, "data_root": root} | (flags or {})
     return [*(f"--{name}={value}" for name, value in flags.items()), *overrides(**fields)]
 
 
-def generate(words):
+def generate(arguments):
     """Run generate_data.py in this process; return (exit status, what it printed)."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
-            generate_data.main(*parse_command_line(["generate_data.py", *words], "", generate_data.FLAGS))
+            generate_data.main(*parse_command_line(["generate_data.py", *arguments], "", generate_data.FLAGS))
             return 0, printed.getvalue()
         except UserError as error:
             return 2, f"{printed.getvalue()}generate_data.py: {error}"
@@ -59,7 +59,7 @@ def generate(words):
 def make(root, flags=None, **fields):
     """Run generate_data.py to its end; return the folder of the pairs."""
     root.mkdir(exist_ok=True)
-    status, log = generate(words_for(root, flags, **fields))
+    status, log = generate(arguments_for(root, flags, **fields))
     assert status == 0, log
     (root / "log").write_text(log)
     return root / str(fields.get("seed", CLOSED_FORM["seed"]))
@@ -67,7 +67,7 @@ def make(root, flags=None, **fields):
 
 def refused(root, flags=None, **fields):
     """Run generate_data.py, which must be refused; return the one sentence it says."""
-    status, log = generate(words_for(root, flags, **fields))
+    status, log = generate(arguments_for(root, flags, **fields))
     assert status == 2, log
     return log.splitlines()[-1]
 
@@ -151,7 +151,7 @@ def test_processes_share_the_blocks_and_change_nothing(tmp_path):
     alone = make(tmp_path / "alone", sampling__total_number_of_samples=150)
     root = tmp_path / "together"
     ended = run_ranks(tmp_path, "generate_data.py",
-                      *words_for(root, sampling__total_number_of_samples=150), count=3)
+                      *arguments_for(root, sampling__total_number_of_samples=150), count=3)
     assert [status for status, _ in ended] == [0, 0, 0], ended
     assert contents(root / "3") == contents(alone)
 
@@ -399,7 +399,7 @@ def test_killed_at_random_moments_and_started_again_the_files_are_those_of_an_un
     moments = random.Random(0)
     for already in (1, 5, 9):
         pause = moments.uniform(0, 0.2)
-        running = Script(tmp_path, "generate_data.py", words_for(root, **fields), prepare=write_slowly)
+        running = Script(tmp_path, "generate_data.py", arguments_for(root, **fields), prepare=write_slowly)
         running.kill_when(lambda least=already, pause=pause: finished_blocks(folder) >= least and not time.sleep(pause))
         assert len(np.load(folder / "z1.npy")) == 0, "an unfinished folder promises pairs"
     with pytest.raises(UserError, match="is unfinished"):
@@ -429,8 +429,8 @@ def test_peak_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
               "data__image_size": 32}
     peaks = []
     for count in (2000, 13_000):  # a whole block of 4 × 500, and several
-        words = words_for(tmp_path / str(count), sampling__total_number_of_samples=count, **fields)
-        printed = output_of(tmp_path, "generate_data.py", *words, prepare=print_peak)
+        arguments = arguments_for(tmp_path / str(count), sampling__total_number_of_samples=count, **fields)
+        printed = output_of(tmp_path, "generate_data.py", *arguments, prepare=print_peak)
         peaks.append(int(re.search(r"^peak (\d+)$", printed, re.MULTILINE)[1]))
     assert (tmp_path / "13000/3/z1.npy").stat().st_size > 50e6
     assert abs(peaks[1] / peaks[0] - 1) < 0.1, f"{peaks} KiB"

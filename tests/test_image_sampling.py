@@ -44,11 +44,11 @@ def run_folder(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("logs") / "tiny", numbers=(1, 2, 4))
 
 
-def sample(folder, *words, config=None, **fields):
+def sample(folder, *arguments, config=None, **fields):
     """Call the script as its command line does, in this process; fields without a group are those of sampling."""
     named = {name if "__" in name or name == "seed" else f"sampling__{name}": value for name, value in fields.items()}
     argv = ["image_sampling.py", "--config", str(config or folder / "config.json"), "--sampling_dir", str(folder),
-            *overrides(**({"sampling__ode_tol": 0.01, "eval__batch_size": 4} | named)), *map(str, words)]
+            *overrides(**({"sampling__ode_tol": 0.01, "eval__batch_size": 4} | named)), *map(str, arguments)]
     image_sampling.main(*parse_command_line(argv, script_flags=image_sampling.FLAGS))
 
 
@@ -137,8 +137,8 @@ def test_one_file_can_be_sampled_and_the_same_noise_gives_the_same_image(run_fol
 
 
 def test_raw_weights_are_other_images_in_another_folder(run_folder):
-    for words in ((), ("--nouse_ema",)):
-        sample(run_folder, *words, use_ode_sampler="one_step", eval__end_ckpt=1)
+    for arguments in ((), ("--nouse_ema",)):
+        sample(run_folder, *arguments, use_ode_sampler="one_step", eval__end_ckpt=1)
     ema, raw = (pixels(run_folder / "eval_sample" / name / "one_step_sample_1.png")
                 for name in ("checkpoint_1", "checkpoint_1_raw"))
     assert (ema != raw).any() and entries(run_folder, "checkpoint_1_raw")[-1]["weights"] == "raw"
@@ -164,8 +164,8 @@ def conditional_folder(tmp_path_factory):
 def test_classes_get_a_row_each_drawn_or_chosen(conditional_folder):
     folder = conditional_folder / "eval_sample" / "checkpoint_1"
 
-    def grid_of(name, *words, **fields):
-        sample(conditional_folder, *words, use_ode_sampler="one_step", **fields)
+    def grid_of(name, *arguments, **fields):
+        sample(conditional_folder, *arguments, use_ode_sampler="one_step", **fields)
         return pixels(folder / f"one_step_sample_1{name}.png")
 
     drawn = grid_of("")
@@ -215,7 +215,7 @@ def test_a_one_step_model_has_no_straightness_and_no_trajectories(tmp_path, caps
 CLASSES, PLAIN = "conditional_folder", "run_folder"  # the fixtures
 
 
-@pytest.mark.parametrize(("folder", "words", "message"), [
+@pytest.mark.parametrize(("folder", "arguments", "message"), [
     (CLASSES, overrides(sampling__class_label=3), "class_label is 3, but the model has 3 classes"),
     (CLASSES, ["--classes", "1,5"], "'5' is no class; the classes are 0 to 2"),
     (CLASSES, ["--classes", "1,bat"], "'bat' is no class; the classes are 0 to 2, or all, or names: cat, dog, eel"),
@@ -226,11 +226,11 @@ CLASSES, PLAIN = "conditional_folder", "run_folder"  # the fixtures
     (PLAIN, ["--sampling_dir", "/nowhere"], "/nowhere' is neither a run folder nor a .pth or .pkl file"),
     (PLAIN, ["--sampling_dir", ""], "--sampling_dir '' is neither a run folder nor a .pth or .pkl file: name one"),
 ])
-def test_what_cannot_be_sampled_is_one_sentence(request, folder, words, message):
+def test_what_cannot_be_sampled_is_one_sentence(request, folder, arguments, message):
     folder = request.getfixturevalue(folder)
     before = sorted(folder.rglob("*"))
     with pytest.raises(UserError, match=message):
-        sample(folder, *words)
+        sample(folder, *arguments)
     assert sorted(folder.rglob("*")) == before
 
 
@@ -249,8 +249,8 @@ def test_a_network_that_diverged_leaves_no_image(tmp_path):
 
 def test_command_line_reports_an_empty_folder_in_one_sentence_with_status_two(tmp_path):
     (tmp_path / "empty").mkdir()
-    words = ["--config", CIFAR10, "--sampling_dir", tmp_path / "empty"]
-    status, printed = run_script(tmp_path, "image_sampling.py", *words)
+    arguments = ["--config", CIFAR10, "--sampling_dir", tmp_path / "empty"]
+    status, printed = run_script(tmp_path, "image_sampling.py", *arguments)
     assert status == 2 and printed.count("\n") == 1 and "has no checkpoint_{k}.pth" in printed
     assert list((tmp_path / "empty").iterdir()) == []
 

@@ -37,7 +37,7 @@ LPIPS = "--config.training.n_iters 1 --config.training.batch_size 1"  # VGG16 at
 
 
 def commands(page="README.md"):
-    """Return the commands of a page's bash blocks (and of the README's studies) as lists of words.
+    """Return the commands of a page's bash blocks (and of the README's studies) as lists of arguments.
 
     Continuation lines are joined, comments removed, and variables replaced by what an earlier line sets them to.
     """
@@ -50,15 +50,15 @@ def commands(page="README.md"):
         if assigned := re.fullmatch(r'(\w+)=("?)(.*)\2', line):
             variables[assigned[1]] = assigned[3]
             continue
-        words = shlex.split(line, comments=True)
-        if words and " ".join(words[:2]) not in SETUP:
-            found.append(words)
+        command = shlex.split(line, comments=True)
+        if command and " ".join(command[:2]) not in SETUP:
+            found.append(command)
     return found
 
 
-def script_of(words):
+def script_of(command):
     """Return the script ("train.py") or module ("tools.look") of a command."""
-    return words[2] if words[1] == "-m" else words[1].removeprefix("./")
+    return command[2] if command[1] == "-m" else command[1].removeprefix("./")
 
 
 @pytest.fixture(scope="module")
@@ -73,23 +73,23 @@ def workplace(tmp_path_factory):
 
 
 def test_readme_names_the_seeds_commands():
-    scripts = [script_of(words) for words in commands() if words[0] == "python"]
+    scripts = [script_of(command) for command in commands() if command[0] == "python"]
     assert set(TINY) <= set(scripts) and scripts.count("train.py") == 4
 
 
 def run_commands(page, workplace, tiny, environment=None):
-    """Run the commands of a page in its order, each with the words of `tiny` for its script or module."""
-    for words in commands(page):
-        assert words[0] == "python", f"{page} has a command that this test does not know: {words}"
-        script = script_of(words)
+    """Run the commands of a page in its order, each with the arguments of `tiny` for its script or module."""
+    for command in commands(page):
+        assert command[0] == "python", f"{page} has a command that this test does not know: {command}"
+        script = script_of(command)
         if script == "tools.export":  # see tests/tools/test_export.py
             continue
         more = shlex.split(tiny.get(script, ""))
-        if "lpips" in words:
+        if "lpips" in command:
             more += shlex.split(LPIPS)
-        status, printed = run_script(workplace, script, *words[3 if words[1] == "-m" else 2:], *more, cwd=workplace,
+        status, printed = run_script(workplace, script, *command[3 if command[1] == "-m" else 2:], *more, cwd=workplace,
                                      environment=environment, prepare=without_curves)
-        assert status == 0, f"{' '.join(words)}\n{printed}"
+        assert status == 0, f"{' '.join(command)}\n{printed}"
 
 
 def test_every_command_of_the_readme_runs(workplace, torch_home):
@@ -111,11 +111,11 @@ def test_the_networks_of_the_table_have_the_sizes_that_it_says():
             if line.startswith("| CIFAR32 ")]
     assert len(rows) == 4
     for name, options, parameters, gmacs, _ in rows:
-        words = ["train.py", "--config", "configs/rectified_flow/cifar10_rf_gaussian.py"]
+        command = ["train.py", "--config", "configs/rectified_flow/cifar10_rf_gaussian.py"]
         for option in re.findall("`([^`]+)`", options):
-            words += shlex.split(f"--config.model.{option}")
+            command += shlex.split(f"--config.model.{option}")
         with torch.device("meta"):
-            found = sum(p.numel() for p in create_model(parse(words)[1]).parameters())
+            found = sum(p.numel() for p in create_model(parse(command)[1]).parameters())
         assert f"{found:,}" == parameters.strip() and (found, float(gmacs)) in ROWS.values(), name
 
 

@@ -37,7 +37,7 @@ SECTIONS = read_sections()
 
 
 def commands(row):
-    """Return the commands of a row, lists of words, with its variables as bash would put them in."""
+    """Return the commands of a row, lists of arguments, with its variables as bash would put them in."""
     section, _, name = row.rpartition(" ")
     choices, lines = SECTIONS[section]
     if name == "1-flow":
@@ -48,12 +48,12 @@ def commands(row):
     return [shlex.split(line) for line in lines]
 
 
-def parse(words):
+def parse(command):
     """Return (script, config, other flags) of a command; fails on what does not exist."""
-    place, script = next((place, word) for place, word in enumerate(words) if word.endswith(".py"))
+    place, script = next((place, word) for place, word in enumerate(command) if word.endswith(".py"))
     flags = getattr(importlib.import_module(script.removesuffix(".py")), "FLAGS", {})
-    words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
-    config, args, _ = parse_command_line(words[place:], script_flags=flags)
+    command = [str(ROOT / word) if word.startswith("configs/") else word for word in command]
+    config, args, _ = parse_command_line(command[place:], script_flags=flags)
     return script, config, {f"--{name}": str(args[name].value) for name in flags if args[name].present}
 
 
@@ -68,14 +68,14 @@ def test_the_sections_have_exactly_the_rows_of_the_table():
 @pytest.mark.parametrize("row", ROWS)
 def test_every_command_of_a_row_parses_and_uses_what_an_earlier_one_makes(row):
     made = []
-    for words in commands(row):
-        if words[0] == "curl":
-            made.append(words[-1].rpartition("/")[2])
+    for command in commands(row):
+        if command[0] == "curl":
+            made.append(command[-1].rpartition("/")[2])
             continue
-        if words[1] == "edm/dataset_tool.py":
-            made.append(next(word for word in words if word.startswith("--dest=")).removeprefix("--dest="))
+        if command[1] == "edm/dataset_tool.py":
+            made.append(next(word for word in command if word.startswith("--dest=")).removeprefix("--dest="))
             continue
-        script, config, other = parse(words)
+        script, config, other = parse(command)
         if config.data.dataset != "CIFAR10":  # which is downloaded
             assert any(path.startswith(f"data/{config.data.dataset}/") for path in made)
         needed = [other.get("--ckpt_dir", ""), other.get("--ckpt_path", ""), other.get("--target_path", "")]
@@ -88,7 +88,7 @@ def test_every_command_of_a_row_parses_and_uses_what_an_earlier_one_makes(row):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_figure_of_a_row_is_that_of_its_network_under_the_stated_protocol(row):
-    found = [parse(words) for words in commands(row) if words[0] == "torchrun"]
+    found = [parse(command) for command in commands(row) if command[0] == "torchrun"]
     trained = {f"logs/{config.expr}": config for script, config, _ in found if script == "train.py"}
     config, other = [(config, other) for script, config, other in found if script == "evaluation_fid.py"][-1]
     sampling = config.sampling

@@ -34,21 +34,21 @@ EXACT = {"training__n_iters": 21, "training__accumulation_steps": 2, "model__dro
 STATE = "checkpoints-meta/checkpoint.pth"
 
 
-def words(folder, expr="run", **fields):
-    """Return the words of a training run in `folder`."""
+def arguments(folder, expr="run", **fields):
+    """Return the arguments of a training run in `folder`."""
     return ["--config", DIGITS, *overrides(work_dir=folder, expr=expr, **(TINY | fields))]
 
 
 def finish(folder, expr="run", **fields):
     """Run a training to its end in this process; return its folder."""
-    assert train.main(*parse_command_line(["train.py", *words(folder, expr, **fields)])) == 0
+    assert train.main(*parse_command_line(["train.py", *arguments(folder, expr, **fields)])) == 0
     return folder / expr
 
 
 def finish_ranks(folder, count=2, **fields):
     """Run a training in several processes to its end; return its folder."""
     folder.mkdir(exist_ok=True)
-    for status, log in run_ranks(folder, "train.py", *words(folder, **fields), count=count):
+    for status, log in run_ranks(folder, "train.py", *arguments(folder, **fields), count=count):
         assert status == 0, log
     return folder / "run"
 
@@ -105,7 +105,7 @@ def test_killed_and_resumed_run_ends_bit_identical(objective, count, tmp_path, p
     run = tmp_path / "killed" / "run"
     moments = random.Random(objective)
     for records in sorted(moments.choices(range(1, 5), k=KILLS)):
-        scripts = start_ranks(tmp_path, "train.py", *words(tmp_path / "killed", **fields), count=count)
+        scripts = start_ranks(tmp_path, "train.py", *arguments(tmp_path / "killed", **fields), count=count)
         while len(read_json_lines(run / "log.jsonl")) < records:
             assert scripts[0].process.is_alive(), scripts[0].log
             time.sleep(0.002)
@@ -144,7 +144,7 @@ def test_two_processes_train_a_network_that_does_not_see_the_time(tmp_path):
 @pytest.mark.parametrize("number, status, count", [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
 def test_signal_finishes_the_update_writes_the_state_and_exits_with_its_status(number, status, count, tmp_path):
     """Two processes have a Ctrl-C twice: from the terminal and from torchrun."""
-    scripts = start_ranks(tmp_path, "train.py", *words(tmp_path, training__n_iters=100000), count=count)
+    scripts = start_ranks(tmp_path, "train.py", *arguments(tmp_path, training__n_iters=100000), count=count)
     log = tmp_path / "run" / "log.jsonl"
     while not read_json_lines(log):
         assert scripts[0].process.is_alive(), scripts[0].log
@@ -197,7 +197,7 @@ def test_numbered_checkpoint_that_found_no_space_is_written_after_the_next_start
 
 def test_run_folder_says_how_the_run_was_made(tmp_path):
     run = tmp_path / "run"
-    output_of(tmp_path, "train.py", *words(tmp_path, training__n_iters=14, training__snapshot_sampling=6,
+    output_of(tmp_path, "train.py", *arguments(tmp_path, training__n_iters=14, training__snapshot_sampling=6,
                                            training__keep_checkpoints=1, training__snapshot_freq=4))
     assert json.loads((run / "config.json").read_text())["model"]["nf"] == 8
     assert "--config.model.nf=8" in (run / "command.txt").read_text()
@@ -211,9 +211,9 @@ def test_run_folder_says_how_the_run_was_made(tmp_path):
     assert [e["step"] for e in read_json_lines(run / "log.jsonl")] == [4, 8, 12, 14]
     record = read_json_lines(run / "log.jsonl")[-1]
     assert {"loss", "lr", "grad_norm", "images_per_second", "memory_mb", "beta", "skipped"} <= record.keys()
-    told = (run / "log.txt").read_text()
-    assert "parameters on cpu (1 process), 1,797 images of 1×8×8, batch 16, 14 updates" in told
-    assert f"{run / 'checkpoints' / 'checkpoint_4.pth'} and {run / 'samples' / 'step_14.png'}" in told
+    text = (run / "log.txt").read_text()
+    assert "parameters on cpu (1 process), 1,797 images of 1×8×8, batch 16, 14 updates" in text
+    assert f"{run / 'checkpoints' / 'checkpoint_4.pth'} and {run / 'samples' / 'step_14.png'}" in text
 
 
 @pytest.mark.parametrize("fields, status, sentence", [
@@ -225,7 +225,7 @@ def test_second_start_of_a_run_is_refused_where_it_contradicts_and_said_where_it
         fields, status, sentence, tmp_path, pretrained):
     run = pretrained.parents[1]
     before = (run / STATE).read_bytes()
-    found, log = run_script(tmp_path, "train.py", *words(run.parent, **({"training__n_iters": 10} | fields)))
+    found, log = run_script(tmp_path, "train.py", *arguments(run.parent, **({"training__n_iters": 10} | fields)))
     assert found == status and sentence in log and log.count("\n") == 1
     assert (run / STATE).read_bytes() == before
 
@@ -243,8 +243,8 @@ def test_what_does_not_change_the_result_may_change_and_a_new_learning_rate_is_s
     ({"flow__pre_train_model": "absent.pth"}, "absent.pth"),
     ({"training__resume_from": "absent"}, "config.training.resume_from absent has no checkpoint"),
 ])
-def test_bad_input_gets_one_sentence_and_leaves_no_run_behind(fields, sentence, tmp_path):
-    status, log = run_script(tmp_path, "train.py", *words(tmp_path, **fields))
+def test_invalid_options_fail_with_one_sentence_and_leave_no_run_behind(fields, sentence, tmp_path):
+    status, log = run_script(tmp_path, "train.py", *arguments(tmp_path, **fields))
     assert status == 2 and sentence in log and log.count("\n") == 1, log
     assert not (tmp_path / "run").exists()
 
@@ -259,7 +259,7 @@ def test_resume_from_continues_another_run_in_a_new_folder(tmp_path, pretrained)
 
 def test_unwritable_place_is_one_sentence_from_every_process(tmp_path):
     (tmp_path / "file").write_text("")
-    for status, log in run_ranks(tmp_path, "train.py", *words(tmp_path / "file")):
+    for status, log in run_ranks(tmp_path, "train.py", *arguments(tmp_path / "file")):
         assert status == 2 and f"cannot write {tmp_path / 'file'}" in log and "Traceback" not in log, log
 
 

@@ -24,7 +24,7 @@ def test_every_row_of_the_gpu_programme_has_figures(tmp_path, monkeypatch, capsy
     """Networks stay uncompiled, since the compiler is slow on a CPU and tested elsewhere."""
     monkeypatch.setattr(torch, "compile", lambda network, **options: network)
     monkeypatch.setattr(gpu, "subprocess", types.SimpleNamespace(
-        run=lambda words, **options: output_of(tmp_path, *words[1:]), DEVNULL=None))  # without paying for the imports
+        run=lambda command, **options: output_of(tmp_path, *command[1:]), DEVNULL=None))  # without imports
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--seconds", str(HANGING), "--out", str(tmp_path)])
     gpu.main()
     printed = capsys.readouterr().out

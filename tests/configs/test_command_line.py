@@ -33,12 +33,12 @@ SCRIPT_FLAGS = {"use_ema": Field(True, "use the EMA weights"), "ckpt_dir": Field
                 "images": Field(64, "images in the grid", low=1)}
 
 
-def parse(*words):
+def parse(*arguments):
     """Return (config, args, given) of a command line on the CIFAR-10 config."""
-    return parse_command_line(["script.py", "--config", CONFIG, *words], "", SCRIPT_FLAGS)
+    return parse_command_line(["script.py", "--config", CONFIG, *arguments], "", SCRIPT_FLAGS)
 
 
-@pytest.mark.parametrize("words, field, value", [
+@pytest.mark.parametrize("arguments, field, value", [
     (["--config.model.ch_mult", "(1, 2, 2)"], "model.ch_mult", (1, 2, 2)),
     (["--config.model.attn_resolutions", "32, 16"], "model.attn_resolutions", (32, 16)),
     (["--config.model.attn_resolutions=16"], "model.attn_resolutions", (16,)),
@@ -59,8 +59,8 @@ def parse(*words):
     (["--config.model.ch_mult=[1, 2]"], "model.ch_mult", (1, 2)),
     (["--noconfig.flow.h_flip"], "flow.h_flip", False),
 ])
-def test_override_reaches_its_field_with_its_type(words, field, value):
-    config, _, given = parse(*words)
+def test_override_reaches_its_field_with_its_type(arguments, field, value):
+    config, _, given = parse(*arguments)
     found = get_field(config, field)
     assert found == value and type(found) is type(value)
     assert given == {field}
@@ -72,7 +72,7 @@ def test_script_boolean_takes_the_space_form():
     assert parse("--nouse_ema")[1].use_ema is False
 
 
-@pytest.mark.parametrize("words, sentence", [
+@pytest.mark.parametrize("arguments, sentence", [
     (["--config.training.batchsize", "3"], "did you mean config.training.batch_size?"),
     (["--config.training.lr", "3"], "did you mean config.optim.lr?"),
     (["--config.flow.epss", "3"], "did you mean config.flow.eps?"),
@@ -114,15 +114,15 @@ def test_script_boolean_takes_the_space_form():
     (["stray"], "unexpected argument 'stray'"),
     (["--config.flow.h_flip=true", "false"], "unexpected argument 'false'"),
 ])
-def test_mistake_gets_one_sentence_that_names_it(words, sentence):
+def test_an_invalid_option_fails_with_one_sentence_that_names_it(arguments, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
-        parse(*words)
+        parse(*arguments)
 
 
-@pytest.mark.parametrize("words", [["--config.flow.nosuch", "3"], ["--config.nosuch", "3"], ["--nosuch", "x"]])
-def test_where_no_name_is_near_none_is_suggested(words):
+@pytest.mark.parametrize("arguments", [["--config.flow.nosuch", "3"], ["--config.nosuch", "3"], ["--nosuch", "x"]])
+def test_where_no_name_is_near_none_is_suggested(arguments):
     with pytest.raises(UserError, match="nosuch is not a (field|flag)$"):
-        parse(*words)
+        parse(*arguments)
 
 
 @pytest.mark.parametrize("name, content, sentence", [
@@ -143,8 +143,8 @@ def test_missing_and_broken_config_files_are_named(tmp_path, name, content, sent
 def test_an_integer_in_a_config_file_stands_for_a_float_that_the_command_line_may_change(tmp_path):
     (tmp_path / "clip.json").write_text('{"optim": {"grad_clip": 2}}')
     assert load_config(tmp_path / "clip.json").optim.grad_clip == 2.0
-    words = ["script.py", "--config", str(tmp_path / "clip.json"), "--config.optim.grad_clip", "0.5"]
-    assert parse_command_line(words)[0].optim.grad_clip == 0.5
+    arguments = ["script.py", "--config", str(tmp_path / "clip.json"), "--config.optim.grad_clip", "0.5"]
+    assert parse_command_line(arguments)[0].optim.grad_clip == 0.5
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -229,8 +229,8 @@ def test_help_marks_the_fields_that_a_script_reads(script, tmp_path, repository,
     monkeypatch.chdir(repository)
     write_checkpoint(tmp_path / "checkpoints/checkpoint_1.pth", small_checkpoint())
     runs, unread = TINY_RUNS[script]
-    for words in runs:
-        argv = [word.format(run=tmp_path) for word in ["script.py", f"--config={DIGITS}", *words]]
+    for arguments in runs:
+        argv = [word.format(run=tmp_path) for word in ["script.py", f"--config={DIGITS}", *arguments]]
         parsed = parse_command_line(argv, "", getattr(script, "FLAGS", None))
         with monkeypatch.context() as patched:
             patched.setattr(ConfigDict, "__getattr__", record)

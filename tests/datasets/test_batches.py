@@ -79,7 +79,7 @@ def test_images_that_live_on_the_device_are_copied_whole(monkeypatch):
 
 
 def test_images_that_were_told_to_live_on_a_full_gpu_are_one_sentence(monkeypatch):
-    def refuse(*words, **options):
+    def refuse(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(batches, "copy_to_device", refuse)
@@ -116,7 +116,7 @@ def test_any_division_of_a_batch_gives_the_same_samples(count, batch_size, data)
 
 def test_position_of_a_long_run_is_found_without_walking_there(monkeypatch):
     drawn, draw = [], batches._permutation.__wrapped__
-    monkeypatch.setattr(batches, "_permutation", lambda *words: drawn.append(words) or draw(*words))
+    monkeypatch.setattr(batches, "_permutation", lambda *arguments: drawn.append(arguments) or draw(*arguments))
     EndlessOrder(1000, 0).at(128 * 10**9 + np.arange(128))
     assert len(drawn) <= 2  # at most the epochs that this batch touches
 

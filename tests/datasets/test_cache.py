@@ -170,7 +170,7 @@ def test_a_cache_folder_that_cannot_be_written_is_one_sentence(tmp_path, place):
 def test_a_cache_that_is_read_only_serves_what_it_has(tmp_path, monkeypatch):
     open_cached(make_source(), tmp_path)
 
-    def refuse(*words):
+    def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(cache, "file_lock", refuse)

@@ -75,7 +75,7 @@ def test_the_archive_of_cifar10_is_unpacked(tmp_path, monkeypatch):
 def served(tmp_path, monkeypatch):
     """The archive behind CIFAR-10's URL, served by a local web server."""
     class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *words):
+        def log_message(self, *arguments):
             """Say nothing."""
 
     (tmp_path / "web").mkdir()
@@ -284,8 +284,8 @@ def test_a_batch_that_python_2_pickled_has_text_keys(load_pickle):
 class Attack:
     """Calls a function when a plain unpickler reads it."""
 
-    def __init__(self, function, *words):
-        self.call = function, words
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
 
     def __reduce__(self):
         return self.call

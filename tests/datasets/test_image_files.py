@@ -251,7 +251,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage
     (encode(Image.fromarray(np.full((6, 6), 70000, np.int32)), "TIFF"), "16 bits"),
 ])
 def test_what_is_no_image_is_refused_and_neither_unpacked_nor_started(tmp_path, monkeypatch, data, message):
-    monkeypatch.setattr(subprocess, "Popen", lambda *words, **options: pytest.fail(f"started {words}"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail(f"started {arguments}"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     write_folder(tmp_path, {"x.png": data})
     with pytest.raises(UserError, match=message):

@@ -105,8 +105,8 @@ def test_blocks_may_be_finished_in_any_order(tmp_path):
     begin(tmp_path, job(20), [0, 2, 4, 1, 3])
     finish(tmp_path, job(20), {})
     assert first_values(tmp_path) == list(range(20))
-    record = json.loads((tmp_path / "pairs.json").read_text())
-    assert record["nfe_mean"] == 12 and record["nfe_worst"] == 14
+    metadata = json.loads((tmp_path / "pairs.json").read_text())
+    assert metadata["nfe_mean"] == 12 and metadata["nfe_worst"] == 14
     blocks = [json.loads(line)["block"] for line in (tmp_path / "blocks.jsonl").read_text().splitlines()]
     assert blocks == [0, 1, 2, 3, 4]
 
@@ -140,7 +140,7 @@ def test_a_folder_of_which_a_part_is_deleted_is_refused(tmp_path, left, message)
 @pytest.mark.parametrize("content", ["", "[]", "{\"count\": 3}", "\0\0\0", "[" * 100_000, "{",
     '{"complete": true, "count": -1, "version": 1, "identity": {}}', '{"complete": 1, "count": 1, "version": 1}',
     '{"complete": true, "count": "1", "version": 1, "identity": {}}'])
-def test_a_damaged_record_is_named(tmp_path, content):
+def test_damaged_metadata_is_named(tmp_path, content):
     (tmp_path / "pairs.json").write_text(content)
     with pytest.raises(UserError, match="pairs.json is damaged"):
         prepare(tmp_path, job(8))

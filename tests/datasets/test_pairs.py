@@ -168,7 +168,7 @@ def test_labels_and_arrays_that_do_not_fit_are_refused(tmp_path, arrays, sentenc
         open_pairs(tmp_path, make_config(tmp_path, data__num_classes=3))
 
 
-def write_record(folder, count, seed=7, direction="from_z0", storage="full", scale=1.0, **more):
+def write_metadata(folder, count, seed=7, direction="from_z0", storage="full", scale=1.0, **more):
     identity = {"seed": seed, "sampling.direction": direction, "sampling.pair_storage": storage,
                 "sampling.init_noise_scale": scale, "checkpoint": "a"} | more
     (folder / "pairs.json").write_text(json.dumps({
@@ -179,7 +179,7 @@ def write_record(folder, count, seed=7, direction="from_z0", storage="full", sca
 def save_compact(folder, digest, scale=1.0):
     folder.mkdir()
     np.save(folder / "z1.npy", np.linspace(-1, 1, 10 * 64).reshape(10, *SHAPE).astype(np.float16))
-    write_record(folder, 10, storage="compact", scale=scale, noise=digest)
+    write_metadata(folder, 10, storage="compact", scale=scale, noise=digest)
 
 
 def test_compact_storage_draws_z0_again_and_widens_z1(tmp_path):
@@ -196,14 +196,14 @@ def test_compact_pairs_whose_noise_would_come_out_otherwise_are_refused(tmp_path
         open_pairs(tmp_path, make_config(tmp_path))
 
 
-@pytest.mark.parametrize("record, said", [
+@pytest.mark.parametrize("metadata, said", [
     ('{"complete": false, "count": 0, "version": 1, "identity": {}}', "/1 is unfinished"),
     (None, "/1 holds the same pairs as .*/0:")])
-def test_an_unfinished_folder_and_one_folder_twice_are_refused_by_name(tmp_path, record, said):
+def test_an_unfinished_folder_and_one_folder_twice_are_refused_by_name(tmp_path, metadata, said):
     save_pairs(tmp_path / "0")
     save_pairs(tmp_path / "1")
-    if record:
-        (tmp_path / "1/pairs.json").write_text(record)
+    if metadata:
+        (tmp_path / "1/pairs.json").write_text(metadata)
     with pytest.raises(UserError, match=said):
         open_pairs(tmp_path, make_config(tmp_path))
 
@@ -256,18 +256,18 @@ def test_unlikely_values_are_said_in_one_sentence_on_stderr(tmp_path, capsys, mo
 def test_pairs_of_another_origin_are_refused_with_folder_and_field(tmp_path, other, said):
     for seed, fields in enumerate(({}, other)):
         save_pairs(tmp_path / str(seed), first=seed)
-        write_record(tmp_path / str(seed), 20, seed=seed, **fields)
+        write_metadata(tmp_path / str(seed), 20, seed=seed, **fields)
     with pytest.raises(UserError, match=f"/1 holds pairs of another origin, .*{said}"):
         open_pairs(tmp_path, make_config(tmp_path))
 
 
 def test_real_pairs_of_another_checkpoint_are_refused(tmp_path):
     config = with_real_pairs(tmp_path, flow__real_data_share=0.5)
-    write_record(tmp_path / "pairs/0", 20)
-    write_record(tmp_path / "real/0", 20, direction="from_z1", checkpoint="b")
+    write_metadata(tmp_path / "pairs/0", 20)
+    write_metadata(tmp_path / "real/0", 20, direction="from_z1", checkpoint="b")
     with pytest.raises(UserError, match="real/0 holds pairs of another origin, keep them apart: checkpoint is b there"):
         create_batches(config, "cpu")
-    write_record(tmp_path / "real/0", 20, direction="from_z1")
+    write_metadata(tmp_path / "real/0", 20, direction="from_z1")
     assert len(create_batches(config, "cpu")) == 20
 
 

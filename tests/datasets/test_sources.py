@@ -211,12 +211,12 @@ def test_batches_follow_the_config(tmp_path):
     assert not batch.z1.equal(create_batches(config, "cpu").batch(0, 0, 128).z1)
 
 
-@pytest.mark.parametrize(("words", "mirrored", "said"), [
+@pytest.mark.parametrize(("arguments", "mirrored", "said"), [
     ([], False, "not mirrored"), (["--config.data.random_flip", "true"], True, "are mirrored")])
-def test_mnist_on_the_cifar10_config_is_mirrored_only_when_told_and_says_so(tmp_path, capsys, words, mirrored, said):
+def test_mnist_on_the_cifar10_config_is_mirrored_on_request_and_says_so(tmp_path, capsys, arguments, mirrored, said):
     write_mnist(tmp_path / "data", random_images(200, 1, 28), np.arange(200) % 10, packed=False)
     fields = overrides(data__dataset="MNIST", data__data_root=tmp_path / "data", data__num_channels=1,
                        data__cache_dir=tmp_path / "cache")
-    config, _, _ = parse_command_line(["train.py", "--config", CIFAR10, *fields, *words])
+    config, _, _ = parse_command_line(["train.py", "--config", CIFAR10, *fields, *arguments])
     assert len(create_batches(config, "cpu").flips) == mirrored
     assert said in capsys.readouterr().err

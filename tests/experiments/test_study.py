@@ -45,10 +45,10 @@ def run_steps(study, steps):
         study.run(study.missing(steps), lock)
 
 
-def launch_step(study, words, output, environment, lock):
+def launch_step(study, command, output, environment, lock):
     """Run the command of a step as `Study.launch` does, without paying for the imports."""
     log = pathlib.Path(output) if output else study.root / "output.txt"
-    script = Script(log.parent, words[1], words[2:], {"OMP_NUM_THREADS": "1"})
+    script = Script(log.parent, command[1], command[2:], {"OMP_NUM_THREADS": "1"})
     status = script.wait()
     with open(log, "a") as opened:
         opened.write(script.log)
@@ -62,10 +62,10 @@ def steps_without_imports():
         yield
 
 
-def run_program(*words):
+def run_program(*arguments):
     """Run experiments.run in this process; return what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert run.main(parse_flags(list(map(str, words)), run.FLAGS)) == 0
+        assert run.main(parse_flags(list(map(str, arguments)), run.FLAGS)) == 0
     return printed.getvalue()
 
 
@@ -113,7 +113,7 @@ def test_a_step_run_again_gives_the_same_figures(finished):
     assert checkpoint.stat().st_mtime_ns > made
 
 
-def test_a_step_of_other_words_does_not_continue_the_old_one(finished):
+def test_a_step_of_other_arguments_does_not_continue_the_old_one(finished):
     _, study, steps = finished
     other = dataclasses.replace(steps[0], arguments=(*steps[0].arguments, "--config.optim.lr", "1e-3"))
     assert study.state(steps[0])["finished"] and study.state(other)["digest"] is None
@@ -185,15 +185,15 @@ def test_the_committed_table_is_whole_and_a_table_that_was_cut_is_refused(reposi
         read_table(tmp_path / "results.csv")
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("arguments", "said"), [
     (["--study", "digit"], "there is no such study; choose from demo, digits"),
     (["--again", "digits/seed9"], "no step is called digits/seed9"),
     (["--study", "cifar", "--cifar_root", "nowhere"], "--cifar_root nowhere has no cifar10-jpeg-train.zip"),
     (["--wrok_dir", "x"], "wrok_dir"),
 ])
-def test_a_wrong_name_is_said(tmp_path, words, said):
+def test_a_wrong_name_is_said(tmp_path, arguments, said):
     with pytest.raises(UserError, match=said):
-        run_program(*words, "--root", tmp_path / "root", "--results", tmp_path / "results.csv")
+        run_program(*arguments, "--root", tmp_path / "root", "--results", tmp_path / "results.csv")
 
 
 def test_every_step_of_every_study_has_a_name_of_its_own_and_comes_after_its_needs():
@@ -255,7 +255,7 @@ def test_cifar_runs_end_to_end_from_zips_of_class_folders(tmp_path):
 
 def test_make_demo_at_a_250th_of_its_length_runs_the_whole_method_and_reports_every_stage(tmp_path, monkeypatch):
     coarse = overrides(sampling__ode_tol=0.1, eval__num_samples=16, eval__batch_size=16)
-    monkeypatch.setattr(Study, "launch", lambda study, words, *others: launch_step(study, [*words, *coarse], *others))
+    monkeypatch.setattr(Study, "launch", lambda study, command, *more: launch_step(study, [*command, *coarse], *more))
     printed = run_program("--study", "demo", "--scale", "0.004", "--root", tmp_path)
     rows = read_table(tmp_path / "results.csv")
     figures = ["1_flow/one_step", "1_flow/rk45", "2_flow/one_step", "distilled/one_step"]

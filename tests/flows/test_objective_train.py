@@ -25,9 +25,9 @@ LABELLED = ("--config.model.name DhariwalUNet --config.model.nf 16 --config.data
             "--config.model.dropout 0.1")
 
 
-def run_training(name, words, config="configs/rectified_flow/digits_rf_gaussian.py"):
+def run_training(name, arguments, config="configs/rectified_flow/digits_rf_gaussian.py"):
     """Train as `python train.py …` does, in this process; return the rows of its log and its last checkpoint."""
-    argv = ["train.py", "--config", config, "--config.expr", name, "--config.work_dir", "logs", *words.split()]
+    argv = ["train.py", "--config", config, "--config.expr", name, "--config.work_dir", "logs", *arguments.split()]
     assert train.main(*parse_command_line(argv)) == 0
     with open(f"logs/{name}/log.jsonl") as log:
         rows = [json.loads(line) for line in log]
@@ -91,24 +91,24 @@ LABELLED_OBJECTIVES = {
 }
 
 
-def words_of(fields):
+def flags_of(fields):
     """Return the flags of `fields`; with LPIPS, whose VGG16 is what takes the time here, a batch of one."""
     fields += " training.batch_size=1" if "lpips" in fields else ""
     return " ".join(f"--config.{field}" for field in fields.split())
 
 
 EVERY = [
-    *((name, f"{UNLABELLED} {words_of(fields)}") for name, fields in IMAGES.items()),
-    *((name, f"{UNLABELLED} {words_of(f'data.reflow_data_root=pairs {fields}')}") for name, fields in PAIRS.items()),
-    *((name, f"{LABELLED} {words_of(fields)}") for name, fields in LABELLED_OBJECTIVES.items()),
+    *((name, f"{UNLABELLED} {flags_of(fields)}") for name, fields in IMAGES.items()),
+    *((name, f"{UNLABELLED} {flags_of(f'data.reflow_data_root=pairs {fields}')}") for name, fields in PAIRS.items()),
+    *((name, f"{LABELLED} {flags_of(fields)}") for name, fields in LABELLED_OBJECTIVES.items()),
 ]
 
 
-@pytest.mark.parametrize(("name", "words"), EVERY, ids=[name for name, _ in EVERY])
-def test_the_objective_trains_on_digits_and_leaves_its_teacher_as_it_was(workshop, name, words):
+@pytest.mark.parametrize(("name", "arguments"), EVERY, ids=[name for name, _ in EVERY])
+def test_the_objective_trains_on_digits_and_leaves_its_teacher_as_it_was(workshop, name, arguments):
     teacher = workshop / "logs/teacher/checkpoints-meta/checkpoint.pth"
     before = teacher.read_bytes()
-    rows, checkpoint = run_training(name, f"{SMALL} {words}")
+    rows, checkpoint = run_training(name, f"{SMALL} {arguments}")
     assert teacher.read_bytes() == before
     assert name != "annealing" or [row["beta"] for row in rows] == [1.0, 0.75, 0.5]
     assert [row["step"] for row in rows] == list(range(1, UPDATES + 1))

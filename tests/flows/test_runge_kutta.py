@@ -162,8 +162,8 @@ def test_no_samples_give_no_samples(solver):
 
 def nan_after_a_while(x, t, label=None):
     """Not a number for samples that start above 10, from t = 0.5 on."""
-    bad = (x.flatten(1).amax(1) > 10) & (t > 0.5)
-    return torch.where(bad.view(-1, 1), torch.nan, torch.ones_like(x))
+    nonfinite = (x.flatten(1).amax(1) > 10) & (t > 0.5)
+    return torch.where(nonfinite.view(-1, 1), torch.nan, torch.ones_like(x))
 
 
 HALF = r"t = 0\.(49999|5\b)"

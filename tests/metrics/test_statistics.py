@@ -50,8 +50,8 @@ def test_an_npy_of_floats_is_quantised_and_bytes_are_not_in_an_npz_in_either_ord
 def test_a_zip_is_opened_once_and_not_for_every_image(tmp_path, monkeypatch):
     write_zip(tmp_path / "images.zip", pngs(uint8_images()))
     archives, original = [], zipfile.ZipFile.__init__
-    monkeypatch.setattr(zipfile.ZipFile, "__init__", lambda self, *words, **options: (
-        archives.append(self), original(self, *words, **options))[1])
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", lambda self, *arguments, **options: (
+        archives.append(self), original(self, *arguments, **options))[1])
     source = read_images(tmp_path / "images.zip")
     assert source.read(range(5)).shape == (5, 3, 6, 6) and len(archives) == 1
 

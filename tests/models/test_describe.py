@@ -111,10 +111,10 @@ def test_the_faster_memory_layout_is_chosen_and_the_network_stays_the_same(monke
 
 
 @pytest.fixture
-def told(monkeypatch, capsys):
+def described(monkeypatch, capsys):
     """A function that runs the command and returns its exit status, the printed lines, and its error message."""
-    def run(*words, **fields):
-        monkeypatch.setattr(sys, "argv", ["describe", "--config", CIFAR10, *map(str, words), *overrides(**fields)])
+    def run(*arguments, **fields):
+        monkeypatch.setattr(sys, "argv", ["describe", "--config", CIFAR10, *map(str, arguments), *overrides(**fields)])
         with pytest.raises(SystemExit) as ended:
             run_script(command.main, command.__doc__, command.FLAGS)
         printed = capsys.readouterr()
@@ -123,8 +123,8 @@ def told(monkeypatch, capsys):
     return run
 
 
-def test_configuration_is_described_in_a_table(told):
-    status, lines, _ = told(model__nf=64, model__num_res_blocks=1, model__ch_mult=(1, 1, 2))
+def test_configuration_is_described_in_a_table(described):
+    status, lines, _ = described(model__nf=64, model__num_res_blocks=1, model__ch_mult=(1, 1, 2))
     titles = next(line for line in lines if line.startswith("part")).split()
     assert titles == ["part", "size", "parameters", "GMACs", "no", "attention", "activations"]
     assert not status and lines[-2].split()[:3] == ["total", "3,437,123", "0.7356"] and lines[-2].endswith("MiB")
@@ -133,17 +133,17 @@ def test_configuration_is_described_in_a_table(told):
     assert lines[-1].startswith(f"GiB to train in float32, by images per pass: 16: {bytes_of_16 / 2**30:.1f}, 32: ")
 
 
-def test_seconds_of_an_update_are_measured_on_request(told):
+def test_seconds_of_an_update_are_measured_on_request(described):
     """With accumulation, in the config's precision, and for a network with classes."""
-    status, lines, _ = told("--measure", training__batch_size=4, training__accumulation_steps=2, model__nf=8,
+    status, lines, _ = described("--measure", training__batch_size=4, training__accumulation_steps=2, model__nf=8,
                             model__ch_mult=(1, 2), model__num_res_blocks=1, data__num_classes=3)
     assert not status and float(lines[-1].split()[0]) > 0
     assert "s per update of 4 images" in lines[-1] and "on the CPU" in lines[-1]
 
 
-def test_checkpoint_is_described_without_its_architecture_and_a_contradiction_is_one_sentence(told, tmp_path):
+def test_checkpoint_is_described_without_its_architecture_and_a_contradiction_is_one_sentence(described, tmp_path):
     write_checkpoint(tmp_path / "ours.pth", tiny_checkpoint(**{"model.ch_mult": (1, 1, 2)})[1])
-    status, lines, _ = told("--ckpt_path", tmp_path / "ours.pth")
+    status, lines, _ = described("--ckpt_path", tmp_path / "ours.pth")
     assert not status and "decoder 3" in "".join(lines) and "8²" in "".join(lines)
-    status, _, error = told("--ckpt_path", tmp_path / "ours.pth", model__nf=64)
+    status, _, error = described("--ckpt_path", tmp_path / "ours.pth", model__nf=64)
     assert status == 2 and "model.nf is 8 in the checkpoint and 64 here" in error

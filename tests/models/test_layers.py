@@ -104,14 +104,14 @@ def test_attention_keeps_no_matrix_of_weights():
     """The largest tensor that attention makes is its projection, not pixels × pixels."""
     sizes = []
 
-    class Record(TorchDispatchMode):
+    class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             sizes.extend(o.numel() for o in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(o))
             return out
 
     attention = layers.SelfAttention(4, 1, 1e-6)
-    with Record():
+    with Recorder():
         attention(torch.randn(1, 4, 32, 32)).sum().backward()
     assert max(sizes) == 3 * 4 * 32 * 32
 

@@ -133,10 +133,10 @@ def test_checkpoints_that_are_missing_never_come_or_never_complete_are_named_wit
         numbers(tmp_path, 1, 2, 0.1)
 
 
-def git(folder, *words):
+def git(folder, *arguments):
     """Run git in a folder, as nobody in particular."""
     identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "color.ui=always"]
-    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture

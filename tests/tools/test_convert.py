@@ -20,9 +20,9 @@ from tests.models.test_checkpoint import fill_cache, tiny_checkpoint
 from tools import convert
 
 
-def main(*words):
-    """Run the command with these words."""
-    convert.main(parse_flags([str(word) for word in words], convert.FLAGS, positional=("source", "target")))
+def main(*arguments):
+    """Run the command with these arguments."""
+    convert.main(parse_flags([str(word) for word in arguments], convert.FLAGS, positional=("source", "target")))
 
 
 def config_file(folder, name):
@@ -48,7 +48,7 @@ def test_there_and_back_is_the_same_checkpoint(tmp_path, name, capsys):
 
 
 def test_converted_file_needs_no_flags(tmp_path):
-    """In our layout, and in the released one with our config, the image size is told."""
+    """In our layout, and in the released one with our config, the image size is inferred."""
     ours, released = tmp_path / "ours.pth", tmp_path / "released.pth"
     main(str(path_of("ncsnpp_cifar")), str(ours), "--config", config_file(tmp_path, "ncsnpp_cifar"))
     main(ours, released)
@@ -75,17 +75,17 @@ def ours(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name, words", [
+@pytest.mark.parametrize("name, arguments", [
     ("slim.pth", ["--slim"]), ("a.safetensors", []), ("b.safetensors", ["--slim"])])
-def test_averaged_weights_alone_are_read_like_any_checkpoint(tmp_path, ours, name, words):
+def test_averaged_weights_alone_are_read_like_any_checkpoint(tmp_path, ours, name, arguments):
     """Without flags, with step and architecture; float32 to the last bit, float16 rounded; raw weights are refused."""
     target = tmp_path / name
-    main(*words, ours, target)
+    main(*arguments, ours, target)
     source, found = load_model(ours), load_model(target)
     assert found.config_fields == source.config_fields
     for ours_p, theirs in zip(source.parameters(), found.parameters(), strict=True):
-        assert torch.equal(theirs, ours_p.half().float() if words else ours_p)
-    assert target.stat().st_size < (0.35 if words else 0.5) * ours.stat().st_size
+        assert torch.equal(theirs, ours_p.half().float() if arguments else ours_p)
+    assert target.stat().st_size < (0.35 if arguments else 0.5) * ours.stat().st_size
     read = read_checkpoint(target)
     assert (read["step"], read["source"]) == (7, file_digest(ours))
     net = create_from_fields(source.config_fields)

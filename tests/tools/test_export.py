@@ -25,9 +25,9 @@ from tests.tools.test_convert import config_file
 from tools import export
 
 
-def run(*words):
-    """Run the command with these words."""
-    export.main(parse_flags([str(word) for word in words], export.FLAGS, positional=("checkpoint",)))
+def run(*arguments):
+    """Run the command with these arguments."""
+    export.main(parse_flags([str(word) for word in arguments], export.FLAGS, positional=("checkpoint",)))
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +153,12 @@ def test_the_process_of_these_tests_cannot_import_torch(tmp_path):
     assert "import of torch halted" in err
 
 
-def test_missing_packages_and_wrong_words_are_one_sentence(recorded, monkeypatch):
-    for words, sentence in (([recorded / "dhariwal_cond.pth", "--steps", 0], "--steps must be at least 1"),
+def test_missing_packages_and_wrong_arguments_are_one_sentence(recorded, monkeypatch):
+    for arguments, sentence in (([recorded / "dhariwal_cond.pth", "--steps", 0], "--steps must be at least 1"),
                             ([recorded / "absent.pth"], "absent.pth cannot be opened"),
                             ([], "name a checkpoint: python -m tools.export CHECKPOINT")):
         with pytest.raises(UserError, match=sentence):
-            run(*words)
+            run(*arguments)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
         run(recorded / "dhariwal_cond.pth")
