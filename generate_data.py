@@ -53,9 +53,10 @@ def main(config, args, given):
     set_precision(config.training.precision)
     with start_processes(patience=datetime.timedelta(days=7)) as processes:  # one may be hours behind the others
         config, net, teacher = load_teacher(config, args, given, processes)
-        points = pair_writer.InitialPoints(config, args.z0_path, args.z1_path, args.label_path)
+        row = COUPLINGS[config.sampling.direction]
+        points = pair_writer.InitialPoints(config, row, args.z0_path, args.z1_path, args.label_path)
         velocity = net and velocity_from_network(compiled(net, config.training, processes.say))
-        if COUPLINGS[points.direction].velocity == "closed form":
+        if row.velocity == "closed form":
             velocity = analytic_velocity(torch.from_numpy(np.array(points.image_set.images)).to(processes.device))
         coupling = create_coupling(config, velocity, points, processes.device)
         folder, job = pathlib.Path(args.data_root) / str(config.seed), create_job(config, given, points, teacher)
@@ -112,13 +113,13 @@ def create_job(config, given, points, teacher):
     layouts = {"z0.npy": ("<f4", shape), "z1.npy": ("<f4", shape), "label.npy": ("<f4", (classes,))}
     if settings.pair_storage == "compact":
         layouts = {"z1.npy": ("<f2", shape), "label.npy": ("<i4", ())}
-        if not isinstance(points.noise, NoiseSource) or points.direction == "gt_v_from_z1":
+        if not isinstance(points.noise, NoiseSource) or COUPLINGS[settings.direction].given == "image":
             raise UserError("config.sampling.pair_storage compact does not store z0 but draws it again from (seed, "
-                            f"index), which direction {points.direction} with these initial points does not: use full")
+                            f"index), which {settings.direction} with these initial points does not: use full")
     layouts = {name: np.dtype(layout) for name, layout in layouts.items() if name != "label.npy" or classes}
     names = ["seed", "data.image_size", "data.num_channels", "data.num_classes", "sampling.direction",
              "sampling.pair_storage", "sampling.class_label", "sampling.init_noise_scale"]
-    if COUPLINGS[points.direction].velocity:
+    if COUPLINGS[settings.direction].velocity:
         names += ["sampling.use_ode_sampler", "flow.eps", "training.batch_size"]
         names += [f"sampling.{name}" for name in SAMPLERS[settings.use_ode_sampler].fields]
     if teacher:

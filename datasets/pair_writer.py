@@ -174,19 +174,19 @@ def _write(path, content, offset=None, least=0):
 
 
 class InitialPoints:
-    """The initial points of pairs by pair number, for the sampling.direction of generate_data.py.
+    """The initial points of pairs by pair number, for a row of `flows.samplers.COUPLINGS`.
 
     z0, z1 `(n, C, H, W)` and one-hot label `(n, num_classes)`, or None, are float32. available: the largest number of
     pairs, None for no limit. identity: {name: value} of everything they depend on. image_set: the images of the data
     set that the direction uses, or None. Raises UserError for files and fields that do not fit the config.
     """
 
-    def __init__(self, config, z0_path="", z1_path="", label_path=""):
-        settings, shape = config.sampling, image_shape(config)
-        self.direction, self.seed, self.num_classes = settings.direction, config.seed, config.data.num_classes
+    def __init__(self, config, coupling, z0_path="", z1_path="", label_path=""):
+        settings, shape, closed_form = config.sampling, image_shape(config), coupling.velocity == "closed form"
+        self.seed, self.num_classes = config.seed, config.data.num_classes
         self.class_label, self.random_flip = settings.class_label, settings.random_flip
         seeds.index_labels(self.seed, [], self.num_classes, self.class_label)  # refuses a class that does not exist
-        if self.num_classes and self.class_label < 0 and self.direction.startswith("gt_v"):
+        if self.num_classes and self.class_label < 0 and closed_form:
             raise UserError("the closed-form velocity of all images has no classes: set config.sampling.class_label, "
                             "or config.data.num_classes 0")
         if self.num_classes and self.class_label < 0 and z1_path and not label_path:
@@ -194,7 +194,7 @@ class InitialPoints:
         if label_path and (self.class_label >= 0 or not self.num_classes):
             raise UserError("--label_path and config.sampling.class_label both set the classes: leave one out"
                             if self.num_classes else "--label_path needs the number of classes: set data.num_classes")
-        if self.random_flip and (z1_path or self.direction == "gt_v_from_z1"):
+        if self.random_flip and (z1_path or (closed_form and coupling.given == "image")):
             raise UserError("sampling.random_flip does not apply to --z1_path and to gt_v_from_z1: leave it out")
         paths = {"z0_path": z0_path, "z1_path": z1_path, "label_path": label_path}
         self.rows = {flag: open_rows(path) for flag, path in paths.items() if path}
@@ -210,11 +210,11 @@ class InitialPoints:
                 raise UserError(f"{paths[flag]} holds {len(rows)} {rows.dtype} rows of shape {rows.shape[1:]}; the "
                                 f"config needs floating-point rows of shape {shape} (channels, height, width)")
         self.noise, self.image_set = self.rows.get("z0_path"), None
-        if self.noise is None and self.direction != "from_z1":
+        if self.noise is None and (closed_form or coupling.given != "image"):
             self.noise = NoiseSource(self.seed, shape, settings.init_noise_scale)
             self.identity["noise"] = self.noise.digest()
-        from_images = not z1_path and self.direction in ("from_z1", "gt_v_from_z1", "random_paired")
-        if from_images or self.direction.startswith("gt_v"):
+        from_images = not z1_path and coupling.given != "noise"
+        if from_images or closed_form:
             self.image_set = load_images(config)
             if self.class_label >= 0:
                 self.image_set = self.image_set.choose(np.flatnonzero(self.image_set.labels == self.class_label),

@@ -18,6 +18,7 @@ import train
 from configs.command_line import load_config, parse_command_line
 from datasets import load_images, pair_writer
 from datasets.pairs import PairFolder, read_metadata
+from flows.samplers import COUPLINGS, Coupling
 from models.checkpoint import write_checkpoint
 from runtime.files import file_digest
 from runtime.seeds import index_labels, index_noise
@@ -312,6 +313,19 @@ def test_what_does_not_go_together_is_refused_before_anything_is_created(tmp_pat
     said = refused(tmp_path / "pairs", flags, **fields)
     assert sentence in said
     assert not (tmp_path / "pairs").exists()
+
+
+def test_a_coupling_of_ones_own_is_one_row_of_its_table(tmp_path, monkeypatch):
+    """Images paired with the noise of their own mirror image: neither a network nor a solver."""
+    def mirrored(points, indices, solve, eps):
+        return points.z0(indices).flip(-1), points.z1(indices), torch.zeros(len(indices), dtype=torch.int64)
+
+    monkeypatch.setitem(COUPLINGS, "mirrored", Coupling(mirrored, "both"))
+    fields = {"sampling__total_number_of_samples": 20, "sampling__train_subset": "random_20"}
+    own, plain = (PairFolder(make(tmp_path / name, sampling__direction=name, **fields))
+                  for name in ("mirrored", "random_paired"))
+    (z0, z1), (noise, images) = (pairs.take(np.arange(20)) for pairs in (own, plain))
+    assert torch.equal(z0, noise.flip(-1)) and torch.equal(z1, images)
 
 
 def test_starting_points_of_another_shape_are_refused(tmp_path):
