@@ -33,7 +33,8 @@ class Field:
         """Return one line of help: meaning, choices, range, the default, and `value` if it differs."""
         text = self.meaning + (f"; one of {' | '.join(map(str, self.choices))}" if self.choices else "")
         if self.low is not None:
-            text += f"; at least {self.low:g}" if self.high is None else f"; from {self.low:g} to {self.high:g}"
+            high = f"{self.high:,}" if isinstance(self.high, int) else f"{self.high or 0:g}"
+            text += f"; at least {self.low:g}" if self.high is None else f"; from {self.low:g} to {high}"
         now = f"now {value!r}; " if value != self.default else ""
         return f"{text} ({now}default: {self.default!r})"
 

@@ -149,3 +149,11 @@ def test_figures_of_the_results_are_recorded():
     assert " to ".join(sorted(re.findall(r"ours is (\S+) times as fast in wall", step))) in text
     ours, peer = (float(re.search(f"images: {name} +(\\S+)", loading)[1]) for name in ("ours", "torchvision"))
     assert f"{peer / ours:.0f} times" in text
+    released, own = (int(number.replace(",", "")) for number in re.findall(r"(\S+) operations", step)[:2])
+    assert round(4 * own / released) == 1 and "a quarter of the operations" in text
+    ranges = re.findall(r"\| ([\d.]+) to ([\d.]+) \|$", (ROOT / "benchmarks" / "README.md").read_text(), re.MULTILINE)
+    work = [float(end) for ends in ranges for end in ends]
+    assert f"{min(work):g} to {max(work):.1f}" in text
+    distilled, flow = re.search(r"naive distillation improves on the 2-flow \| (\S+) ± \S+, (\S+) ±",
+                                (ROOT / "docs/miniature.md").read_text()).groups()
+    assert f"from {flow} to {distilled}" in text
