@@ -45,7 +45,7 @@ FLAGS = {
     "steps": Field("", "run only steps whose names contain one of these strings, and those they need"),
     "dry_run": Field(False, "print the commands and run nothing"),
     "size": Field("small", "cifar: for a test, two CPU cores, or one GPU", choices=("tiny", "small", "large")),
-    "minutes": Field(0.0, "cifar: scale updates and pairs to about so many minutes (0: small 40, large 25)", low=0),
+    "minutes": Field(0.0, "cifar: scale updates and pairs to about so many minutes (0: small 40, large 27)", low=0),
     "cifar_root": Field("data/cifar10-jpeg", "folder with cifar10-jpeg-train.zip and cifar10-jpeg-test.zip"),
     "scale": Field(1.0, "demo: fraction of its updates, pairs and samples (the thresholds are for 1)", low=0),
 }
@@ -59,7 +59,7 @@ def main(args):
         raise UserError(f"--study {unknown[0]}: there is no such study; choose from {', '.join(STUDIES)}")
     if "cifar" in names and not pathlib.Path(args.cifar_root, "cifar10-jpeg-train.zip").exists():
         raise UserError(f"--cifar_root {args.cifar_root} has no cifar10-jpeg-train.zip: name the folder that has it")
-    planned = {"tiny": 1, "small": 40, "large": 25}[args.size]
+    planned = {"tiny": 1, "small": 40, "large": 27}[args.size]
     scale = args.minutes / planned if args.minutes else 1.0
     if "cifar" in names and args.minutes:
         print(f"study: {args.minutes:g} minutes instead of {planned}, updates and pairs times {scale:.2g}", flush=True)
